@@ -1,0 +1,674 @@
+"""Data path of SeqSetVAE: files -> `Cohort` (ragged NumPy arrays, cached) -> `EventBatch` (tensors).
+
+An ICU stay is a sequence of sets; a set is every (variable, value) event charted at one minute. Nothing here is padded: a cohort is
+flat arrays plus offsets, and a batch is the same layout for a few stays, with the index tensors by which the model groups sets of
+similar size. Nothing here knows of models, losses or devices (beyond `EventBatch.to`).
+"""
+
+import csv
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import tarfile
+import tempfile
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.model_selection import train_test_split
+
+READER_VERSION = 1  # raise it when a reader's output changes: older caches are then rebuilt
+CACHE_DIR = Path(__file__).resolve().parent / ".cache"
+SPLITS = ("train", "valid", "test")  # codes 0, 1, 2 in `Cohort.split`; -1 is unassigned
+
+
+class InputError(Exception):
+    """A mistake in what the user gave: one line that names the file, the row or key, and the mend. Ends a command with exit code 2."""
+
+
+def write_atomically(path, write) -> None:
+    """Call `write` with a temporary path in the same folder, sync it to disk, rename it to `path`: a reader meets the old file or the new."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); free space or choose another folder") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# The cohort
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Cohort:
+    """P stays, T sets, E events, V variables, as flat arrays; `*_start` are offsets into the next finer level."""
+
+    reader: str
+    variables: list[str]        # [V] vocabulary, sorted
+    event_variable: np.ndarray  # [E] int16, or int32 for V > 32,767
+    event_value: np.ndarray     # [E] float32, raw units
+    set_start: np.ndarray       # [T+1] int64, in events
+    set_minute: np.ndarray      # [T] float32, minutes since admission, rising within a stay
+    stay_start: np.ndarray      # [P+1] int64, in sets
+    stay_id: np.ndarray         # [P] str
+    label: np.ndarray           # [P] int8, -1: none
+    split: np.ndarray           # [P] int8, index into SPLITS, -1: unassigned
+    notes: dict = field(default_factory=dict)  # what the reader skipped: reason -> count
+    fingerprint: str = ""       # digest of the content: two copies of one data set agree
+
+    ARRAYS = ("event_variable", "event_value", "set_start", "set_minute", "stay_start", "stay_id", "label", "split")
+
+    def __len__(self) -> int:
+        return len(self.stay_id)
+
+    @property
+    def stay_events(self) -> np.ndarray:
+        """[P] number of events of each stay."""
+        return np.diff(self.set_start[self.stay_start])
+
+    def describe(self) -> str:
+        """The lines a command prints about what it read."""
+        labelled = self.label >= 0
+        lines = [f"data: {self.reader}: {len(self):,} stays, {len(self.set_minute):,} sets, {len(self.event_value):,} events, "
+                 f"{len(self.variables)} variables, {labelled.sum():,} labelled ({(self.label == 1).sum():,} positive)"]
+        lines += [f"data: skipped: {count:,} {reason}" for reason, count in self.notes.items() if count]
+        return "\n".join(lines)
+
+
+def build_cohort(reader, variables, stay, minute, variable, value, stay_id, label, split=None, notes=None) -> Cohort:
+    """Sort flat events into a `Cohort`. A set is all events of one stay at one minute; duplicates are kept (a set is a multiset).
+
+    Args:
+        variables: [V] names; stay, minute, variable, value: [E] stay index, minutes, variable index, raw value of each event.
+        stay_id, label, split: [P]; split may be None (all unassigned).
+    Stays without any event are left out and counted in `notes`; the vocabulary keeps only variables that occur, sorted by name.
+    Raises InputError when a stay id occurs twice.
+    """
+    notes = dict(notes or {})
+    stay_id = np.asarray(stay_id, dtype=str)
+    ids, counts = np.unique(stay_id, return_counts=True)
+    if len(ids) < len(stay_id):
+        raise InputError(f"{reader}: stay {ids[counts > 1][0]} occurs more than once; give each stay an id of its own")
+    split = np.full(len(stay_id), -1) if split is None else np.asarray(split)
+
+    used = np.unique(stay)
+    notes["stays without a usable event"] = len(stay_id) - len(used)
+    if not len(used):
+        raise InputError(f"{reader}: no usable event in any stay; check the files' columns and values")
+    stay = np.searchsorted(used, stay)
+    present = np.unique(variable)
+    order = np.argsort(np.asarray(variables, dtype=str)[present])
+    rank = np.zeros(len(variables), dtype=np.int64)
+    rank[present[order]] = np.arange(len(present))
+
+    sequence = np.lexsort((minute, stay))  # stable: events of one minute keep their order in the file
+    stay, minute = stay[sequence], np.asarray(minute, dtype=np.float32)[sequence]
+    new_set = np.ones(len(stay), dtype=bool)
+    new_set[1:] = (stay[1:] != stay[:-1]) | (minute[1:] != minute[:-1])
+    set_first = np.flatnonzero(new_set)
+    cohort = Cohort(
+        reader=reader,
+        variables=[str(variables[i]) for i in present[order]],
+        event_variable=rank[variable[sequence]].astype(np.int16 if len(present) < 2**15 else np.int32),
+        event_value=np.asarray(value, dtype=np.float32)[sequence],
+        set_start=np.append(set_first, len(stay)).astype(np.int64),
+        set_minute=minute[set_first],
+        stay_start=np.searchsorted(stay[set_first], np.arange(len(used) + 1)).astype(np.int64),
+        stay_id=stay_id[used],
+        label=np.asarray(label)[used].astype(np.int8),
+        split=split[used].astype(np.int8),
+        notes=notes,
+    )
+    digest = hashlib.sha256("\n".join(cohort.variables).encode())
+    for name in Cohort.ARRAYS:
+        digest.update(np.ascontiguousarray(getattr(cohort, name)).tobytes())
+    cohort.fingerprint = digest.hexdigest()[:16]
+    return cohort
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# Reader: the embedded synthetic cohort
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+# name: (mean, standard deviation, loading on the four organ processes, panel it is charted with)
+_SYNTHETIC_VARIABLES = {
+    "HR": (86, 12, (.9, .3, 0, .3), "vitals"), "SysBP": (121, 15, (-.9, 0, 0, 0), "vitals"), "DiasBP": (62, 9, (-.7, 0, 0, 0), "vitals"),
+    "MAP": (80, 10, (-.9, 0, 0, 0), "vitals"), "RespRate": (18, 4, (.2, .8, 0, .2), "vitals"), "SpO2": (97, 2, (0, -.8, 0, 0), "vitals"),
+    "Temp": (37, .6, (0, 0, 0, .6), "vitals"), "Urine": (110, 60, (-.2, 0, -.8, 0), "vitals"), "GCS": (12, 2.5, (0, -.2, 0, -.8), "neuro"),
+    "PupilSize": (3, .8, (0, 0, 0, .4), "neuro"), "CVP": (9, 3, (.5, 0, .3, 0), "neuro"), "FiO2": (.5, .12, (0, .8, 0, 0), "gas"),
+    "pH": (7.38, .06, (-.3, -.4, -.5, 0), "gas"), "PaO2": (120, 40, (0, -.7, 0, 0), "gas"), "PaCO2": (40, 7, (0, .5, 0, 0), "gas"),
+    "Lactate": (2, 1, (.9, .2, .2, .2), "gas"), "BaseExcess": (0, 3, (-.5, 0, -.5, 0), "gas"), "SaO2": (96, 2, (0, -.7, 0, 0), "gas"),
+    "Na": (139, 4, (0, 0, .2, 0), "chemistry"), "K": (4.1, .5, (0, 0, .6, 0), "chemistry"), "Cl": (105, 5, (0, 0, .2, 0), "chemistry"),
+    "HCO3": (24, 4, (-.2, 0, -.6, 0), "chemistry"), "BUN": (24, 12, (0, 0, .9, 0), "chemistry"),
+    "Creatinine": (1.3, .6, (.1, 0, .9, 0), "chemistry"), "Glucose": (135, 35, (.2, 0, 0, .4), "chemistry"),
+    "Mg": (2, .3, (0, 0, .2, 0), "chemistry"), "Ca": (8.4, .6, (0, 0, -.2, 0), "chemistry"), "Phosphate": (3.5, 1, (0, 0, .5, 0), "chemistry"),
+    "HCT": (31, 4, (-.2, 0, 0, 0), "blood"), "Platelets": (200, 80, (0, 0, 0, -.5), "blood"), "WBC": (12, 5, (.1, 0, 0, .7), "blood"),
+    "Haemoglobin": (10.4, 1.4, (-.2, 0, 0, 0), "blood"), "INR": (1.3, .3, (.2, 0, 0, .5), "blood"), "PTT": (35, 10, (.1, 0, 0, .4), "blood"),
+    "ALT": (60, 40, (.3, 0, 0, .4), "liver"), "AST": (70, 50, (.4, 0, 0, .4), "liver"), "Bilirubin": (1.2, .8, (0, 0, 0, .6), "liver"),
+    "Albumin": (3, .5, (0, 0, 0, -.5), "liver"), "ALP": (90, 35, (0, 0, 0, .3), "liver"), "Troponin": (1, .7, (.8, 0, 0, 0), "liver"),
+}
+# panel: (chance an hour at severity 0, added chance a unit of severity, chance that one variable of a drawn panel is missing)
+_SYNTHETIC_PANELS = {"vitals": (.55, .15, .15), "neuro": (.2, .08, .3), "gas": (.06, .06, .1), "chemistry": (.07, .03, .1),
+                     "blood": (.06, .02, .15), "liver": (.02, .015, .25)}
+_SYNTHETIC_HOURS = 48
+
+
+def synthetic_cohort(stays: int = 1000, seed: int = 2012) -> Cohort:
+    """The embedded cohort: deterministic in (stays, seed), vectorised over stays.
+
+    Four organ processes a stay (circulation, lungs, kidneys, brain/infection) wander as mean-reverting noise around a level and a trend.
+    Charted values load on them with a baseline of the stay's own, which hides the level; severe hours are charted more often. Death
+    depends on the *trajectory*: how much the organs worsened over the stay, and whether two failed at once at the end.
+    """
+    rng = np.random.default_rng([seed, stays])
+    hours = np.arange(_SYNTHETIC_HOURS)
+    # Organ processes [P, 48, 4]: level + trend + Ornstein-Uhlenbeck noise.
+    level, trend = rng.normal(0, .8, (stays, 1, 4)), rng.normal(0, 1, (stays, 1, 4))
+    noise = np.zeros((stays, _SYNTHETIC_HOURS, 4))
+    for hour in hours[1:]:
+        noise[:, hour] = .85 * noise[:, hour - 1] + rng.normal(0, .3, (stays, 4))
+    organs = level + trend * (hours[:, None] / _SYNTHETIC_HOURS) + noise
+    severity = organs.mean(-1).clip(-1, 3)  # [P, 48]
+
+    age = rng.normal(64, 15, stays).clip(18, 95)
+    worsening = (organs[:, -8:].mean(1) - organs[:, :12].mean(1)).sum(-1)  # [P]
+    two_failing = np.sort(organs[:, -8:].mean(1), axis=-1)[:, -2]
+    risk = 1.1 * worsening + 1.5 * (two_failing - 1).clip(0) + .02 * (age - 64)
+    label = (rng.random(stays) < 1 / (1 + np.exp(-(risk - 2.9)))).astype(np.int8)
+
+    names = list(_SYNTHETIC_VARIABLES) + ["Age", "Gender", "Height", "Weight"]
+    stay, minute, variable, value = [], [], [], []
+
+    def add(s, m, v, x):
+        stay.append(s), minute.append(m), variable.append(np.full(len(s), v)), value.append(x)
+
+    everyone = np.arange(stays)
+    for name, x in (("Age", age.round()), ("Gender", rng.integers(0, 2, stays)), ("Height", rng.normal(170, 10, stays).round(1)),
+                    ("Weight", rng.normal(82, 18, stays).clip(35).round(1))):
+        recorded = rng.random(stays) > (.3 if name == "Height" else .03)
+        add(everyone[recorded], np.zeros(recorded.sum()), names.index(name), x[recorded])
+    baseline = rng.normal(0, .8, (stays, len(_SYNTHETIC_VARIABLES)))
+    for panel, (chance, slope, missing) in _SYNTHETIC_PANELS.items():
+        s, hour = np.nonzero(rng.random(severity.shape) < (chance + slope * severity).clip(.01, .95))
+        at = hour * 60 + 5 * rng.integers(0 if panel == "vitals" else 6, 12, len(s)) + (hour == 0) * 5
+        for v, (mean, sd, loading, home) in enumerate(_SYNTHETIC_VARIABLES.values()):
+            if home == panel:
+                kept = rng.random(len(s)) > missing
+                z = baseline[s[kept], v] + organs[s[kept], hour[kept]] @ np.array(loading) + rng.normal(0, .4, kept.sum())
+                add(s[kept], at[kept], v, np.maximum(mean + sd * z, mean * .05 if mean > 0 else -np.inf))
+    width = len(str(stays))
+    return build_cohort("embedded synthetic cohort", names, *(np.concatenate(x) for x in (stay, minute, variable, value)),
+                        stay_id=[f"synthetic-{i:0{width}d}" for i in range(stays)], label=label)
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# Reader: PhysioNet / CinC Challenge 2012
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+_DESCRIPTORS = ("Age", "Gender", "Height", "ICUType", "Weight")  # -1 means "not recorded"
+_CLOCK = re.compile(r"\d{1,6}:[0-5]\d")
+
+
+def _physionet2012_files(folder: Path) -> dict[str, Path]:
+    """set letter -> its records: the unpacked folder where it exists, else the archive as downloaded."""
+    found = {}
+    for letter in "abc":
+        for path in (folder / f"set-{letter}", folder / f"set-{letter}.tar.gz"):
+            if path.exists():
+                found.setdefault(letter, path)
+    return found
+
+
+def _physionet2012_sources(folder: Path) -> list[Path]:
+    sources = []
+    for letter, path in _physionet2012_files(folder).items():
+        outcomes = folder / f"Outcomes-{letter}.txt"
+        if not outcomes.is_file():
+            raise InputError(f"{outcomes}: no such file; put the outcomes of set {letter} beside {path.name}")
+        sources += [outcomes, *(sorted(path.glob("*.txt")) if path.is_dir() else [path])]
+    return sources
+
+
+def _records(path: Path):
+    """Yield (record name, bytes) of a folder or archive, in order of name. Nothing is unpacked to disk."""
+    if path.is_dir():
+        files = sorted(path.glob("*.txt"))
+        if not files:
+            raise InputError(f"{path}: holds no <RecordID>.txt; unpack set-*.tar.gz there again")
+        yield from ((file.stem, file.read_bytes()) for file in files)
+        return
+    try:
+        with tarfile.open(path, "r:gz") as archive:
+            records = []
+            for member in archive:
+                inside = Path(member.name)
+                if not (member.isfile() or member.isdir()) or inside.is_absolute() or ".." in inside.parts:
+                    raise InputError(f"{path}: member {member.name} is a link, a device or leaves the folder; download the archive again")
+                if member.isfile() and inside.suffix == ".txt":
+                    records.append((inside.stem, archive.extractfile(member).read()))
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise InputError(f"{path}: damaged archive ({error}); download it again") from None
+    if not records:
+        raise InputError(f"{path}: holds no <RecordID>.txt; download the archive again")
+    yield from sorted(records)
+
+
+def _blame_record(path: Path, records: list[tuple[str, bytes]]):
+    """Find the first malformed line after the fast parser gave up, and raise the InputError that names it."""
+    for name, body in records:
+        for number, line in enumerate(body.decode("utf-8", "replace").splitlines(), start=2):
+            cells = line.split(",")
+            if len(cells) != 3:
+                problem = f"{len(cells)} columns where Time,Parameter,Value are 3"
+            elif not _CLOCK.fullmatch(cells[0]):
+                problem = f"time {cells[0]!r} is not HH:MM"
+            elif not re.fullmatch(r"\s*([-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|[-+]?inf|nan)?\s*", cells[2], re.IGNORECASE):
+                problem = f"value {cells[2]!r} of {cells[1]} is not a number"
+            else:
+                continue
+            raise InputError(f"{path}/{name}.txt line {number}: {problem}; mend or remove the line")
+    raise InputError(f"{path}: the records cannot be parsed as Time,Parameter,Value; download the set again")
+
+
+def _parse_records(path: Path) -> tuple[pd.DataFrame, list[str]]:
+    """All records of one set as one table (record, Time, Parameter, Value), parsed in one call; and the records' names."""
+    records, rows = [], []
+    for name, raw in _records(path):
+        header, _, body = raw.removeprefix(b"\xef\xbb\xbf").partition(b"\n")
+        if header.strip() != b"Time,Parameter,Value":
+            raise InputError(f"{path}/{name}.txt line 1: not a PhysioNet 2012 record (no header Time,Parameter,Value); remove the file")
+        body = body if not body or body.endswith(b"\n") else body + b"\n"
+        records.append((name, body))
+        rows.append(body.count(b"\n"))
+    try:
+        table = pd.read_csv(io.BytesIO(b"".join(body for _, body in records)), header=None, names=["Time", "Parameter", "Value"],
+                            dtype={"Time": "category", "Parameter": "category", "Value": np.float64}, quoting=csv.QUOTE_NONE,
+                            skip_blank_lines=False, index_col=False, na_values=[""], keep_default_na=False)
+    except (ValueError, pd.errors.ParserError):
+        _blame_record(path, records)
+    if len(table) != sum(rows) or not all(_CLOCK.fullmatch(str(time)) for time in table["Time"].cat.categories):
+        _blame_record(path, records)
+    table["record"] = np.repeat(np.arange(len(records)), rows)
+    return table, [name for name, _ in records]
+
+
+def _read_outcomes(path: Path) -> pd.Series:
+    """record id -> In-hospital_death."""
+    try:
+        table = pd.read_csv(path, dtype=str, encoding="utf-8-sig")
+    except (ValueError, pd.errors.ParserError) as error:
+        raise InputError(f"{path}: not a CSV table ({error}); download it again") from None
+    for column in ("RecordID", "In-hospital_death"):
+        if column not in table:
+            raise InputError(f"{path}: no column {column}; download it again")
+    bad = np.flatnonzero(~table["In-hospital_death"].isin(["0", "1"]))
+    if len(bad):
+        raise InputError(f"{path} line {bad[0] + 2}: In-hospital_death is {table['In-hospital_death'][bad[0]]!r}, not 0 or 1; mend the line")
+    twice = np.flatnonzero(table["RecordID"].duplicated())
+    if len(twice):
+        raise InputError(f"{path} line {twice[0] + 2}: RecordID {table['RecordID'][twice[0]]} occurs twice; remove one line")
+    return table.set_index("RecordID")["In-hospital_death"].astype(int)
+
+
+def read_physionet2012(folder: Path) -> Cohort:
+    """Sets a, b, c of the Challenge 2012 (Silva et al. 2012), whichever lie in `folder`. Label: in-hospital death.
+
+    The outcome files' scores and lengths of stay never become inputs. ICUType is categorical: one event per type, of value 1.
+    """
+    tables, names, labels, stays = [], [], [], 0
+    for letter, path in _physionet2012_files(folder).items():
+        table, records = _parse_records(path)
+        table["record"] += stays
+        stays += len(records)
+        tables.append(table)
+        names += records
+        labels.append(_read_outcomes(folder / f"Outcomes-{letter}.txt"))
+    time, parameter = (pd.api.types.union_categoricals([t[c] for t in tables]) for c in ("Time", "Parameter"))
+    record = np.concatenate([t["record"].to_numpy() for t in tables])
+    value = np.concatenate([t["Value"].to_numpy() for t in tables])
+    minutes = np.array([int(t[:-3]) * 60 + int(t[-2:]) for t in time.categories], dtype=np.float32)
+    code, kinds = parameter.codes.astype(np.int64), [str(k) for k in parameter.categories]
+
+    def is_kind(*wanted):  # [E] bool
+        return np.isin(code, [kinds.index(k) for k in wanted if k in kinds])
+
+    identity = is_kind("RecordID")
+    wrong = np.flatnonzero(identity & (value != pd.to_numeric(pd.Series(names), errors="coerce").to_numpy()[record]))
+    if len(wrong):
+        raise InputError(f"{folder}: record {names[record[wrong[0]]]}.txt names itself RecordID {value[wrong[0]]:g}; rename or remove the file")
+    empty, unrecorded, unusable = code < 0, is_kind(*_DESCRIPTORS) & (value == -1), ~np.isfinite(value)
+    notes = {"rows with an empty parameter": int(empty.sum()), "descriptors not recorded (-1)": int(unrecorded.sum()),
+             "rows without a finite value": int((unusable & ~empty).sum())}
+    keep = ~(identity | empty | unrecorded | unusable)
+    icu = is_kind("ICUType") & keep
+    for kind in np.unique(value[icu]):
+        code[icu & (value == kind)] = len(kinds)
+        kinds.append(f"ICUType={kind:g}")
+    value[icu] = 1
+
+    outcome = pd.concat(labels)
+    label = outcome.reindex(names).fillna(-1).to_numpy(dtype=np.int64)
+    notes["stays without an outcome (unlabelled)"] = int((label < 0).sum())
+    notes["outcomes of no stay"] = len(outcome) - int((label >= 0).sum())
+    return build_cohort("PhysioNet 2012 set " + "+".join(_physionet2012_files(folder)), kinds, record[keep], minutes[time.codes[keep]],
+                        code[keep], value[keep], stay_id=names, label=label, notes=notes)
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# Choosing a reader, and the cache
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+# One line a reader: (what it reads, does it lie in this folder?, the files it depends on, read it). The first that matches is taken.
+READERS = [
+    ("PhysioNet 2012 (set-a.tar.gz or set-a/ with Outcomes-a.txt)", lambda folder: bool(_physionet2012_files(folder)),
+     _physionet2012_sources, read_physionet2012),
+]
+
+
+def load_cohort(data_dir: str | None = None, synthetic_stays: int = 1000, cache_dir: Path = CACHE_DIR) -> Cohort:
+    """The cohort at `data_dir` (None: the embedded one), parsed once and then memory-mapped from the cache.
+
+    Raises InputError where the folder is missing, fits no reader, or holds a malformed file.
+    """
+    if data_dir is None:
+        key = {"synthetic_stays": synthetic_stays}
+        read = lambda: synthetic_cohort(synthetic_stays)
+    else:
+        folder = Path(data_dir)
+        if not folder.is_dir():
+            raise InputError(f"{folder}: no such folder; --data_dir takes the folder that holds the data")
+        reader = next((r for r in READERS if r[1](folder)), None)
+        if reader is None:
+            raise InputError(f"{folder}: no data that a reader knows; expected one of: " + "; ".join(r[0] for r in READERS))
+        key = {"sources": [[str(p.resolve()), (s := p.stat()).st_size, s.st_mtime_ns] for p in reader[2](folder)], "reader": reader[0]}
+        read = lambda: reader[3](folder)
+    key["version"] = READER_VERSION
+    cached = Path(cache_dir) / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    cohort = _open_cache(cached)
+    if cohort is None:
+        cohort = read()
+        _write_cache(cached, cohort)
+        cohort = _open_cache(cached)
+    return cohort
+
+
+def _open_cache(folder: Path) -> Cohort | None:
+    """The cached cohort, memory-mapped; None where there is none or it is torn (a file missing or of another length)."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in Cohort.ARRAYS}
+        if any(list(arrays[name].shape) != shape for name, shape in meta.pop("shapes").items()):
+            return None
+        return Cohort(**meta, **arrays)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write_cache(folder: Path, cohort: Cohort) -> None:
+    """Write to a temporary folder beside the target, sync, rename: a reader never sees a half-written cache."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
+    try:
+        for name in Cohort.ARRAYS:
+            np.save(temporary / f"{name}.npy", getattr(cohort, name), allow_pickle=False)
+        meta = {f.name: getattr(cohort, f.name) for f in fields(Cohort) if f.name not in Cohort.ARRAYS}
+        meta["shapes"] = {name: list(getattr(cohort, name).shape) for name in Cohort.ARRAYS}
+        (temporary / "meta.json").write_text(json.dumps(meta))
+        for path in temporary.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# Splits, normalisation, the vocabulary's vectors
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+def make_splits(cohort: Cohort, seed: int) -> dict[str, list[str]]:
+    """Stay ids of train, valid and test: the data set's own split where it has one, else 64/16/20 stratified by label, seeded.
+
+    Raises InputError where a label is too rare to be stratified.
+    """
+    if (cohort.split >= 0).any():
+        return {name: cohort.stay_id[cohort.split == code].tolist() for code, name in enumerate(SPLITS)}
+    everyone = np.arange(len(cohort))
+    try:
+        rest, test = train_test_split(everyone, test_size=.2, stratify=cohort.label, random_state=seed)
+        train, valid = train_test_split(rest, test_size=.2, stratify=cohort.label[rest], random_state=seed)
+    except ValueError as error:
+        raise InputError(f"{cohort.reader}: {len(cohort)} stays cannot be split into train, valid and test ({error}); "
+                         "give more stays or a split of your own") from None
+    return {name: cohort.stay_id[np.sort(part)].tolist() for name, part in zip(SPLITS, (train, valid, test))}
+
+
+def stays_of(cohort: Cohort, ids: list[str]) -> np.ndarray:
+    """Indices [n] of the stays with these ids, in the cohort's order."""
+    return np.flatnonzero(np.isin(cohort.stay_id, ids))
+
+
+def stay_event_index(cohort: Cohort, stays: np.ndarray) -> np.ndarray:
+    """Indices [n] of all events of these stays, stay after stay."""
+    return ranges(cohort.set_start[cohort.stay_start[stays]], cohort.stay_events[stays])
+
+
+def ranges(start: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """Concatenation of arange(start_i, start_i + length_i)."""
+    ends = np.cumsum(length)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(start - (ends - length), length)
+
+
+@dataclass
+class Normalizer:
+    """z = clip((value - mean) / std, -clip, clip), a variable each. Fitted on training stays only; travels in the checkpoint."""
+
+    variables: list[str]
+    mean: np.ndarray   # [V] float32, raw units
+    std: np.ndarray    # [V] float32, raw units, positive
+    clip: float = 5.0  # standard deviations
+
+    @classmethod
+    def fit(cls, cohort: Cohort, stays: np.ndarray, tail: float = .005) -> "Normalizer":
+        """Mean and standard deviation of each variable's values between its `tail` and 1 - `tail` quantiles (winsorised: one
+        mistyped pH of 735 must not set the scale). A constant variable (an indicator) gets mean 0, std 1: its value stays visible."""
+        events = stay_event_index(cohort, stays)
+        variable, value = cohort.event_variable[events], cohort.event_value[events].astype(np.float64)
+        order = np.argsort(variable, kind="stable")
+        bounds = np.searchsorted(variable[order], np.arange(len(cohort.variables) + 1))
+        mean, std = np.zeros(len(cohort.variables)), np.ones(len(cohort.variables))
+        for v in range(len(cohort.variables)):
+            x = value[order[bounds[v]:bounds[v + 1]]]
+            if len(x):
+                x = x.clip(*np.quantile(x, (tail, 1 - tail)))
+                mean[v], std[v] = x.mean(), x.std()
+        constant = std <= 1e-6 * np.maximum(1, abs(mean))
+        mean[constant], std[constant] = 0, 1
+        return cls(cohort.variables, mean.astype(np.float32), std.astype(np.float32))
+
+    def __call__(self, variable: np.ndarray, value: np.ndarray) -> np.ndarray:
+        return ((value - self.mean[variable]) / self.std[variable]).clip(-self.clip, self.clip).astype(np.float32)
+
+    def state_dict(self) -> dict:
+        """Plain types and tensors, for the checkpoint."""
+        return {"variables": list(self.variables), "mean": torch.from_numpy(self.mean), "std": torch.from_numpy(self.std), "clip": self.clip}
+
+    @classmethod
+    def from_state(cls, state: dict) -> "Normalizer":
+        return cls(state["variables"], state["mean"].numpy(), state["std"].numpy(), state["clip"])
+
+
+def variable_vectors(variables: list[str], dim: int) -> torch.Tensor:
+    """[V, dim] one unit vector a variable, seeded by a hash of its *name*: the same variable has the same vector in every data set."""
+    rows = [np.random.default_rng(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")).standard_normal(dim)
+            for name in variables]
+    table = np.stack(rows)
+    return torch.from_numpy(table / np.linalg.norm(table, axis=1, keepdims=True)).float()
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# Batches
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+@dataclass
+class EventBatch:
+    """B stays and their E events as tensors. Sets are laid out twice: grouped by size for the set encoder, by stay for the Transformer.
+
+    Groups: sets of similar size form a group of S_k sets, padded to its widest, N_k; `token_event` lists the groups' M cells, group after
+    group, set after set, as indices of events, E (one past the end) where a cell is padding. Stays: a grid [B, L]; `slot_set` is the place
+    of each slot's set in the concatenated groups, S (one past the end) after a stay's last set.
+
+    S, M and L are rounded up (see `round_up`), by sets of padding in groups of their own, so that few distinct shapes occur: matrix
+    kernels that are compiled for each shape (oneDNN, torch.compile) would else be compiled at every step.
+    """
+
+    event_variable: torch.Tensor   # [E] int64
+    event_value: torch.Tensor      # [E] float32, normalised
+    event_slot: torch.Tensor       # [E] int64, stay * L + position of the event's set
+    groups: list[tuple[int, int]]  # (S_k, N_k)
+    token_event: torch.Tensor      # [M] int64, M = sum of S_k * N_k
+    group_slot: torch.Tensor       # [S] int64, the slot of each set of the groups (0 for padding)
+    slot_set: torch.Tensor         # [B, L] int64
+    minute: torch.Tensor           # [B, L] float32, of each set (0 in padding)
+    lengths: torch.Tensor          # [B] int64, number of sets
+    label: torch.Tensor            # [B] int64, -1: none
+    stay: torch.Tensor             # [B] int64, index in the cohort
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def _map(self, function) -> "EventBatch":
+        return EventBatch(**{f.name: function(x) if torch.is_tensor(x := getattr(self, f.name)) else x for f in fields(self)})
+
+    def to(self, device, non_blocking: bool = False) -> "EventBatch":
+        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "EventBatch":
+        return self._map(torch.Tensor.pin_memory)
+
+
+class StayDataset(torch.utils.data.Dataset):
+    """Turns an array of stay indices into an `EventBatch`: the data set behind a DataLoader whose sampler yields whole batches.
+
+    Events of variables outside the normalizer's vocabulary are dropped here; `unknown_variables` names them.
+    """
+
+    def __init__(self, cohort: Cohort, normalizer: Normalizer, max_groups: int = 6):
+        self.cohort, self.normalizer = cohort, normalizer
+        lookup = {name: i for i, name in enumerate(normalizer.variables)}
+        self.variable = np.array([lookup.get(name, -1) for name in cohort.variables])  # [V of the data] -> the model's vocabulary
+        self.unknown_variables = [name for name in cohort.variables if name not in lookup]
+        self.widths = group_widths(np.diff(cohort.set_start), max_groups)
+
+    def __getitem__(self, stays: np.ndarray) -> EventBatch:
+        cohort = self.cohort
+        sets_per_stay = np.diff(cohort.stay_start)[stays]
+        set_index = ranges(cohort.stay_start[stays], sets_per_stay)
+        size = cohort.set_start[set_index + 1] - cohort.set_start[set_index]
+        events = ranges(cohort.set_start[set_index], size)
+        variable, value = self.variable[cohort.event_variable[events]], cohort.event_value[events]
+        event_set = np.repeat(np.arange(len(set_index)), size)
+        if self.unknown_variables:
+            known = variable >= 0
+            variable, value, event_set = variable[known], value[known], event_set[known]
+            size = np.bincount(event_set, minlength=len(set_index))
+        first, sets = np.cumsum(size) - size, len(size)
+        length = round_up(sets_per_stay.max())
+        slot = ranges(np.arange(len(stays)) * length, sets_per_stay)                       # [sets]
+
+        width_class = np.searchsorted(self.widths, size)
+        group_set = np.argsort(width_class, kind="stable")
+        groups, token_event = [], []
+        for members in np.split(group_set, np.flatnonzero(np.diff(width_class[group_set])) + 1):
+            column = np.arange(max(1, size[members].max()))  # a set left empty by unknown variables is one cell of padding
+            groups.append((len(members), len(column)))
+            token_event.append(np.where(column < size[members, None], first[members, None] + column, len(variable)).ravel())
+        padding_sets, cells = round_up(sets + 1) - sets, sum(s * n for s, n in groups)
+        padding_cells = round_up(cells + padding_sets) - cells
+        groups += [(s, n) for s, n in ((padding_sets - 1, 1), (1, padding_cells - padding_sets + 1)) if s]
+        token_event.append(np.full(padding_cells, len(variable)))
+
+        slot_set = np.full(len(stays) * length, sets + padding_sets)
+        slot_set[slot[group_set]] = np.arange(sets)
+        minute = np.zeros(len(stays) * length, dtype=np.float32)
+        minute[slot] = cohort.set_minute[set_index]
+        arrays = dict(
+            event_variable=variable.astype(np.int64),
+            event_value=self.normalizer(variable, value),
+            event_slot=slot[event_set],
+            token_event=np.concatenate(token_event),
+            group_slot=np.append(slot[group_set], np.zeros(padding_sets, dtype=np.int64)),
+            slot_set=slot_set.reshape(-1, length),
+            minute=minute.reshape(-1, length),
+            lengths=sets_per_stay.astype(np.int64),
+            label=cohort.label[stays].astype(np.int64),
+            stay=np.array(stays, dtype=np.int64),
+        )
+        return EventBatch(groups=groups, **{name: torch.from_numpy(array) for name, array in arrays.items()})
+
+
+def round_up(n: int) -> int:
+    """The next size with at most four leading significant bits: at most 12.5% larger, eight sizes an octave."""
+    step = 1 << max(0, int(n).bit_length() - 4)
+    return -(-int(n) // step) * step
+
+
+def group_widths(sizes: np.ndarray, groups: int) -> np.ndarray:
+    """At most `groups` upper bounds on set size that minimise the padded cells when each set is padded to the next bound.
+
+    Exact dynamic programme over the distinct sizes u: cost[g, j] = min_i cost[g-1, i] + u_j * (number of sets with u_i < size <= u_j).
+    """
+    unique, count = np.unique(sizes, return_counts=True)
+    below = np.concatenate([[0], np.cumsum(count)])                     # sets of the first i distinct sizes
+    i, j = np.arange(len(unique))[None], np.arange(len(unique))[:, None]
+    block = np.where(i <= j, unique[:, None] * (below[j + 1] - below[i]), np.inf)  # [j, i]
+    cost, choice = block[:, 0], []
+    for _ in range(min(groups, len(unique)) - 1):
+        total = block + np.concatenate([[np.inf], cost[:-1]])[None]     # the previous bound is u_{i-1}
+        total[:, 0] = block[:, 0]
+        choice.append(total.argmin(1))
+        cost = total.min(1)
+    bounds, j = [], len(unique) - 1
+    for pick in reversed(choice):
+        bounds.append(unique[j])
+        if pick[j] == 0:
+            break
+        j = pick[j] - 1
+    else:
+        bounds.append(unique[j])
+    return np.array(sorted(set(bounds)))
+
+
+def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """The batches of one training epoch: positions into `lengths`, every one once, in an order that (seed, epoch) decides.
+
+    Stays are shuffled, then sorted by length within windows of 32 batches, so that a batch holds stays of similar length; the order of
+    the batches is shuffled again. A run resumes inside an epoch by slicing the list.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(len(lengths))
+    window = 32 * batch_size
+    batches = []
+    for start in range(0, len(order), window):
+        part = order[start:start + window]
+        part = part[np.argsort(lengths[part], kind="stable")]
+        batches += [part[i:i + batch_size] for i in range(0, len(part), batch_size)]
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def sorted_batches(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """The batches of an evaluation pass: positions sorted by length, nothing random."""
+    order = np.argsort(lengths, kind="stable")
+    return [order[i:i + batch_size] for i in range(0, len(order), batch_size)]

@@ -1,0 +1,801 @@
+"""SeqSetVAE: a set-VAE for every charted set, a causal Transformer across the sets of a stay.
+
+`SetVAE` encodes one set of (variable, value) events, history-free. `SeqSetVAEPretrain` adds the history and trains on reconstruction +
+KL, without labels. `SeqSetVAE` puts a classification head on the same blocks. The two share building blocks and nothing else.
+
+Shapes: B stays, S sets, E events of a batch; L sets of its longest stay; M cells of the padded groups of sets; V variables; d latent_dim,
+r reduced_dim, m inducing points, k statistics of a variable's history.
+"""
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from data import EventBatch, InputError
+
+
+@dataclass
+class ModelConfig:
+    """Everything that decides the shapes and the objective of a model; travels in its checkpoint."""
+
+    num_variables: int              # V, size of the vocabulary
+    input_dim: int = 64             # width of the vocabulary's (frozen) vectors
+    # Set encoder
+    reduced_dim: int = 64           # r
+    latent_dim: int = 128           # d
+    levels: int = 2                 # ISAB levels
+    set_heads: int = 4
+    inducing: int = 4               # m
+    mab_residual: bool = True       # MAB of Lee et al. 2019 (True) or of the original SeqSetVAE, without residuals (False)
+    presence: bool = True           # learned term that says *that* a variable was measured, whatever its value
+    # History
+    layers: int = 3
+    heads: int = 4
+    ff_dim: int = 512
+    dropout: float = 0.1
+    slope_per_head: bool = True     # one slope of the time bias a head, or a single one
+    # Decoder and objective
+    decoder: str = "readout"        # "readout": each variable's value, presence and history; "slots": a set of points, Chamfer distance
+    learned_seeds: bool = True      # slots decoder: learned slot seeds, or pure noise as in the original
+    noise_std: float = 0.3          # noise on learned seeds, in training
+    sample_z: bool = True           # readout decoder: each set is also decoded from its own sampled z, so that logvar means something
+    hide_sets: float = 0.1          # share of sets hidden from the Transformer in pretraining
+    drop_events: float = 0.1        # share of events hidden from the encoder in pretraining
+    max_beta: float = 1e-4          # weight of the KL after its warm-up
+    free_bits: float = 0.0          # KL below free_bits * d costs nothing
+    logvar_bonus: float = 0.0       # the original's -0.1 * mean(logvar)
+    # Classifier (SeqSetVAE)
+    classes: int = 2
+    classification_only: bool = True  # frozen backbone; False: full training
+    fuse: bool = True               # mu and logvar fused, or mu alone
+    features: str = "multiscale"    # frozen features: "multiscale" or "stable"
+    summaries: bool = False         # exact per-variable summaries of the stay beside the learned features
+    head_widths: tuple = ()         # widths of the head's hidden layers; (): d, d/2, d/4
+
+    @classmethod
+    def original(cls, num_variables: int, **sizes) -> "ModelConfig":
+        """The original implementation's architecture and objective (section 5 of its description), for comparison and its checkpoints."""
+        return cls(num_variables, **{**dict(
+            input_dim=768, reduced_dim=256, latent_dim=256, inducing=16, set_heads=2, layers=4, heads=8, ff_dim=512, mab_residual=False,
+            presence=False, slope_per_head=False, decoder="slots", learned_seeds=False, sample_z=False, hide_sets=0.0, drop_events=0.0,
+            max_beta=0.05, free_bits=0.1, logvar_bonus=0.1), **sizes})
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# Attention blocks
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+class Attention(nn.Module):
+    """Multi-head attention with the parameter names of `nn.MultiheadAttention`, on fused scaled-dot-product attention."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(3 * dim, dim)))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
+        self.out_proj = nn.Linear(dim, dim)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def project_query(self, x: torch.Tensor) -> torch.Tensor:
+        d = x.shape[-1]
+        return F.linear(x, self.in_proj_weight[:d], self.in_proj_bias[:d])
+
+    def project_key_value(self, x: torch.Tensor) -> torch.Tensor:
+        d = x.shape[-1]
+        return F.linear(x, self.in_proj_weight[d:], self.in_proj_bias[d:])  # [..., 2d]
+
+    def attend(self, query, key_value, mask=None):
+        """query [G, Nq, d], key_value [G, Nk, 2d], both projected; mask broadcastable to [G, heads, Nq, Nk] -> [G, Nq, d], not yet projected."""
+        key, value = key_value.unflatten(-1, (2, self.heads, -1)).unbind(-3)         # [G, Nk, heads, d / heads]
+        query = query.unflatten(-1, (self.heads, -1))
+        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value)), attn_mask=mask)
+        return out.transpose(1, 2).flatten(-2)
+
+
+class MAB(nn.Module):
+    """Multihead attention block. `residual`: LN(H + FF(H)), H = LN(X + MHA(X, Y)) (Lee et al. 2019, eq. 6-7); without: LN(FF(LN(MHA(X, Y)))).
+
+    Works on groups of sets (see `EventBatch`): everything but the attention itself is dense over the cells of all groups at once.
+    """
+
+    def __init__(self, dim: int, heads: int, residual: bool):
+        super().__init__()
+        self.residual = residual
+        self.multihead = Attention(dim, heads)
+        self.ln1 = nn.LayerNorm(dim)
+        self.ff = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+        self.ln2 = nn.LayerNorm(dim)
+
+    def forward(self, x, y, groups, masks=None):
+        """x: cells that attend, [sum S_k * Nx_k, d], or [n, d], the same n queries for every set; y: cells attended to, [sum S_k * Ny_k, d];
+        groups: k of (S_k, Nx_k, Ny_k); masks: k of [S_k, 1, 1, Ny_k], True where attended -> [sum S_k * Nx_k, d]."""
+        query, key_value = self.multihead.project_query(x), self.multihead.project_key_value(y)
+        shared = len(x) != sum(s * nx for s, nx, _ in groups)
+        queries = [query.expand(s, -1, -1) for s, _, _ in groups] if shared else \
+            [q.unflatten(0, (s, nx)) for q, (s, nx, _) in zip(query.split([s * nx for s, nx, _ in groups]), groups)]
+        attended = []
+        for k, (q, kv, (s, _, ny)) in enumerate(zip(queries, key_value.split([s * ny for s, _, ny in groups]), groups)):
+            attended.append(self.multihead.attend(q, kv.unflatten(0, (s, ny)), masks and masks[k]).flatten(0, 1))
+        h = self.multihead.out_proj(torch.cat(attended))
+        if not self.residual:
+            return self.ln2(self.ff(self.ln1(h)))
+        h = self.ln1(h.unflatten(0, (-1, len(x))).add(x).flatten(0, 1) if shared else x + h)
+        return self.ln2(h + self.ff(h))
+
+
+class ISAB(nn.Module):
+    """Induced set attention block: m learned points attend to the set, the set attends to them (Lee et al. 2019, eq. 9-10)."""
+
+    def __init__(self, dim: int, heads: int, inducing: int, residual: bool):
+        super().__init__()
+        self.inducing = nn.Parameter(nn.init.xavier_uniform_(torch.empty(inducing, dim)))
+        self.mab1 = MAB(dim, heads, residual)
+        self.mab2 = MAB(dim, heads, residual)
+
+    def forward(self, x, groups, masks=None):
+        """x [M, d], groups: k of (S_k, N_k) -> [M, d]."""
+        m = len(self.inducing)
+        summary = self.mab1(self.inducing, x, [(s, m, n) for s, n in groups], masks)   # [S * m, d]
+        return self.mab2(x, summary, [(s, n, m) for s, n in groups])
+
+
+class TransformerLayer(nn.Module):
+    """Pre-norm layer with the parameter names of `nn.TransformerEncoderLayer` (whose evaluation fast path misreads a float mask)."""
+
+    def __init__(self, dim: int, heads: int, ff_dim: int, dropout: float):
+        super().__init__()
+        self.self_attn = Attention(dim, heads)
+        self.linear1, self.linear2 = nn.Linear(dim, ff_dim), nn.Linear(ff_dim, dim)
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+
+    def forward(self, x, bias):
+        y = self.norm1(x)
+        y = self.self_attn.attend(self.self_attn.project_query(y), self.self_attn.project_key_value(y), bias)
+        x = x + self.dropout(self.self_attn.out_proj(y))
+        return x + self.dropout(self.linear2(self.dropout(F.gelu(self.linear1(self.norm2(x))))))
+
+
+def event_masks(batch: EventBatch) -> list[torch.Tensor]:
+    """k of [S_k, 1, 1, N_k] bool: True where a cell of the group holds an event."""
+    real = batch.token_event < len(batch.event_value)                                                 # [M]
+    return [r.view(s, 1, 1, n) for r, (s, n) in zip(real.split([s * n for s, n in batch.groups]), batch.groups)]
+
+
+def sinusoids(index: torch.Tensor, dim: int) -> torch.Tensor:
+    """[..., dim] sinusoidal code of integer positions (Vaswani et al. 2017, section 3.5)."""
+    frequency = torch.exp(torch.arange(0, dim, 2, device=index.device) * (-math.log(10000.0) / dim))
+    angle = index[..., None] * frequency
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# Decoders
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+class ReadoutDecoder(nn.Module):
+    """From a code: for every variable its expected value (normalised) and the logit that it was measured. Two one-hidden-layer MLPs."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        d, v = config.latent_dim, config.num_variables
+        self.value = nn.Sequential(nn.Linear(d, 2 * d), nn.GELU(), nn.Linear(2 * d, v))
+        self.measured = nn.Sequential(nn.Linear(d, 2 * d), nn.GELU(), nn.Linear(2 * d, v))
+
+    def forward(self, code):
+        """code [..., d] -> values, logits [..., V]."""
+        return self.value(code), self.measured(code)
+
+
+class SlotPooling(nn.Module):
+    """Pooling by multihead attention (Lee et al. 2019, eq. 11) to as many slots as a set has events."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.mab = MAB(config.latent_dim, config.set_heads, config.mab_residual)
+        self.ff = nn.Linear(config.latent_dim, config.latent_dim)
+        self.ln = nn.LayerNorm(config.latent_dim)
+
+    def forward(self, seeds, x, groups, masks):
+        return self.ln(self.mab(seeds, F.relu(self.ff(x)), [(s, n, n) for s, n in groups], masks))
+
+
+class SlotLevel(nn.Module):
+    """One attentive bottleneck level: ISAB over the slots so far, then pooling to new slots around the seeds."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.isab = ISAB(config.latent_dim, config.set_heads, config.inducing, config.mab_residual)
+        self.pma = SlotPooling(config)
+
+    def forward(self, x, seeds, groups, masks):
+        """x, seeds [M, d] -> [M, d]."""
+        return seeds + self.pma(seeds, x + self.isab(x, groups, masks), groups, masks)
+
+
+class SlotDecoder(nn.Module):
+    """From a code and the number of events: a set of points in the reduced space (the attentive bottleneck decoder of the original)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.noise_std, self.dim = config.noise_std, config.latent_dim
+        self.seeds = nn.Linear(config.latent_dim, config.latent_dim) if config.learned_seeds else None  # of the slot's sinusoidal index
+        self.decoder_layers = nn.ModuleList(SlotLevel(config) for _ in range(config.levels))
+        self.out = nn.Linear(config.latent_dim, config.reduced_dim)
+
+    def _seeds(self, groups, device):
+        """[M, d] learned seeds (plus noise in training); or pure noise at every call, as in the original."""
+        m = sum(s * n for s, n in groups)
+        if self.seeds is None:
+            return torch.randn(m, self.dim, device=device)
+        index = torch.cat([torch.arange(n, device=device).repeat(s) for s, n in groups])
+        seeds = self.seeds(sinusoids(index, self.dim))
+        return seeds + self.noise_std * torch.randn(m, self.dim, device=device) if self.training else seeds
+
+    def forward(self, code, groups, masks):
+        """code [S, d] in group order, masks: k of [S_k, 1, 1, N_k] -> [M, r]."""
+        x = torch.cat([c[:, None].expand(-1, n, -1).flatten(0, 1) for c, (_, n) in zip(code.split([s for s, _ in groups]), groups)])
+        for level in self.decoder_layers:
+            x = x + level(x, self._seeds(groups, code.device), groups, masks)
+        return self.out(x)
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# Losses. Each gives one number a set, [B, L]; `mean_over_stays` averages over sets, then stays, in float32.
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+def real_sets(batch: EventBatch) -> torch.Tensor:
+    """[B, L] bool: True where a slot holds a set."""
+    return torch.arange(batch.minute.shape[1], device=batch.minute.device) < batch.lengths[:, None]
+
+
+def masked_mean(x, real):
+    """Mean over the sets of each stay: x [B, L] or [B, L, c], real [B, L] -> [B] or [B, c]."""
+    weight = real / real.sum(1, keepdim=True)
+    return (x * weight.view(*weight.shape, *[1] * (x.dim() - 2))).sum(1)
+
+
+def mean_over_stays(per_set: torch.Tensor, batch: EventBatch) -> torch.Tensor:
+    """Mean over the sets of each stay, then over stays: [B, L] -> []."""
+    return masked_mean(per_set, real_sets(batch)).mean()
+
+
+def kl_divergence(mu, logvar, free_bits: float = 0.0, logvar_bonus: float = 0.0):
+    """KL(N(mu, exp logvar) || N(0, 1)) a set (Kingma & Welling 2014, appendix B), at least free_bits * d (Kingma et al. 2016): [..., d] -> [...]."""
+    kl = 0.5 * (logvar.exp() + mu.square() - 1 - logvar).sum(-1)
+    return kl.clamp(min=free_bits * mu.shape[-1]) - logvar_bonus * logvar.mean(-1)
+
+
+def chamfer_loss(reconstruction, x, batch: EventBatch):
+    """Weighted Chamfer distance of each set: direction (1 - cosine) + magnitude + 3 * squared distance, minus 0.1 * variance of the
+    reconstruction. reconstruction [M, r], x [M, r] in cells of the groups -> [S], in the groups' order."""
+    losses, sizes = [], [s * n for s, n in batch.groups]
+    for a, b, mask, (s, n) in zip(reconstruction.split(sizes), x.split(sizes), event_masks(batch), batch.groups):
+        a, b, real = a.view(s, n, -1), b.view(s, n, -1), mask.view(s, n)
+        count = real.sum(1).clamp(min=1)
+        size_a, size_b = a.square().sum(-1).add(1e-12).sqrt(), b.square().sum(-1).add(1e-12).sqrt()
+        product = a @ b.transpose(1, 2)                                                       # [s, n, n]
+        squared = (size_a.square()[:, :, None] + size_b.square()[:, None] - 2 * product).clamp(min=0)
+        cost = 1 - product / (size_a[:, :, None] * size_b[:, None]).clamp(min=1e-6) + (size_a[:, :, None] - size_b[:, None]).abs() + 3 * squared
+        cost = cost.masked_fill(~(real[:, :, None] & real[:, None]), 1e9)
+        forth, back = ((cost.amin(axis) * real).sum(1) / count for axis in (2, 1))
+        weight = real[..., None] / count[:, None, None]
+        variance = ((a - (a * weight).sum(1, keepdim=True)).square() * weight).sum((1, 2)) / a.shape[-1]
+        losses.append(forth + back - 0.1 * variance)
+    return torch.cat(losses)
+
+
+def measurement_grid(batch: EventBatch, num_variables: int):
+    """Mean value [B, L, V] of each variable in each set (0 where not measured) and how often it was measured [B, L, V]."""
+    cell = batch.event_slot * num_variables + batch.event_variable
+    flat = torch.zeros(batch.minute.numel() * num_variables, device=cell.device)
+    count, total = (flat.index_add(0, cell, x).view(*batch.minute.shape, -1) for x in (torch.ones_like(batch.event_value), batch.event_value))
+    return total / count.clamp(min=1), count
+
+
+def readout_loss(values, logits, grid, count):
+    """Each measured value given its variable (smooth L1, mean over the set's variables), and which variables were measured
+    (cross-entropy, mean over all): all [B, L, V] -> two of [B, L]."""
+    seen = (count > 0).float()
+    value = (F.smooth_l1_loss(values.float(), grid, reduction="none") * seen).sum(-1) / seen.sum(-1).clamp(min=1)
+    return value, F.binary_cross_entropy_with_logits(logits.float(), seen, reduction="none").mean(-1)
+
+
+HISTORY_STATISTICS = ("last", "first", "mean", "max", "min", "std", "slope", "log count")
+
+
+def history_statistics(x, n, minute):
+    """What the stay has shown so far, after every set and for every variable: exact running sums.
+
+    x, n [B, L, V]: mean value and count of each set (see `measurement_grid`); minute [B, L] -> statistics [B, L, V, 8] in the order of
+    HISTORY_STATISTICS (0 where not seen yet; slope in normalised units a day), and seen [B, L, V] bool.
+    """
+    day = minute[..., None] / 1440                                                  # [B, L, 1]
+    here = (n > 0).float()
+    times = here.cumsum(1)                                                          # sets so far in which the variable was measured
+    seen, times1 = times > 0, times.clamp(min=1)
+    index = torch.arange(x.shape[1], device=x.device)[None, :, None]
+    last = x.gather(1, torch.where(here > 0, index, 0).cummax(1).values)
+    first = (x * here * (times == 1)).cumsum(1)
+    mean = (x * here).cumsum(1) / times1
+    spread = ((x.square() * here).cumsum(1) / times1 - mean.square()).clamp(min=0)
+    largest = x.masked_fill(here == 0, -math.inf).cummax(1).values
+    smallest = -(-x).masked_fill(here == 0, -math.inf).cummax(1).values
+    # Least-squares slope over the times of measurement; 0 before a second one.
+    day_mean = (day * here).cumsum(1) / times1
+    day_spread = ((day.square() * here).cumsum(1) / times1 - day_mean.square()).clamp(min=0)
+    together = (day * x * here).cumsum(1) / times1 - day_mean * mean
+    slope = together / (day_spread + 0.01)                                          # ridge of (0.1 day)^2: two close points say little
+    statistics = torch.stack([last, first, mean, largest, smallest, spread.sqrt(), slope, n.cumsum(1).log1p()], dim=-1)
+    return statistics.masked_fill(~seen[..., None], 0), seen
+
+
+def history_loss(readout, grid, count, minute):
+    """Smooth L1 between readout [B, L, V * k] and the history's exact statistics, mean over the variables seen so far -> [B, L]."""
+    statistics, seen = history_statistics(grid, count, minute)
+    error = F.smooth_l1_loss(readout.float().view_as(statistics), statistics, reduction="none").mean(-1)
+    return (error * seen).sum(-1) / seen.sum(-1).clamp(min=1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# SetVAE
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+class SetVAE(nn.Module):
+    """Variational autoencoder of one set of events, history-free. Its decoder is the one that the sequence models use on h_t."""
+
+    def __init__(self, config: ModelConfig, vocabulary: torch.Tensor):
+        """vocabulary: [V, input_dim], one (frozen) vector a variable."""
+        super().__init__()
+        self.config = config
+        d = config.latent_dim
+        self.register_buffer("vocabulary", vocabulary, persistent=False)
+        self.dim_reducer = nn.Linear(config.input_dim, config.reduced_dim)
+        self.presence = nn.Linear(config.input_dim, config.reduced_dim) if config.presence else None
+        self.embed = nn.Sequential(nn.Linear(config.reduced_dim, d), nn.LayerNorm(d), nn.GELU())
+        self.encoder_layers = nn.ModuleList(ISAB(d, config.set_heads, config.inducing, config.mab_residual) for _ in range(config.levels))
+        self.mu_logvar = nn.Sequential(nn.Linear(d, d), nn.LayerNorm(d), nn.GELU(), nn.Dropout(0.1), nn.Linear(d, 2 * d))
+        self.decoder = ReadoutDecoder(config) if config.decoder == "readout" else SlotDecoder(config)
+
+    def embed_events(self, batch: EventBatch, presence: bool = True) -> torch.Tensor:
+        """x = u_v * value (+ p_v) of every cell of the groups: [M, r], zeros in padding. The vocabulary is projected once."""
+        direction = F.normalize(self.dim_reducer(self.vocabulary).float(), dim=-1)                   # [V, r]
+        x = direction[batch.event_variable] * batch.event_value[:, None]                             # [E, r]
+        if presence and self.presence is not None:
+            x = x + self.presence(self.vocabulary)[batch.event_variable]
+        return F.pad(x, (0, 0, 0, 1))[batch.token_event]                                             # row E is the padding
+
+    def _pooled_levels(self, batch: EventBatch, drop_events: float = 0.0):
+        """Yield the mean over its events of every set after each level, [S, d] in the groups' order."""
+        masks = event_masks(batch)
+        if drop_events:
+            masks = [mask & (torch.rand(mask.shape, device=mask.device) >= drop_events) for mask in masks]
+        counts = [mask.sum(-1, keepdim=True) for mask in masks]
+        weights = [(mask / count.clamp(min=1)).flatten(1).unsqueeze(-1) for mask, count in zip(masks, counts)]    # k of [S_k, N_k, 1]
+        masks = [mask | (count == 0) for mask, count in zip(masks, counts)]  # an empty set attends to its padding; its mean is 0
+        x = self.embed(self.embed_events(batch))                                                     # [M, d]
+        for layer in self.encoder_layers:
+            x = x + layer(x, batch.groups, masks)
+            yield torch.cat([(part.view(s, n, -1) * weight).sum(1) for part, weight, (s, n)
+                             in zip(x.split([s * n for s, n in batch.groups]), weights, batch.groups)])
+
+    def _posterior(self, pooled, batch):
+        mu_logvar = F.pad(self.mu_logvar(pooled).float(), (0, 0, 0, 1))[batch.slot_set]              # [B, L, 2d], zeros in padding
+        mu, logvar = mu_logvar.chunk(2, dim=-1)
+        return mu, logvar.clamp(-10, 10)
+
+    def encode(self, batch: EventBatch, drop_events: float = 0.0):
+        """Posterior of every set, from the last level: mu, logvar [B, L, d], float32."""
+        *_, pooled = self._pooled_levels(batch, drop_events)
+        return self._posterior(pooled, batch)
+
+    @staticmethod
+    def sample(mu, logvar):
+        """Reparameterised z ~ N(mu, exp(logvar)) (Kingma & Welling 2014)."""
+        return mu + torch.randn_like(mu) * (0.5 * logvar).exp()
+
+    def decode(self, code, batch: EventBatch):
+        """code [B, L, d] -> values and measurement logits [B, L, V] (readout), or reconstructed cells [M, r] (slots)."""
+        if self.config.decoder == "readout":
+            return self.decoder(code)
+        return self.decoder(code.flatten(0, 1)[batch.group_slot], batch.groups, event_masks(batch))
+
+    def reconstruction_losses(self, code, batch: EventBatch, grid) -> dict[str, torch.Tensor]:
+        """The terms of each set's reconstruction from `code` [B, L, d]: name -> [B, L]. `grid`: the batch's `measurement_grid`."""
+        decoded = self.decode(code, batch)
+        if self.config.decoder == "readout":
+            return dict(zip(("value", "measured"), readout_loss(*decoded, *grid)))
+        chamfer = chamfer_loss(decoded.float(), self.embed_events(batch, presence=False), batch)
+        return {"chamfer": F.pad(chamfer, (0, 1))[batch.slot_set]}
+
+    def forward(self, batch: EventBatch):
+        """(decoded, z_list): the reconstruction from z of the last level (sampled in training, mu in evaluation), and every level's (z, mu, logvar)."""
+        z_list = []
+        for pooled in self._pooled_levels(batch):
+            mu, logvar = self._posterior(pooled, batch)
+            z_list.append((self.sample(mu, logvar) if self.training else mu, mu, logvar))
+        return self.decode(z_list[-1][0], batch), z_list
+
+    def elbo_loss(self, batch: EventBatch, beta: float = 1.0) -> dict[str, torch.Tensor]:
+        """Negative evidence lower bound of the sets alone, without history (mean over sets, then stays)."""
+        mu, logvar = self.encode(batch)
+        code = self.sample(mu, logvar) if self.training else mu
+        parts = self.reconstruction_losses(code, batch, measurement_grid(batch, self.config.num_variables))
+        reconstruction = mean_over_stays(sum(parts.values()), batch)
+        kl = mean_over_stays(kl_divergence(mu, logvar, self.config.free_bits, self.config.logvar_bonus), batch)
+        return {"loss": reconstruction + beta * kl, "reconstruction": reconstruction, "kl": kl}
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# History
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+class History(nn.Module):
+    """Causal Transformer over the sets of a stay, with an additive bias that falls with the time between two sets."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        d = config.latent_dim
+        self.layers = nn.ModuleList(TransformerLayer(d, config.heads, config.ff_dim, config.dropout) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(d, eps=1e-6)
+        self.gap_embedding = nn.Embedding(64, d)
+        nn.init.normal_(self.gap_embedding.weight, std=0.02)
+        self.register_buffer("gap_edges", torch.logspace(math.log10(0.5), math.log10(1440), 63), persistent=False)  # minutes
+        self.slope = nn.Parameter(0.5 * 0.5 ** torch.arange(config.heads) if config.slope_per_head else torch.tensor(1.0))
+        self.tau = nn.Parameter(torch.tensor(60.0))  # minutes
+
+    def time_bias(self, minute: torch.Tensor) -> torch.Tensor:
+        """minute [B, L] -> additive attention bias [B, heads or 1, L, L]: -slope * log1p((t_i - t_j) / tau) for j <= i, else -inf."""
+        apart = (minute[:, None, :, None] - minute[:, None, None, :]).clamp(min=0)
+        bias = -self.slope.abs().view(-1, 1, 1) * torch.log1p(apart / self.tau.abs().clamp(min=1.0))
+        future = torch.ones(minute.shape[1], minute.shape[1], dtype=torch.bool, device=minute.device).triu(1)
+        return bias.masked_fill(future, -math.inf)
+
+    def forward(self, z, minute):
+        """z [B, L, d], minute [B, L] -> h [B, L, d]. Later sets never reach earlier ones; a stay's padding lies after its last set."""
+        gap = F.pad(minute.diff(dim=1), (1, 0)).clamp(min=0)
+        x = z + sinusoids(torch.arange(z.shape[1], device=z.device), z.shape[-1]) + self.gap_embedding(torch.bucketize(gap, self.gap_edges))
+        x = F.layer_norm(x, x.shape[-1:])
+        bias = self.time_bias(minute)
+        for layer in self.layers:
+            x = layer(x, bias)
+        return self.norm(x)
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# Pretraining: reconstruction + KL, without labels
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+class SeqSetVAEPretrain(nn.Module):
+    """Set-VAE + history, trained to reconstruct every set (and, with the readout decoder, the history so far) from h_t.
+
+    Only mu goes to the Transformer. In training some sets are hidden from it behind a learned mask token and some events from the encoder,
+    while the loss still asks for them: h_t must then carry the history.
+    """
+
+    def __init__(self, config: ModelConfig, vocabulary: torch.Tensor):
+        super().__init__()
+        self.config = config
+        self.setvae = SetVAE(config, vocabulary)
+        self.history = History(config)
+        if config.decoder == "readout":
+            self.history_readout = nn.Linear(config.latent_dim, config.num_variables * len(HISTORY_STATISTICS))
+        if config.hide_sets:
+            self.mask_token = nn.Parameter(0.02 * torch.randn(config.latent_dim))
+
+    def forward(self, batch: EventBatch, beta: float) -> dict[str, torch.Tensor]:
+        """The loss and its terms (scalars, float32, means over sets, then stays), and mu [B, L, d]."""
+        config, setvae = self.config, self.setvae
+        mu, logvar = setvae.encode(batch, config.drop_events if self.training else 0.0)
+        z = mu
+        if self.training and config.hide_sets:
+            hidden = torch.rand(*mu.shape[:2], 1, device=mu.device) < config.hide_sets
+            z = torch.where(hidden, self.mask_token, mu)
+        h = self.history(z, batch.minute)                                                             # [B, L, d]
+
+        grid = measurement_grid(batch, config.num_variables)
+        terms = setvae.reconstruction_losses(h, batch, grid)
+        if config.decoder == "readout":
+            terms["history"] = history_loss(self.history_readout(h), *grid, batch.minute)
+            if config.sample_z:
+                own = setvae.reconstruction_losses(setvae.sample(mu, logvar) if self.training else mu, batch, grid)
+                terms |= {f"set_{name}": term for name, term in own.items()}
+        terms = {name: mean_over_stays(term, batch) for name, term in terms.items()}
+        reconstruction = sum(terms.values())
+        kl = mean_over_stays(kl_divergence(mu, logvar, config.free_bits, config.logvar_bonus), batch)
+        return {"loss": reconstruction + beta * kl, "reconstruction": reconstruction, "kl": kl, **terms, "mu": mu}
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# Finetuning: a classification head on the same blocks
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+def classification_head(features: int, widths: tuple, classes: int) -> nn.Sequential:
+    """Linear, LayerNorm, ReLU, Dropout a hidden layer, then the classes; Xavier initialised."""
+    layers = []
+    for width, dropout in zip(widths, (0.2, 0.2, 0.1)):
+        layers += [nn.Linear(features, width), nn.LayerNorm(width), nn.ReLU(), nn.Dropout(dropout)]
+        features = width
+    head = nn.Sequential(*layers, nn.Linear(features, classes))
+    for layer in head:
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+    return head
+
+
+class GatedFusion(nn.Module):
+    """Learned fusion of mu and std (full training): g * A(mu) + (1 - g) * B(std), g = sigmoid(W [A(mu); B(std)]), times 1 + 0.1 * c(std).
+
+    Starts as mu (A the identity, B zero, g near 1), so that a pretrained Transformer meets what it was trained on."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.mean_projection, self.var_projection = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.fusion_gate = nn.Sequential(nn.Linear(2 * dim, dim), nn.Sigmoid())
+        self.uncertainty_calibration = nn.Sequential(nn.Linear(dim, dim // 4), nn.ReLU(), nn.Linear(dim // 4, 1))
+        nn.init.eye_(self.mean_projection.weight)
+        nn.init.normal_(self.var_projection.weight, std=0.01)
+        nn.init.normal_(self.fusion_gate[0].weight, std=0.01)
+        nn.init.constant_(self.fusion_gate[0].bias, 4.0)
+        for layer in (self.mean_projection, self.var_projection, self.uncertainty_calibration[2]):
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, mu, logvar):
+        std = (0.5 * logvar).exp()
+        a, b = self.mean_projection(mu), self.var_projection(std)
+        gate = self.fusion_gate(torch.cat([a, b], dim=-1))
+        return (gate * a + (1 - gate) * b) * (1 + 0.1 * self.uncertainty_calibration(std))
+
+
+class AttentionPool(nn.Module):
+    """Full training: the last h attends to all h of the stay."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.attention_pool = Attention(dim, heads)
+
+    def forward(self, h, last, real):
+        """h [B, L, d], last [B, d], real [B, L] bool -> [B, d]."""
+        pool = self.attention_pool
+        return pool.out_proj(pool.attend(pool.project_query(last[:, None]), pool.project_key_value(h), real[:, None, None])).squeeze(1)
+
+
+class SeqSetVAE(nn.Module):
+    """Classifier on the set-VAE and its history. `config.classification_only`: the backbone is frozen and stays in evaluation mode;
+    otherwise everything trains on classification + reconstruction + KL."""
+
+    BACKBONE = ("setvae.", "history.", "history_readout.")
+
+    def __init__(self, config: ModelConfig, vocabulary: torch.Tensor):
+        super().__init__()
+        self.config, d = config, config.latent_dim
+        self.setvae = SetVAE(config, vocabulary)
+        self.history = History(config)
+        if config.decoder == "readout":
+            self.history_readout = nn.Linear(d, config.num_variables * len(HISTORY_STATISTICS))
+        if not config.classification_only:
+            if config.fuse:
+                self.vae_feature_fusion = GatedFusion(d)
+            self.feature_fusion = AttentionPool(d, config.heads)
+            self.feature_projection = nn.Sequential(nn.Linear(3 * d, d), nn.LayerNorm(d))
+        learned, exact = self._feature_sizes()
+        # Standardisation of everything that reaches the head untrained, with statistics of the training stays (see `train.py`).
+        standardised = exact if not config.classification_only else learned + exact
+        self.register_buffer("feature_mean", torch.zeros(standardised))
+        self.register_buffer("feature_std", torch.ones(standardised))
+        self.cls_head = classification_head(learned + exact, config.head_widths or (d, d // 2, d // 4), config.classes)
+        if config.classification_only:
+            for name, parameter in self.named_parameters():
+                parameter.requires_grad_(not name.startswith(self.BACKBONE))
+
+    def _feature_sizes(self) -> tuple[int, int]:
+        """Number of learned features and of exact summaries that reach the head."""
+        d, v, k = self.config.latent_dim, self.config.num_variables, len(HISTORY_STATISTICS)
+        beliefs = (10 + k) * v if self.config.decoder == "readout" else 0
+        learned = 8 * d + beliefs if self.config.classification_only and self.config.features == "multiscale" else d
+        return learned, (k + 1) * v if self.config.summaries else 0
+
+    def train(self, mode: bool = True):
+        """The frozen backbone stays in evaluation mode, also in training."""
+        super().train(mode)
+        if self.config.classification_only:
+            self.setvae.eval(), self.history.eval()
+        return self
+
+    def _fuse_vae_features(self, mu, logvar):
+        """z that goes to the Transformer, [..., d]. Without parameters (classification only): with w = sigmoid(1 - mean(std)),
+        w * mu * (1 + 0.05 tanh(std)) + (1 - w) * mu; in full training the learned gate; mu alone where the config says so."""
+        if not self.config.fuse:
+            return mu
+        if not self.config.classification_only:
+            return self.vae_feature_fusion(mu, logvar)
+        std = (0.5 * logvar).exp()
+        w = torch.sigmoid(1 - std.mean(-1, keepdim=True))
+        return w * mu * (1 + 0.05 * torch.tanh(std)) + (1 - w) * mu
+
+    def _extract_enhanced_features(self, h, lengths=None):
+        """Features of a stay from h [B, L, d] (lengths [B], None: all L): stable [B, d], multiscale [B, 4d], or trained [B, d]."""
+        if lengths is None:
+            lengths = torch.full((len(h),), h.shape[1], device=h.device)
+        real = torch.arange(h.shape[1], device=h.device) < lengths[:, None]                           # [B, L]
+        last = h[torch.arange(len(h), device=h.device), lengths - 1]                                  # [B, d]
+        mean, largest = masked_mean(h, real), h.masked_fill(~real[..., None], -math.inf).amax(1)
+        if not self.config.classification_only:
+            return self.feature_projection(torch.cat([mean, largest, self.feature_fusion(h, last, real)], dim=-1))
+        score = (h @ last[:, :, None]).squeeze(-1).masked_fill(~real, -math.inf)
+        attention = (score.softmax(1)[..., None] * h).sum(1)
+        if self.config.features == "stable":
+            return 0.7 * last + 0.3 * attention
+        return torch.cat([last, attention, mean, largest], dim=-1)
+
+    def encode(self, batch: EventBatch):
+        """mu, logvar, fused z and h, each [B, L, d]."""
+        mu, logvar = self.setvae.encode(batch)
+        z = self._fuse_vae_features(mu, logvar)
+        return mu, logvar, z, self.history(z, batch.minute)
+
+    def _stay_features(self, z, h, batch):
+        """All that reaches the head: learned [B, n], exact [B, n'] (not yet standardised)."""
+        h, real, end = h.float(), real_sets(batch), (torch.arange(len(batch), device=h.device), batch.lengths - 1)
+        learned = [self._extract_enhanced_features(h, batch.lengths)]
+        if self.config.classification_only and self.config.features == "multiscale":
+            learned += moments(z, real)
+            if self.config.decoder == "readout":  # the decoder's belief about every variable, over the stay and of the whole stay
+                values, logits = self.setvae.decoder(h)
+                for belief in (values.float(), logits.float().sigmoid()):
+                    learned += [belief[end], *moments(belief, real)]
+                learned.append(self.history_readout(h[end]).float())
+        exact = []
+        if self.config.summaries:
+            statistics, seen = history_statistics(*measurement_grid(batch, self.config.num_variables), batch.minute)
+            exact = [statistics[end].flatten(1), seen[end].float()]
+        return torch.cat(learned, -1), torch.cat(exact, -1) if exact else h.new_zeros(len(batch), 0)
+
+    def features(self, batch: EventBatch) -> torch.Tensor:
+        """Head input of every stay before standardisation, [B, F]. Of a frozen backbone it never changes: compute it once."""
+        _, _, z, h = self.encode(batch)
+        return torch.cat(self._stay_features(z, h, batch), dim=-1)
+
+    def classify(self, features: torch.Tensor) -> torch.Tensor:
+        """features [B, F], as `features` gives them -> logits [B, classes]. The last n of them are standardised, n the buffers' length."""
+        trained, n = features.shape[-1] - len(self.feature_mean), len(self.feature_mean)
+        standard = ((features[:, trained:] - self.feature_mean) / self.feature_std).clamp(-5, 5)
+        return self.cls_head(torch.cat([features[:, :trained], standard], dim=-1) if n else features)
+
+    def forward(self, batch: EventBatch) -> torch.Tensor:
+        """logits [B, classes]."""
+        return self.classify(self.features(batch))
+
+    def losses(self, batch: EventBatch) -> dict[str, torch.Tensor]:
+        """Full training: logits [B, classes], reconstruction and KL of one pass."""
+        mu, logvar, z, h = self.encode(batch)
+        logits = self.classify(torch.cat(self._stay_features(z, h, batch), dim=-1))
+        grid = measurement_grid(batch, self.config.num_variables)
+        terms = list(self.setvae.reconstruction_losses(h, batch, grid).values())
+        if self.config.decoder == "readout":
+            terms.append(history_loss(self.history_readout(h), *grid, batch.minute))
+        return {"logits": logits, "reconstruction": mean_over_stays(sum(terms), batch),
+                "kl": mean_over_stays(kl_divergence(mu, logvar, self.config.free_bits, self.config.logvar_bonus), batch)}
+
+
+def moments(x, real):
+    """Mean, maximum, minimum and standard deviation over the sets of each stay: x [B, L, c], real [B, L] -> four of [B, c]."""
+    mean = masked_mean(x, real)
+    spread = masked_mean((x - mean[:, None]).square(), real)
+    outside = ~real[..., None]
+    return [mean, x.masked_fill(outside, -math.inf).amax(1), x.masked_fill(outside, math.inf).amin(1), (spread + 1e-8).sqrt()]
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# Checkpoints: reading, name mapping, the weight report
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+CHECKPOINT_FORMAT = 1
+_WRAPPERS = ("module.", "_orig_mod.", "model.")  # DDP, torch.compile, a LightningModule's attribute
+# Prefix in the original implementation -> ours.
+_ORIGINAL_NAMES = {
+    "setvae.setvae.": "setvae.", "set_encoder.": "setvae.", "decoder.": "setvae.decoder.", "transformer.": "history.",
+    "post_transformer_norm.": "history.norm.", "rel_time_bucket_embed.": "history.gap_embedding.",
+    "alibi_slope": "history.slope", "time_tau": "history.tau",
+}
+# Never loaded into a classifier: its own head, what only pretraining uses, and the original's second decoder, which never reached a loss.
+_SKIPPED = ("cls_head.", "feature_", "vae_feature_fusion.", "mask_token", "setvae.decoder_layers.", "setvae.out.")
+
+
+def read_checkpoint(path, device="cpu") -> dict:
+    """The checkpoint's content: plain types and tensors only, nothing in it is executed. Raises InputError where it cannot be used."""
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such checkpoint; give the path that train.py printed") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: a folder, not a checkpoint; give the best.pt in it") from None
+    except Exception as error:  # torch.load raises many types for damaged files; all mean the same to the user
+        raise InputError(f"{path}: not a readable checkpoint of tensors and plain types ({type(error).__name__}); "
+                         "it may be truncated or of another program: make it again") from None
+    if not isinstance(content, dict) or not content:
+        raise InputError(f"{path}: holds {type(content).__name__}, not a checkpoint; give a file that train.py wrote")
+    if content.get("format", CHECKPOINT_FORMAT) != CHECKPOINT_FORMAT:
+        raise InputError(f"{path}: checkpoint format {content['format']}, this version reads {CHECKPOINT_FORMAT}; use the matching version")
+    return content
+
+
+def checkpoint_state(content: dict, path) -> dict[str, torch.Tensor]:
+    """State dict under our names, from our checkpoints, the original's (Lightning) or a bare state dict, behind any wrapper's prefix."""
+    state = content["model"] if "format" in content else content.get("state_dict", content)
+    if not isinstance(state, dict) or not state or not all(torch.is_tensor(t) for t in state.values()):
+        raise InputError(f"{path}: no state dict in it; give a checkpoint that train.py or the original implementation wrote")
+    ours = {}
+    for name, tensor in state.items():
+        while (prefix := next((p for p in _WRAPPERS if name.startswith(p)), None)):
+            name = name[len(prefix):]
+        original = None if "format" in content else next((p for p in _ORIGINAL_NAMES if name.startswith(p)), None)
+        ours[_ORIGINAL_NAMES[original] + name[len(original):] if original else name] = tensor
+    if "format" not in content and "history.slope" in ours:
+        # The original's sign error kept its bias at zero for the whole past, whatever the slope: slope 0 reproduces its outputs.
+        ours["history.slope"] = torch.zeros_like(ours["history.slope"])
+    return ours
+
+
+def load_checkpoint_weights(path, device="cpu") -> dict[str, torch.Tensor]:
+    """State dict under our names of the checkpoint at `path` (see `read_checkpoint`, `checkpoint_state`)."""
+    return checkpoint_state(read_checkpoint(path, device), path)
+
+
+def checkpoint_config(content: dict, num_variables: int, path) -> ModelConfig:
+    """The model config of a checkpoint: recorded in ours; from the hyper-parameters of an original one (V is then the data's)."""
+    if "format" in content:
+        known = {f.name for f in fields(ModelConfig)}
+        unknown = sorted(set(content["model_config"]) - known)
+        if unknown:
+            raise InputError(f"{path}: unknown entry {unknown[0]!r} in its model config; use the version that wrote it")
+        return ModelConfig(**content["model_config"])
+    sizes = content.get("hyper_parameters")
+    names = {"input_dim": "input_dim", "reduced_dim": "reduced_dim", "latent_dim": "latent_dim", "levels": "levels", "set_heads": "heads",
+             "inducing": "m", "layers": "transformer_layers", "heads": "transformer_heads", "ff_dim": "ff_dim"}
+    if not isinstance(sizes, dict) or not set(names.values()) <= set(sizes):
+        raise InputError(f"{path}: no hyper_parameters with {', '.join(names.values())}; give a checkpoint of train.py or an original Lightning one")
+    return ModelConfig.original(num_variables, **{ours: sizes[theirs] for ours, theirs in names.items()})
+
+
+@dataclass
+class WeightReport:
+    """What became of every weight, by name."""
+
+    loaded: list
+    skipped: list      # by rule: see _SKIPPED
+    missing: list      # backbone parameters that the checkpoint does not hold
+    unexpected: list   # in the checkpoint, without a place in the model
+    mismatched: list   # of another shape
+
+    @property
+    def complete(self) -> bool:
+        return not (self.missing or self.mismatched)
+
+    def __str__(self) -> str:
+        rows = [("loaded", self.loaded), ("skipped by rule", self.skipped), ("missing", self.missing), ("unexpected", self.unexpected),
+                ("shape mismatch", self.mismatched)]
+        lines = [f"{title:>16}: {len(names):4d}" + (f"  {', '.join(names[:6])}{' ...' if len(names) > 6 else ''}" if names and i else "")
+                 for i, (title, names) in enumerate(rows)]
+        return "\n".join(lines)
+
+
+def load_backbone(model: SeqSetVAE, state: dict[str, torch.Tensor]) -> WeightReport:
+    """Copy every backbone weight of `state` (our names) into `model`, and account for each."""
+    own = {name: p for name, p in model.state_dict().items() if name.startswith(SeqSetVAE.BACKBONE)}
+    report = WeightReport([], [], [name for name in own if name not in state], [], [])
+    for name, tensor in state.items():
+        if name.startswith(_SKIPPED):
+            report.skipped.append(name)
+        elif name not in own:
+            report.unexpected.append(name)
+        elif own[name].shape != tensor.shape:
+            report.mismatched.append(name)
+        else:
+            own[name].copy_(tensor)
+            report.loaded.append(name)
+    return report

@@ -1,0 +1,522 @@
+"""Train SeqSetVAE: the command line and one explicit loop a mode.
+
+    python train.py --mode pretrain [--data_dir D]
+    python train.py --mode finetune --pretrained_ckpt checkpoints/.../best.pt [--full_training]
+
+A run has a folder under checkpoints/: best.pt (the best validation epoch), last.pt (to --resume from), metrics.csv (one row an epoch).
+"""
+
+import argparse
+import math
+import os
+import random
+import shlex
+import signal
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import sklearn
+import torch
+from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.model_selection import train_test_split
+from tqdm import tqdm
+
+from data import (Cohort, InputError, Normalizer, StayDataset, epoch_batches, load_cohort, make_splits, sorted_batches, stays_of,
+                  variable_vectors, write_atomically)
+from finetune_config import FinetuneConfig, build_optimizer, classification_loss
+from model import (CHECKPOINT_FORMAT, ModelConfig, SeqSetVAE, SeqSetVAEPretrain, checkpoint_config, checkpoint_state, load_backbone,
+                   read_checkpoint)
+
+CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
+EVALUATION_BATCH = 32  # stays
+PRETRAIN = dict(batch_size=8, max_epochs=10, learning_rate=1e-3, weight_decay=0.01, betas=(0.9, 0.98), clip=1.0, warmup_steps=100,
+                beta_warmup_steps=500, patience=5)
+FINETUNE = dict(batch_size=4, max_epochs=15)
+FULL_TRAINING = dict(batch_size=8, max_epochs=5)
+
+
+def parse_arguments(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Pretrain SeqSetVAE without labels, or finetune a pretrained one.",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add = parser.add_argument
+    add("--mode", choices=("pretrain", "finetune"), required=True)
+    add("--data_dir", help="folder of the data (default: the embedded synthetic cohort; finetune: the checkpoint's)")
+    add("--synthetic_stays", type=positive, default=1000, help="size of the embedded cohort (default: %(default)s)")
+    add("--pretrained_ckpt", help="finetune: the pretrained checkpoint")
+    add("--full_training", action="store_true", help="finetune: train everything, not the head alone")
+    add("--random_init", action="store_true", help="finetune: the checkpoint's architecture, data and split, but an untrained backbone")
+    add("--allow_partial", action="store_true", help="finetune: go on although backbone weights are missing in the checkpoint")
+    add("--label_fraction", type=fraction, default=1.0, help="finetune: share of the training labels used (default: all)")
+    add("--objective", choices=("readout", "original"), default="readout", help="pretrain: our objective, or the original's (default: %(default)s)")
+    add("--batch_size", type=positive, help=f"stays a step (default: pretrain {PRETRAIN['batch_size']}, finetune {FINETUNE['batch_size']}, "
+                                            f"full training {FULL_TRAINING['batch_size']})")
+    add("--max_epochs", type=positive, help=f"(default: pretrain {PRETRAIN['max_epochs']}, finetune {FINETUNE['max_epochs']}, "
+                                            f"full training {FULL_TRAINING['max_epochs']})")
+    add("--seed", type=int, default=0, help="of the split, the weights and the order of the batches (default: %(default)s)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: bf16 on CUDA, else fp32 (default: %(default)s)")
+    add("--run_dir", help="folder of this run (default: a new one under checkpoints/)")
+    add("--resume", metavar="RUN_DIR", help="go on with the run in this folder, from its last.pt; its options are kept")
+    arguments = parser.parse_args(argv)
+    if arguments.mode == "finetune" and not (arguments.pretrained_ckpt or arguments.resume):
+        raise InputError("--mode finetune needs --pretrained_ckpt; make one with: python train.py --mode pretrain")
+    return arguments
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    return int(text)
+
+
+def fraction(text: str) -> float:
+    if not 0 < float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in (0, 1]")
+    return float(text)
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# What both loops need: device, run folder, checkpoints
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+def choose_device(name: str, precision: str) -> tuple[torch.device, torch.dtype]:
+    """The device and the autocast type (float32: no autocast). Raises InputError for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise InputError(f"--device {name}: not available here; use --device auto") from None
+    if precision == "auto":
+        precision = ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if device.type == "cuda" else "fp32"
+    return device, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def loader(dataset: StayDataset, batches: list, device: torch.device):
+    """Batches of stay indices -> EventBatches on the device. On CUDA a worker prepares them and the copies are asynchronous."""
+    cuda = device.type == "cuda"
+    batches = torch.utils.data.DataLoader(dataset, sampler=batches, batch_size=None, num_workers=2 if cuda else 0, pin_memory=cuda,
+                                          generator=torch.Generator())  # its own: the global one must not advance
+    return (batch.to(device, non_blocking=cuda) for batch in batches)
+
+
+def evaluation_loader(dataset: StayDataset, stays: np.ndarray, device: torch.device):
+    return loader(dataset, [stays[b] for b in sorted_batches(np.diff(dataset.cohort.stay_start)[stays], EVALUATION_BATCH)], device)
+
+
+def progress(iterable, total: int, what: str):
+    """tqdm on a terminal, silent when piped."""
+    return tqdm(iterable, total=total, desc=what, leave=False, disable=None, unit="batch")
+
+
+class Run:
+    """The folder of one training run, its checkpoints and metrics.csv, and what a signal asks of it."""
+
+    def __init__(self, arguments, mode: str):
+        if arguments.resume:
+            self.folder = Path(arguments.resume)
+            self.last = read_checkpoint(self.folder / "last.pt")
+            if self.last.get("mode") != mode:
+                raise InputError(f"{self.folder}/last.pt: a checkpoint of --mode {self.last.get('mode')}; resume it with that mode")
+        else:
+            self.folder, self.last = Path(arguments.run_dir or CHECKPOINTS / f"{mode}-{time.strftime('%Y%m%d-%H%M%S')}"), None
+            try:
+                self.folder.mkdir(parents=True)
+            except FileExistsError:
+                raise InputError(f"{self.folder}: exists already; choose another --run_dir, or continue it with --resume {self.folder}") from None
+            except OSError as error:
+                raise InputError(f"{self.folder}: cannot be made ({error.strerror}); choose another --run_dir") from None
+        self.rows = self.last["trainer"]["rows"] if self.last else []
+        self.stop = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._interrupt)
+
+    def _interrupt(self, number, frame):
+        if self.stop:
+            os._exit(128 + number)
+        self.stop = True
+        print("interrupted: saving after this step; once more to exit at once", file=sys.stderr)
+
+    def log(self, row: dict) -> None:
+        """Append an epoch's figures to metrics.csv."""
+        self.rows.append(row)
+        write_atomically(self.folder / "metrics.csv", lambda path: pd.DataFrame(self.rows).to_csv(path, index=False))
+
+    def save(self, name: str, content: dict) -> None:
+        write_atomically(self.folder / name, lambda path: torch.save(content, path))
+
+
+def random_states() -> dict:
+    states = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    return states | ({"cuda": torch.cuda.get_rng_state_all()} if torch.cuda.is_available() else {})
+
+
+def restore_random_states(states: dict) -> None:
+    torch.set_rng_state(states["torch"].cpu())
+    random.setstate((states["python"][0], tuple(states["python"][1]), states["python"][2]))
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([s.cpu() for s in states["cuda"]])
+
+
+def model_content(mode, model, dataset: StayDataset, split: dict, source: dict, metrics: dict) -> dict:
+    """What every checkpoint holds: enough to score new data, and to know which stays it has seen."""
+    return {
+        "format": CHECKPOINT_FORMAT, "mode": mode, "model_config": asdict(model.config), "model": model.state_dict(),
+        "vocabulary": model.setvae.vocabulary, "normalizer": dataset.normalizer.state_dict(), "split": split, "source": source, "metrics": metrics,
+    }
+
+
+def source_of(arguments, cohort: Cohort) -> dict:
+    """Where a checkpoint comes from, for whoever must reproduce it."""
+    return {"data_dir": arguments.data_dir and str(Path(arguments.data_dir).resolve()), "synthetic_stays": arguments.synthetic_stays,
+            "reader": cohort.reader, "fingerprint": cohort.fingerprint, "seed": arguments.seed,
+            "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "versions": {"torch": str(torch.__version__), "numpy": np.__version__, "scikit-learn": sklearn.__version__}}
+
+
+def finite_or_stop(norm: torch.Tensor, step: int, batch_stays) -> None:
+    """Stop at a gradient that is not finite: the last good checkpoint stays."""
+    if not torch.isfinite(norm):
+        raise InputError(f"step {step}: the loss or its gradient is not finite (stays {', '.join(batch_stays[:4])} ...); "
+                         "look at these stays' values, or lower the learning rate; best.pt and last.pt hold the last good weights")
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# Pretraining
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+def pretrain(arguments) -> Path:
+    settings = PRETRAIN | {k: v for k, v in (("batch_size", arguments.batch_size), ("max_epochs", arguments.max_epochs)) if v}
+    device, dtype = choose_device(arguments.device, arguments.precision)
+    cohort = load_cohort(arguments.data_dir, arguments.synthetic_stays)
+    print(cohort.describe())
+    split = make_splits(cohort, arguments.seed)
+    train, valid = stays_of(cohort, split["train"]), stays_of(cohort, split["valid"])
+    dataset = StayDataset(cohort, Normalizer.fit(cohort, train))
+    lengths = np.diff(cohort.stay_start)[train]
+
+    torch.manual_seed(arguments.seed), random.seed(arguments.seed)
+    config = (ModelConfig.original if arguments.objective == "original" else ModelConfig)(len(cohort.variables))
+    model = SeqSetVAEPretrain(config, variable_vectors(cohort.variables, config.input_dim)).to(device)
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    plain = [p for p in model.parameters() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW([{"params": decayed}, {"params": plain, "weight_decay": 0.0}], lr=settings["learning_rate"],
+                                  betas=settings["betas"], weight_decay=settings["weight_decay"], fused=True)
+    steps = settings["max_epochs"] * math.ceil(len(train) / settings["batch_size"])
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / settings["warmup_steps"])
+                                                 * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1, step / steps)))))
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    run = Run(arguments, "pretrain")
+    print(f"model: SeqSetVAEPretrain, {sum(p.numel() for p in model.parameters()):,} parameters, all trainable; {device}, {dtype}".replace("torch.", ""))
+    print(f"split: {len(train):,} train, {len(valid):,} valid, {len(split['test']):,} test stays (seed {arguments.seed}); labels unused; "
+          f"run folder {run.folder}")
+
+    source, best, start, step = source_of(arguments, cohort), {"val_loss": math.inf, "epoch": 0}, (0, 0), 0
+    totals = None
+    if run.last:
+        state = run.last["trainer"]
+        model.load_state_dict(run.last["model"])
+        optimizer.load_state_dict(state["optimizer"]), schedule.load_state_dict(state["schedule"]), scaler.load_state_dict(state["scaler"])
+        best, start, step, totals = state["best"], tuple(state["position"]), state["step"], state["totals"]
+        restore_random_states(state["random"])
+
+    def checkpoint(position, metrics):
+        content = model_content("pretrain", model, dataset, split, source, metrics)
+        trainer = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "scaler": scaler.state_dict(), "best": best,
+                   "position": list(position), "step": step, "totals": totals, "rows": run.rows, "random": random_states()}
+        return content | {"trainer": trainer}
+
+    for epoch in range(start[0], settings["max_epochs"]):
+        if epoch + 1 - best["epoch"] > settings["patience"] + 1:
+            print(f"early stop: val_loss has not improved for {settings['patience']} epochs")
+            break
+        began, model = time.time(), model.train()
+        batches = epoch_batches(lengths, settings["batch_size"], arguments.seed, epoch)
+        done = start[1] if epoch == start[0] else 0
+        for batch in progress(loader(dataset, [train[b] for b in batches[done:]], device), len(batches) - done, f"epoch {epoch + 1}"):
+            beta = config.max_beta * min(1, step / settings["beta_warmup_steps"])
+            with torch.amp.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                losses = model(batch, beta)
+            scaler.scale(losses["loss"]).backward()
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings["clip"])
+            if device.type == "cpu" or step % 50 == 0:  # on an accelerator every look costs a synchronisation
+                finite_or_stop(norm, step, cohort.stay_id[batch.stay.cpu()])
+            scaler.step(optimizer), scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            schedule.step()
+            step, done = step + 1, done + 1
+            current = {name: value.detach() * len(batch) for name, value in losses.items() if name != "mu"}
+            totals = {name: totals[name] + value for name, value in current.items()} if totals else current
+            if run.stop:
+                run.save("last.pt", checkpoint((epoch, done), best))
+                print(f"saved; go on with: python train.py --mode pretrain --resume {run.folder}")
+                sys.exit(130)
+
+        row = {"epoch": epoch + 1, **{name: value.item() / len(train) for name, value in totals.items()},
+               **evaluate_pretraining(model, dataset, valid, device, dtype), "learning_rate": schedule.get_last_lr()[0]}
+        totals = None
+        run.log(row)
+        improved = row["val_loss"] < best["val_loss"]
+        if improved:
+            best = {"val_loss": row["val_loss"], "epoch": epoch + 1}
+            run.save("best.pt", model_content("pretrain", model, dataset, split, source, row))
+        run.save("last.pt", checkpoint((epoch + 1, 0), row))
+        print(f"epoch {epoch + 1:3d}: loss {row['loss']:.4f}, val_loss {row['val_loss']:.4f}{' *' if improved else ''}, "
+              f"val_reconstruction {row['val_reconstruction']:.4f}, KL {row['val_kl']:.1f} a set, "
+              f"active units {row['active_units']}/{config.latent_dim}, {time.time() - began:.0f} s")
+        if row["active_units"] < config.latent_dim // 20:
+            print("warning: the posterior has collapsed (hardly a unit of mu varies over the data); lower max_beta or raise free_bits")
+    print(f"best checkpoint: {run.folder / 'best.pt'} (epoch {best['epoch']}, val_loss {best['val_loss']:.4f})")
+    print(f"next: python train.py --mode finetune --pretrained_ckpt {run.folder / 'best.pt'}")
+    return run.folder / "best.pt"
+
+
+@torch.no_grad()
+def evaluate_pretraining(model: SeqSetVAEPretrain, dataset: StayDataset, stays: np.ndarray, device, dtype) -> dict:
+    """Validation loss (nothing hidden, nothing sampled: deterministic), its parts, and the active units of mu: variance over the sets of
+    the data above 0.01 (Burda et al. 2016, section 5.2)."""
+    model.eval()
+    totals, sets, first, second = {}, 0, 0, 0
+    for batch in evaluation_loader(dataset, stays, device):
+        with torch.amp.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            losses = model(batch, model.config.max_beta)
+        for name, value in losses.items():
+            if name != "mu":
+                totals[name] = totals.get(name, 0) + value.double() * len(batch)
+        real = batch.slot_set < len(batch.group_slot)
+        mu = (losses["mu"].double() * real[..., None]).flatten(0, 1)
+        sets, first, second = sets + batch.lengths.sum(), first + mu.sum(0), second + mu.square().sum(0)
+    active = int((second / sets - (first / sets).square() > 0.01).sum())
+    return {**{f"val_{name}": value.item() / len(stays) for name, value in totals.items()}, "active_units": active}
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# Finetuning
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+def open_checkpoint(path, data_dir=None, synthetic_stays=None):
+    """A checkpoint and its data, or the data given: (content, cohort, dataset, split, new).
+
+    `new`: the cohort is not the one that the checkpoint was trained on (by content). An original checkpoint holds no vocabulary,
+    normalizer or split: they are then the data's own.
+    """
+    content = read_checkpoint(path)
+    source = content.get("source", {})
+    if data_dir is None and "format" in content:
+        data_dir, synthetic_stays = source["data_dir"], source["synthetic_stays"]
+    cohort = load_cohort(data_dir, synthetic_stays or 1000)
+    if "format" not in content:
+        return content, cohort, None, None, True
+    dataset = StayDataset(cohort, Normalizer.from_state(content["normalizer"]))
+    if len(dataset.unknown_variables) == len(cohort.variables):
+        raise InputError(f"{path}: its vocabulary holds none of the data's variables ({', '.join(cohort.variables[:5])} ...); "
+                         "pretrain on this data, or rename its variables")
+    return content, cohort, dataset, content["split"], cohort.fingerprint != source["fingerprint"]
+
+
+def labelled(cohort: Cohort, ids: list) -> np.ndarray:
+    stays = stays_of(cohort, ids)
+    return stays[cohort.label[stays] >= 0]
+
+
+def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
+    full = arguments.full_training
+    settings = (FULL_TRAINING if full else FINETUNE) | {k: v for k, v in (("batch_size", arguments.batch_size), ("max_epochs", arguments.max_epochs)) if v}
+    device, dtype = choose_device(arguments.device, arguments.precision)
+    content, cohort, dataset, split, new = open_checkpoint(arguments.pretrained_ckpt, arguments.data_dir, arguments.synthetic_stays)
+    if content.get("mode", "pretrain") != "pretrain":
+        raise InputError(f"{arguments.pretrained_ckpt}: a checkpoint of --mode {content['mode']}; --pretrained_ckpt takes one of --mode pretrain")
+    print(cohort.describe())
+    if new:  # the split of other data says nothing about this one
+        split = make_splits(cohort, arguments.seed)
+    train, valid = labelled(cohort, split["train"]), labelled(cohort, split["valid"])
+    for name, stays in (("train", train), ("valid", valid)):
+        if len(np.unique(cohort.label[stays])) < 2:
+            raise InputError(f"{cohort.reader}: the labelled {name} stays hold {'one class only' if len(stays) else 'no label at all'}; "
+                             "finetuning needs both classes: check the outcome or label file")
+    if arguments.label_fraction < 1:
+        train, _ = train_test_split(train, train_size=arguments.label_fraction, stratify=cohort.label[train], random_state=arguments.seed)
+        train.sort()
+    if dataset is None:
+        dataset = StayDataset(cohort, Normalizer.fit(cohort, train))
+    elif dataset.unknown_variables:
+        print(f"data: dropped: events of {len(dataset.unknown_variables)} variables unknown to the checkpoint: {', '.join(dataset.unknown_variables)}")
+
+    torch.manual_seed(arguments.seed), random.seed(arguments.seed)
+    backbone = checkpoint_config(content, len(dataset.normalizer.variables), arguments.pretrained_ckpt)
+    model_config = replace(backbone, classification_only=not full, fuse=config.fuse, features=config.features, summaries=config.summaries,
+                           head_widths=() if full else config.head_widths)
+    vocabulary = content.get("vocabulary", variable_vectors(dataset.normalizer.variables, backbone.input_dim))
+    model = SeqSetVAE(model_config, vocabulary)
+    if arguments.random_init:
+        print("backbone: untrained (--random_init)")
+    else:
+        report = load_backbone(model, checkpoint_state(content, arguments.pretrained_ckpt))
+        if not report.complete and not arguments.allow_partial:
+            raise InputError(f"{arguments.pretrained_ckpt}: {len(report.missing)} backbone weights missing, {len(report.mismatched)} of another "
+                             f"shape ({', '.join((report.missing + report.mismatched)[:3])} ...); give a matching checkpoint, or --allow_partial")
+        print(f"✅ Loaded pretrained weights: {len(report.loaded)} tensors\n{report}")
+    model.to(device)
+    total, trainable = (sum(p.numel() for p in model.parameters() if p.requires_grad or not t) for t in (False, True))
+    print(f"model: SeqSetVAE, {'full training' if full else 'frozen backbone'}, {trainable:,} of {total:,} parameters trainable "
+          f"({trainable / total:.2%}); {device}, {dtype}".replace("torch.", ""))
+    if not full and trainable > config.max_trainable_ratio * total:
+        raise InputError(f"finetune_config.py: the head is {trainable / total:.1%} of all parameters; narrow head_widths below {config.max_trainable_ratio:.0%}")
+    run = Run(arguments, "finetune")
+    print(f"split: {len(train):,} train ({(cohort.label[train] == 1).sum():,} positive), {len(valid):,} valid ({(cohort.label[valid] == 1).sum():,} positive), "
+          f"{len(split['test']):,} test stays{' of the checkpoint' if not new else f' (seed {arguments.seed})'}; run folder {run.folder}")
+
+    source = source_of(arguments, cohort) | ({} if new else {key: content["source"][key] for key in ("data_dir", "synthetic_stays")})
+    source["pretrained_ckpt"] = str(arguments.pretrained_ckpt)
+    trainer = (train_everything if full else train_head)
+    best = trainer(arguments, config, settings, run, model, dataset, split, source, train, valid, device, dtype)
+    print(f"best checkpoint: {run.folder / 'best.pt'} (epoch {best['epoch']}, validation AUROC {best['val_auc']:.4f}, AUPRC {best['val_auprc']:.4f})")
+    print(f"next: python test_suite.py --checkpoint {run.folder / 'best.pt'}")
+    return run.folder / "best.pt"
+
+
+def ranking(label: np.ndarray, probability: np.ndarray) -> dict:
+    return {"val_auc": float(roc_auc_score(label, probability)), "val_auprc": float(average_precision_score(label, probability))}
+
+
+@torch.no_grad()
+def encode_stays(model: SeqSetVAE, dataset: StayDataset, stays: np.ndarray, device, dtype=torch.float32) -> torch.Tensor:
+    """Head input of these stays before standardisation, [n, F], in their order: one pass of the backbone over the data."""
+    model.eval()
+    features = None
+    batches = sorted_batches(np.diff(dataset.cohort.stay_start)[stays], EVALUATION_BATCH)
+    for places, batch in zip(batches, progress(loader(dataset, [stays[b] for b in batches], device), len(batches), "encoding")):
+        with torch.amp.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            encoded = model.features(batch).float()
+        features = torch.zeros(len(stays), encoded.shape[1], device=device) if features is None else features
+        features[torch.from_numpy(places).to(device)] = encoded
+    return features
+
+
+@torch.no_grad()
+def predict(model: SeqSetVAE, features: torch.Tensor) -> np.ndarray:
+    """Probability of the positive class of every stay, [n] float64, from `encode_stays`."""
+    model.eval()
+    return model.classify(features).float().softmax(-1)[:, 1].double().cpu().numpy()
+
+
+def standardise(model: SeqSetVAE, features: torch.Tensor) -> None:
+    """Set the model's standardisation of the untrained head input to the training stays' statistics; features [n, F]."""
+    untrained = features[:, features.shape[1] - len(model.feature_mean):]
+    model.feature_mean.copy_(untrained.mean(0))
+    model.feature_std.copy_(untrained.std(0).clamp(min=1e-6))
+
+
+def train_head(arguments, config, settings, run, model, dataset, split, source, train, valid, device, dtype) -> dict:
+    """Frozen backbone: encode the cohort once, then train the head on the cached features. Equal to uncached training, since the
+    backbone is deterministic in evaluation mode."""
+    features, val_features = (encode_stays(model, dataset, stays, device, dtype) for stays in (train, valid))
+    standardise(model, features)
+    label = torch.from_numpy(dataset.cohort.label[train].astype(np.int64)).to(device)
+    optimizer, schedule = build_optimizer(model, config, settings["max_epochs"])
+    best, first = {"val_auc": -1.0, "val_auprc": -1.0, "epoch": 0}, 0
+    if run.last:
+        best, first = resume_finetuning(run, model, optimizer, schedule)
+    for epoch in range(first, settings["max_epochs"]):
+        if epoch - best["epoch"] >= config.patience:
+            print(f"early stop: the validation AUROC has not improved for {config.patience} epochs")
+            break
+        model.train()
+        total, batches = torch.zeros((), device=device), epoch_batches(np.ones(len(train)), settings["batch_size"], arguments.seed, epoch)
+        for i, batch in enumerate(progress(batches, len(batches), f"epoch {epoch + 1}")):
+            batch = torch.from_numpy(batch).to(device)
+            loss = classification_loss(model.classify(features[batch]), label[batch], config)
+            (loss / config.accumulation).backward()
+            total += loss.detach() * len(batch)
+            if (i + 1) % config.accumulation == 0 or i + 1 == len(batches):
+                norm = torch.nn.utils.clip_grad_norm_(model.cls_head.parameters(), config.clip)
+                if device.type == "cpu":
+                    finite_or_stop(norm, i, dataset.cohort.stay_id[train[batch.cpu()]])
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+        row = {"epoch": epoch + 1, "loss": total.item() / len(train), **ranking(dataset.cohort.label[valid], predict(model, val_features))}
+        best = end_of_epoch(run, model, dataset, split, source, optimizer, schedule, row, best)
+        if run.stop:
+            sys.exit(130)
+    return best
+
+
+def train_everything(arguments, config, settings, run, model, dataset, split, source, train, valid, device, dtype) -> dict:
+    """Full training: classification + reconstruction + KL, every parameter."""
+    lengths = np.diff(dataset.cohort.stay_start)[train]
+    if len(model.feature_mean):
+        standardise(model, encode_stays(model, dataset, train, device, dtype))
+    optimizer, schedule = build_optimizer(model, config, settings["max_epochs"])
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    best, first = {"val_auc": -1.0, "val_auprc": -1.0, "epoch": 0}, 0
+    if run.last:
+        best, first = resume_finetuning(run, model, optimizer, schedule)
+    for epoch in range(first, settings["max_epochs"]):
+        model.train()
+        totals = torch.zeros(3, device=device)
+        batches = epoch_batches(lengths, settings["batch_size"], arguments.seed, epoch)
+        for step, batch in enumerate(progress(loader(dataset, [train[b] for b in batches], device), len(batches), f"epoch {epoch + 1}")):
+            with torch.amp.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                losses = model.losses(batch)
+            classification = classification_loss(losses["logits"], batch.label, config)
+            loss = classification + config.reconstruction_weight * (losses["reconstruction"] + model.config.max_beta * losses["kl"])
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            if device.type == "cpu" or step % 50 == 0:
+                finite_or_stop(norm, step, dataset.cohort.stay_id[batch.stay.cpu()])
+            scaler.step(optimizer), scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            totals += torch.stack([classification, losses["reconstruction"], losses["kl"]]).detach() * len(batch)
+        schedule.step()
+        loss, reconstruction, kl = (totals / len(train)).tolist()
+        row = {"epoch": epoch + 1, "loss": loss, "reconstruction": reconstruction, "kl": kl,
+               **ranking(dataset.cohort.label[valid], predict(model, encode_stays(model, dataset, valid, device, dtype)))}
+        best = end_of_epoch(run, model, dataset, split, source, optimizer, schedule, row, best)
+        if run.stop:
+            sys.exit(130)
+    return best
+
+
+def end_of_epoch(run, model, dataset, split, source, optimizer, schedule, row, best) -> dict:
+    """Log the epoch, save last.pt and, where the validation AUROC improved, best.pt; returns the best so far."""
+    run.log(row)
+    improved = row["val_auc"] > best["val_auc"]
+    content = model_content("finetune", model, dataset, split, source, row)
+    if improved:
+        best = {name: row[name] for name in ("val_auc", "val_auprc", "epoch")}
+        run.save("best.pt", content)
+    run.save("last.pt", content | {"trainer": {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "best": best,
+                                               "rows": run.rows, "epoch": row["epoch"], "random": random_states()}})
+    print(f"epoch {row['epoch']:3d}: loss {row['loss']:.4f}, validation AUROC {row['val_auc']:.4f}{' *' if improved else ''}, AUPRC {row['val_auprc']:.4f}")
+    return best
+
+
+def resume_finetuning(run, model, optimizer, schedule) -> tuple[dict, int]:
+    """Restore an interrupted run at the start of an epoch: (best so far, epochs done)."""
+    state = run.last["trainer"]
+    model.load_state_dict(run.last["model"])
+    optimizer.load_state_dict(state["optimizer"]), schedule.load_state_dict(state["schedule"])
+    restore_random_states(state["random"])
+    return state["best"], state["epoch"]
+
+
+def main(argv=None) -> int:
+    try:
+        arguments = parse_arguments(argv)
+        (pretrain if arguments.mode == "pretrain" else finetune)(arguments)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
