@@ -283,7 +283,7 @@ def _blame_record(path: Path, records: list[tuple[str, bytes]]):
 
 def _parse_records(path: Path) -> tuple[pd.DataFrame, list[str]]:
     """All records of one set as one table (record, Time, Parameter, Value), parsed in one call; and the records' names."""
-    records, rows = [], []
+    records, rows, commas = [], [], 0
     for name, raw in _records(path):
         header, _, body = raw.removeprefix(b"\xef\xbb\xbf").partition(b"\n")
         if header.strip() != b"Time,Parameter,Value":
@@ -291,13 +291,16 @@ def _parse_records(path: Path) -> tuple[pd.DataFrame, list[str]]:
         body = body if not body or body.endswith(b"\n") else body + b"\n"
         records.append((name, body))
         rows.append(body.count(b"\n"))
+        commas += body.count(b",")
+    if commas != 2 * sum(rows):  # pandas would fill or drop cells of a ragged line
+        _blame_record(path, records)
     try:
         table = pd.read_csv(io.BytesIO(b"".join(body for _, body in records)), header=None, names=["Time", "Parameter", "Value"],
                             dtype={"Time": "category", "Parameter": "category", "Value": np.float64}, quoting=csv.QUOTE_NONE,
                             skip_blank_lines=False, index_col=False, na_values=[""], keep_default_na=False)
     except (ValueError, pd.errors.ParserError):
         _blame_record(path, records)
-    if len(table) != sum(rows) or not all(_CLOCK.fullmatch(str(time)) for time in table["Time"].cat.categories):
+    if len(table) != sum(rows) or table["Time"].isna().any() or not all(_CLOCK.fullmatch(str(time)) for time in table["Time"].cat.categories):
         _blame_record(path, records)
     table["record"] = np.repeat(np.arange(len(records)), rows)
     return table, [name for name, _ in records]
@@ -473,41 +476,54 @@ def ranges(start: np.ndarray, length: np.ndarray) -> np.ndarray:
 
 @dataclass
 class Normalizer:
-    """z = clip((value - mean) / std, -clip, clip), a variable each. Fitted on training stays only; travels in the checkpoint."""
+    """z = clip((f(value) - mean) / std, -clip, clip), a variable each; f(x) = log(1 + x / log_scale) where log_scale is positive, else x.
+
+    Fitted on training stays only; travels in the checkpoint.
+    """
 
     variables: list[str]
-    mean: np.ndarray   # [V] float32, raw units
-    std: np.ndarray    # [V] float32, raw units, positive
-    clip: float = 5.0  # standard deviations
+    mean: np.ndarray       # [V] float32, of f(value)
+    std: np.ndarray        # [V] float32, positive
+    log_scale: np.ndarray  # [V] float32, raw units; 0: no logarithm
+    clip: float = 5.0      # standard deviations
 
     @classmethod
-    def fit(cls, cohort: Cohort, stays: np.ndarray, tail: float = .005) -> "Normalizer":
+    def fit(cls, cohort: Cohort, stays: np.ndarray, tail: float = .005, skewed: float = 1.5) -> "Normalizer":
         """Mean and standard deviation of each variable's values between its `tail` and 1 - `tail` quantiles (winsorised: one
-        mistyped pH of 735 must not set the scale). A constant variable (an indicator) gets mean 0, std 1: its value stays visible."""
+        mistyped pH of 735 must not set the scale). A non-negative variable with a skewness above `skewed` (most enzymes, bilirubin,
+        lactate) is taken on a log scale, relative to its median. A constant variable (an indicator) keeps its value: mean 0, std 1."""
         events = stay_event_index(cohort, stays)
         variable, value = cohort.event_variable[events], cohort.event_value[events].astype(np.float64)
         order = np.argsort(variable, kind="stable")
         bounds = np.searchsorted(variable[order], np.arange(len(cohort.variables) + 1))
-        mean, std = np.zeros(len(cohort.variables)), np.ones(len(cohort.variables))
+        mean, std, log_scale = np.zeros((3, len(cohort.variables)), dtype=np.float32)
+        std[:] = 1
         for v in range(len(cohort.variables)):
             x = value[order[bounds[v]:bounds[v + 1]]]
-            if len(x):
-                x = x.clip(*np.quantile(x, (tail, 1 - tail)))
-                mean[v], std[v] = x.mean(), x.std()
-        constant = std <= 1e-6 * np.maximum(1, abs(mean))
-        mean[constant], std[constant] = 0, 1
-        return cls(cohort.variables, mean.astype(np.float32), std.astype(np.float32))
+            if not len(x):
+                continue
+            x = x.clip(*np.quantile(x, (tail, 1 - tail)))
+            if x.std() <= 1e-6 * max(1, abs(x.mean())):
+                continue
+            if x.min() >= 0 and ((x - x.mean()) ** 3).mean() > skewed * x.std() ** 3:
+                log_scale[v] = np.median(x[x > 0])
+                x = np.log1p(x / log_scale[v])
+            mean[v], std[v] = x.mean(), x.std()
+        return cls(cohort.variables, mean, std, log_scale)
 
     def __call__(self, variable: np.ndarray, value: np.ndarray) -> np.ndarray:
+        scale = self.log_scale[variable]
+        value = np.where(scale > 0, np.log1p(np.maximum(value, 0) / np.where(scale > 0, scale, 1)), value)
         return ((value - self.mean[variable]) / self.std[variable]).clip(-self.clip, self.clip).astype(np.float32)
 
     def state_dict(self) -> dict:
         """Plain types and tensors, for the checkpoint."""
-        return {"variables": list(self.variables), "mean": torch.from_numpy(self.mean), "std": torch.from_numpy(self.std), "clip": self.clip}
+        arrays = {name: torch.from_numpy(getattr(self, name)) for name in ("mean", "std", "log_scale")}
+        return {"variables": list(self.variables), "clip": self.clip, **arrays}
 
     @classmethod
     def from_state(cls, state: dict) -> "Normalizer":
-        return cls(state["variables"], state["mean"].numpy(), state["std"].numpy(), state["clip"])
+        return cls(**{name: x.numpy() if torch.is_tensor(x) else x for name, x in state.items()})
 
 
 def variable_vectors(variables: list[str], dim: int) -> torch.Tensor:

@@ -25,17 +25,17 @@ class ModelConfig:
     input_dim: int = 64             # width of the vocabulary's (frozen) vectors
     # Set encoder
     reduced_dim: int = 64           # r
-    latent_dim: int = 128           # d
-    levels: int = 2                 # ISAB levels
-    set_heads: int = 4
+    latent_dim: int = 192           # d
+    levels: int = 1                 # ISAB levels
+    set_heads: int = 2
     inducing: int = 4               # m
     mab_residual: bool = True       # MAB of Lee et al. 2019 (True) or of the original SeqSetVAE, without residuals (False)
     presence: bool = True           # learned term that says *that* a variable was measured, whatever its value
     # History
     layers: int = 3
-    heads: int = 4
-    ff_dim: int = 512
-    dropout: float = 0.1
+    heads: int = 6
+    ff_dim: int = 768
+    dropout: float = 0.0
     slope_per_head: bool = True     # one slope of the time bias a head, or a single one
     # Decoder and objective
     decoder: str = "readout"        # "readout": each variable's value, presence and history; "slots": a set of points, Chamfer distance
@@ -51,15 +51,15 @@ class ModelConfig:
     classes: int = 2
     classification_only: bool = True  # frozen backbone; False: full training
     fuse: bool = True               # mu and logvar fused, or mu alone
-    features: str = "multiscale"    # frozen features: "multiscale" or "stable"
+    features: str = "multiscale"    # "multiscale" or "stable"
     summaries: bool = False         # exact per-variable summaries of the stay beside the learned features
-    head_widths: tuple = ()         # widths of the head's hidden layers; (): d, d/2, d/4
+    head_widths: tuple | None = None  # of the head's hidden layers; None: d, d/2, d/4; (): a linear head
 
     @classmethod
     def original(cls, num_variables: int, **sizes) -> "ModelConfig":
         """The original implementation's architecture and objective (section 5 of its description), for comparison and its checkpoints."""
         return cls(num_variables, **{**dict(
-            input_dim=768, reduced_dim=256, latent_dim=256, inducing=16, set_heads=2, layers=4, heads=8, ff_dim=512, mab_residual=False,
+            input_dim=768, reduced_dim=256, latent_dim=256, levels=2, inducing=16, set_heads=2, layers=4, heads=8, ff_dim=512, dropout=0.1, mab_residual=False,
             presence=False, slope_per_head=False, decoder="slots", learned_seeds=False, sample_z=False, hide_sets=0.0, drop_events=0.0,
             max_beta=0.05, free_bits=0.1, logvar_bonus=0.1), **sizes})
 
@@ -320,15 +320,16 @@ def history_statistics(x, n, minute):
     index = torch.arange(x.shape[1], device=x.device)[None, :, None]
     last = x.gather(1, torch.where(here > 0, index, 0).cummax(1).values)
     first = (x * here * (times == 1)).cumsum(1)
-    mean = (x * here).cumsum(1) / times1
-    spread = ((x.square() * here).cumsum(1) / times1 - mean.square()).clamp(min=0)
+    shifted = (x - first) * here                                                    # sums of squares cancel less around a value of their own
+    shift = shifted.cumsum(1) / times1
+    mean = first + shift
+    spread = (shifted.square().cumsum(1) / times1 - shift.square()).clamp(min=0)
     largest = x.masked_fill(here == 0, -math.inf).cummax(1).values
     smallest = -(-x).masked_fill(here == 0, -math.inf).cummax(1).values
-    # Least-squares slope over the times of measurement; 0 before a second one.
+    # Least-squares slope over the times of measurement, ridge of (0.1 day)^2: two measurements close together say little.
     day_mean = (day * here).cumsum(1) / times1
     day_spread = ((day.square() * here).cumsum(1) / times1 - day_mean.square()).clamp(min=0)
-    together = (day * x * here).cumsum(1) / times1 - day_mean * mean
-    slope = together / (day_spread + 0.01)                                          # ridge of (0.1 day)^2: two close points say little
+    slope = ((day * shifted).cumsum(1) / times1 - day_mean * shift) / (day_spread + 0.01)
     statistics = torch.stack([last, first, mean, largest, smallest, spread.sqrt(), slope, n.cumsum(1).log1p()], dim=-1)
     return statistics.masked_fill(~seen[..., None], 0), seen
 
@@ -513,17 +514,20 @@ class SeqSetVAEPretrain(nn.Module):
 # Finetuning: a classification head on the same blocks
 # ----------------------------------------------------------------------------------------------------------------------------------
 
-def classification_head(features: int, widths: tuple, classes: int) -> nn.Sequential:
-    """Linear, LayerNorm, ReLU, Dropout a hidden layer, then the classes; Xavier initialised."""
-    layers = []
+def classification_head(features: int, config: ModelConfig) -> nn.Sequential:
+    """Hidden layers of Linear, LayerNorm, ReLU, Dropout, then the classes; Xavier initialised, a linear head at zero (it is convex)."""
+    layers, d = [], config.latent_dim
+    widths = (d, d // 2, d // 4) if config.head_widths is None else config.head_widths
     for width, dropout in zip(widths, (0.2, 0.2, 0.1)):
         layers += [nn.Linear(features, width), nn.LayerNorm(width), nn.ReLU(), nn.Dropout(dropout)]
         features = width
-    head = nn.Sequential(*layers, nn.Linear(features, classes))
+    head = nn.Sequential(*layers, nn.Linear(features, config.classes))
     for layer in head:
         if isinstance(layer, nn.Linear):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
+    if not widths:
+        nn.init.zeros_(head[0].weight)
     return head
 
 
@@ -582,22 +586,21 @@ class SeqSetVAE(nn.Module):
                 self.vae_feature_fusion = GatedFusion(d)
             self.feature_fusion = AttentionPool(d, config.heads)
             self.feature_projection = nn.Sequential(nn.Linear(3 * d, d), nn.LayerNorm(d))
-        learned, exact = self._feature_sizes()
-        # Standardisation of everything that reaches the head untrained, with statistics of the training stays (see `train.py`).
-        standardised = exact if not config.classification_only else learned + exact
-        self.register_buffer("feature_mean", torch.zeros(standardised))
-        self.register_buffer("feature_std", torch.ones(standardised))
-        self.cls_head = classification_head(learned + exact, config.head_widths or (d, d // 2, d // 4), config.classes)
+        # Everything that reaches the head untrained is standardised, with statistics of the training stays (see `train.py`).
+        features = self._feature_sizes()
+        self.register_buffer("feature_mean", torch.zeros(features["standardised"]))
+        self.register_buffer("feature_std", torch.ones(features["standardised"]))
+        self.cls_head = classification_head(sum(features.values()), config)
         if config.classification_only:
             for name, parameter in self.named_parameters():
                 parameter.requires_grad_(not name.startswith(self.BACKBONE))
 
-    def _feature_sizes(self) -> tuple[int, int]:
-        """Number of learned features and of exact summaries that reach the head."""
-        d, v, k = self.config.latent_dim, self.config.num_variables, len(HISTORY_STATISTICS)
-        beliefs = (10 + k) * v if self.config.decoder == "readout" else 0
-        learned = 8 * d + beliefs if self.config.classification_only and self.config.features == "multiscale" else d
-        return learned, (k + 1) * v if self.config.summaries else 0
+    def _feature_sizes(self) -> dict[str, int]:
+        """Number of head inputs that reach it as they are (stable features, the trained projection), and standardised."""
+        config, d, v, k = self.config, self.config.latent_dim, self.config.num_variables, len(HISTORY_STATISTICS)
+        multiscale = 8 * d + ((10 + 2 * k) * v if config.decoder == "readout" else 0) if config.features == "multiscale" else 0
+        plain = d if not config.classification_only or config.features == "stable" else 0
+        return {"plain": plain, "standardised": multiscale + ((k + 1) * v if config.summaries else 0)}
 
     def train(self, mode: bool = True):
         """The frozen backbone stays in evaluation mode, also in training."""
@@ -618,7 +621,8 @@ class SeqSetVAE(nn.Module):
         return w * mu * (1 + 0.05 * torch.tanh(std)) + (1 - w) * mu
 
     def _extract_enhanced_features(self, h, lengths=None):
-        """Features of a stay from h [B, L, d] (lengths [B], None: all L): stable [B, d], multiscale [B, 4d], or trained [B, d]."""
+        """Features of a stay from h [B, L, d] alone (lengths [B], None: all L). Frozen: stable [B, d] = 0.7 * last + 0.3 * attention pool, or
+        multiscale [B, 4d] = last, attention pool, mean, max. Full training: the projection of mean, max and learned attention pool [B, d]."""
         if lengths is None:
             lengths = torch.full((len(h),), h.shape[1], device=h.device)
         real = torch.arange(h.shape[1], device=h.device) < lengths[:, None]                           # [B, L]
@@ -626,8 +630,7 @@ class SeqSetVAE(nn.Module):
         mean, largest = masked_mean(h, real), h.masked_fill(~real[..., None], -math.inf).amax(1)
         if not self.config.classification_only:
             return self.feature_projection(torch.cat([mean, largest, self.feature_fusion(h, last, real)], dim=-1))
-        score = (h @ last[:, :, None]).squeeze(-1).masked_fill(~real, -math.inf)
-        attention = (score.softmax(1)[..., None] * h).sum(1)
+        attention = attention_pool(h, last, real)
         if self.config.features == "stable":
             return 0.7 * last + 0.3 * attention
         return torch.cat([last, attention, mean, largest], dim=-1)
@@ -638,33 +641,38 @@ class SeqSetVAE(nn.Module):
         z = self._fuse_vae_features(mu, logvar)
         return mu, logvar, z, self.history(z, batch.minute)
 
-    def _stay_features(self, z, h, batch):
-        """All that reaches the head: learned [B, n], exact [B, n'] (not yet standardised)."""
-        h, real, end = h.float(), real_sets(batch), (torch.arange(len(batch), device=h.device), batch.lengths - 1)
-        learned = [self._extract_enhanced_features(h, batch.lengths)]
-        if self.config.classification_only and self.config.features == "multiscale":
-            learned += moments(z, real)
-            if self.config.decoder == "readout":  # the decoder's belief about every variable, over the stay and of the whole stay
+    def _head_input(self, z, h, batch):
+        """All that reaches the head, [B, F], not yet standardised."""
+        config, h, z, real = self.config, h.float(), z.float(), real_sets(batch)
+        end = torch.arange(len(batch), device=h.device), batch.lengths - 1
+        features = [self._extract_enhanced_features(h, batch.lengths)]
+        if config.features == "multiscale":
+            if not config.classification_only:
+                features += [h[end], attention_pool(h, h[end], real), masked_mean(h, real), h.masked_fill(~real[..., None], -math.inf).amax(1)]
+            features += moments(z, real)
+            if config.decoder == "readout":  # the decoder's belief about every variable: over the stay, and of the whole stay
                 values, logits = self.setvae.decoder(h)
                 for belief in (values.float(), logits.float().sigmoid()):
-                    learned += [belief[end], *moments(belief, real)]
-                learned.append(self.history_readout(h[end]).float())
-        exact = []
-        if self.config.summaries:
-            statistics, seen = history_statistics(*measurement_grid(batch, self.config.num_variables), batch.minute)
-            exact = [statistics[end].flatten(1), seen[end].float()]
-        return torch.cat(learned, -1), torch.cat(exact, -1) if exact else h.new_zeros(len(batch), 0)
+                    features += [belief[end], *moments(belief, real)]
+                features.append(self.history_readout(h[end]).float())
+                values, logits = self.setvae.decoder(z)  # the stay's history as the latents of its sets tell it
+                believed = (logits.float() > 0).float()
+                statistics, _ = history_statistics(values.float() * believed, believed, batch.minute)
+                features.append(statistics[end].flatten(1))
+        if config.summaries:
+            statistics, seen = history_statistics(*measurement_grid(batch, config.num_variables), batch.minute)
+            features += [statistics[end].flatten(1), seen[end].float()]
+        return torch.cat(features, dim=-1)
 
     def features(self, batch: EventBatch) -> torch.Tensor:
         """Head input of every stay before standardisation, [B, F]. Of a frozen backbone it never changes: compute it once."""
         _, _, z, h = self.encode(batch)
-        return torch.cat(self._stay_features(z, h, batch), dim=-1)
+        return self._head_input(z, h, batch)
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
-        """features [B, F], as `features` gives them -> logits [B, classes]. The last n of them are standardised, n the buffers' length."""
-        trained, n = features.shape[-1] - len(self.feature_mean), len(self.feature_mean)
-        standard = ((features[:, trained:] - self.feature_mean) / self.feature_std).clamp(-5, 5)
-        return self.cls_head(torch.cat([features[:, :trained], standard], dim=-1) if n else features)
+        """features [B, F], as `features` gives them -> logits [B, classes]. All but the first (plain) ones are standardised."""
+        plain, rest = features.split(list(self._feature_sizes().values()), dim=-1)
+        return self.cls_head(torch.cat([plain, ((rest - self.feature_mean) / self.feature_std).clamp(-5, 5)], dim=-1))
 
     def forward(self, batch: EventBatch) -> torch.Tensor:
         """logits [B, classes]."""
@@ -673,13 +681,19 @@ class SeqSetVAE(nn.Module):
     def losses(self, batch: EventBatch) -> dict[str, torch.Tensor]:
         """Full training: logits [B, classes], reconstruction and KL of one pass."""
         mu, logvar, z, h = self.encode(batch)
-        logits = self.classify(torch.cat(self._stay_features(z, h, batch), dim=-1))
+        logits = self.classify(self._head_input(z, h, batch))
         grid = measurement_grid(batch, self.config.num_variables)
         terms = list(self.setvae.reconstruction_losses(h, batch, grid).values())
         if self.config.decoder == "readout":
             terms.append(history_loss(self.history_readout(h), *grid, batch.minute))
         return {"logits": logits, "reconstruction": mean_over_stays(sum(terms), batch),
                 "kl": mean_over_stays(kl_divergence(mu, logvar, self.config.free_bits, self.config.logvar_bonus), batch)}
+
+
+def attention_pool(h, last, real):
+    """Parameter-free: mean of h_t weighted by softmax(h_t . h_last): h [B, L, d], last [B, d], real [B, L] -> [B, d]."""
+    score = (h @ last[:, :, None]).squeeze(-1).masked_fill(~real, -math.inf)
+    return (score.softmax(1)[..., None] * h).sum(1)
 
 
 def moments(x, real):
@@ -695,6 +709,7 @@ def moments(x, real):
 # ----------------------------------------------------------------------------------------------------------------------------------
 
 CHECKPOINT_FORMAT = 1
+_CHECKPOINT_KEYS = {"mode", "model_config", "model", "vocabulary", "normalizer", "split", "source", "metrics"}  # see train.model_content
 _WRAPPERS = ("module.", "_orig_mod.", "model.")  # DDP, torch.compile, a LightningModule's attribute
 # Prefix in the original implementation -> ours.
 _ORIGINAL_NAMES = {
@@ -719,6 +734,8 @@ def read_checkpoint(path, device="cpu") -> dict:
                          "it may be truncated or of another program: make it again") from None
     if not isinstance(content, dict) or not content:
         raise InputError(f"{path}: holds {type(content).__name__}, not a checkpoint; give a file that train.py wrote")
+    if "format" in content and (lacking := _CHECKPOINT_KEYS - set(content)):
+        raise InputError(f"{path}: a checkpoint without {', '.join(sorted(lacking))}; it was not written by train.py: make it again")
     if content.get("format", CHECKPOINT_FORMAT) != CHECKPOINT_FORMAT:
         raise InputError(f"{path}: checkpoint format {content['format']}, this version reads {CHECKPOINT_FORMAT}; use the matching version")
     return content
@@ -734,10 +751,10 @@ def checkpoint_state(content: dict, path) -> dict[str, torch.Tensor]:
         while (prefix := next((p for p in _WRAPPERS if name.startswith(p)), None)):
             name = name[len(prefix):]
         original = None if "format" in content else next((p for p in _ORIGINAL_NAMES if name.startswith(p)), None)
+        if original == "alibi_slope":
+            # The original's sign error kept its bias at zero for the whole past, whatever the slope: slope 0 reproduces its outputs.
+            tensor = torch.zeros_like(tensor)
         ours[_ORIGINAL_NAMES[original] + name[len(original):] if original else name] = tensor
-    if "format" not in content and "history.slope" in ours:
-        # The original's sign error kept its bias at zero for the whole past, whatever the slope: slope 0 reproduces its outputs.
-        ours["history.slope"] = torch.zeros_like(ours["history.slope"])
     return ours
 
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from data import (Cohort, InputError, Normalizer, StayDataset, epoch_batches, load_cohort, make_splits, sorted_batches, stays_of,
                   variable_vectors, write_atomically)
-from finetune_config import FinetuneConfig, build_optimizer, classification_loss
+from finetune_config import FinetuneConfig, classification_loss, full_optimizer, head_optimizer, head_penalty
 from model import (CHECKPOINT_FORMAT, ModelConfig, SeqSetVAE, SeqSetVAEPretrain, checkpoint_config, checkpoint_state, load_backbone,
                    read_checkpoint)
 
@@ -35,8 +35,8 @@ CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
 EVALUATION_BATCH = 32  # stays
 PRETRAIN = dict(batch_size=8, max_epochs=10, learning_rate=1e-3, weight_decay=0.01, betas=(0.9, 0.98), clip=1.0, warmup_steps=100,
                 beta_warmup_steps=500, patience=5)
-FINETUNE = dict(batch_size=4, max_epochs=15)
-FULL_TRAINING = dict(batch_size=8, max_epochs=5)
+FINETUNE = dict(batch_size=64, max_epochs=15)
+FULL_TRAINING = dict(batch_size=8, max_epochs=3)
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
@@ -351,7 +351,7 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
     torch.manual_seed(arguments.seed), random.seed(arguments.seed)
     backbone = checkpoint_config(content, len(dataset.normalizer.variables), arguments.pretrained_ckpt)
     model_config = replace(backbone, classification_only=not full, fuse=config.fuse, features=config.features, summaries=config.summaries,
-                           head_widths=() if full else config.head_widths)
+                           head_widths=config.head_widths)
     vocabulary = content.get("vocabulary", variable_vectors(dataset.normalizer.variables, backbone.input_dim))
     model = SeqSetVAE(model_config, vocabulary)
     if arguments.random_init:
@@ -413,13 +413,29 @@ def standardise(model: SeqSetVAE, features: torch.Tensor) -> None:
     model.feature_std.copy_(untrained.std(0).clamp(min=1e-6))
 
 
+def head_epoch(model, features, label, optimizer, config: FinetuneConfig, batches) -> float:
+    """One epoch of the head on cached features [n, F], label [n]: the mean loss."""
+    model.train()
+    total = torch.zeros((), device=features.device)
+    for i, batch in enumerate(batches):
+        batch = torch.from_numpy(batch).to(features.device)
+        loss = classification_loss(model.classify(features[batch]), label[batch], config)
+        ((loss + head_penalty(model, config)) / config.accumulation).backward()
+        total += loss.detach() * len(batch)
+        if (i + 1) % config.accumulation == 0 or i + 1 == len(batches):
+            torch.nn.utils.clip_grad_norm_(model.cls_head.parameters(), config.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    return total.item() / len(label)
+
+
 def train_head(arguments, config, settings, run, model, dataset, split, source, train, valid, device, dtype) -> dict:
     """Frozen backbone: encode the cohort once, then train the head on the cached features. Equal to uncached training, since the
     backbone is deterministic in evaluation mode."""
     features, val_features = (encode_stays(model, dataset, stays, device, dtype) for stays in (train, valid))
     standardise(model, features)
     label = torch.from_numpy(dataset.cohort.label[train].astype(np.int64)).to(device)
-    optimizer, schedule = build_optimizer(model, config, settings["max_epochs"])
+    optimizer, schedule = head_optimizer(model, config)
     best, first = {"val_auc": -1.0, "val_auprc": -1.0, "epoch": 0}, 0
     if run.last:
         best, first = resume_finetuning(run, model, optimizer, schedule)
@@ -427,21 +443,12 @@ def train_head(arguments, config, settings, run, model, dataset, split, source, 
         if epoch - best["epoch"] >= config.patience:
             print(f"early stop: the validation AUROC has not improved for {config.patience} epochs")
             break
-        model.train()
-        total, batches = torch.zeros((), device=device), epoch_batches(np.ones(len(train)), settings["batch_size"], arguments.seed, epoch)
-        for i, batch in enumerate(progress(batches, len(batches), f"epoch {epoch + 1}")):
-            batch = torch.from_numpy(batch).to(device)
-            loss = classification_loss(model.classify(features[batch]), label[batch], config)
-            (loss / config.accumulation).backward()
-            total += loss.detach() * len(batch)
-            if (i + 1) % config.accumulation == 0 or i + 1 == len(batches):
-                norm = torch.nn.utils.clip_grad_norm_(model.cls_head.parameters(), config.clip)
-                if device.type == "cpu":
-                    finite_or_stop(norm, i, dataset.cohort.stay_id[train[batch.cpu()]])
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+        batches = epoch_batches(np.ones(len(train)), settings["batch_size"], arguments.seed, epoch)
+        loss = head_epoch(model, features, label, optimizer, config, progress(batches, len(batches), f"epoch {epoch + 1}"))
+        if not math.isfinite(loss):
+            raise InputError(f"epoch {epoch + 1}: the loss is not finite; lower the learning rate in finetune_config.py")
         schedule.step()
-        row = {"epoch": epoch + 1, "loss": total.item() / len(train), **ranking(dataset.cohort.label[valid], predict(model, val_features))}
+        row = {"epoch": epoch + 1, "loss": loss, **ranking(dataset.cohort.label[valid], predict(model, val_features))}
         best = end_of_epoch(run, model, dataset, split, source, optimizer, schedule, row, best)
         if run.stop:
             sys.exit(130)
@@ -449,15 +456,21 @@ def train_head(arguments, config, settings, run, model, dataset, split, source, 
 
 
 def train_everything(arguments, config, settings, run, model, dataset, split, source, train, valid, device, dtype) -> dict:
-    """Full training: classification + reconstruction + KL, every parameter."""
+    """Full training: the head first, on the backbone as it is; then every parameter on classification + reconstruction + KL."""
     lengths = np.diff(dataset.cohort.stay_start)[train]
-    if len(model.feature_mean):
-        standardise(model, encode_stays(model, dataset, train, device, dtype))
-    optimizer, schedule = build_optimizer(model, config, settings["max_epochs"])
+    optimizer, schedule = full_optimizer(model, config, settings["max_epochs"])
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     best, first = {"val_auc": -1.0, "val_auprc": -1.0, "epoch": 0}, 0
     if run.last:
         best, first = resume_finetuning(run, model, optimizer, schedule)
+    else:
+        features = encode_stays(model, dataset, train, device, dtype)
+        standardise(model, features)
+        label = torch.from_numpy(dataset.cohort.label[train].astype(np.int64)).to(device)
+        warm_up, warm_schedule = head_optimizer(model, config)
+        for epoch in range(FINETUNE["max_epochs"]):
+            head_epoch(model, features, label, warm_up, config, epoch_batches(np.ones(len(train)), FINETUNE["batch_size"], arguments.seed, epoch))
+            warm_schedule.step()
     for epoch in range(first, settings["max_epochs"]):
         model.train()
         totals = torch.zeros(3, device=device)
@@ -466,7 +479,8 @@ def train_everything(arguments, config, settings, run, model, dataset, split, so
             with torch.amp.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 losses = model.losses(batch)
             classification = classification_loss(losses["logits"], batch.label, config)
-            loss = classification + config.reconstruction_weight * (losses["reconstruction"] + model.config.max_beta * losses["kl"])
+            loss = (classification + head_penalty(model, config)
+                    + config.reconstruction_weight * (losses["reconstruction"] + model.config.max_beta * losses["kl"]))
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
