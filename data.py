@@ -566,6 +566,119 @@ def read_physionet2012(folder: Path) -> Cohort:
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------
+# Reader: the original implementation's layout
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+def _original_files(folder: Path) -> list[Path]:
+    """The stays' files: patient_ehr/{train,valid,test}/*.parquet or *.csv of `folder`, which may be patient_ehr itself."""
+    home = folder if folder.name == "patient_ehr" else folder / "patient_ehr"
+    return [path for split in SPLITS for path in sorted((home / split).glob("[!.]*")) if path.suffix in (".parquet", ".csv")]
+
+
+def _original_sources(folder: Path) -> list[Path]:
+    files = _original_files(folder)
+    cached = files[0].parents[2] / "cached.csv"
+    return files + [cached] * cached.is_file()
+
+
+class _NumberType:
+    """Stands in for numpy.dtype in a pickle: keeps the code (f8) and the byte order, and can do nothing else."""
+
+    def __init__(self, code, *_):
+        self.code, self.order = code, "="
+
+    def __setstate__(self, state):
+        self.order = {"<": "<", ">": ">"}.get(state[1], "=")
+
+    @staticmethod
+    def scalar(kind, raw):
+        if not re.fullmatch("[fiu][248]|[iub]1", kind.code):
+            raise pickle.UnpicklingError(f"a NumPy scalar of type {kind.code!r}")
+        return np.frombuffer(raw, kind.order + kind.code)[0].item()
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Admits containers, strings, numbers and NumPy scalars, the last by stand-ins: nothing that the file names is imported or called."""
+
+    _STAND_INS = {("numpy", "dtype"): _NumberType, ("numpy._core.multiarray", "scalar"): _NumberType.scalar,
+                  ("numpy.core.multiarray", "scalar"): _NumberType.scalar, ("_codecs", "encode"): lambda text, _: text.encode("latin1")}
+
+    def find_class(self, module, name):
+        try:
+            return self._STAND_INS[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}") from None
+
+
+def _read_statistics(path: Path) -> pd.DataFrame:
+    """mean and std by variable, from a CSV (variable,mean,std) or a pickle {variable: {"mean": .., "std": ..}}. Left out: those of a
+    variable whose mean is not finite or whose std is zero or not finite, so that they are fitted. InputError for a negative std."""
+    if path.suffix == ".pkl":
+        try:
+            with open(path, "rb") as file:
+                content = _PlainUnpickler(file).load()
+            known = {str(name): (float(entry["mean"]), float(entry["std"])) for name, entry in content.items()}
+        except Exception as error:  # a damaged or hostile pickle raises anything
+            raise InputError(f"{path}: not a plain pickle of {{variable: {{'mean': number, 'std': number}}}} ({type(error).__name__}: {error}); "
+                             "write it so, or as CSV with variable,mean,std") from None
+        given = pd.DataFrame.from_dict(known, orient="index", columns=["mean", "std"])
+        if (given["std"] < 0).any():
+            raise InputError(f"{path}: std of {given.index[given['std'] < 0][0]} is negative; mend it")
+    elif path.suffix == ".csv":
+        table = _read_table([path], {"variable": str, "mean": float, "std": float})
+        names = pd.Index(table["variable"])
+        table.refuse("variable", names.isna() | names.duplicated(), ", where each line names another one; mend or remove the line")
+        table.refuse("std", table["std"] < 0, ", below 0; mend the line")
+        given = pd.DataFrame({"mean": table["mean"], "std": table["std"]}, index=names.astype(object))
+    else:
+        raise InputError(f"{path}: statistics of this kind are not read; give .csv with variable,mean,std or .pkl")
+    return given[np.isfinite(given).all(axis=1) & (given["std"] > 0)]
+
+
+def _read_vectors(path: Path) -> pd.DataFrame:
+    """One vector a variable: `Key`, then a column each dimension. A column without a name (a row number that pandas wrote) is none."""
+    table = _read_table([path], {"Key": str}, rest=float)
+    names = pd.Index(table["Key"])
+    table.refuse("Key", names.isna() | names.duplicated(), ", where each line names another variable; mend or remove the line")
+    columns = {name: column for name, column in table.columns.items() if name != "Key"}
+    if not columns:
+        raise InputError(f"{path}: no column beside Key; add one for each dimension")
+    for name, column in columns.items():
+        table.refuse(name, ~np.isfinite(column), ", not finite; mend the line")
+    return pd.DataFrame(columns, index=names.astype(object), dtype=np.float32)
+
+
+def read_original(folder: Path, params_map: Path | None = None, label_file: Path | None = None) -> Cohort:
+    """patient_ehr/{train,valid,test}/<id>.parquet or .csv: variable, value, minute and perhaps set_index, which then tells the sets apart.
+
+    The folder is the stay's split. params_map: see `_read_statistics`; label_file: CSV ts_id,in_hospital_mortality; cached.csv beside
+    patient_ehr: see `_read_vectors`. A set that spans several minutes is charted at its first.
+    """
+    files = _original_files(folder)
+    table = _read_table(files, {"variable": str, "value": float, "minute": float}, {"set_index": float})
+    keep, notes = _usable_rows(table)
+    stay, minute, set_key = table.file[keep], table["minute"][keep], None
+    if "set_index" in table:
+        table.refuse("set_index", ~np.isfinite(table["set_index"]), "; number the set, or leave the column out of all files")
+        set_key = table["set_index"][keep]
+        minute = pd.Series(minute).groupby([stay, set_key]).transform("min").to_numpy()
+    ids = [path.stem for path in files]
+    label = -np.ones(len(ids))
+    if label_file:
+        label, _ = _join_labels(_read_labels(label_file, "ts_id", "in_hospital_mortality"), ids, notes)
+    cached = files[0].parents[2] / "cached.csv"
+    given = {"statistics": _read_statistics(params_map) if params_map else None, "vectors": _read_vectors(cached) if cached.is_file() else None}
+    cohort = build_cohort("original layout (patient_ehr)", table["variable"].categories, stay, minute, table["variable"].codes[keep],
+                          table["value"][keep], ids, label, [SPLITS.index(path.parent.name) for path in files], notes, set_key, **given)
+    for name, rows in given.items():
+        if rows is not None:
+            known = np.isin(cohort.variables, rows.index)
+            cohort.notes |= {f"variables without given {name} ({'fitted' if name == 'statistics' else 'hashed from the name'})": int((~known).sum()),
+                             f"given {name} of no variable": len(rows) - int(known.sum())}
+    return cohort
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
 # Choosing a reader, and the cache
 # ----------------------------------------------------------------------------------------------------------------------------------
 
@@ -580,6 +693,8 @@ class Reader(NamedTuple):
 READERS = [  # the first that matches is taken
     Reader("PhysioNet 2012 (set-a.tar.gz or set-a/ with Outcomes-a.txt)", lambda folder: bool(_physionet2012_files(folder)),
            _physionet2012_sources, read_physionet2012),
+    Reader("the original layout (patient_ehr/{train,valid,test}/<id>.parquet or .csv)", lambda folder: bool(_original_files(folder)),
+           _original_sources, read_original, ("params_map", "label_file")),
 ]
 
 
