@@ -679,6 +679,37 @@ def read_original(folder: Path, params_map: Path | None = None, label_file: Path
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------
+# Reader: one long table
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+def _one_table(folder: Path, name: str) -> list[Path]:
+    """The file `name`.csv or `name`.parquet of the folder, as a list of one or none; InputError where both lie there."""
+    found = [path for suffix in (".csv", ".parquet") if (path := folder / (name + suffix)).is_file()]
+    if len(found) > 1:
+        raise InputError(f"{folder}: holds both {found[0].name} and {found[1].name}; keep one of them")
+    return found
+
+
+def _long_table_sources(folder: Path) -> list[Path]:
+    return _one_table(folder, "events") + _one_table(folder, "labels")
+
+
+def read_long_table(folder: Path) -> Cohort:
+    """events.csv or events.parquet (stay_id, minute, variable, value); labels.csv or .parquet (stay_id, label of 0 or 1, and perhaps split
+    of train, valid or test), without which no stay has a label. Minutes count from admission."""
+    events, *labels = _long_table_sources(folder)
+    table = _read_table([events], {"stay_id": str, "minute": float, "variable": str, "value": float})
+    stay, variable = table["stay_id"], table["variable"]
+    table.refuse("stay_id", stay.codes < 0, "; name the stay or remove the line")
+    keep, notes = _usable_rows(table)
+    label, split = -np.ones(len(stay.categories)), None
+    if labels:
+        label, split = _join_labels(_read_labels(labels[0], "stay_id", "label"), stay.categories, notes)
+    return build_cohort(f"long table {events.name}", variable.categories, stay.codes[keep], table["minute"][keep], variable.codes[keep],
+                        table["value"][keep], stay.categories, label, split, notes)
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
 # Choosing a reader, and the cache
 # ----------------------------------------------------------------------------------------------------------------------------------
 
@@ -695,6 +726,8 @@ READERS = [  # the first that matches is taken
            _physionet2012_sources, read_physionet2012),
     Reader("the original layout (patient_ehr/{train,valid,test}/<id>.parquet or .csv)", lambda folder: bool(_original_files(folder)),
            _original_sources, read_original, ("params_map", "label_file")),
+    Reader("a long table (events.csv or events.parquet, and labels.csv)", lambda folder: bool(_one_table(folder, "events")),
+           _long_table_sources, read_long_table),
 ]
 
 
