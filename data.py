@@ -710,6 +710,80 @@ def read_long_table(folder: Path) -> Cohort:
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------
+# Reader: MEDS (Medical Event Data Standard)
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+_MINUTE = 60_000_000  # microseconds
+
+
+def _meds_files(folder: Path) -> tuple[list[Path], list[Path], list[Path]]:
+    """Events, subjects' splits (one file or none), labels (any number)."""
+    data, labels = (sorted((folder / name).rglob("[!.]*.parquet")) for name in ("data", "labels"))
+    return data, sorted(folder.glob("metadata/subject_splits.parquet")), labels
+
+
+def read_meds(folder: Path) -> Cohort:
+    """data/**/*.parquet (subject_id, time or null = static, code, and perhaps numeric_value); metadata/subject_splits.parquet (subject_id,
+    split of train, tuning or held_out); labels/**/*.parquet (subject_id, prediction_time, boolean_value).
+
+    A sample is (subject, prediction_time): the subject's events up to and including that time, in minutes since its first timed event;
+    static events lie at minute 0. Without labels, every subject is one sample. A code without a number is an event of value 1. MEDS_DEATH
+    never enters. Raises InputError where subjects have several samples and no split, as one subject would be trained and tested on.
+    """
+    data_files, split_files, label_files = _meds_files(folder)
+    table = _read_table(data_files, {"subject_id": str, "time": np.datetime64, "code": str}, {"numeric_value": float})
+    table.refuse("subject_id", table["subject_id"].codes < 0, "; name the subject or remove the row")
+    subjects, codes = table["subject_id"].categories, table["code"].categories
+    value = table["numeric_value"] if "numeric_value" in table else np.full(len(table["time"]), np.nan)
+    value = np.where(np.isnan(value), 1, value).astype(np.float32)
+    nameless, infinite = table["code"].codes < 0, ~np.isfinite(value)
+    death = np.append(np.array(codes.str.startswith("MEDS_DEATH"), dtype=bool), False)[table["code"].codes]
+    notes = {"events without a code": int(nameless.sum()), "MEDS_DEATH events": int(death.sum()), "events of infinite value": int(infinite.sum())}
+
+    rows = np.flatnonzero(~(nameless | infinite | death))
+    time = table["time"].view(np.int64)  # null is the smallest: static events come first
+    rows = rows[np.lexsort((time[rows], table["subject_id"].codes[rows]))]
+    subject, time, value, code = table["subject_id"].codes[rows].astype(np.int64), time[rows], value[rows], table["code"].codes[rows]
+    static = np.isnat(table["time"][rows])
+    first = np.searchsorted(subject, np.arange(len(subjects) + 1))
+    timed = first[:-1] + np.bincount(subject[static], minlength=len(subjects))  # a subject's first timed event
+    origin = np.append(time, 0)[timed]
+    minute = np.where(static, 0, time // _MINUTE - origin[subject] // _MINUTE)
+
+    person, end, label, ids = np.arange(len(subjects)), first[1:], -np.ones(len(subjects)), subjects.to_numpy(str)
+    if label_files:
+        asked = _read_table(label_files, {"subject_id": str, "prediction_time": np.datetime64, "boolean_value": float})
+        at, names = asked["prediction_time"], asked["subject_id"]
+        asked.refuse("subject_id", names.codes < 0, "; name the subject or remove the row")
+        asked.refuse("prediction_time", np.isnat(at), "; give the time up to which events may be used")
+        twice = pd.DataFrame({"subject": names.codes, "at": at}).duplicated().to_numpy()
+        asked.refuse("prediction_time", twice, ", twice for one subject; keep the labels of one task in labels/")
+        known = (person := subjects.get_indexer(names.categories)[names.codes]) >= 0
+        notes["labels of no subject"] = int((~known).sum())
+        person, at, label = person[known], at[known], np.nan_to_num(asked["boolean_value"][known], nan=-1)
+        # Events of rank < r are those up to the prediction time: one sorted search over (subject, rank of the time).
+        times, rank = np.unique(time, return_inverse=True)
+        end = np.searchsorted(subject * (len(times) + 1) + rank,
+                              person * (len(times) + 1) + np.searchsorted(times, at.view(np.int64), side="right"))
+        ids = np.char.add(np.char.add(ids[person], "@"), np.datetime_as_string(at, unit="auto"))
+    split = None
+    if split_files:
+        listed = _read_table(split_files, {"subject_id": str, "split": str})
+        names = pd.Index(listed["subject_id"])
+        listed.refuse("subject_id", names.isna() | names.duplicated(), ", where each row names another subject; keep one row")
+        split = pd.Series(_read_split(listed, ("train", "tuning", "held_out")), index=names.astype(object))
+        split = split.reindex(subjects, fill_value=-1).to_numpy()[person]
+        notes["samples without a split (neither trained on nor scored)"] = int((split < 0).sum())
+    elif len(np.unique(person)) < len(person):
+        raise InputError(f"{folder}: subjects with several samples and no metadata/subject_splits.parquet; add it, as one subject must not be "
+                         "both trained and tested on")
+    length = end - first[person]
+    events = ranges(first[person], length)
+    return build_cohort("MEDS", codes, np.repeat(np.arange(len(person)), length), minute[events], code[events], value[events], ids, label,
+                        split, notes)
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
 # Choosing a reader, and the cache
 # ----------------------------------------------------------------------------------------------------------------------------------
 
@@ -728,6 +802,7 @@ READERS = [  # the first that matches is taken
            _original_sources, read_original, ("params_map", "label_file")),
     Reader("a long table (events.csv or events.parquet, and labels.csv)", lambda folder: bool(_one_table(folder, "events")),
            _long_table_sources, read_long_table),
+    Reader("MEDS (data/**/*.parquet)", lambda folder: bool(_meds_files(folder)[0]), lambda folder: sum(_meds_files(folder), []), read_meds),
 ]
 
 
