@@ -784,6 +784,41 @@ def read_meds(folder: Path) -> Cohort:
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------
+# Reader: PhysioNet / CinC Challenge 2019
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+_HOURLY_DESCRIPTORS = ("Age", "Gender", "Unit1", "Unit2", "HospAdmTime", "ICULOS")  # repeated in every row of a record
+
+
+def _physionet2019_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("training_set[AB]/[!.]*.psv"))
+
+
+def read_physionet2019(folder: Path) -> Cohort:
+    """training_setA/*.psv and training_setB (Reyna et al. 2019): a stay a file, a row an hour (minute 60 * row), NaN = not measured.
+
+    Label: whether SepsisLabel ever turns 1; the column is never an input. A descriptor, repeated every hour, enters once, where it is
+    first recorded (ICULOS then says how long the stay had lasted when the record begins; later hours are the minutes themselves).
+    """
+    files = _physionet2019_files(folder)
+    table = _read_table(files, {"SepsisLabel": float}, rest=float, separator="|")
+    sepsis = table["SepsisLabel"]
+    table.refuse("SepsisLabel", (sepsis != 0) & (sepsis != 1), ", not 0 or 1; mend the line")
+    names = [name for name in table.columns if name != "SepsisLabel"]
+    cells = np.stack([table[name] for name in names], axis=1)  # [hours, variables]
+    row, variable = np.nonzero(~np.isnan(cells))
+    stay, value = table.file[row], cells[row, variable]
+    repeated = np.isin(variable, [i for i, name in enumerate(names) if name in _HOURLY_DESCRIPTORS])
+    repeated &= pd.Series(stay * len(names) + variable).duplicated().to_numpy()
+    infinite = np.isinf(value)
+    keep = ~(repeated | infinite)
+    minute = 60 * ranges(np.zeros(len(files), dtype=np.int64), table.rows)[row]
+    return build_cohort("PhysioNet 2019", names, stay[keep], minute[keep], variable[keep], value[keep], [path.stem for path in files],
+                        np.bincount(table.file, weights=sepsis, minlength=len(files)) > 0,
+                        notes={"repeated descriptors": int(repeated.sum()), "infinite values": int((infinite & ~repeated).sum())})
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
 # Choosing a reader, and the cache
 # ----------------------------------------------------------------------------------------------------------------------------------
 
@@ -802,6 +837,8 @@ READERS = [  # the first that matches is taken
            _original_sources, read_original, ("params_map", "label_file")),
     Reader("a long table (events.csv or events.parquet, and labels.csv)", lambda folder: bool(_one_table(folder, "events")),
            _long_table_sources, read_long_table),
+    Reader("PhysioNet 2019 (training_setA/*.psv, training_setB)", lambda folder: bool(_physionet2019_files(folder)),
+           _physionet2019_files, read_physionet2019),
     Reader("MEDS (data/**/*.parquet)", lambda folder: bool(_meds_files(folder)[0]), lambda folder: sum(_meds_files(folder), []), read_meds),
 ]
 
