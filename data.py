@@ -10,19 +10,22 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import re
 import shutil
 import tarfile
 import tempfile
+import warnings
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from sklearn.model_selection import train_test_split
 
-READER_VERSION = 1  # raise it when a reader's output changes: older caches are then rebuilt
+READER_VERSION = 2  # raise it when a reader's output changes: older caches are then rebuilt
 CACHE_DIR = Path(__file__).resolve().parent / ".cache"
 SPLITS = ("train", "valid", "test")  # codes 0, 1, 2 in `Cohort.split`; -1 is unassigned
 
@@ -64,10 +67,13 @@ class Cohort:
     stay_id: np.ndarray         # [P] str
     label: np.ndarray           # [P] int8, -1: none
     split: np.ndarray           # [P] int8, index into SPLITS, -1: unassigned
+    statistics: np.ndarray      # [V, 2] float32, mean and standard deviation given with the data, NaN: none
+    vectors: np.ndarray         # [V, D] float32, vectors given with the data, NaN: none; D is 0 where no variable has one
     notes: dict = field(default_factory=dict)  # what the reader skipped: reason -> count
-    fingerprint: str = ""       # digest of the content: two copies of one data set agree
+    fingerprint: str = ""       # digest of the stays, not of their labels: a split holds when labels come later
 
-    ARRAYS = ("event_variable", "event_value", "set_start", "set_minute", "stay_start", "stay_id", "label", "split")
+    STAYS = ("event_variable", "event_value", "set_start", "set_minute", "stay_start", "stay_id", "split")
+    ARRAYS = STAYS + ("label", "statistics", "vectors")
 
     def __len__(self) -> int:
         return len(self.stay_id)
@@ -86,12 +92,15 @@ class Cohort:
         return "\n".join(lines)
 
 
-def build_cohort(reader, variables, stay, minute, variable, value, stay_id, label, split=None, notes=None) -> Cohort:
+def build_cohort(reader, variables, stay, minute, variable, value, stay_id, label, split=None, notes=None, set_key=None, statistics=None,
+                 vectors=None) -> Cohort:
     """Sort flat events into a `Cohort`. A set is all events of one stay at one minute; duplicates are kept (a set is a multiset).
 
     Args:
         variables: [V] names; stay, minute, variable, value: [E] stay index, minutes, variable index, raw value of each event.
         stay_id, label, split: [P]; split may be None (all unassigned).
+        set_key: [E] number by which the source tells sets of one minute apart (None: it does not).
+        statistics, vectors: what the data give for variables, as DataFrames indexed by name (None: nothing).
     Stays without any event are left out and counted in `notes`; the vocabulary keeps only variables that occur, sorted by name.
     Raises InputError when a stay id occurs twice.
     """
@@ -112,26 +121,29 @@ def build_cohort(reader, variables, stay, minute, variable, value, stay_id, labe
     rank = np.zeros(len(variables), dtype=np.int64)
     rank[present[order]] = np.arange(len(present))
 
-    sequence = np.lexsort((minute, stay))  # stable: events of one minute keep their order in the file
-    stay, minute = stay[sequence], np.asarray(minute, dtype=np.float32)[sequence]
-    new_set = np.ones(len(stay), dtype=bool)
-    new_set[1:] = (stay[1:] != stay[:-1]) | (minute[1:] != minute[:-1])
-    set_first = np.flatnonzero(new_set)
+    keys = ([] if set_key is None else [set_key]) + [np.asarray(minute), stay]
+    sequence = np.lexsort(keys)  # stable: events of one set keep their order in the file
+    keys = [key[sequence] for key in keys]
+    minute, stay = keys[-2:]
+    set_first = np.append(0, 1 + np.flatnonzero(np.any([key[1:] != key[:-1] for key in keys], axis=0)))
+    names = [str(variables[i]) for i in present[order]]
     cohort = Cohort(
         reader=reader,
-        variables=[str(variables[i]) for i in present[order]],
+        variables=names,
         event_variable=rank[variable[sequence]].astype(np.int16 if len(present) < 2**15 else np.int32),
         event_value=np.asarray(value, dtype=np.float32)[sequence],
         set_start=np.append(set_first, len(stay)).astype(np.int64),
-        set_minute=minute[set_first],
+        set_minute=minute[set_first].astype(np.float32),
         stay_start=np.searchsorted(stay[set_first], np.arange(len(used) + 1)).astype(np.int64),
         stay_id=stay_id[used],
         label=np.asarray(label)[used].astype(np.int8),
         split=split[used].astype(np.int8),
+        statistics=(pd.DataFrame(columns=["mean", "std"]) if statistics is None else statistics).reindex(names).to_numpy(np.float32),
+        vectors=(pd.DataFrame() if vectors is None else vectors).reindex(names).to_numpy(np.float32),
         notes=notes,
     )
     digest = hashlib.sha256("\n".join(cohort.variables).encode())
-    for name in Cohort.ARRAYS:
+    for name in Cohort.STAYS:
         digest.update(np.ascontiguousarray(getattr(cohort, name)).tobytes())
     cohort.fingerprint = digest.hexdigest()[:16]
     return cohort
@@ -210,6 +222,215 @@ def synthetic_cohort(stays: int = 1000, seed: int = 2012) -> Cohort:
     width = len(str(stays))
     return build_cohort("embedded synthetic cohort", names, *(np.concatenate(x) for x in (stay, minute, variable, value)),
                         stay_id=[f"synthetic-{i:0{width}d}" for i in range(stays)], label=label)
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# Tables: CSV and Parquet, checked as they are read
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+_MISSING = ["", "NA", "N/A", "NaN", "nan", "null", "NULL", "None"]  # in a column of numbers; in a column of text NA may be sodium
+
+
+@dataclass
+class Table:
+    """Rows of files of one shape, file after file. Text is pd.Categorical (categories sorted), a number float64, a time datetime64[us]."""
+
+    paths: list[Path]
+    rows: np.ndarray  # [files] rows of each
+    columns: dict
+
+    def __getitem__(self, name: str):
+        return self.columns[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.columns
+
+    @property
+    def file(self) -> np.ndarray:
+        """[rows] index of each row's file."""
+        return np.repeat(np.arange(len(self.paths)), self.rows)
+
+    def place(self, row: int) -> str:
+        """File and line (in Parquet: row) of a row, counted from 1."""
+        file = int(np.searchsorted(np.cumsum(self.rows), row, side="right"))
+        row -= int(self.rows[:file].sum())
+        return f"{self.paths[file]} " + (f"row {row + 1}" if self.paths[file].suffix == ".parquet" else f"line {row + 2}")
+
+    def refuse(self, name: str, bad: np.ndarray, problem: str) -> None:
+        """Raise the InputError that names the first row of the mask `bad` and its cell of column `name`; pass where there is none."""
+        if bad.any():
+            row = int(np.argmax(bad))
+            cell = self[name][row]
+            shown = "missing" if pd.isna(cell) else f"{cell:g}" if isinstance(cell, float) else repr(str(cell))
+            raise InputError(f"{self.place(row)}: {name} is {shown}{problem}")
+
+
+def _read_table(paths: list[Path], columns: dict, optional: dict = {}, rest=None, separator: str = ",") -> Table:
+    """The files (all CSV in UTF-8, or all Parquet) as one `Table`.
+
+    columns, optional: {name: str, float or np.datetime64 (Parquet only)}; rest: the type of every other named column (None: not read).
+    Raises InputError for an empty or damaged file, a missing column, a row of another width, a cell of another type, and no row at all.
+    """
+    if len({path.suffix == ".parquet" for path in paths}) > 1:
+        raise InputError(f"{paths[0].parent}: holds both CSV and Parquet; keep one of them")
+    try:
+        empty = next((path for path in paths if not path.stat().st_size), None)
+        if empty:
+            raise InputError(f"{empty}: an empty file; write it again, or remove it")
+        read = _read_parquet if paths[0].suffix == ".parquet" else _read_csv
+        table = read(paths, columns, optional, rest, separator)
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be read ({error.strerror}); correct its path or permissions") from None
+    if not table.rows.sum():
+        raise InputError(f"{paths[0]}: a header and no row; write the file again")
+    return table
+
+
+def _choose_columns(path: Path, names: list[str], columns: dict, optional: dict, rest) -> dict:
+    """{name: type} of the columns to read; InputError where one is missing or occurs twice."""
+    missing = [name for name in columns if name not in names]
+    if missing:
+        raise InputError(f"{path}: no column {missing[0]} (it has {', '.join(names[:8])}); rename or add it")
+    wanted = {name: kind for name in names if name and (kind := (columns | optional).get(name, rest))}
+    twice = [name for name in wanted if names.count(name) > 1]
+    if twice:
+        raise InputError(f"{path}: column {twice[0]} occurs twice; keep one")
+    return wanted
+
+
+def _read_csv(paths, columns, optional, rest, separator) -> Table:
+    """Parses all files in one call, for thousands of small files as for one large one. Quoted cells may not hold line breaks."""
+    header, bodies, rows = None, [], []
+    for path in paths:
+        first, _, body = path.read_bytes().removeprefix(b"\xef\xbb\xbf").partition(b"\n")
+        header = first.rstrip() if header is None else header
+        if first.rstrip() != header:
+            raise InputError(f"{path} line 1: other columns than in {paths[0].name}; give all files one header")
+        bodies.append(body if not body or body.endswith(b"\n") else body + b"\n")
+        rows.append(bodies[-1].count(b"\n"))
+    table = Table(paths, np.array(rows), {})
+    try:
+        names = next(csv.reader([header.decode()], delimiter=separator), [])
+        wanted = _choose_columns(paths[0], names, columns, optional, rest)
+        places = [name if name in wanted else f"ignored {i}" for i, name in enumerate(names)]
+        source = io.BytesIO(b"".join(bodies))
+        del body, bodies
+        missing = {name: _MISSING if wanted.get(name) is float else [""] for name in places}
+
+        def parse(number):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", pd.errors.ParserWarning)
+                source.seek(0)
+                return pd.read_csv(source, header=None, names=places, sep=separator, na_values=missing, keep_default_na=False,
+                                   skip_blank_lines=False, index_col=False, low_memory=False,
+                                   dtype={name: number if wanted.get(name) is float else object for name in places})
+        try:
+            frame = parse(float)
+        except UnicodeDecodeError:
+            raise
+        except (ValueError, OverflowError):  # find the cell
+            frame = parse(str)
+            for name in (name for name in wanted if wanted[name] is float):
+                table.columns[name] = frame[name].to_numpy(object)
+                bad = frame[name].notna() & pd.to_numeric(frame[name], errors="coerce").isna()
+                table.refuse(name, bad.to_numpy(), ", not a number; mend or remove the line")
+            raise
+    except UnicodeDecodeError:
+        raise InputError(f"{paths[0]}{' or a file beside it' * (len(paths) > 1)}: not UTF-8 text; save it with that encoding") from None
+    except pd.errors.ParserWarning:
+        raise InputError(f"{table.place(0)}: more cells than the {len(names)} columns; mend the line") from None
+    except pd.errors.EmptyDataError:
+        return table
+    except (ValueError, OverflowError) as error:
+        wide = re.search(r"Expected (\d+) fields in line (\d+), saw (\d+)", str(error))
+        where = f"{table.place(int(wide[2]) - 1)}: {wide[3]} cells where the columns are {wide[1]}" if wide else f"{paths[0]}: {str(error).strip()}"
+        raise InputError(f"{where}; mend the line") from None
+    if len(frame) != sum(rows):
+        raise InputError(f"{paths[0]}{' or a file beside it' * (len(paths) > 1)}: a quoted cell holds a line break; remove it")
+    # Not dtype="category" above: pandas makes numbers of such categories where it can, and 007 and 7 one stay.
+    table.columns = {name: frame[name].to_numpy() if kind is float else pd.Categorical(frame[name]) for name, kind in wanted.items()}
+    return table
+
+
+def _read_parquet(paths, columns, optional, rest, separator) -> Table:
+    try:
+        import pyarrow
+        from pyarrow import parquet, types
+    except ImportError:
+        raise InputError(f"{paths[0]}: Parquet needs pyarrow; pip install pyarrow") from None
+    tables = []
+    for path in paths:
+        try:
+            with parquet.ParquetFile(path) as file:
+                wanted = _choose_columns(path, file.schema_arrow.names, columns, optional, rest)
+                tables.append(file.read(columns=list(wanted)))
+        except (pyarrow.ArrowException, OSError) as error:
+            raise InputError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]}); write it again") from None
+    try:
+        whole = pyarrow.concat_tables(tables, promote_options="permissive")
+    except pyarrow.ArrowException as error:
+        raise InputError(f"{paths[0].parent}: the files' columns differ in type ({str(error).splitlines()[0]}); write them with one schema") from None
+    table = Table(paths, np.array([len(t) for t in tables]), {})
+    for name, kind in ((name, (columns | optional).get(name, rest)) for name in whole.column_names):
+        column, own = whole[name], whole[name].type
+        number = types.is_integer(own) or types.is_floating(own) or types.is_boolean(own) or types.is_decimal(own) or types.is_null(own)
+        if kind is float and number:
+            table.columns[name] = column.cast(pyarrow.float64(), safe=False).to_numpy()
+        elif kind is np.datetime64 and (types.is_timestamp(own) or types.is_null(own)):
+            table.columns[name] = column.cast(pyarrow.timestamp("us"), safe=False).to_numpy().astype("datetime64[us]")
+        elif kind is str and (number or types.is_string(own) or types.is_large_string(own) or types.is_dictionary(own)):
+            text = (column if types.is_dictionary(own) else column.dictionary_encode()).unify_dictionaries().to_pandas().array
+            text = text.rename_categories([str(category) for category in text.categories])
+            table.columns[name] = text.reorder_categories(sorted(text.categories))
+        else:
+            expected = {float: "numbers", str: "text or whole numbers", np.datetime64: "timestamps"}[kind]
+            raise InputError(f"{paths[0]}: column {name} holds {own} where {expected} belong; convert it")
+    return table
+
+
+def _read_split(table: Table, words: tuple = SPLITS) -> np.ndarray:
+    """[rows] code of column `split`, -1 where it is empty; `words` are the source's names of train, valid and test."""
+    split = table["split"]
+    codes = np.array([words.index(word) if word in words else -2 for word in split.categories] + [-1])[split.codes]
+    table.refuse("split", codes == -2, f"; it is one of {', '.join(words)}")
+    return codes
+
+
+def _plain_ids(ids) -> pd.Index:
+    """Ids by which two tables meet: a whole number that one of them wrote as a float (200001.0) loses its .0."""
+    return pd.Index([text[:-2] if text.endswith(".0") and text[:-2].isdigit() else text for text in map(str.strip, ids)], dtype=object)
+
+
+def _read_labels(path: Path, id_column: str, label_column: str) -> pd.DataFrame:
+    """label (0, 1; -1 where the cell is empty) and split (-1: none) of each id. Raises InputError for another label and an id given twice."""
+    table = _read_table([path], {id_column: str, label_column: float}, {"split": str})
+    key, label = table[id_column], table[label_column]
+    table.refuse(id_column, key.codes < 0, "; name the stay or remove the line")
+    table.refuse(label_column, ~(np.isnan(label) | (label == 0) | (label == 1)), ", not 0 or 1; mend the line")
+    ids = _plain_ids(key.categories)[key.codes]
+    table.refuse(id_column, ids.duplicated(), ", which occurs twice; remove one line")
+    return pd.DataFrame({"label": np.nan_to_num(label, nan=-1).astype(int), "split": _read_split(table) if "split" in table else -1}, index=ids)
+
+
+def _join_labels(outcome: pd.DataFrame, ids: list[str], notes: dict) -> tuple[np.ndarray, np.ndarray]:
+    """label and split [P] of the stays `ids`; what does not meet is counted in `notes`."""
+    ids = _plain_ids(ids)
+    label, split = outcome.reindex(ids, fill_value=-1).to_numpy().T
+    notes["stays without an outcome (unlabelled)"] = int((label < 0).sum())
+    notes["outcomes of no stay"] = int((~outcome.index.isin(ids)).sum())
+    if (split >= 0).any():
+        notes["stays without a split (neither trained on nor scored)"] = int((split < 0).sum())
+    return label, split
+
+
+def _usable_rows(table: Table) -> tuple[np.ndarray, dict]:
+    """Mask of the rows with a variable and a finite value, and notes that count the others; InputError where a minute is no time."""
+    minute, nameless = table["minute"], table["variable"].codes < 0
+    table.refuse("minute", ~((minute >= 0) & (minute < np.inf)), "; give minutes since admission, 0 or more")
+    with np.errstate(over="ignore"):
+        unusable = ~np.isfinite(table["value"].astype(np.float32))
+    return ~(nameless | unusable), {"rows with an empty variable": int(nameless.sum()),
+                                    "rows without a finite value": int((unusable & ~nameless).sum())}
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------
@@ -306,24 +527,6 @@ def _parse_records(path: Path) -> tuple[pd.DataFrame, list[str]]:
     return table, [name for name, _ in records]
 
 
-def _read_outcomes(path: Path) -> pd.Series:
-    """record id -> In-hospital_death."""
-    try:
-        table = pd.read_csv(path, dtype=str, encoding="utf-8-sig")
-    except (ValueError, pd.errors.ParserError) as error:
-        raise InputError(f"{path}: not a CSV table ({error}); download it again") from None
-    for column in ("RecordID", "In-hospital_death"):
-        if column not in table:
-            raise InputError(f"{path}: no column {column}; download it again")
-    bad = np.flatnonzero(~table["In-hospital_death"].isin(["0", "1"]))
-    if len(bad):
-        raise InputError(f"{path} line {bad[0] + 2}: In-hospital_death is {table['In-hospital_death'][bad[0]]!r}, not 0 or 1; mend the line")
-    twice = np.flatnonzero(table["RecordID"].duplicated())
-    if len(twice):
-        raise InputError(f"{path} line {twice[0] + 2}: RecordID {table['RecordID'][twice[0]]} occurs twice; remove one line")
-    return table.set_index("RecordID")["In-hospital_death"].astype(int)
-
-
 def read_physionet2012(folder: Path) -> Cohort:
     """Sets a, b, c of the Challenge 2012 (Silva et al. 2012), whichever lie in `folder`. Label: in-hospital death.
 
@@ -336,7 +539,7 @@ def read_physionet2012(folder: Path) -> Cohort:
         stays += len(records)
         tables.append(table)
         names += records
-        labels.append(_read_outcomes(folder / f"Outcomes-{letter}.txt"))
+        labels.append(_read_labels(folder / f"Outcomes-{letter}.txt", "RecordID", "In-hospital_death"))
     time, parameter = (pd.api.types.union_categoricals([t[c] for t in tables]) for c in ("Time", "Parameter"))
     record = np.concatenate([t["record"].to_numpy() for t in tables])
     value = np.concatenate([t["Value"].to_numpy() for t in tables])
@@ -360,47 +563,317 @@ def read_physionet2012(folder: Path) -> Cohort:
         kinds.append(f"ICUType={kind:g}")
     value[icu] = 1
 
-    outcome = pd.concat(labels)
-    label = outcome.reindex(names).fillna(-1).to_numpy(dtype=np.int64)
-    notes["stays without an outcome (unlabelled)"] = int((label < 0).sum())
-    notes["outcomes of no stay"] = len(outcome) - int((label >= 0).sum())
+    label, _ = _join_labels(pd.concat(labels), names, notes)
     return build_cohort("PhysioNet 2012 set " + "+".join(_physionet2012_files(folder)), kinds, record[keep], minutes[time.codes[keep]],
                         code[keep], value[keep], stay_id=names, label=label, notes=notes)
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# Reader: the original implementation's layout
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+def _original_files(folder: Path) -> list[Path]:
+    """The stays' files: patient_ehr/{train,valid,test}/*.parquet or *.csv of `folder`, which may be patient_ehr itself."""
+    home = folder if folder.name == "patient_ehr" else folder / "patient_ehr"
+    return [path for split in SPLITS for path in sorted((home / split).glob("[!.]*")) if path.suffix in (".parquet", ".csv")]
+
+
+def _original_sources(folder: Path) -> list[Path]:
+    files = _original_files(folder)
+    cached = files[0].parents[2] / "cached.csv"
+    return files + [cached] * cached.is_file()
+
+
+class _NumberType:
+    """Stands in for numpy.dtype in a pickle: keeps the code (f8) and the byte order, and can do nothing else."""
+
+    def __init__(self, code, *_):
+        self.code, self.order = code, "="
+
+    def __setstate__(self, state):
+        self.order = {"<": "<", ">": ">"}.get(state[1], "=")
+
+    @staticmethod
+    def scalar(kind, raw):
+        if not re.fullmatch("[fiu][248]|[iub]1", kind.code):
+            raise pickle.UnpicklingError(f"a NumPy scalar of type {kind.code!r}")
+        return np.frombuffer(raw, kind.order + kind.code)[0].item()
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Admits containers, strings, numbers and NumPy scalars, the last by stand-ins: nothing that the file names is imported or called."""
+
+    _STAND_INS = {("numpy", "dtype"): _NumberType, ("numpy._core.multiarray", "scalar"): _NumberType.scalar,
+                  ("numpy.core.multiarray", "scalar"): _NumberType.scalar, ("_codecs", "encode"): lambda text, _: text.encode("latin1")}
+
+    def find_class(self, module, name):
+        try:
+            return self._STAND_INS[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}") from None
+
+
+def _read_statistics(path: Path) -> pd.DataFrame:
+    """mean and std by variable, from a CSV (variable,mean,std) or a pickle {variable: {"mean": .., "std": ..}}. Left out: those of a
+    variable whose mean is not finite or whose std is zero or not finite, so that they are fitted. InputError for a negative std."""
+    if path.suffix == ".pkl":
+        try:
+            with open(path, "rb") as file:
+                content = _PlainUnpickler(file).load()
+            known = {str(name): (float(entry["mean"]), float(entry["std"])) for name, entry in content.items()}
+        except Exception as error:  # a damaged or hostile pickle raises anything
+            raise InputError(f"{path}: not a plain pickle of {{variable: {{'mean': number, 'std': number}}}} ({type(error).__name__}: {error}); "
+                             "write it so, or as CSV with variable,mean,std") from None
+        given = pd.DataFrame.from_dict(known, orient="index", columns=["mean", "std"])
+        if (given["std"] < 0).any():
+            raise InputError(f"{path}: std of {given.index[given['std'] < 0][0]} is negative; mend it")
+    elif path.suffix == ".csv":
+        table = _read_table([path], {"variable": str, "mean": float, "std": float})
+        names = pd.Index(table["variable"])
+        table.refuse("variable", names.isna() | names.duplicated(), ", where each line names another one; mend or remove the line")
+        table.refuse("std", table["std"] < 0, ", below 0; mend the line")
+        given = pd.DataFrame({"mean": table["mean"], "std": table["std"]}, index=names.astype(object))
+    else:
+        raise InputError(f"{path}: statistics of this kind are not read; give .csv with variable,mean,std or .pkl")
+    return given[np.isfinite(given).all(axis=1) & (given["std"] > 0)]
+
+
+def _read_vectors(path: Path) -> pd.DataFrame:
+    """One vector a variable: `Key`, then a column each dimension. A column without a name (a row number that pandas wrote) is none."""
+    table = _read_table([path], {"Key": str}, rest=float)
+    names = pd.Index(table["Key"])
+    table.refuse("Key", names.isna() | names.duplicated(), ", where each line names another variable; mend or remove the line")
+    columns = {name: column for name, column in table.columns.items() if name != "Key"}
+    if not columns:
+        raise InputError(f"{path}: no column beside Key; add one for each dimension")
+    for name, column in columns.items():
+        table.refuse(name, ~np.isfinite(column), ", not finite; mend the line")
+    return pd.DataFrame(columns, index=names.astype(object), dtype=np.float32)
+
+
+def read_original(folder: Path, params_map: Path | None = None, label_file: Path | None = None) -> Cohort:
+    """patient_ehr/{train,valid,test}/<id>.parquet or .csv: variable, value, minute and perhaps set_index, which then tells the sets apart.
+
+    The folder is the stay's split. params_map: see `_read_statistics`; label_file: CSV ts_id,in_hospital_mortality; cached.csv beside
+    patient_ehr: see `_read_vectors`. A set that spans several minutes is charted at its first.
+    """
+    files = _original_files(folder)
+    table = _read_table(files, {"variable": str, "value": float, "minute": float}, {"set_index": float})
+    keep, notes = _usable_rows(table)
+    stay, minute, set_key = table.file[keep], table["minute"][keep], None
+    if "set_index" in table:
+        table.refuse("set_index", ~np.isfinite(table["set_index"]), "; number the set, or leave the column out of all files")
+        set_key = table["set_index"][keep]
+        minute = pd.Series(minute).groupby([stay, set_key]).transform("min").to_numpy()
+    ids = [path.stem for path in files]
+    label = -np.ones(len(ids))
+    if label_file:
+        label, _ = _join_labels(_read_labels(label_file, "ts_id", "in_hospital_mortality"), ids, notes)
+    cached = files[0].parents[2] / "cached.csv"
+    given = {"statistics": _read_statistics(params_map) if params_map else None, "vectors": _read_vectors(cached) if cached.is_file() else None}
+    cohort = build_cohort("original layout (patient_ehr)", table["variable"].categories, stay, minute, table["variable"].codes[keep],
+                          table["value"][keep], ids, label, [SPLITS.index(path.parent.name) for path in files], notes, set_key, **given)
+    for name, rows in given.items():
+        if rows is not None:
+            known = np.isin(cohort.variables, rows.index)
+            cohort.notes |= {f"variables without given {name} ({'fitted' if name == 'statistics' else 'hashed from the name'})": int((~known).sum()),
+                             f"given {name} of no variable": len(rows) - int(known.sum())}
+    return cohort
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# Reader: one long table
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+def _one_table(folder: Path, name: str) -> list[Path]:
+    """The file `name`.csv or `name`.parquet of the folder, as a list of one or none; InputError where both lie there."""
+    found = [path for suffix in (".csv", ".parquet") if (path := folder / (name + suffix)).is_file()]
+    if len(found) > 1:
+        raise InputError(f"{folder}: holds both {found[0].name} and {found[1].name}; keep one of them")
+    return found
+
+
+def _long_table_sources(folder: Path) -> list[Path]:
+    return _one_table(folder, "events") + _one_table(folder, "labels")
+
+
+def read_long_table(folder: Path) -> Cohort:
+    """events.csv or events.parquet (stay_id, minute, variable, value); labels.csv or .parquet (stay_id, label of 0 or 1, and perhaps split
+    of train, valid or test), without which no stay has a label. Minutes count from admission."""
+    events, *labels = _long_table_sources(folder)
+    table = _read_table([events], {"stay_id": str, "minute": float, "variable": str, "value": float})
+    stay, variable = table["stay_id"], table["variable"]
+    table.refuse("stay_id", stay.codes < 0, "; name the stay or remove the line")
+    keep, notes = _usable_rows(table)
+    label, split = -np.ones(len(stay.categories)), None
+    if labels:
+        label, split = _join_labels(_read_labels(labels[0], "stay_id", "label"), stay.categories, notes)
+    return build_cohort(f"long table {events.name}", variable.categories, stay.codes[keep], table["minute"][keep], variable.codes[keep],
+                        table["value"][keep], stay.categories, label, split, notes)
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# Reader: MEDS (Medical Event Data Standard)
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+_MINUTE = 60_000_000  # microseconds
+
+
+def _meds_files(folder: Path) -> tuple[list[Path], list[Path], list[Path]]:
+    """Events, subjects' splits (one file or none), labels (any number)."""
+    data, labels = (sorted((folder / name).rglob("[!.]*.parquet")) for name in ("data", "labels"))
+    return data, sorted(folder.glob("metadata/subject_splits.parquet")), labels
+
+
+def read_meds(folder: Path) -> Cohort:
+    """data/**/*.parquet (subject_id, time or null = static, code, and perhaps numeric_value); metadata/subject_splits.parquet (subject_id,
+    split of train, tuning or held_out); labels/**/*.parquet (subject_id, prediction_time, boolean_value).
+
+    A sample is (subject, prediction_time): the subject's events up to and including that time, in minutes since its first timed event;
+    static events lie at minute 0. Without labels, every subject is one sample. A code without a number is an event of value 1. MEDS_DEATH
+    never enters. Raises InputError where subjects have several samples and no split, as one subject would be trained and tested on.
+    """
+    data_files, split_files, label_files = _meds_files(folder)
+    table = _read_table(data_files, {"subject_id": str, "time": np.datetime64, "code": str}, {"numeric_value": float})
+    table.refuse("subject_id", table["subject_id"].codes < 0, "; name the subject or remove the row")
+    subjects, codes = table["subject_id"].categories, table["code"].categories
+    value = table["numeric_value"] if "numeric_value" in table else np.full(len(table["time"]), np.nan)
+    value = np.where(np.isnan(value), 1, value).astype(np.float32)
+    nameless, infinite = table["code"].codes < 0, ~np.isfinite(value)
+    death = np.append(np.array(codes.str.startswith("MEDS_DEATH"), dtype=bool), False)[table["code"].codes]
+    notes = {"events without a code": int(nameless.sum()), "MEDS_DEATH events": int(death.sum()), "events of infinite value": int(infinite.sum())}
+
+    rows = np.flatnonzero(~(nameless | infinite | death))
+    time = table["time"].view(np.int64)  # null is the smallest: static events come first
+    rows = rows[np.lexsort((time[rows], table["subject_id"].codes[rows]))]
+    subject, time, value, code = table["subject_id"].codes[rows].astype(np.int64), time[rows], value[rows], table["code"].codes[rows]
+    static = np.isnat(table["time"][rows])
+    first = np.searchsorted(subject, np.arange(len(subjects) + 1))
+    timed = first[:-1] + np.bincount(subject[static], minlength=len(subjects))  # a subject's first timed event
+    origin = np.append(time, 0)[timed]
+    minute = np.where(static, 0, time // _MINUTE - origin[subject] // _MINUTE)
+
+    person, end, label, ids = np.arange(len(subjects)), first[1:], -np.ones(len(subjects)), subjects.to_numpy(str)
+    if label_files:
+        asked = _read_table(label_files, {"subject_id": str, "prediction_time": np.datetime64, "boolean_value": float})
+        at, names = asked["prediction_time"], asked["subject_id"]
+        asked.refuse("subject_id", names.codes < 0, "; name the subject or remove the row")
+        asked.refuse("prediction_time", np.isnat(at), "; give the time up to which events may be used")
+        twice = pd.DataFrame({"subject": names.codes, "at": at}).duplicated().to_numpy()
+        asked.refuse("prediction_time", twice, ", twice for one subject; keep the labels of one task in labels/")
+        known = (person := subjects.get_indexer(names.categories)[names.codes]) >= 0
+        notes["labels of no subject"] = int((~known).sum())
+        person, at, label = person[known], at[known], np.nan_to_num(asked["boolean_value"][known], nan=-1)
+        # Events of rank < r are those up to the prediction time: one sorted search over (subject, rank of the time).
+        times, rank = np.unique(time, return_inverse=True)
+        end = np.searchsorted(subject * (len(times) + 1) + rank,
+                              person * (len(times) + 1) + np.searchsorted(times, at.view(np.int64), side="right"))
+        ids = np.char.add(np.char.add(ids[person], "@"), np.datetime_as_string(at, unit="auto"))
+    split = None
+    if split_files:
+        listed = _read_table(split_files, {"subject_id": str, "split": str})
+        names = pd.Index(listed["subject_id"])
+        listed.refuse("subject_id", names.isna() | names.duplicated(), ", where each row names another subject; keep one row")
+        split = pd.Series(_read_split(listed, ("train", "tuning", "held_out")), index=names.astype(object))
+        split = split.reindex(subjects, fill_value=-1).to_numpy()[person]
+        notes["samples without a split (neither trained on nor scored)"] = int((split < 0).sum())
+    elif len(np.unique(person)) < len(person):
+        raise InputError(f"{folder}: subjects with several samples and no metadata/subject_splits.parquet; add it, as one subject must not be "
+                         "both trained and tested on")
+    length = end - first[person]
+    events = ranges(first[person], length)
+    return build_cohort("MEDS", codes, np.repeat(np.arange(len(person)), length), minute[events], code[events], value[events], ids, label,
+                        split, notes)
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# Reader: PhysioNet / CinC Challenge 2019
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+_HOURLY_DESCRIPTORS = ("Age", "Gender", "Unit1", "Unit2", "HospAdmTime", "ICULOS")  # repeated in every row of a record
+
+
+def _physionet2019_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("training_set[AB]/[!.]*.psv"))
+
+
+def read_physionet2019(folder: Path) -> Cohort:
+    """training_setA/*.psv and training_setB (Reyna et al. 2019): a stay a file, a row an hour (minute 60 * row), NaN = not measured.
+
+    Label: whether SepsisLabel ever turns 1; the column is never an input. A descriptor, repeated every hour, enters once, where it is
+    first recorded (ICULOS then says how long the stay had lasted when the record begins; later hours are the minutes themselves).
+    """
+    files = _physionet2019_files(folder)
+    table = _read_table(files, {"SepsisLabel": float}, rest=float, separator="|")
+    sepsis = table["SepsisLabel"]
+    table.refuse("SepsisLabel", (sepsis != 0) & (sepsis != 1), ", not 0 or 1; mend the line")
+    names = [name for name in table.columns if name != "SepsisLabel"]
+    cells = np.stack([table[name] for name in names], axis=1)  # [hours, variables]
+    row, variable = np.nonzero(~np.isnan(cells))
+    stay, value = table.file[row], cells[row, variable]
+    repeated = np.isin(variable, [i for i, name in enumerate(names) if name in _HOURLY_DESCRIPTORS])
+    repeated &= pd.Series(stay * len(names) + variable).duplicated().to_numpy()
+    infinite = np.isinf(value)
+    keep = ~(repeated | infinite)
+    minute = 60 * ranges(np.zeros(len(files), dtype=np.int64), table.rows)[row]
+    return build_cohort("PhysioNet 2019", names, stay[keep], minute[keep], variable[keep], value[keep], [path.stem for path in files],
+                        np.bincount(table.file, weights=sepsis, minlength=len(files)) > 0,
+                        notes={"repeated descriptors": int(repeated.sum()), "infinite values": int((infinite & ~repeated).sum())})
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------
 # Choosing a reader, and the cache
 # ----------------------------------------------------------------------------------------------------------------------------------
 
-# One line a reader: (what it reads, does it lie in this folder?, the files it depends on, read it). The first that matches is taken.
-READERS = [
-    ("PhysioNet 2012 (set-a.tar.gz or set-a/ with Outcomes-a.txt)", lambda folder: bool(_physionet2012_files(folder)),
-     _physionet2012_sources, read_physionet2012),
+class Reader(NamedTuple):
+    name: str                                   # what it reads
+    matches: Callable[[Path], bool]             # does it lie in this folder?
+    sources: Callable[[Path], list[Path]]       # the files that it depends on
+    read: Callable[..., Cohort]                 # (folder, **options)
+    options: tuple[str, ...] = ()               # the files that it takes beside the folder
+
+
+READERS = [  # the first that matches is taken
+    Reader("PhysioNet 2012 (set-a.tar.gz or set-a/ with Outcomes-a.txt)", lambda folder: bool(_physionet2012_files(folder)),
+           _physionet2012_sources, read_physionet2012),
+    Reader("the original layout (patient_ehr/{train,valid,test}/<id>.parquet or .csv)", lambda folder: bool(_original_files(folder)),
+           _original_sources, read_original, ("params_map", "label_file")),
+    Reader("a long table (events.csv or events.parquet, and labels.csv)", lambda folder: bool(_one_table(folder, "events")),
+           _long_table_sources, read_long_table),
+    Reader("PhysioNet 2019 (training_setA/*.psv, training_setB)", lambda folder: bool(_physionet2019_files(folder)),
+           _physionet2019_files, read_physionet2019),
+    Reader("MEDS (data/**/*.parquet)", lambda folder: bool(_meds_files(folder)[0]), lambda folder: sum(_meds_files(folder), []), read_meds),
 ]
 
 
-def load_cohort(data_dir: str | None = None, synthetic_stays: int = 1000, cache_dir: Path = CACHE_DIR) -> Cohort:
+def load_cohort(data_dir: str | None = None, synthetic_stays: int = 1000, cache_dir: Path = CACHE_DIR, params_map: str | None = None,
+                label_file: str | None = None) -> Cohort:
     """The cohort at `data_dir` (None: the embedded one), parsed once and then memory-mapped from the cache.
 
-    Raises InputError where the folder is missing, fits no reader, or holds a malformed file.
+    params_map, label_file: statistics and labels of the original layout. Raises InputError where the folder is missing, fits no reader,
+    or holds a malformed file, and where a file is given that the reader does not take.
     """
-    if data_dir is None:
-        key = {"synthetic_stays": synthetic_stays}
-        read = lambda: synthetic_cohort(synthetic_stays)
+    options = {name: Path(path) for name, path in (("params_map", params_map), ("label_file", label_file)) if path}
+    folder = data_dir and Path(data_dir)
+    if folder is None:
+        reader = Reader(f"the embedded cohort of {synthetic_stays} stays", None, lambda _: [], lambda _: synthetic_cohort(synthetic_stays))
+    elif not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; --data_dir takes the folder that holds the data")
     else:
-        folder = Path(data_dir)
-        if not folder.is_dir():
-            raise InputError(f"{folder}: no such folder; --data_dir takes the folder that holds the data")
-        reader = next((r for r in READERS if r[1](folder)), None)
+        reader = next((r for r in READERS if r.matches(folder)), None)
         if reader is None:
-            raise InputError(f"{folder}: no data that a reader knows; expected one of: " + "; ".join(r[0] for r in READERS))
-        key = {"sources": [[str(p.resolve()), (s := p.stat()).st_size, s.st_mtime_ns] for p in reader[2](folder)], "reader": reader[0]}
-        read = lambda: reader[3](folder)
-    key["version"] = READER_VERSION
+            raise InputError(f"{folder}: no data that a reader knows; expected one of: " + "; ".join(r.name for r in READERS))
+    for name, path in options.items():
+        if name not in reader.options:
+            raise InputError(f"--{name} {path}: not read with {reader.name}; leave the option out")
+        if not path.is_file():
+            raise InputError(f"--{name} {path}: no such file; correct the path")
+    key = {"reader": reader.name, "options": list(options), "version": READER_VERSION, "sources":
+           [[str(p.resolve()), (s := p.stat()).st_size, s.st_mtime_ns] for p in [*reader.sources(folder), *options.values()]]}
     cached = Path(cache_dir) / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     cohort = _open_cache(cached)
     if cohort is None:
-        cohort = read()
+        cohort = reader.read(folder, **options)
         _write_cache(cached, cohort)
         cohort = _open_cache(cached)
     return cohort
@@ -491,7 +964,8 @@ class Normalizer:
     def fit(cls, cohort: Cohort, stays: np.ndarray, tail: float = .005, skewed: float = 1.5) -> "Normalizer":
         """Mean and standard deviation of each variable's values between its `tail` and 1 - `tail` quantiles (winsorised: one
         mistyped pH of 735 must not set the scale). A non-negative variable with a skewness above `skewed` (most enzymes, bilirubin,
-        lactate) is taken on a log scale, relative to its median. A constant variable (an indicator) keeps its value: mean 0, std 1."""
+        lactate) is taken on a log scale, relative to its median. A constant variable (an indicator) keeps its value: mean 0, std 1.
+        Where the cohort was given a variable's statistics, they are taken instead."""
         events = stay_event_index(cohort, stays)
         variable, value = cohort.event_variable[events], cohort.event_value[events].astype(np.float64)
         order = np.argsort(variable, kind="stable")
@@ -509,6 +983,8 @@ class Normalizer:
                 log_scale[v] = np.median(x[x > 0])
                 x = np.log1p(x / log_scale[v])
             mean[v], std[v] = x.mean(), x.std()
+        given = ~np.isnan(cohort.statistics[:, 0])
+        (mean[given], std[given]), log_scale[given] = cohort.statistics[given].T, 0
         return cls(cohort.variables, mean, std, log_scale)
 
     def __call__(self, variable: np.ndarray, value: np.ndarray) -> np.ndarray:
@@ -526,12 +1002,20 @@ class Normalizer:
         return cls(**{name: x.numpy() if torch.is_tensor(x) else x for name, x in state.items()})
 
 
-def variable_vectors(variables: list[str], dim: int) -> torch.Tensor:
-    """[V, dim] one unit vector a variable, seeded by a hash of its *name*: the same variable has the same vector in every data set."""
+def variable_vectors(variables: list[str], dim: int, given: np.ndarray | None = None) -> torch.Tensor:
+    """[V, dim] one unit vector a variable, seeded by a hash of its *name*: the same variable has the same vector in every data set.
+
+    given: [V, D] vectors to take instead, where not NaN (`Cohort.vectors`; D = 0: none). Raises InputError where D is neither 0 nor `dim`.
+    """
     rows = [np.random.default_rng(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")).standard_normal(dim)
             for name in variables]
     table = np.stack(rows)
-    return torch.from_numpy(table / np.linalg.norm(table, axis=1, keepdims=True)).float()
+    table /= np.linalg.norm(table, axis=1, keepdims=True)
+    if given is not None and given.shape[1]:
+        if given.shape[1] != dim:
+            raise InputError(f"cached.csv: vectors of {given.shape[1]} dimensions where the model takes {dim}; give those that it was trained with")
+        table = np.where(np.isnan(given), table, given)
+    return torch.from_numpy(table).float()
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------

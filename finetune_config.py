@@ -20,7 +20,7 @@ class FinetuneConfig:
     weight_decay: float = 0.01
     betas: tuple = (0.9, 0.999)
     l2: float = 1.0                  # times half the squared norm of the weights of the head's first layer, in the loss
-    restart_epochs: int = 5          # length of the first cosine cycle; the next is twice as long
+    restart_epochs: int = 15         # length of the first cosine cycle; the next is twice as long
     clip: float = 0.5
     accumulation: int = 1            # batches a step
     # Loss

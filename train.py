@@ -45,6 +45,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add = parser.add_argument
     add("--mode", choices=("pretrain", "finetune"), required=True)
     add("--data_dir", help="folder of the data (default: the embedded synthetic cohort; finetune: the checkpoint's)")
+    add("--params_map", "--params_map_path", dest="params_map", help="statistics of the original layout: CSV variable,mean,std, or .pkl")
+    add("--label_file", "--label_path", dest="label_file", help="labels of the original layout: CSV ts_id,in_hospital_mortality")
     add("--synthetic_stays", type=positive, default=1000, help="size of the embedded cohort (default: %(default)s)")
     add("--pretrained_ckpt", help="finetune: the pretrained checkpoint")
     add("--full_training", action="store_true", help="finetune: train everything, not the head alone")
@@ -173,7 +175,8 @@ def model_content(mode, model, dataset: StayDataset, split: dict, source: dict, 
 
 def source_of(arguments, cohort: Cohort) -> dict:
     """Where a checkpoint comes from, for whoever must reproduce it."""
-    return {"data_dir": arguments.data_dir and str(Path(arguments.data_dir).resolve()), "synthetic_stays": arguments.synthetic_stays,
+    paths = {name: (path := getattr(arguments, name)) and str(Path(path).resolve()) for name in ("data_dir", "params_map", "label_file")}
+    return {**paths, "synthetic_stays": arguments.synthetic_stays,
             "reader": cohort.reader, "fingerprint": cohort.fingerprint, "seed": arguments.seed,
             "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
             "versions": {"torch": str(torch.__version__), "numpy": np.__version__, "scikit-learn": sklearn.__version__}}
@@ -193,7 +196,7 @@ def finite_or_stop(norm: torch.Tensor, step: int, batch_stays) -> None:
 def pretrain(arguments) -> Path:
     settings = PRETRAIN | {k: v for k, v in (("batch_size", arguments.batch_size), ("max_epochs", arguments.max_epochs)) if v}
     device, dtype = choose_device(arguments.device, arguments.precision)
-    cohort = load_cohort(arguments.data_dir, arguments.synthetic_stays)
+    cohort = load_cohort(arguments.data_dir, arguments.synthetic_stays, params_map=arguments.params_map, label_file=arguments.label_file)
     print(cohort.describe())
     split = make_splits(cohort, arguments.seed)
     train, valid = stays_of(cohort, split["train"]), stays_of(cohort, split["valid"])
@@ -202,7 +205,8 @@ def pretrain(arguments) -> Path:
 
     torch.manual_seed(arguments.seed), random.seed(arguments.seed)
     config = (ModelConfig.original if arguments.objective == "original" else ModelConfig)(len(cohort.variables))
-    model = SeqSetVAEPretrain(config, variable_vectors(cohort.variables, config.input_dim)).to(device)
+    config = replace(config, input_dim=cohort.vectors.shape[1] or config.input_dim)
+    model = SeqSetVAEPretrain(config, variable_vectors(cohort.variables, config.input_dim, cohort.vectors)).to(device)
     decayed = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() <= 1]
     optimizer = torch.optim.AdamW([{"params": decayed}, {"params": plain, "weight_decay": 0.0}], lr=settings["learning_rate"],
@@ -300,7 +304,7 @@ def evaluate_pretraining(model: SeqSetVAEPretrain, dataset: StayDataset, stays: 
 # Finetuning
 # ----------------------------------------------------------------------------------------------------------------------------------
 
-def open_checkpoint(path, data_dir=None, synthetic_stays=None):
+def open_checkpoint(path, data_dir=None, synthetic_stays=None, params_map=None, label_file=None):
     """A checkpoint and its data, or the data given: (content, cohort, dataset, split, new).
 
     `new`: the cohort is not the one that the checkpoint was trained on (by content). An original checkpoint holds no vocabulary,
@@ -310,7 +314,8 @@ def open_checkpoint(path, data_dir=None, synthetic_stays=None):
     source = content.get("source", {})
     if data_dir is None and "format" in content:
         data_dir, synthetic_stays = source["data_dir"], source["synthetic_stays"]
-    cohort = load_cohort(data_dir, synthetic_stays or 1000)
+        params_map, label_file = params_map or source.get("params_map"), label_file or source.get("label_file")
+    cohort = load_cohort(data_dir, synthetic_stays or 1000, params_map=params_map, label_file=label_file)
     if "format" not in content:
         return content, cohort, None, None, True
     dataset = StayDataset(cohort, Normalizer.from_state(content["normalizer"]))
@@ -329,7 +334,8 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
     full = arguments.full_training
     settings = (FULL_TRAINING if full else FINETUNE) | {k: v for k, v in (("batch_size", arguments.batch_size), ("max_epochs", arguments.max_epochs)) if v}
     device, dtype = choose_device(arguments.device, arguments.precision)
-    content, cohort, dataset, split, new = open_checkpoint(arguments.pretrained_ckpt, arguments.data_dir, arguments.synthetic_stays)
+    content, cohort, dataset, split, new = open_checkpoint(arguments.pretrained_ckpt, arguments.data_dir, arguments.synthetic_stays,
+                                                           arguments.params_map, arguments.label_file)
     if content.get("mode", "pretrain") != "pretrain":
         raise InputError(f"{arguments.pretrained_ckpt}: a checkpoint of --mode {content['mode']}; --pretrained_ckpt takes one of --mode pretrain")
     print(cohort.describe())
@@ -352,7 +358,7 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
     backbone = checkpoint_config(content, len(dataset.normalizer.variables), arguments.pretrained_ckpt)
     model_config = replace(backbone, classification_only=not full, fuse=config.fuse, features=config.features, summaries=config.summaries,
                            head_widths=config.head_widths)
-    vocabulary = content.get("vocabulary", variable_vectors(dataset.normalizer.variables, backbone.input_dim))
+    vocabulary = content["vocabulary"] if "vocabulary" in content else variable_vectors(cohort.variables, backbone.input_dim, cohort.vectors)
     model = SeqSetVAE(model_config, vocabulary)
     if arguments.random_init:
         print("backbone: untrained (--random_init)")
@@ -372,7 +378,10 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
     print(f"split: {len(train):,} train ({(cohort.label[train] == 1).sum():,} positive), {len(valid):,} valid ({(cohort.label[valid] == 1).sum():,} positive), "
           f"{len(split['test']):,} test stays{' of the checkpoint' if not new else f' (seed {arguments.seed})'}; run folder {run.folder}")
 
-    source = source_of(arguments, cohort) | ({} if new else {key: content["source"][key] for key in ("data_dir", "synthetic_stays")})
+    source = source_of(arguments, cohort)
+    if arguments.data_dir is None and "source" in content:  # the data are the checkpoint's
+        source |= {key: content["source"].get(key) for key in ("data_dir", "synthetic_stays", "params_map", "label_file")
+                   if key == "synthetic_stays" or source[key] is None}
     source["pretrained_ckpt"] = str(arguments.pretrained_ckpt)
     trainer = (train_everything if full else train_head)
     best = trainer(arguments, config, settings, run, model, dataset, split, source, train, valid, device, dtype)
