@@ -16,11 +16,11 @@ class FinetuneConfig:
     summaries: bool = False          # exact per-variable summaries of the stay beside the learned features
     head_widths: tuple = ()          # hidden layers; a linear head measured best on 2,560 stays
     # Optimizer and schedule (cosine with restarts), of the head
-    learning_rate: float = 5e-4
+    learning_rate: float = 3e-4
     weight_decay: float = 0.01
     betas: tuple = (0.9, 0.999)
-    l2: float = 1.0                  # times half the squared norm of the weights of the head's first layer, in the loss
-    restart_epochs: int = 15         # length of the first cosine cycle; the next is twice as long
+    l2: float = 0.7                  # times half the squared norm of the weights of the head's first layer, in the loss
+    restart_epochs: int = 30         # length of the first cosine cycle; the next is twice as long
     clip: float = 0.5
     accumulation: int = 1            # batches a step
     # Loss
@@ -29,7 +29,7 @@ class FinetuneConfig:
     focal_gamma: float = 2.0
     label_smoothing: float = 0.0     # of the cross-entropy
     # Early stopping on the validation AUROC
-    patience: int = 5                # epochs
+    patience: int = 10               # epochs
     max_trainable_ratio: float = 0.05
     # Full training: the head is first trained on the frozen backbone (Kumar et al. 2022), then everything at these rates
     full_learning_rate: float = 1e-4

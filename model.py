@@ -330,7 +330,7 @@ def history_statistics(x, n, minute):
     day_mean = (day * here).cumsum(1) / times1
     day_spread = ((day.square() * here).cumsum(1) / times1 - day_mean.square()).clamp(min=0)
     slope = ((day * shifted).cumsum(1) / times1 - day_mean * shift) / (day_spread + 0.01)
-    statistics = torch.stack([last, first, mean, largest, smallest, spread.sqrt(), slope, n.cumsum(1).log1p()], dim=-1)
+    statistics = torch.stack([last, first, mean, largest, smallest, spread.clamp(min=1e-12).sqrt(), slope, n.cumsum(1).log1p()], dim=-1)
     return statistics.masked_fill(~seen[..., None], 0), seen
 
 

@@ -35,7 +35,7 @@ CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
 EVALUATION_BATCH = 32  # stays
 PRETRAIN = dict(batch_size=8, max_epochs=10, learning_rate=1e-3, weight_decay=0.01, betas=(0.9, 0.98), clip=1.0, warmup_steps=100,
                 beta_warmup_steps=500, patience=5)
-FINETUNE = dict(batch_size=64, max_epochs=15)
+FINETUNE = dict(batch_size=64, max_epochs=30)
 FULL_TRAINING = dict(batch_size=8, max_epochs=3)
 
 
@@ -64,9 +64,20 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--run_dir", help="folder of this run (default: a new one under checkpoints/)")
     add("--resume", metavar="RUN_DIR", help="go on with the run in this folder, from its last.pt; its options are kept")
     arguments = parser.parse_args(argv)
-    if arguments.mode == "finetune" and not (arguments.pretrained_ckpt or arguments.resume):
+    if arguments.resume:
+        return resumed_arguments(arguments)
+    if arguments.mode == "finetune" and not arguments.pretrained_ckpt:
         raise InputError("--mode finetune needs --pretrained_ckpt; make one with: python train.py --mode pretrain")
     return arguments
+
+
+def resumed_arguments(arguments: argparse.Namespace) -> argparse.Namespace:
+    """The options with which the run to be resumed was started."""
+    path = Path(arguments.resume) / "last.pt"
+    content = read_checkpoint(path)
+    if content.get("mode") != arguments.mode or "trainer" not in content:
+        raise InputError(f"{path}: not the last.pt of a run with --mode {arguments.mode}; resume it with its own mode")
+    return argparse.Namespace(**{**content["trainer"]["arguments"], "resume": arguments.resume})
 
 
 def positive(text: str) -> int:
@@ -119,14 +130,15 @@ def progress(iterable, total: int, what: str):
 class Run:
     """The folder of one training run, its checkpoints and metrics.csv, and what a signal asks of it."""
 
-    def __init__(self, arguments, mode: str):
+    def __init__(self, arguments, cohort: Cohort):
+        self.arguments = vars(arguments)
         if arguments.resume:
             self.folder = Path(arguments.resume)
             self.last = read_checkpoint(self.folder / "last.pt")
-            if self.last.get("mode") != mode:
-                raise InputError(f"{self.folder}/last.pt: a checkpoint of --mode {self.last.get('mode')}; resume it with that mode")
+            if self.last["source"]["fingerprint"] != cohort.fingerprint:
+                raise InputError(f"{self.folder}/last.pt: the data changed since this run was started; start a new run")
         else:
-            self.folder, self.last = Path(arguments.run_dir or CHECKPOINTS / f"{mode}-{time.strftime('%Y%m%d-%H%M%S')}"), None
+            self.folder, self.last = Path(arguments.run_dir or CHECKPOINTS / f"{arguments.mode}-{time.strftime('%Y%m%d-%H%M%S')}"), None
             try:
                 self.folder.mkdir(parents=True)
             except FileExistsError:
@@ -142,7 +154,12 @@ class Run:
         if self.stop:
             os._exit(128 + number)
         self.stop = True
-        print("interrupted: saving after this step; once more to exit at once", file=sys.stderr)
+        print("interrupted: saving at the next step (finetuning: epoch); once more to exit at once", file=sys.stderr)
+
+    def leave(self) -> None:
+        """End the interrupted run, whose last.pt is written."""
+        print(f"saved; go on with: python train.py --mode {self.arguments['mode']} --resume {self.folder}")
+        sys.exit(130)
 
     def log(self, row: dict) -> None:
         """Append an epoch's figures to metrics.csv."""
@@ -215,7 +232,7 @@ def pretrain(arguments) -> Path:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / settings["warmup_steps"])
                                                  * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1, step / steps)))))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    run = Run(arguments, "pretrain")
+    run = Run(arguments, cohort)
     print(f"model: SeqSetVAEPretrain, {sum(p.numel() for p in model.parameters()):,} parameters, all trainable; {device}, {dtype}".replace("torch.", ""))
     print(f"split: {len(train):,} train, {len(valid):,} valid, {len(split['test']):,} test stays (seed {arguments.seed}); labels unused; "
           f"run folder {run.folder}")
@@ -231,8 +248,9 @@ def pretrain(arguments) -> Path:
 
     def checkpoint(position, metrics):
         content = model_content("pretrain", model, dataset, split, source, metrics)
-        trainer = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "scaler": scaler.state_dict(), "best": best,
-                   "position": list(position), "step": step, "totals": totals, "rows": run.rows, "random": random_states()}
+        trainer = {"arguments": run.arguments, "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
+                   "scaler": scaler.state_dict(), "best": best, "position": list(position), "step": step, "totals": totals,
+                   "rows": run.rows, "random": random_states()}
         return content | {"trainer": trainer}
 
     for epoch in range(start[0], settings["max_epochs"]):
@@ -259,8 +277,7 @@ def pretrain(arguments) -> Path:
             totals = {name: totals[name] + value for name, value in current.items()} if totals else current
             if run.stop:
                 run.save("last.pt", checkpoint((epoch, done), best))
-                print(f"saved; go on with: python train.py --mode pretrain --resume {run.folder}")
-                sys.exit(130)
+                run.leave()
 
         row = {"epoch": epoch + 1, **{name: value.item() / len(train) for name, value in totals.items()},
                **evaluate_pretraining(model, dataset, valid, device, dtype), "learning_rate": schedule.get_last_lr()[0]}
@@ -330,6 +347,13 @@ def labelled(cohort: Cohort, ids: list) -> np.ndarray:
     return stays[cohort.label[stays] >= 0]
 
 
+def label_subset(cohort: Cohort, stays: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """A stratified, seeded share of labelled stays, as if only these had a label."""
+    if fraction == 1:
+        return stays
+    return np.sort(train_test_split(stays, train_size=fraction, stratify=cohort.label[stays], random_state=seed)[0])
+
+
 def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
     full = arguments.full_training
     settings = (FULL_TRAINING if full else FINETUNE) | {k: v for k, v in (("batch_size", arguments.batch_size), ("max_epochs", arguments.max_epochs)) if v}
@@ -346,9 +370,7 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
         if len(np.unique(cohort.label[stays])) < 2:
             raise InputError(f"{cohort.reader}: the labelled {name} stays hold {'one class only' if len(stays) else 'no label at all'}; "
                              "finetuning needs both classes: check the outcome or label file")
-    if arguments.label_fraction < 1:
-        train, _ = train_test_split(train, train_size=arguments.label_fraction, stratify=cohort.label[train], random_state=arguments.seed)
-        train.sort()
+    train = label_subset(cohort, train, arguments.label_fraction, arguments.seed)
     if dataset is None:
         dataset = StayDataset(cohort, Normalizer.fit(cohort, train))
     elif dataset.unknown_variables:
@@ -374,7 +396,7 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
           f"({trainable / total:.2%}); {device}, {dtype}".replace("torch.", ""))
     if not full and trainable > config.max_trainable_ratio * total:
         raise InputError(f"finetune_config.py: the head is {trainable / total:.1%} of all parameters; narrow head_widths below {config.max_trainable_ratio:.0%}")
-    run = Run(arguments, "finetune")
+    run = Run(arguments, cohort)
     print(f"split: {len(train):,} train ({(cohort.label[train] == 1).sum():,} positive), {len(valid):,} valid ({(cohort.label[valid] == 1).sum():,} positive), "
           f"{len(split['test']):,} test stays{' of the checkpoint' if not new else f' (seed {arguments.seed})'}; run folder {run.folder}")
 
@@ -415,11 +437,14 @@ def predict(model: SeqSetVAE, features: torch.Tensor) -> np.ndarray:
     return model.classify(features).float().softmax(-1)[:, 1].double().cpu().numpy()
 
 
-def standardise(model: SeqSetVAE, features: torch.Tensor) -> None:
-    """Set the model's standardisation of the untrained head input to the training stays' statistics; features [n, F]."""
+@torch.no_grad()
+def prepare_head(model: SeqSetVAE, features: torch.Tensor, label: torch.Tensor) -> None:
+    """Standardise the head's untrained input with the training stays' statistics, and start its bias at the log prior of the classes;
+    features [n, F], label [n]."""
     untrained = features[:, features.shape[1] - len(model.feature_mean):]
     model.feature_mean.copy_(untrained.mean(0))
     model.feature_std.copy_(untrained.std(0).clamp(min=1e-6))
+    model.cls_head[-1].bias.copy_(torch.bincount(label, minlength=model.config.classes).div(len(label)).log())
 
 
 def head_epoch(model, features, label, optimizer, config: FinetuneConfig, batches) -> float:
@@ -442,8 +467,8 @@ def train_head(arguments, config, settings, run, model, dataset, split, source, 
     """Frozen backbone: encode the cohort once, then train the head on the cached features. Equal to uncached training, since the
     backbone is deterministic in evaluation mode."""
     features, val_features = (encode_stays(model, dataset, stays, device, dtype) for stays in (train, valid))
-    standardise(model, features)
     label = torch.from_numpy(dataset.cohort.label[train].astype(np.int64)).to(device)
+    prepare_head(model, features, label)
     optimizer, schedule = head_optimizer(model, config)
     best, first = {"val_auc": -1.0, "val_auprc": -1.0, "epoch": 0}, 0
     if run.last:
@@ -460,7 +485,7 @@ def train_head(arguments, config, settings, run, model, dataset, split, source, 
         row = {"epoch": epoch + 1, "loss": loss, **ranking(dataset.cohort.label[valid], predict(model, val_features))}
         best = end_of_epoch(run, model, dataset, split, source, optimizer, schedule, row, best)
         if run.stop:
-            sys.exit(130)
+            run.leave()
     return best
 
 
@@ -474,8 +499,8 @@ def train_everything(arguments, config, settings, run, model, dataset, split, so
         best, first = resume_finetuning(run, model, optimizer, schedule)
     else:
         features = encode_stays(model, dataset, train, device, dtype)
-        standardise(model, features)
         label = torch.from_numpy(dataset.cohort.label[train].astype(np.int64)).to(device)
+        prepare_head(model, features, label)
         warm_up, warm_schedule = head_optimizer(model, config)
         for epoch in range(FINETUNE["max_epochs"]):
             head_epoch(model, features, label, warm_up, config, epoch_batches(np.ones(len(train)), FINETUNE["batch_size"], arguments.seed, epoch))
@@ -504,7 +529,7 @@ def train_everything(arguments, config, settings, run, model, dataset, split, so
                **ranking(dataset.cohort.label[valid], predict(model, encode_stays(model, dataset, valid, device, dtype)))}
         best = end_of_epoch(run, model, dataset, split, source, optimizer, schedule, row, best)
         if run.stop:
-            sys.exit(130)
+            run.leave()
     return best
 
 
@@ -516,7 +541,7 @@ def end_of_epoch(run, model, dataset, split, source, optimizer, schedule, row, b
     if improved:
         best = {name: row[name] for name in ("val_auc", "val_auprc", "epoch")}
         run.save("best.pt", content)
-    run.save("last.pt", content | {"trainer": {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "best": best,
+    run.save("last.pt", content | {"trainer": {"arguments": run.arguments, "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "best": best,
                                                "rows": run.rows, "epoch": row["epoch"], "random": random_states()}})
     print(f"epoch {row['epoch']:3d}: loss {row['loss']:.4f}, validation AUROC {row['val_auc']:.4f}{' *' if improved else ''}, AUPRC {row['val_auprc']:.4f}")
     return best

@@ -1,0 +1,1791 @@
+"""Everything that looks at SeqSetVAE from outside.
+
+    python test_suite.py                       runs every test below through pytest
+    python test_suite.py --checkpoint C        analyses a finetuned checkpoint on its test split [--baselines]
+    python test_suite.py --protocol --data_dir D   measures the tables of README.md: five splits, every method
+"""
+
+import argparse
+import io
+import itertools
+import os
+import pickle
+import shutil
+import signal
+import sys
+import tarfile
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.impute import SimpleImputer
+from sklearn.linear_model import LogisticRegressionCV
+from sklearn.metrics import average_precision_score, brier_score_loss, confusion_matrix, f1_score, precision_recall_curve, roc_auc_score
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer, StandardScaler
+
+import data
+import train
+from data import (Cohort, EventBatch, InputError, Normalizer, StayDataset, build_cohort, epoch_batches, group_widths, load_cohort, make_splits,
+                  ranges, read_long_table, round_up, sorted_batches, stay_event_index, stays_of, synthetic_cohort, variable_vectors,
+                  write_atomically)
+from finetune_config import FinetuneConfig, classification_loss
+from model import (_CHECKPOINT_KEYS, History, ModelConfig, SeqSetVAE, SeqSetVAEPretrain, SetVAE, checkpoint_config, checkpoint_state,
+                   history_statistics, load_backbone, load_checkpoint_weights, measurement_grid, read_checkpoint)
+from train import (CHECKPOINTS, encode_stays, evaluation_loader, finetune, label_subset, labelled, open_checkpoint, parse_arguments, predict,
+                   pretrain)
+
+SHARED = Path(train.__file__).resolve().parent.parent / "shared"
+CPU = torch.device("cpu")
+close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# A tiny world: stays as plain lists [[(minute, [(variable, value), ...]), ...], ...], seven variables, models of width 16
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+NAMES = [f"lab{v}" for v in range(7)]
+PLAIN = Normalizer(NAMES, np.zeros(7, np.float32), np.ones(7, np.float32), np.zeros(7, np.float32))  # values as they are
+
+
+def random_stays(lengths=(1, 4, 9, 6), seed=0):
+    """Sets of 1 to 9 events, variables drawn with replacement: multisets."""
+    rng = np.random.default_rng(seed)
+    return [[(int(minute), [(int(v), float(rng.normal())) for v in rng.integers(0, 7, rng.integers(1, 10))])
+             for minute in np.sort(rng.choice(3000, length, replace=False))] for length in lengths]
+
+
+def cohort_of(stays) -> Cohort:
+    events = [(p, minute, v, x) for p, stay in enumerate(stays) for minute, events in stay for v, x in events]
+    return build_cohort("handmade", NAMES, *map(np.array, zip(*events)), stay_id=[f"stay{p}" for p in range(len(stays))],
+                        label=np.arange(len(stays)) % 2)
+
+
+def batch_of(stays, max_groups=6) -> EventBatch:
+    return StayDataset(cohort_of(stays), PLAIN, max_groups)[np.arange(len(stays))]
+
+
+def tiny(**changes) -> ModelConfig:
+    return ModelConfig(**{**dict(num_variables=7, input_dim=12, reduced_dim=8, latent_dim=16, set_heads=2, inducing=3, layers=2, heads=2,
+                                 ff_dim=24), **changes})
+
+
+def build(kind, config, seed=1):
+    """A model in evaluation mode whose every parameter is off its initial value (a LayerNorm that starts as the identity hides mistakes)."""
+    torch.manual_seed(seed)
+    model = kind(config, variable_vectors([f"lab{v}" for v in range(config.num_variables)], config.input_dim)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn_like(p)
+    return model
+
+
+def encoded(model, stays):
+    """mu, logvar, h of the sets, [B, L, d], as pretraining computes them."""
+    batch = batch_of(stays)
+    with torch.no_grad():
+        mu, logvar = model.setvae.encode(batch)
+        return mu, logvar, model.history(mu, batch.minute)
+
+
+@pytest.fixture(autouse=True)
+def signals_restored():
+    """A training run installs handlers of its own."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Nothing that a test reads lands in the project's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "load_cohort", partial(load_cohort, cache_dir=tmp_path_factory.mktemp("cache")))
+        yield
+
+
+PRETRAIN = ["--mode", "pretrain", "--synthetic_stays", "24", "--device", "cpu", "--max_epochs", "1"]
+FINETUNE = ["--mode", "finetune", "--device", "cpu", "--max_epochs", "1", "--pretrained_ckpt"]
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory):
+    """best.pt of one epoch of pretraining, default sizes, through the command line."""
+    run = tmp_path_factory.mktemp("runs") / "pretrain"
+    assert train.main([*PRETRAIN, "--run_dir", str(run)]) == 0
+    return run / "best.pt"
+
+
+@pytest.fixture(scope="session")
+def finetuned(pretrained):
+    """best.pt of one epoch of frozen finetuning on it."""
+    run = pretrained.parent.parent / "finetune"
+    assert train.main([*FINETUNE, str(pretrained), "--run_dir", str(run)]) == 0
+    return run / "best.pt"
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# The model against a plain loop: one set, one stay, one head at a time; nothing padded, nothing grouped
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+def plain_mab(mab, x, y):
+    a = mab.multihead
+    h, _ = F.multi_head_attention_forward(x, y, y, x.shape[1], a.heads, a.in_proj_weight, a.in_proj_bias, None, None, False, 0.0,
+                                          a.out_proj.weight, a.out_proj.bias, training=False, need_weights=False)
+    if not mab.residual:
+        return mab.ln2(mab.ff(mab.ln1(h)))
+    h = mab.ln1(x + h)
+    return mab.ln2(h + mab.ff(h))
+
+
+def plain_isab(isab, x):
+    return plain_mab(isab.mab2, x, plain_mab(isab.mab1, isab.inducing, x))
+
+
+def plain_points(setvae, events):
+    """u_v * value, [n, r], of one set."""
+    u = setvae.dim_reducer(setvae.vocabulary[[v for v, _ in events]])
+    return u / u.norm(dim=1, keepdim=True) * torch.tensor([[x] for _, x in events])
+
+
+def plain_encode(setvae, events):
+    x = plain_points(setvae, events)
+    if setvae.config.presence:
+        x = x + setvae.presence(setvae.vocabulary[[v for v, _ in events]])
+    x = setvae.embed(x)
+    for isab in setvae.encoder_layers:
+        x = x + plain_isab(isab, x)
+    mu, logvar = setvae.mu_logvar(x.mean(0)).chunk(2)
+    return mu, logvar.clamp(-10, 10)
+
+
+def plain_history(history, z, minutes):
+    """z [n, d] of one stay -> h [n, d]."""
+    n, d = z.shape
+    angle = torch.arange(n)[:, None] / 10000 ** (torch.arange(0, d, 2) / d)
+    code = torch.zeros(n, d)
+    code[:, 0::2], code[:, 1::2] = angle.sin(), angle.cos()
+    edges = [10 ** (np.log10(0.5) + k / 62 * (np.log10(1440) - np.log10(0.5))) for k in range(63)]
+    gaps = [0] + [b - a for a, b in zip(minutes, minutes[1:])]
+    bucket = [sum(edge < gap for edge in edges) for gap in gaps]
+    x = F.layer_norm(z + code + history.gap_embedding.weight[bucket], (d,))
+    for layer in history.layers:
+        q, k, v = F.linear(layer.norm1(x), layer.self_attn.in_proj_weight, layer.self_attn.in_proj_bias).chunk(3, dim=1)
+        attended = torch.zeros(n, d)
+        for head, part in enumerate(torch.arange(d).chunk(layer.self_attn.heads)):
+            for i in range(n):
+                apart = torch.tensor([minutes[i] - minutes[j] for j in range(i + 1)])
+                slope = history.slope if history.slope.dim() == 0 else history.slope[head]
+                score = k[:i + 1, part] @ q[i, part] / len(part) ** 0.5 - slope.abs() * torch.log1p(apart / history.tau)
+                attended[i, part] = score.softmax(0) @ v[:i + 1, part]
+        x = x + layer.self_attn.out_proj(attended)
+        x = x + layer.linear2(F.gelu(layer.linear1(layer.norm2(x))))
+    return history.norm(x)
+
+
+def plain_slots(decoder, code, n):
+    """n reconstructed points [n, r] from code [d], learned seeds without noise."""
+    d, x = len(code), code.expand(n, -1)
+    angle = torch.arange(n)[:, None] / 10000 ** (torch.arange(0, d, 2) / d)
+    seeds = decoder.seeds(torch.stack([angle.sin(), angle.cos()], -1).flatten(1))
+    for level in decoder.decoder_layers:
+        y = F.relu(level.pma.ff(x + plain_isab(level.isab, x)))
+        x = x + seeds + level.pma.ln(plain_mab(level.pma.mab, seeds, y))
+    return decoder.out(x)
+
+
+def plain_chamfer(a, b):
+    cost = torch.stack([torch.stack([1 - F.cosine_similarity(p, q, dim=0) + (p.norm() - q.norm()).abs() + 3 * (p - q).square().sum() for q in b])
+                        for p in a])
+    return cost.min(1).values.mean() + cost.min(0).values.mean() - 0.1 * a.var(0, unbiased=False).mean()
+
+
+def plain_grid(events):
+    """Means and counts [7] of one set."""
+    values = [[x for v, x in events if v == variable] for variable in range(7)]
+    return np.array([np.mean(x) if x else 0 for x in values]), np.array([len(x) for x in values])
+
+
+def plain_statistics(stay):
+    """[n, 7, 8], [n, 7]: what each prefix of the stay has shown, by the definition of each statistic."""
+    out, seen = np.zeros((len(stay), 7, 8)), np.zeros((len(stay), 7), bool)
+    for i, v in itertools.product(range(len(stay)), range(7)):
+        shown = [(minute / 1440, *(a[v] for a in plain_grid(events))) for minute, events in stay[:i + 1]]
+        shown = np.array([row for row in shown if row[2]])
+        if len(shown):
+            (day, x, n), seen[i, v] = shown.T, True
+            slope = ((day - day.mean()) * (x - x.mean())).mean() / (day.var() + 0.1 ** 2)  # ridge of (0.1 day)^2
+            out[i, v] = x[-1], x[0], x.mean(), x.max(), x.min(), x.std(), slope, np.log1p(n.sum())
+    return out, seen
+
+
+def plain_readout_loss(setvae, code, events):
+    value, logit = setvae.decoder.value(code), setvae.decoder.measured(code)
+    mean, count = (torch.tensor(a, dtype=torch.float32) for a in plain_grid(events))
+    return F.smooth_l1_loss(value[count > 0], mean[count > 0]) + F.binary_cross_entropy_with_logits(logit, (count > 0).float())
+
+
+@torch.no_grad()
+def plain_pass(model, stays):
+    """Per stay: mu, logvar, h; and the mean reconstruction and KL over sets, then stays."""
+    setvae, config, states, losses = model.setvae, model.config, [], []
+    for stay in stays:
+        mu, logvar = (torch.stack(x) for x in zip(*(plain_encode(setvae, events) for _, events in stay)))
+        h = plain_history(model.history, mu, [minute for minute, _ in stay])
+        states.append((mu, logvar, h))
+        normal = torch.distributions.Normal
+        kl = torch.distributions.kl_divergence(normal(mu, (0.5 * logvar).exp()), normal(0, 1)).sum(1)
+        kl = kl.clamp(min=config.free_bits * config.latent_dim) - config.logvar_bonus * logvar.mean(1)
+        if config.decoder == "slots":
+            terms = [plain_chamfer(plain_slots(setvae.decoder, h[i], len(events)), plain_points(setvae, events)) for i, (_, events) in enumerate(stay)]
+        else:
+            statistics, seen = plain_statistics(stay)
+            told = model.history_readout(h).view(len(stay), 7, 8)
+            terms = [plain_readout_loss(setvae, h[i], events) + plain_readout_loss(setvae, mu[i], events)
+                     + F.smooth_l1_loss(told[i, seen[i]], torch.tensor(statistics[i, seen[i]], dtype=torch.float32))
+                     for i, (_, events) in enumerate(stay)]
+        losses.append((torch.stack(terms).mean(), kl.mean()))
+    return states, [torch.stack(x).mean() for x in zip(*losses)]
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+@pytest.mark.parametrize("presence", [True, False])
+@pytest.mark.parametrize("mab_residual", [True, False])
+@pytest.mark.parametrize("decoder", [dict(decoder="readout"), dict(decoder="slots", slope_per_head=False, free_bits=0.6, logvar_bonus=0.1)],
+                         ids=lambda d: d["decoder"])
+def test_a_batch_equals_a_plain_loop_over_single_sets(decoder, mab_residual, presence, levels):
+    model, stays = build(SeqSetVAEPretrain, tiny(mab_residual=mab_residual, presence=presence, levels=levels, **decoder)), random_stays()
+    states, (reconstruction, kl) = plain_pass(model, stays)
+    for mine, plain in zip(zip(*encoded(model, stays)), states):
+        for batched, alone in zip(mine, plain):
+            close(batched[:len(alone)], alone)
+    with torch.no_grad():
+        losses = model(batch_of(stays), beta=0.25)
+    close(losses["reconstruction"], reconstruction)
+    close(losses["kl"], kl)
+    close(losses["loss"], reconstruction + 0.25 * kl)
+
+
+@pytest.mark.parametrize("decoder", ["readout", "slots"])
+def test_the_set_vae_stands_alone(decoder):
+    model, batch = build(SetVAE, tiny(decoder=decoder, levels=2)), batch_of(random_stays())
+    with torch.no_grad():
+        (mu, logvar), (decoded, z_list), losses = model.encode(batch), model(batch), model.elbo_loss(batch, beta=0.5)
+        close(losses["loss"], losses["reconstruction"] + 0.5 * losses["kl"])
+        close(decoded, model.decode(mu, batch))
+        assert len(z_list) == 2 and torch.equal(z_list[-1][1], mu) and torch.equal(z_list[-1][2], logvar)
+        assert all(torch.equal(z, mean) for z, mean, _ in z_list)                    # evaluation: z is mu
+        assert all(not torch.equal(z, mean) for z, mean, _ in model.train()(batch)[1])  # training: z is sampled
+    torch.manual_seed(0)
+    z = SetVAE.sample(torch.full((20_000,), 2.0), torch.full((20_000,), -1.0))
+    assert abs(z.mean() - 2) < 0.02 and abs(z.std() - np.exp(-0.5)) < 0.02
+
+
+@pytest.mark.parametrize("full_training", [False, True])
+def test_a_stay_alone_and_in_any_batch_gets_the_same_logits(full_training):
+    model, stays = build(SeqSetVAE, tiny(classification_only=not full_training, summaries=True)), random_stays((5, 1, 12, 3, 7))
+    with torch.no_grad():
+        together, turned = model(batch_of(stays)), model(batch_of(stays[::-1])).flip(0)
+        alone = torch.cat([model(batch_of([stay])) for stay in stays])
+    close(alone, together)
+    close(turned, together)
+    assert together.std(0).min() > 1e-3  # else equality says nothing
+
+
+@pytest.mark.parametrize("mab_residual", [True, False])
+def test_permuting_the_events_of_a_set_changes_nothing(mab_residual):
+    model, stays = build(SeqSetVAEPretrain, tiny(mab_residual=mab_residual)), random_stays()
+    for a, b in zip(encoded(model, stays), encoded(model, [[(minute, events[::-1]) for minute, events in stay] for stay in stays])):
+        close(a, b)
+
+
+def test_a_duplicate_counts_because_a_set_is_a_multiset():
+    model = build(SeqSetVAEPretrain, tiny())
+    once, twice = ([[(0, [(0, 1.0)] * n + [(1, -2.0)])]] for n in (1, 2))
+    assert (encoded(model, once)[0] - encoded(model, twice)[0]).abs().max() > 1e-3
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# History: causal, aware of time, the same in evaluation and in training
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("change", ["values", "minutes", "appended"])
+def test_the_future_never_reaches_the_past(change):
+    model, (stay,) = build(SeqSetVAEPretrain, tiny()), random_stays((8,))
+    minute, events = stay[-1]
+    other = {"values": stay[:-1] + [(minute, [(v, x + 3) for v, x in events])], "minutes": stay[:-1] + [(minute + 700, events)],
+             "appended": stay + random_stays((9,), seed=5)[0]}[change]
+    if change == "appended":
+        other[8:] = [(minute + 10 + m, e) for m, e in other[8:]]
+    (h,), (changed,) = encoded(model, [stay])[2], encoded(model, [other])[2]
+    close(changed[:7], h[:7])
+    if change != "appended":
+        assert (changed[7] - h[7]).abs().max() > 1e-3  # the change is one that the model sees
+
+
+def test_the_time_bias_falls_with_distance_and_hides_the_future():
+    history = History(tiny())
+    bias = history.time_bias(torch.tensor([[0.0, 10, 60, 600, 2000]]))[0]  # [heads, 5, 5]
+    future = torch.ones(5, 5).triu(1).bool()
+    assert (bias[:, future] == -np.inf).all() and (bias.diagonal(dim1=1, dim2=2) == 0).all()
+    assert (bias[:, torch.ones(5, 5).tril(-1).bool()] < 0).all()
+    assert all((bias[:, i, :i + 1].diff(dim=1) > 0).all() for i in range(1, 5))  # nearer sets weigh more
+    close(bias[1, 3, 0], -history.slope[1] * np.log1p(600 / 60), check_dtype=False)
+
+
+def test_the_time_bias_learns_in_pretraining():
+    model = build(SeqSetVAEPretrain, tiny())
+    model(batch_of(random_stays()), 1e-3)["loss"].backward()
+    assert (model.history.slope.grad != 0).all() and model.history.tau.grad != 0
+
+
+def test_history_in_evaluation_equals_history_in_training_without_dropout():
+    """The fast path of nn.TransformerEncoder misreads a float mask, in evaluation only: ours must have no such second path."""
+    history = build(lambda config, _: History(config), tiny(dropout=0.0))
+    z, minute = torch.randn(3, 9, 16), torch.rand(3, 9).mul(2000).sort(1).values
+    with torch.no_grad():
+        assert torch.equal(history.eval()(z, minute), history.train()(z, minute))
+
+
+def test_history_layer_equals_torch_encoder_layer_with_the_same_weights():
+    history = build(lambda config, _: History(config), tiny(dropout=0.0))
+    theirs = nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, activation="gelu", batch_first=True, norm_first=True).train()
+    theirs.load_state_dict(history.layers[0].state_dict())
+    x, bias = torch.randn(3, 9, 16), history.time_bias(torch.rand(3, 9).mul(2000).sort(1).values)
+    close(history.layers[0](x, bias), theirs(x, src_mask=bias.flatten(0, 1)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# What trains and what stays frozen
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+def without_gradient(model):
+    return {name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any() or not p.grad.isfinite().all())}
+
+
+@pytest.mark.parametrize("objective", [dict(), dict(decoder="slots"), dict(decoder="slots", learned_seeds=False, mab_residual=False)],
+                         ids=["readout", "learned seeds", "original"])
+def test_gradients_reach_every_parameter_in_pretraining(objective):
+    model = build(SeqSetVAEPretrain, tiny(hide_sets=0.3, **objective)).train()
+    model(batch_of(random_stays()), 1e-3)["loss"].backward()
+    assert without_gradient(model) == set()
+
+
+@pytest.mark.parametrize("decoder", ["readout", "slots"])
+def test_gradients_reach_every_parameter_in_full_training(decoder):
+    model = build(SeqSetVAE, tiny(classification_only=False, decoder=decoder), seed=3).train()  # a seed with a living ReLU among the gate's 4
+    losses = model.losses(batch := batch_of(random_stays((4, 6, 9, 5))))
+    (classification_loss(losses["logits"], batch.label, FinetuneConfig()) + losses["reconstruction"] + losses["kl"]).backward()
+    assert without_gradient(model) == set()
+
+
+def test_frozen_backbone_stays_in_evaluation_mode_and_only_the_head_trains():
+    model = build(SeqSetVAE, tiny()).train()
+    assert model.cls_head.training and not any(m.training for m in [*model.setvae.modules(), *model.history.modules()])
+    assert all(p.requires_grad == name.startswith("cls_head.") for name, p in model.named_parameters())
+    batch = batch_of(random_stays())
+    classification_loss(model(batch), batch.label, FinetuneConfig()).backward()
+    assert without_gradient(model) == set() and all(p.grad is None for name, p in model.named_parameters() if not name.startswith("cls_head."))
+
+
+def test_frozen_finetuning_leaves_the_backbone_bit_equal(pretrained, finetuned):
+    before, after = (torch.load(path, weights_only=True)["model"] for path in (pretrained, finetuned.with_name("last.pt")))
+    backbone = [name for name in before if name.startswith(SeqSetVAE.BACKBONE)]
+    assert set(before) - set(backbone) == {"mask_token"}
+    assert all(torch.equal(before[name], after[name]) for name in backbone)
+
+
+def test_cached_features_equal_uncached_ones(finetuned):
+    content, cohort, dataset, split, new = train.open_checkpoint(finetuned)
+    assert not new
+    model = SeqSetVAE(ModelConfig(**content["model_config"]), content["vocabulary"])
+    model.load_state_dict(content["model"])
+    stays = stays_of(cohort, split["train"])
+    cached = train.encode_stays(model, dataset, stays, CPU)
+    model.train()
+    with torch.no_grad():
+        uncached = torch.cat([model.features(dataset[stays[i:i + 4]]) for i in range(0, len(stays), 4)])
+    close(uncached, cached)
+    close(model.feature_mean, cached.mean(0))  # the standardisation knows the training stays alone
+    close(model.feature_std, cached.std(0).clamp(min=1e-6))
+
+
+def test_trainable_share_is_under_five_percent_at_default_size():
+    settings = FinetuneConfig()
+    model = SeqSetVAE(ModelConfig(44, features=settings.features, fuse=settings.fuse, summaries=settings.summaries, head_widths=settings.head_widths),
+                      torch.zeros(44, 64))
+    total, trainable = (sum(p.numel() for p in model.parameters() if p.requires_grad or not t) for t in (False, True))
+    assert 0 < trainable < 0.05 * total
+
+
+@pytest.mark.parametrize("decoder", ["readout", "slots"])
+def test_validation_is_deterministic(decoder):
+    model = build(SeqSetVAEPretrain, tiny(decoder=decoder)).train()  # evaluation itself must leave training mode
+    dataset = StayDataset(cohort_of(random_stays()), PLAIN)
+    first, second = (train.evaluate_pretraining(model, dataset, np.arange(4), CPU, torch.float32) for _ in range(2))
+    assert first == second and np.isfinite(first["val_loss"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# Fusion, features, loss
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+def test_fusion_without_parameters_equals_its_formula():
+    model, (mu, logvar) = build(SeqSetVAE, tiny()), torch.randn(2, 3, 5, 16)
+    m, std = mu.double().numpy(), np.exp(0.5 * logvar.double().numpy())
+    w = 1 / (1 + np.exp(-(1 - std.mean(-1, keepdims=True))))
+    close(model._fuse_vae_features(mu, logvar).double(), torch.from_numpy(w * m * (1 + 0.05 * np.tanh(std)) + (1 - w) * m))
+    assert build(SeqSetVAE, tiny(fuse=False))._fuse_vae_features(mu, logvar) is mu
+
+
+def test_gated_fusion_starts_near_mu():
+    torch.manual_seed(0)
+    model = SeqSetVAE(tiny(classification_only=False), torch.zeros(7, 12))
+    mu, logvar = torch.randn(2, 50, 16)
+    assert (model._fuse_vae_features(mu, logvar) - mu).norm() < 0.1 * mu.norm()
+
+
+def test_focal_loss_equals_its_formula():
+    logits, label = torch.randn(6, 2), torch.tensor([0, 1, 1, 0, 0, 1])
+    p = np.exp(logits.double().numpy()) / np.exp(logits.double().numpy()).sum(1, keepdims=True)
+    p = p[np.arange(6), label]
+    expected = -np.where(label == 1, 0.25, 0.75) * (1 - p) ** 2 * np.log(p)  # Lin et al. 2017, eq. 5
+    close(classification_loss(logits, label, FinetuneConfig(loss="focal", focal_alpha=0.25, focal_gamma=2.0)).double(), torch.tensor(expected.mean()))
+
+
+@pytest.mark.parametrize("features", ["stable", "multiscale"])
+@pytest.mark.parametrize("decoder", ["readout", "slots"])
+@pytest.mark.parametrize("summaries", [True, False])
+def test_feature_sizes_agree_with_the_features(features, decoder, summaries):
+    model = build(SeqSetVAE, tiny(features=features, decoder=decoder, summaries=summaries))
+    with torch.no_grad():
+        assert model.features(batch_of(random_stays())).shape == (4, sum(model._feature_sizes().values())) == (4, model.cls_head[0].in_features)
+
+
+def test_stable_features_are_the_last_state_and_attention_to_it():
+    model, stays = build(SeqSetVAE, tiny(features="stable")), random_stays()
+    with torch.no_grad():
+        features, h = model.features(batch_of(stays)), model.encode(batch_of(stays))[3]
+    for stay, feature, states in zip(stays, features, h):
+        states = states[:len(stay)]
+        close(feature, 0.7 * states[-1] + 0.3 * (states @ states[-1]).softmax(0) @ states)
+
+
+def test_summaries_are_the_exact_statistics_of_the_whole_stay():
+    model, stays = build(SeqSetVAE, tiny(summaries=True)), random_stays()
+    with torch.no_grad():
+        exact = model.features(batch_of(stays))[:, -9 * len(NAMES):]  # 8 statistics and whether it was seen, a variable each
+    for stay, row in zip(stays, exact.double()):
+        statistics, seen = plain_statistics(stay)
+        close(row, torch.from_numpy(np.append(statistics[-1].ravel(), seen[-1])))
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# Batches: nothing forgotten, nothing twice, padding never counts
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+def test_statistics_of_the_history_equal_a_plain_loop():
+    stays = random_stays((1, 7, 12))
+    batch = batch_of(stays)
+    statistics, seen = history_statistics(*measurement_grid(batch, 7), batch.minute)
+    for p, stay in enumerate(stays):
+        plain, shown = plain_statistics(stay)
+        close(statistics[p, :len(stay)].double(), torch.from_numpy(plain))
+        assert np.array_equal(seen[p, :len(stay)], shown)
+
+
+def test_statistics_of_a_nearly_constant_variable_are_exact():
+    """Running sums of squares lose what a long stay far from zero varies by: E[x^2] - E[x]^2 cancels in float32."""
+    stay = [(60 * i, [(0, 4.9 if i % 40 else 4.8)]) for i in range(120)]
+    batch = batch_of([stay])
+    statistics, _ = history_statistics(*measurement_grid(batch, 7), batch.minute)
+    close(statistics[0, :120].double(), torch.from_numpy(plain_statistics(stay)[0]))
+
+
+def test_measurement_grid_equals_a_plain_loop():
+    stays = random_stays()
+    mean, count = measurement_grid(batch_of(stays), 7)
+    assert count.sum() == sum(len(events) for stay in stays for _, events in stay)
+    for p, stay in enumerate(stays):
+        for i, (_, events) in enumerate(stay):
+            plain_mean, plain_count = plain_grid(events)
+            close(mean[p, i].double(), torch.from_numpy(plain_mean))
+            assert count[p, i].tolist() == plain_count.tolist()
+        assert not count[p, len(stay):].any() and not mean[p, len(stay):].any()
+
+
+def test_no_event_and_no_set_is_forgotten():
+    cohort = synthetic_cohort(24)
+    dataset, events, sets = StayDataset(cohort, Normalizer.fit(cohort, np.arange(24))), 0, 0
+    for stays in epoch_batches(np.diff(cohort.stay_start), 5, seed=0, epoch=0):
+        batch = dataset[stays]
+        cells = batch.token_event[batch.token_event < len(batch.event_value)]
+        assert cells.sort().values.tolist() == list(range(len(batch.event_value)))      # every event in exactly one cell
+        assert sorted(batch.slot_set[batch.slot_set < len(batch.group_slot)].tolist()) == list(range(int(batch.lengths.sum())))
+        assert measurement_grid(batch, 44)[1].sum() == len(batch.event_value) == cohort.stay_events[stays].sum()
+        events, sets = events + len(batch.event_value), sets + int(batch.lengths.sum())
+    assert events == len(cohort.event_value) and sets == len(cohort.set_minute)
+
+
+@pytest.mark.parametrize("batches", [lambda n: epoch_batches(n, 8, seed=1, epoch=2), lambda n: sorted_batches(n, 8)], ids=["epoch", "sorted"])
+def test_every_stay_is_visited_once(batches):
+    lengths = np.random.default_rng(0).integers(1, 90, 297)
+    visited = batches(lengths)
+    assert sorted(np.concatenate(visited)) == list(range(297)) and max(map(len, visited)) == 8
+
+
+def test_the_order_of_an_epoch_depends_on_seed_and_epoch_alone():
+    order = lambda seed, epoch: np.concatenate(epoch_batches(np.arange(100) % 7, 8, seed, epoch)).tolist()
+    first = order(3, 1)
+    np.random.seed(9), torch.manual_seed(9)
+    assert order(3, 1) == first and order(3, 2) != first and order(4, 1) != first
+
+
+@pytest.mark.parametrize("decoder", ["readout", "slots"])
+def test_losses_and_gradients_are_the_same_whatever_the_padding(decoder):
+    model, stays, seen = build(SeqSetVAEPretrain, tiny(decoder=decoder)), random_stays(), []
+    for batch in (batch_of(stays, max_groups=1), batch_of(stays, max_groups=6)):
+        model.zero_grad()
+        losses = model(batch, 1e-2)
+        losses["loss"].backward()
+        seen.append({name: x for name, x in losses.items() if name != "mu"} | {name: p.grad.clone() for name, p in model.named_parameters()
+                                                                            if p.grad is not None})
+    assert len(batch_of(stays, 1).groups) != len(batch_of(stays, 6).groups)
+    close(*seen)
+
+
+def test_padding_between_sets_of_one_stay_is_under_fifteen_percent():
+    cohort = synthetic_cohort(200)
+    dataset, batches = StayDataset(cohort, Normalizer.fit(cohort, np.arange(200))), epoch_batches(np.diff(cohort.stay_start), 8, 0, 0)
+    cells = sum(len(dataset[stays].token_event) for stays in batches)
+    assert 1 < cells / len(cohort.event_value) < 1.15
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3, 9])
+def test_group_widths_are_optimal(groups):
+    rng = np.random.default_rng(groups)
+    for _ in range(20):
+        sizes = rng.integers(1, 12, rng.integers(1, 15))
+        cost = lambda bounds: sum(min(b for b in bounds if b >= s) for s in sizes)
+        best = min(cost((*some, sizes.max())) for k in range(groups) for some in itertools.combinations(np.unique(sizes), k))
+        widths = group_widths(sizes, groups)
+        assert len(widths) <= groups and cost(widths) == best
+
+
+def test_round_up_is_tight_and_leaves_few_sizes():
+    rounded = [round_up(n) for n in range(1, 5000)]
+    assert all(n <= r <= 1.125 * n + 1e-9 for n, r in enumerate(rounded, start=1)) and rounded == sorted(rounded)
+    assert all(len({r for r in rounded if low < r <= 2 * low}) <= 8 for low in (16, 64, 1024)) and [round_up(r) for r in rounded] == rounded
+
+
+def test_ranges_concatenate():
+    assert ranges(np.array([5, 0, 9]), np.array([2, 0, 3])).tolist() == [5, 6, 9, 10, 11]
+    assert ranges(np.array([], int), np.array([], int)).tolist() == []
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# Data: cohorts, splits, normalisation, the cache
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+def as_lists(cohort: Cohort):
+    """stay id -> [(minute, [(variable name, value), ...]), ...]"""
+    out = {}
+    for p, name in enumerate(cohort.stay_id):
+        out[str(name)] = [(float(cohort.set_minute[t]), [(cohort.variables[cohort.event_variable[e]], float(cohort.event_value[e]))
+                                                         for e in range(cohort.set_start[t], cohort.set_start[t + 1])])
+                          for t in range(cohort.stay_start[p], cohort.stay_start[p + 1])]
+    return out
+
+
+def test_cohort_sorts_events_into_sets():
+    events = [(2, 30, 1, 5.0), (0, 9, 2, 1.0), (2, 30, 0, 6.0), (0, 3, 2, 2.0), (2, 30, 1, 5.0), (0, 9, 1, 3.0)]  # stay 1 has none
+    cohort = build_cohort("handmade", ["z", "b", "a", "never"], *map(np.array, zip(*events)), stay_id=["p", "q", "r"], label=[1, 0, -1])
+    assert as_lists(cohort) == {"p": [(3, [("a", 2)]), (9, [("a", 1), ("b", 3)])], "r": [(30, [("b", 5), ("z", 6), ("b", 5)])]}
+    assert cohort.variables == ["a", "b", "z"] and cohort.label.tolist() == [1, -1] and cohort.notes["stays without a usable event"] == 1
+
+
+def test_a_stay_id_that_occurs_twice_is_refused():
+    with pytest.raises(InputError, match="stay p occurs more than once"):
+        build_cohort("x", ["a"], np.array([0, 1]), np.array([0, 0]), np.array([0, 0]), np.array([1, 1]), stay_id=["p", "p"], label=[0, 0])
+
+
+def test_normalizer_is_fitted_on_training_stays_only():
+    cohort, training = synthetic_cohort(24), np.arange(12)
+    changed = replace(cohort, event_value=np.where(np.arange(len(cohort.event_value)) < cohort.set_start[cohort.stay_start[12]],
+                                                   cohort.event_value, 1e6).astype(np.float32))
+    a, b = (Normalizer.fit(c, training) for c in (cohort, changed))
+    assert all(np.array_equal(getattr(a, name), getattr(b, name)) for name in ("mean", "std", "log_scale"))
+    assert not np.array_equal(a.mean, Normalizer.fit(changed, np.arange(24)).mean)
+
+
+def test_normalised_values_are_standard_clipped_and_finite():
+    cohort = synthetic_cohort(60)
+    normalizer = Normalizer.fit(cohort, np.arange(60))
+    z, hr = normalizer(cohort.event_variable, cohort.event_value), cohort.variables.index("HR")
+    assert np.abs(z).max() <= 5 and np.isfinite(normalizer(np.arange(44), np.full(44, 1e30))).all()
+    assert abs(z[cohort.event_variable == hr].mean()) < 0.02 and abs(z[cohort.event_variable == hr].std() - 1) < 0.05
+    assert normalizer(np.array([hr]), np.array([1e9])) == 5 and normalizer(np.array([hr]), np.array([-1e9])) == -5
+    again = Normalizer.from_state(normalizer.state_dict())
+    assert np.array_equal(again(cohort.event_variable, cohort.event_value), z)
+
+
+def test_a_constant_variable_stays_visible():
+    normalizer = Normalizer.fit(cohort_of([[(0, [(0, 1.0)])], [(0, [(0, 1.0)])]]), np.arange(2))
+    assert normalizer(np.array([0]), np.array([1.0])) == 1
+
+
+def test_splits_are_seeded_stratified_disjoint_and_complete():
+    cohort = synthetic_cohort(300)
+    split = make_splits(cohort, 0)
+    assert sorted(sum(split.values(), [])) == sorted(cohort.stay_id) and [len(split[s]) for s in ("train", "valid", "test")] == [192, 48, 60]
+    rates = [cohort.label[stays_of(cohort, ids)].mean() for ids in split.values()]
+    assert max(rates) - min(rates) < 0.02
+    assert make_splits(cohort, 0) == split != make_splits(cohort, 1)
+
+
+def test_the_data_sets_own_split_is_kept():
+    cohort = replace(cohort_of(random_stays()), split=np.array([2, 0, 1, 0], dtype=np.int8))
+    assert make_splits(cohort, 0) == {"train": ["stay1", "stay3"], "valid": ["stay2"], "test": ["stay0"]}
+
+
+def test_synthetic_cohort_is_deterministic():
+    a, b = synthetic_cohort(24), synthetic_cohort(24)
+    for name in Cohort.ARRAYS:
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name))  # NaN (no given statistics) equals NaN
+    assert a.fingerprint == b.fingerprint
+    assert synthetic_cohort(24, seed=1).fingerprint != a.fingerprint and len(a) == 24 and set(a.label) == {0, 1}
+
+
+def test_a_variable_has_the_same_unit_vector_in_every_vocabulary():
+    few, many = variable_vectors(["HR", "Na"], 12), variable_vectors(["Age", "Na", "K", "HR"], 12)
+    assert torch.equal(few[0], many[3]) and torch.equal(few[1], many[1]) and not torch.equal(few[0], few[1])
+    close(many.norm(dim=1), torch.ones(4))
+
+
+def test_an_event_of_an_unknown_variable_is_dropped_and_named():
+    stays = random_stays()
+    known = [[(minute, [(v, x) for v, x in events if v < 5]) for minute, events in stay] for stay in stays]
+    dataset = StayDataset(cohort_of(stays), Normalizer(NAMES[:5], *np.array([[0] * 5, [1] * 5, [0] * 5], dtype=np.float32)))
+    batch, model = dataset[np.arange(4)], build(SeqSetVAEPretrain, tiny(num_variables=5))
+    assert dataset.unknown_variables == NAMES[5:] and len(batch.event_value) == sum(len(e) for s in known for _, e in s)
+    with torch.no_grad():
+        assert all(x.isfinite().all() for x in model(batch, 1.0).values())
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# PhysioNet 2012
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+RECORDS = {
+    "132539": "00:00,RecordID,132539\n00:00,Age,54\n00:00,Gender,0\n00:00,Height,-1\n00:00,ICUType,4\n00:00,Weight,-1\n"
+              "00:07,HR,73\n00:07,HR,77\n00:07,,3\n26:05,BaseExcess,-1\n",
+    "132540": "00:00,RecordID,132540\n00:00,Age,76\n00:00,Gender,1\n00:00,Height,175.3\n00:00,ICUType,2\n00:00,Weight,80\n01:10,HR,88\n",
+}
+OUTCOMES = "RecordID,SAPS-I,SOFA,Length_of_stay,Survival,In-hospital_death\n132539,6,1,5,-1,0\n132540,16,8,8,4,1\n"
+
+
+def write_physionet(folder: Path, archive=False, records=RECORDS, outcomes=OUTCOMES, header="Time,Parameter,Value\n") -> Path:
+    folder.mkdir(parents=True)
+    (folder / "Outcomes-a.txt").write_text(outcomes)
+    if archive:
+        with tarfile.open(folder / "set-a.tar.gz", "w:gz") as tar:
+            for name, body in records.items():
+                member = tarfile.TarInfo(f"set-a/{name}.txt")
+                member.size = len(content := (header + body).encode())
+                tar.addfile(member, io.BytesIO(content))
+    else:
+        (folder / "set-a").mkdir()
+        for name, body in records.items():
+            (folder / "set-a" / f"{name}.txt").write_text(header + body)
+    return folder
+
+
+@pytest.mark.parametrize("archive", [False, True], ids=["folder", "tar.gz"])
+def test_physionet_reader_gives_the_expected_cohort(tmp_path, archive):
+    cohort = load_cohort(write_physionet(tmp_path / "data", archive), cache_dir=tmp_path / "cache")
+    assert as_lists(cohort) == {
+        "132539": [(0, [("Age", 54), ("Gender", 0), ("ICUType=4", 1)]), (7, [("HR", 73), ("HR", 77)]),  # -1 missing; duplicates kept
+                   (1565, [("BaseExcess", -1)])],                                                       # -1 is a value elsewhere
+        "132540": [(0, [("Age", 76), ("Gender", 1), ("Height", np.float32(175.3)), ("ICUType=2", 1), ("Weight", 80)]), (70, [("HR", 88)])]}
+    assert cohort.label.tolist() == [0, 1] and {k: v for k, v in cohort.notes.items() if v} == {
+        "rows with an empty parameter": 1, "descriptors not recorded (-1)": 2}
+    assert cohort.variables == ["Age", "BaseExcess", "Gender", "HR", "Height", "ICUType=2", "ICUType=4", "Weight"]  # no outcome among them
+
+
+def test_folder_and_archive_have_the_same_fingerprint(tmp_path):
+    a, b = (load_cohort(write_physionet(tmp_path / str(archive), archive), cache_dir=tmp_path / "cache") for archive in (False, True))
+    assert a.fingerprint == b.fingerprint
+
+
+def test_a_stay_without_an_outcome_is_unlabelled_not_a_survivor(tmp_path):
+    folder = write_physionet(tmp_path / "data", outcomes="".join(OUTCOMES.splitlines(keepends=True)[:2]))
+    assert load_cohort(folder, cache_dir=tmp_path / "cache").label.tolist() == [0, -1]
+
+
+def test_cached_cohort_equals_the_parsed_one_and_is_not_parsed_again(tmp_path, monkeypatch):
+    folder = write_physionet(tmp_path / "data")
+    first = load_cohort(folder, cache_dir=tmp_path / "cache")
+    monkeypatch.setattr("data._records", lambda path: pytest.fail("parsed again"))
+    second = load_cohort(folder, cache_dir=tmp_path / "cache")
+    assert as_lists(first) == as_lists(second) and first.fingerprint == second.fingerprint and first.notes == second.notes
+
+
+@pytest.mark.parametrize("name", [f"{name}.npy" for name in Cohort.ARRAYS] + ["meta.json"])
+def test_a_torn_cache_is_rebuilt(tmp_path, name):
+    folder = write_physionet(tmp_path / "data")
+    whole = as_lists(load_cohort(folder, cache_dir=tmp_path / "cache"))
+    (path,) = (tmp_path / "cache").glob(f"*/{name}")
+    path.write_bytes(path.read_bytes()[:-3])
+    assert as_lists(load_cohort(folder, cache_dir=tmp_path / "cache")) == whole
+
+
+def test_a_stale_cache_is_rebuilt(tmp_path):
+    folder = write_physionet(tmp_path / "data")
+    load_cohort(folder, cache_dir=tmp_path / "cache")
+    record = folder / "set-a" / "132540.txt"
+    before = record.stat()
+    record.write_text(record.read_text().replace("HR,88", "HR,99"))  # the same length: only the time of the change tells
+    os.utime(record, ns=(before.st_atime_ns, before.st_mtime_ns + 1_000_000))
+    assert as_lists(load_cohort(folder, cache_dir=tmp_path / "cache"))["132540"][-1] == (70, [("HR", 99)])
+
+
+def test_set_a_of_physionet_2012_is_read_in_full_and_fast(tmp_path):
+    folder = SHARED / "data" / "physionet2012"
+    if not (folder / "set-a.tar.gz").exists():
+        pytest.skip(f"PhysioNet 2012 set-a is not at {folder}: the reader was not tried on real data")
+    began = time.process_time()
+    cohort = load_cohort(folder, cache_dir=tmp_path)
+    parsed, began = time.process_time() - began, time.process_time()
+    load_cohort(folder, cache_dir=tmp_path)
+    cached = time.process_time() - began
+    assert (len(cohort), (cohort.label == 1).sum(), len(cohort.variables)) == (4000, 554, 44)
+    assert (len(cohort.event_value), len(cohort.set_minute)) == (1_672_669, 292_178)
+    assert parsed < 4 and cached < 0.5
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# Bad input: one line that names the file, exit code 2
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+def with_line(line, at=3):
+    """RECORDS with one line more in the second record, `at` lines below its header."""
+    lines = RECORDS["132540"].splitlines(keepends=True)
+    return RECORDS | {"132540": "".join(lines[:at] + [line + "\n"] + lines[at:])}
+
+
+def tar_with(member: tarfile.TarInfo):
+    def damage(folder):
+        write_physionet(folder, archive=True)
+        with tarfile.open(folder / "set-a.tar.gz", "w:gz") as tar:
+            tar.addfile(member, io.BytesIO(b"x" * member.size))
+    return damage
+
+
+def linked(name, target):
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = tarfile.SYMTYPE, target
+    return member
+
+
+def cut_archive(folder, flip=False):
+    path = write_physionet(folder, archive=True) / "set-a.tar.gz"
+    body = bytearray(path.read_bytes())
+    body[len(body) // 2] ^= 0xFF
+    path.write_bytes(body if flip else body[:len(body) // 2])
+
+
+BAD_DATA = {  # what is wrong: (make it at this folder, what the message names)
+    "missing folder": (lambda f: None, "data: no such folder"),
+    "empty folder": (lambda f: f.mkdir(), "data: no data"),
+    "a file in its place": (lambda f: f.write_text("x"), "data: no such folder"),
+    "bad header": (partial(write_physionet, header="a,b\n"), "132539.txt line 1"),
+    "bad time": (lambda f: write_physionet(f, records=with_line("1h,HR,80")), "132540.txt line 5"),
+    "no time": (lambda f: write_physionet(f, records=with_line(",HR,80")), "132540.txt line 5"),
+    "text value": (lambda f: write_physionet(f, records=with_line("00:30,HR,high")), "132540.txt line 5"),
+    "four columns": (lambda f: write_physionet(f, records=with_line("00:30,HR,80,90")), "132540.txt line 5"),
+    "four columns at once": (lambda f: write_physionet(f, records=RECORDS | {"132539": "00:00,Age,54,1\n" + RECORDS["132539"]}), "132539.txt line 2"),
+    "four columns throughout": (lambda f: write_physionet(f, records={"132539": "00:00,Age,54,1\n00:01,HR,80,1\n"}), "132539.txt line 2"),
+    "two columns": (lambda f: write_physionet(f, records=with_line("00:30,HR")), "132540.txt line 5"),
+    "another record's id": (lambda f: write_physionet(f, records={"132541": RECORDS["132540"]}), "132541.txt"),
+    "record without text": (lambda f: write_physionet(f, records={"132539": ""}, header=""), "132539.txt"),
+    "no record": (partial(write_physionet, records={}), "set-a"),
+    "no outcome file": (lambda f: (write_physionet(f) / "Outcomes-a.txt").unlink(), "Outcomes-a.txt"),
+    "outcome that is not 0 or 1": (partial(write_physionet, outcomes=OUTCOMES.replace(",4,1\n", ",4,yes\n")), "Outcomes-a.txt line 3"),
+    "outcome column missing": (partial(write_physionet, outcomes=OUTCOMES.replace("In-hospital_death", "dead")), "Outcomes-a.txt"),
+    "truncated archive": (cut_archive, "set-a.tar.gz"),
+    "damaged archive": (partial(cut_archive, flip=True), "set-a.tar.gz"),
+    "archive that leaves its folder": (tar_with(tarfile.TarInfo("../evil.txt")), "set-a.tar.gz: member ../evil.txt"),
+    "archive with a link": (tar_with(linked("set-a/1.txt", "/etc/passwd")), "set-a.tar.gz: member set-a/1.txt"),
+    "too few stays to split": (write_physionet, "PhysioNet 2012"),
+}
+
+
+def one_error_line(capsys, code, named):
+    """The whole contract of a refused input: exit code 2 and one line on stderr that starts with error: and names the culprit."""
+    error = capsys.readouterr().err
+    assert code == 2 and error.startswith("error: ") and error.count("\n") == 1 and str(named) in error, error
+
+
+@pytest.mark.parametrize("what", BAD_DATA)
+def test_bad_data_is_one_line_and_exit_code_2(tmp_path, capsys, what):
+    make, named = BAD_DATA[what]
+    make(tmp_path / "data")
+    one_error_line(capsys, train.main(["--mode", "pretrain", "--device", "cpu", "--data_dir", str(tmp_path / "data"), "--run_dir", str(tmp_path / "run")]),
+                   named)
+    assert not (tmp_path / "run").exists() and not Path(tmp_path / "evil.txt").exists()
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+BAD_CHECKPOINTS = {
+    "missing": lambda path, good: None,
+    "a folder": lambda path, good: path.mkdir(),
+    "empty": lambda path, good: path.write_bytes(b""),
+    "garbage": lambda path, good: path.write_bytes(b"garbage" * 99),
+    "truncated": lambda path, good: path.write_bytes(good.read_bytes()[:50_000]),
+    "a list": lambda path, good: torch.save([1, 2], path),
+    "no weights": lambda path, good: torch.save({"epoch": 3}, path),
+    "format without weights": lambda path, good: torch.save({"format": 1}, path),
+    "pickle that runs a command": lambda path, good: path.write_bytes(pickle.dumps({"state_dict": Malicious(path.with_name("executed"))}, protocol=2)),
+    "zipped pickle that runs a command": lambda path, good: torch.save({"state_dict": Malicious(path.with_name("executed"))}, path),
+    "another format": lambda path, good: torch.save(torch.load(good, weights_only=True) | {"format": 99}, path),
+    "of the other mode": lambda path, good: torch.save(torch.load(good, weights_only=True) | {"mode": "finetune"}, path),
+}
+
+
+@pytest.mark.parametrize("what", BAD_CHECKPOINTS)
+def test_a_bad_checkpoint_is_one_line_and_exit_code_2(tmp_path, capsys, pretrained, what):
+    BAD_CHECKPOINTS[what](tmp_path / "bad.pt", pretrained)
+    capsys.readouterr()
+    one_error_line(capsys, train.main([*FINETUNE, str(tmp_path / "bad.pt"), "--run_dir", str(tmp_path / "run")]), tmp_path / "bad.pt")
+    assert not (tmp_path / "executed").exists() and not (tmp_path / "run").exists()
+
+
+def test_bad_options_are_refused(tmp_path, capsys):
+    one_error_line(capsys, train.main(["--mode", "finetune"]), "--pretrained_ckpt")
+    one_error_line(capsys, train.main([*PRETRAIN, "--device", "abacus"]), "abacus")
+    one_error_line(capsys, train.main([*PRETRAIN, "--run_dir", str(tmp_path)]), tmp_path)
+    one_error_line(capsys, train.main(["--mode", "pretrain", "--resume", str(tmp_path / "none")]), tmp_path / "none")
+    for wrong in ([], ["--mode", "both"], [*PRETRAIN, "--batch_size", "0"], [*PRETRAIN, "--unknown"], [*PRETRAIN, "--label_fraction", "2"]):
+        with pytest.raises(SystemExit, match="2"):
+            train.main(wrong)
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# Checkpoints: any wrapper, nothing missing in silence, the original's outputs
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("container", ["ours", "bare", "state_dict"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "model.", "module._orig_mod."])
+def test_a_pretrained_backbone_loads_whole_behind_any_prefix(tmp_path, prefix, container):
+    model, classifier = build(SeqSetVAEPretrain, tiny()), build(SeqSetVAE, tiny(), seed=2)
+    state = {prefix + name: tensor for name, tensor in model.state_dict().items()}
+    torch.save({"ours": dict.fromkeys(_CHECKPOINT_KEYS, {}) | {"format": 1, "mode": "pretrain", "model": state}, "bare": state, "state_dict": {"state_dict": state}}[container],
+               tmp_path / "some.pt")
+    report = load_backbone(classifier, load_checkpoint_weights(tmp_path / "some.pt"))
+    assert report.complete and not report.unexpected and report.skipped == ["mask_token"]
+    for name, tensor in classifier.state_dict().items():
+        if name.startswith(SeqSetVAE.BACKBONE):
+            assert torch.equal(tensor, model.state_dict()[name]), name
+
+
+def test_a_missing_backbone_tensor_stops_finetuning_unless_allowed(tmp_path, capsys, pretrained):
+    content = torch.load(pretrained, weights_only=True)
+    del content["model"]["history.tau"]
+    content["model"]["setvae.embed.0.bias"] = torch.zeros(3)
+    torch.save(content, tmp_path / "partial.pt")
+    capsys.readouterr()
+    command = [*FINETUNE, str(tmp_path / "partial.pt"), "--run_dir", str(tmp_path / "run")]
+    assert train.main(command) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and "history.tau" in error and "setvae.embed.0.bias" in error
+    assert train.main([*command, "--allow_partial"]) == 0
+
+
+def fixture_of_the_original(name):
+    """(content of a checkpoint of the original implementation, its expected outputs, its five sets as a batch, their vectors, the path).
+    Every event is a variable of its own, because the original takes a vector an event."""
+    path = SHARED / "fixtures" / f"{name}.ckpt"
+    if not path.exists():
+        pytest.skip(f"{path} is absent: compatibility with the original implementation was not tried")
+    expected = {key: torch.from_numpy(x) for key, x in np.load(path.with_name(f"{name}_expected.npz")).items()}
+    vectors, values = (torch.cat([expected[f"{kind}_{i}"] for i in range(5)]) for kind in ("var", "val"))
+    sizes = torch.tensor([len(expected[f"val_{i}"]) for i in range(5)])
+    events, width, column = len(values), int(sizes.max()), torch.arange(int(sizes.max()))
+    cells = torch.where(column < sizes[:, None], (sizes.cumsum(0) - sizes)[:, None] + column, events)
+    batch = EventBatch(event_variable=torch.arange(events), event_value=values, event_slot=torch.arange(5).repeat_interleave(sizes),
+                       groups=[(5, width)], token_event=cells.flatten(), group_slot=torch.arange(5), slot_set=torch.arange(5)[None],
+                       minute=expected["minutes"].float()[None], lengths=torch.tensor([5]), label=torch.tensor([0]), stay=torch.tensor([0]))
+    return read_checkpoint(path), expected, batch, vectors, path
+
+
+def test_an_original_pretraining_checkpoint_gives_its_outputs():
+    content, expected, batch, vectors, path = fixture_of_the_original("original_small")
+    model = SeqSetVAE(checkpoint_config(content, len(vectors), path), vectors).eval()
+    report = load_backbone(model, checkpoint_state(content, path))
+    assert report.complete and not report.unexpected
+    with torch.no_grad():
+        mu, logvar = model.setvae.encode(batch)
+        h = model.history(mu, batch.minute)
+    for mine, name in ((mu, "mu"), (logvar, "logvar"), (h, "h")):
+        close(mine[0], expected[name])
+
+
+def test_an_original_finetuned_checkpoint_gives_its_features_and_logits():
+    content, expected, batch, vectors, path = fixture_of_the_original("original_finetuned_small")
+    model = SeqSetVAE(replace(checkpoint_config(content, len(vectors), path), features="stable"), vectors).eval()
+    state = checkpoint_state(content, path)
+    report = load_backbone(model, state)
+    assert report.complete and not report.unexpected
+    model.cls_head.load_state_dict({name.removeprefix("cls_head."): x for name, x in state.items() if name.startswith("cls_head.")})
+    with torch.no_grad():
+        close(model.features(batch)[0], expected["features"])
+        close(model(batch)[0], expected["logits"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# Resuming
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+def same_run(whole: Path, resumed: Path):
+    assert (whole / "metrics.csv").read_text() == (resumed / "metrics.csv").read_text()
+    for name in ("best.pt", "last.pt"):
+        a, b = (torch.load(run / name, weights_only=True)["model"] for run in (whole, resumed))
+        assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("step", [1, 4, 6])  # in the first epoch, at its last step, in the second
+def test_pretraining_interrupted_and_resumed_ends_with_equal_bits(tmp_path, monkeypatch, step):
+    monkeypatch.setattr(train, "ModelConfig", lambda v: tiny(num_variables=v))
+    command, check = ["--mode", "pretrain", "--synthetic_stays", "24", "--device", "cpu", "--max_epochs", "2", "--batch_size", "3"], train.finite_or_stop
+    assert train.main([*command, "--run_dir", str(tmp_path / "whole")]) == 0
+    assert len(pd.read_csv(tmp_path / "whole" / "metrics.csv")) == 2
+
+    def interrupting(norm, at, stays):
+        check(norm, at, stays)
+        if at == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+    monkeypatch.setattr(train, "finite_or_stop", interrupting)
+    with pytest.raises(SystemExit, match="130"):
+        train.main([*command, "--run_dir", str(tmp_path / "cut")])
+    monkeypatch.setattr(train, "finite_or_stop", check)
+    assert train.main([*command, "--resume", str(tmp_path / "cut")]) == 0
+    same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_the_command_printed_at_an_interruption_goes_on_with_the_run(tmp_path, monkeypatch, capsys):
+    """It names the run folder alone: data, epochs and batch size must come from the run, or other stays are trained on in silence."""
+    monkeypatch.setattr(train, "ModelConfig", lambda v: tiny(num_variables=v))
+    assert train.main([*PRETRAIN, "--max_epochs", "2", "--run_dir", str(tmp_path / "whole")]) == 0
+    check = train.finite_or_stop
+    monkeypatch.setattr(train, "finite_or_stop", lambda *a: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit, match="130"):
+        train.main([*PRETRAIN, "--max_epochs", "2", "--run_dir", str(tmp_path / "cut")])
+    monkeypatch.setattr(train, "finite_or_stop", check)
+    cohort, load = synthetic_cohort(24), train.load_cohort
+    monkeypatch.setattr(train, "load_cohort", lambda *a, **k: cohort if load(*a, **k).fingerprint == cohort.fingerprint else pytest.fail("other data"))
+    command = next(line for line in capsys.readouterr().out.splitlines() if "python train.py" in line and "--resume" in line)
+    assert train.main(command.split("train.py ")[1].split()) == 0
+    same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize("full_training", [False, True])
+def test_finetuning_interrupted_and_resumed_ends_with_equal_bits(tmp_path, monkeypatch, full_training):
+    tiny_run = tmp_path / "pretrain"
+    monkeypatch.setattr(train.finetune.__defaults__[0], "max_trainable_ratio", 1.0)  # of a tiny backbone the head is more than 5%
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "ModelConfig", lambda v: tiny(num_variables=v))
+        assert train.main([*PRETRAIN, "--run_dir", str(tiny_run)]) == 0
+    command = ["--mode", "finetune", "--device", "cpu", "--max_epochs", "2", "--pretrained_ckpt", str(tiny_run / "best.pt")]
+    command += ["--full_training"] * full_training
+    assert train.main([*command, "--run_dir", str(tmp_path / "whole")]) == 0
+    with monkeypatch.context() as patch:  # a signal in the first epoch is obeyed at its end
+        patch.setattr(train, "ranking", lambda *a, rank=train.ranking: os.kill(os.getpid(), signal.SIGTERM) or rank(*a))
+        with pytest.raises(SystemExit, match="130"):
+            train.main([*command, "--run_dir", str(tmp_path / "cut")])
+    assert train.main([*command, "--resume", str(tmp_path / "cut")]) == 0
+    same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# The other readers: each test writes its own small data and compares the exact cohort
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+def events_of(cohort) -> dict:
+    """{stay: [(minute, {variable: values of the set in order})...]}: a cohort spelled out."""
+    stays = {}
+    for p, stay in enumerate(cohort.stay_id):
+        sets = []
+        for t in range(cohort.stay_start[p], cohort.stay_start[p + 1]):
+            events = slice(cohort.set_start[t], cohort.set_start[t + 1])
+            sets.append((float(cohort.set_minute[t]), [(cohort.variables[v], round(float(x), 4))
+                                                       for v, x in zip(cohort.event_variable[events], cohort.event_value[events])]))
+        stays[str(stay)] = sets
+    return stays
+
+
+def labels_of(cohort) -> dict:
+    return dict(zip(cohort.stay_id.tolist(), cohort.label.tolist()))
+
+
+def splits_of(cohort) -> dict:
+    return dict(zip(cohort.stay_id.tolist(), cohort.split.tolist()))
+
+
+def counted(cohort) -> dict:
+    return {reason: count for reason, count in cohort.notes.items() if count}
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+@pytest.fixture
+def load(tmp_path):
+    return lambda folder, **options: load_cohort(str(folder), cache_dir=tmp_path / "cache", **options)
+
+
+# ---- one long table ----------------------------------------------------------------------------------------------------------------
+
+EVENTS = """stay_id,minute,variable,value
+7,60,HR,80
+007,0,NA,139
+7,0,HR,90
+7,60,HR,82
+7,60,,1
+7,61,pH,
+7,61.5,K,inf
+8,5,"Na, serum",140
+9,5,K,
+"""
+
+
+def test_long_table_gives_the_exact_cohort(tmp_path, load):
+    write(tmp_path / "d/events.csv", EVENTS)
+    write(tmp_path / "d/labels.csv", "stay_id,label,split\n7,1,train\n8,,test\n9,0,valid\n12,1,test\n")
+    cohort = load(tmp_path / "d")
+    assert events_of(cohort) == {"007": [(0, [("NA", 139)])], "7": [(0, [("HR", 90)]), (60, [("HR", 80), ("HR", 82)])],
+                                 "8": [(5, [("Na, serum", 140)])]}
+    assert cohort.variables == ["HR", "NA", "Na, serum"]
+    assert labels_of(cohort) == {"007": -1, "7": 1, "8": -1} and splits_of(cohort) == {"007": -1, "7": 0, "8": 2}
+    assert counted(cohort) == {"rows with an empty variable": 1, "rows without a finite value": 3, "outcomes of no stay": 1,
+                               "stays without an outcome (unlabelled)": 2, "stays without a split (neither trained on nor scored)": 1,
+                               "stays without a usable event": 1}
+    assert make_splits(cohort, 0) == {"train": ["7"], "valid": [], "test": ["8"]}
+
+
+def test_long_table_needs_no_labels_and_labels_leave_the_stays_identity_alone(tmp_path, load):
+    write(tmp_path / "d/events.csv", EVENTS)
+    bare = load(tmp_path / "d")
+    assert (bare.label == -1).all() and (bare.split == -1).all() and bare.vectors.shape == (3, 0) and np.isnan(bare.statistics).all()
+    write(tmp_path / "d/labels.csv", "stay_id,label\n7,1\n")
+    labelled = load(tmp_path / "d")
+    assert labels_of(labelled)["7"] == 1 and labelled.fingerprint == bare.fingerprint
+
+
+def test_parquet_and_csv_of_one_table_are_one_cohort(tmp_path, load):
+    pytest.importorskip("pyarrow")
+    table = pd.DataFrame({"stay_id": [10, 9, 9], "minute": [3, 0, 2], "variable": ["a", "b", "a"], "value": [1, 2.5, 3]})
+    for name in "cp":
+        (tmp_path / name).mkdir()
+    table.to_csv(tmp_path / "c/events.csv", index=False)
+    table.astype({"variable": "category"}).to_parquet(tmp_path / "p/events.parquet")
+    from_csv, from_parquet = load(tmp_path / "c"), load(tmp_path / "p")
+    assert events_of(from_csv) == events_of(from_parquet) == {"10": [(3, [("a", 1)])], "9": [(0, [("b", 2.5)]), (2, [("a", 3)])]}
+    assert from_csv.fingerprint == from_parquet.fingerprint
+
+
+@pytest.mark.parametrize("events, labels, message", [
+    ("", None, r"events.csv: an empty file"),
+    ("\n", None, r"events.csv: no column stay_id"),
+    ("stay_id,minute,variable,value\n", None, r"events.csv: a header and no row"),
+    ("stay_id;minute;variable;value\n1;2;a;3\n", None, r"no column stay_id \(it has stay_id;minute;variable;value\)"),
+    ("stay_id,minute,variable\n1,2,a\n", None, r"no column value \(it has stay_id, minute, variable\)"),
+    ("stay_id,minute,variable,value,value\n1,2,a,3,3\n", None, r"column value occurs twice"),
+    ("stay_id,minute,variable,value\n1,2,a,3\n1,2,a,high\n", None, r"events.csv line 3: value is 'high', not a number"),
+    ("stay_id,minute,variable,value\n1,00:30,a,3\n", None, r"line 2: minute is '00:30', not a number"),
+    ("stay_id,minute,variable,value\n1,2,a,3\n1,-5,a,3\n", None, r"line 3: minute is -5; give minutes since admission"),
+    ("stay_id,minute,variable,value\n1,,a,3\n", None, r"line 2: minute is missing; give minutes"),
+    ("stay_id,minute,variable,value\n1,inf,a,3\n", None, r"line 2: minute is inf; give minutes"),
+    ("stay_id,minute,variable,value\n,1,a,3\n", None, r"line 2: stay_id is missing"),
+    ("stay_id,minute,variable,value\n1,2,a,3,5\n", None, r"line 2: more cells than the 4 columns"),
+    ("stay_id,minute,variable,value\n1,2,a,3\n1,2,a,3,5\n", None, r"line 3: 5 cells where the columns are 4"),
+    ("stay_id,minute,variable,value\n1,2,\"a\nb\",3\n", None, r"a quoted cell holds a line break"),
+    ("stay_id,minute,variable,value\n1,2,\"a,3\n", None, r"events.csv"),
+    ("stay_id,minute,variable,value\n1,2,température,3\n".encode("latin1"), None, r"events.csv: not UTF-8"),
+    ("stay_id,minute,variable,value\n1,2,a,3\n".encode("utf-16"), None, r"events.csv: not UTF-8"),
+    ("stay_id,minute,variable,value\n1,2,a,nan\n", None, r"no usable event"),
+    (EVENTS, "stay_id,label\n7,2\n", r"labels.csv line 2: label is 2, not 0 or 1"),
+    (EVENTS, "stay_id,label\n8,0\n7,dead\n", r"labels.csv line 3: label is 'dead', not a number"),
+    (EVENTS, "stay_id,label\n7,1\n8,0\n7.0,1\n", r"labels.csv line 4: stay_id is '7.0', which occurs twice"),
+    (EVENTS, "stay_id,label\n,1\n", r"labels.csv line 2: stay_id is missing"),
+    (EVENTS, "stay_id,label,split\n7,1,train\n8,1,holdout\n", r"labels.csv line 3: split is 'holdout'; it is one of train, valid, test"),
+    (EVENTS, "stay_id,died\n7,1\n", r"labels.csv: no column label"),
+    (EVENTS, "stay_id,label\n", r"labels.csv: a header and no row"),
+])
+def test_long_table_bad_input(tmp_path, load, events, labels, message):
+    write(tmp_path / "d/events.csv", events)
+    if labels is not None:
+        write(tmp_path / "d/labels.csv", labels)
+    with pytest.raises(InputError, match=message) as caught:
+        load(tmp_path / "d")
+    assert "\n" not in str(caught.value)
+
+
+def test_windows_text_reads_the_same(tmp_path, load):
+    write(tmp_path / "d/events.csv", b"\xef\xbb\xbf" + EVENTS.replace("\n", "\r\n").encode().rstrip())
+    write(tmp_path / "e/events.csv", EVENTS)
+    assert load(tmp_path / "d").fingerprint == load(tmp_path / "e").fingerprint
+
+
+@pytest.mark.parametrize("columns, message", [
+    ({"value": ["high"]}, "column value holds (large_)?string where numbers belong"),
+    ({"stay_id": [pd.Timestamp(0)]}, "column stay_id holds timestamp.* where text or whole numbers belong"),
+    ({"minute": [-1]}, "events.parquet row 1: minute is -1"),
+])
+def test_long_table_bad_parquet(tmp_path, load, columns, message):
+    pytest.importorskip("pyarrow")
+    pd.DataFrame({"stay_id": [1], "minute": [2], "variable": ["a"], "value": [3.0]} | columns).to_parquet(tmp_path / "events.parquet")
+    with pytest.raises(InputError, match=message):
+        load(tmp_path)
+
+
+def test_damaged_parquet_two_tables_and_no_pyarrow(tmp_path, load, monkeypatch):
+    pytest.importorskip("pyarrow")
+    write(tmp_path / "events.parquet", "PAR1 not really")
+    with pytest.raises(InputError, match="events.parquet: not a readable Parquet file"):
+        load(tmp_path)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(InputError, match="pip install pyarrow"):
+        load(tmp_path)
+    write(tmp_path / "events.csv", EVENTS)
+    with pytest.raises(InputError, match="holds both events.csv and events.parquet"):
+        load(tmp_path)
+
+
+def test_long_table_reads_a_million_events_a_second_or_nearly(tmp_path):
+    """A Python loop over rows would take minutes: the bound only tells vectorised code from a loop, on a busy machine too."""
+    n, rng = 300_000, np.random.default_rng(0)
+    pd.DataFrame({"stay_id": np.arange(n) // 300, "minute": np.tile(np.arange(300), n // 300), "variable": rng.integers(0, 40, n).astype(str),
+                  "value": rng.normal(size=n).round(2)}).to_csv(tmp_path / "events.csv", index=False)
+    start = time.perf_counter()
+    cohort = read_long_table(tmp_path)
+    assert len(cohort.event_value) == n and time.perf_counter() - start < 6
+
+
+# ---- the original layout -------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def original(tmp_path):
+    home = tmp_path / "processed"
+    write(home / "patient_ehr/train/200001.0.csv", "variable,value,minute\nHR,80,0\nK,4,30\nHR,90,0\n")
+    write(home / "patient_ehr/valid/200002.0.csv", "variable,value,minute\nHR,70,15\nNew,nan,20\n")
+    write(home / "patient_ehr/test/200003.0.csv", "variable,value,minute\nNew,3,1\n")
+    write(home / "patient_ehr/test/200004.0.csv", "variable,value,minute\n")
+    write(home / "cached.csv", ",Key,0,1,2\n0,HR,1,0,0.5\n1,K,0,2,0\n2,Unused,1,1,1\n")
+    write(home / "oc.csv", "ts_id,in_hospital_mortality\n200001,1\n200003,0\n999,1\n")
+    write(home / "stats.csv", "variable,mean,std\nHR,85,10\nK,4,0\nUnused,1,1\n")
+    return home
+
+
+def test_original_layout_gives_the_exact_cohort(original, load):
+    cohort = load(original, params_map=str(original / "stats.csv"), label_file=str(original / "oc.csv"))
+    assert events_of(cohort) == {"200001.0": [(0, [("HR", 80), ("HR", 90)]), (30, [("K", 4)])], "200002.0": [(15, [("HR", 70)])],
+                                 "200003.0": [(1, [("New", 3)])]}
+    assert labels_of(cohort) == {"200001.0": 1, "200002.0": -1, "200003.0": 0}
+    assert splits_of(cohort) == {"200001.0": 0, "200002.0": 1, "200003.0": 2}
+    np.testing.assert_array_equal(cohort.statistics, np.array([[85, 10], [np.nan] * 2, [np.nan] * 2], dtype=np.float32))
+    np.testing.assert_array_equal(cohort.vectors, np.array([[1, 0, .5], [0, 2, 0], [np.nan] * 3], dtype=np.float32))
+    assert counted(cohort) == {"rows without a finite value": 1, "stays without an outcome (unlabelled)": 2, "outcomes of no stay": 1,
+                               "stays without a usable event": 1, "variables without given statistics (fitted)": 2,
+                               "given statistics of no variable": 1, "variables without given vectors (hashed from the name)": 1,
+                               "given vectors of no variable": 1}
+    # patient_ehr itself may be named, as the original did
+    assert load(original / "patient_ehr").fingerprint == cohort.fingerprint
+
+
+def test_original_layout_feeds_normalizer_and_vectors(original, load):
+    cohort = load(original, params_map=str(original / "stats.csv"))
+    normalizer = Normalizer.fit(cohort, np.arange(len(cohort)))
+    assert normalizer.mean.tolist() == [85, 0, 0] and normalizer.std.tolist() == [10, 1, 1]  # K and New: fitted, constant
+    vectors = variable_vectors(cohort.variables, 3, cohort.vectors)
+    assert vectors[:2].tolist() == [[1, 0, .5], [0, 2, 0]] and vectors[2].norm().item() == pytest.approx(1)
+    assert vectors[2].equal(variable_vectors(["New"], 3)[0])
+    with pytest.raises(InputError, match="vectors of 3 dimensions where the model takes 64"):
+        variable_vectors(cohort.variables, 64, cohort.vectors)
+
+
+def test_original_layout_set_index_tells_sets_apart(tmp_path, load):
+    write(tmp_path / "patient_ehr/train/1.csv", "variable,value,minute,set_index\na,1,10,0\nb,2,10,1\nc,3,10,0\nd,4,20,2\ne,5,15,2\n")
+    cohort = load(tmp_path)
+    assert events_of(cohort) == {"1": [(10, [("a", 1), ("c", 3)]), (10, [("b", 2)]), (15, [("d", 4), ("e", 5)])]}
+    write(tmp_path / "patient_ehr/train/1.csv", "variable,value,minute,set_index\na,1,10,0\nb,2,10,\n")
+    with pytest.raises(InputError, match=r"1.csv line 3: set_index is missing"):
+        load(tmp_path)
+
+
+def test_original_layout_in_parquet_equals_csv(original, tmp_path, load):
+    pytest.importorskip("pyarrow")
+    for path in original.glob("patient_ehr/*/*.csv"):
+        target = tmp_path / "parquet/patient_ehr" / path.parent.name / f"{path.stem}.parquet"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        pd.read_csv(path).to_parquet(target)
+    assert load(tmp_path / "parquet").fingerprint == load(original).fingerprint
+    write(tmp_path / "parquet/patient_ehr/test/5.csv", "variable,value,minute\na,1,1\n")
+    with pytest.raises(InputError, match="holds both CSV and Parquet"):
+        load(tmp_path / "parquet")
+
+
+@pytest.mark.parametrize("name, text, message", [
+    ("patient_ehr/valid/200002.0.csv", "", "200002.0.csv: an empty file"),
+    ("patient_ehr/valid/200002.0.csv", "value,minute\n1,2\n", "200002.0.csv line 1: other columns than in 200001.0.csv"),
+    ("patient_ehr/valid/200002.0.csv", "variable,value,minute\nHR,80,1\nHR,x,2\n", "200002.0.csv line 3: value is 'x', not a number"),
+    ("patient_ehr/valid/200002.0.csv", "variable,value,minute\nHR,80,1\nHR,80,-2\n", "200002.0.csv line 3: minute is -2"),
+    ("patient_ehr/valid/200002.0.csv", "variable,value,minute\nHR,80,1,3\n", "200002.0.csv line 2: 4 cells where the columns are 3"),
+    ("patient_ehr/valid/200001.0.csv", "variable,value,minute\nHR,80,1\n", "stay 200001.0 occurs more than once"),
+    ("oc.csv", "ts_id,in_hospital_mortality\n200001,3\n", "oc.csv line 2: in_hospital_mortality is 3, not 0 or 1"),
+    ("oc.csv", "ts_id,in_hospital_mortality\n200001,1\n200001,1\n", "oc.csv line 3: ts_id is '200001', which occurs twice"),
+    ("oc.csv", "id,in_hospital_mortality\n200001,1\n", "oc.csv: no column ts_id"),
+    ("stats.csv", "variable,mean,std\nHR,1,1\nHR,1,1\n", "stats.csv line 3: variable is 'HR', where each line names another one"),
+    ("stats.csv", "variable,mean,std\nHR,1,-1\n", "stats.csv line 2: std is -1, below 0"),
+    ("stats.csv", "variable,mean,std\nHR,one,1\n", "stats.csv line 2: mean is 'one', not a number"),
+    ("cached.csv", "Key,0,1\nHR,1,2\nHR,1,2\n", "cached.csv line 3: Key is 'HR', where each line names another"),
+    ("cached.csv", "Key,0,1\nHR,1,\n", "cached.csv line 2: 1 is missing, not finite"),
+    ("cached.csv", "Key\nHR\n", "cached.csv: no column beside Key"),
+])
+def test_original_layout_bad_input(original, load, name, text, message):
+    write(original / name, text)
+    with pytest.raises(InputError, match=message):
+        load(original, params_map=str(original / "stats.csv"), label_file=str(original / "oc.csv"))
+
+
+class Call:
+    """Pickles to a call of `function(*arguments)`."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_params_map_pickle_admits_plain_and_numpy_numbers(original, load, protocol):
+    content = {"HR": {"mean": np.float64(85), "std": np.float32(10)}, "K": {"mean": np.int64(4), "std": 2.5}}
+    write(original / "stats.pkl", pickle.dumps(content, protocol))
+    cohort = load(original, params_map=str(original / "stats.pkl"))
+    assert cohort.statistics[:2].tolist() == [[85, 10], [4, 2.5]]
+
+
+@pytest.mark.parametrize("call", [Call(os.system, "touch {}"), Call(eval, "open('{}', 'w')"), Call(exec, "open('{}', 'w')"),
+                                  Call(getattr, "", "join"), Call(np.array, [1.0])])
+def test_params_map_pickle_executes_nothing(original, load, tmp_path, call):
+    witness = tmp_path / "executed"
+    call.call = call.call[0], tuple(a.format(witness) if isinstance(a, str) else a for a in call.call[1])
+    write(original / "stats.pkl", pickle.dumps({"HR": {"mean": call, "std": 1.0}}))
+    with pytest.raises(InputError, match=r"stats.pkl: not a plain pickle .*it asks for"):
+        load(original, params_map=str(original / "stats.pkl"))
+    assert not witness.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x04garbage", pickle.dumps([1, 2]), pickle.dumps({"HR": {"mean": 1}}), pickle.dumps({"HR": 3}),
+                                     pickle.dumps({"HR": {"mean": "x", "std": 1}}), pickle.dumps({"HR": {"mean": 1, "std": -1}}),
+                                     b"cnumpy\ndtype\n(S'O8'\ntR.", b"cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n(S'O8'\ntRS'abcdefgh'\ntR."])
+def test_params_map_bad_pickle(original, load, content):
+    write(original / "stats.pkl", content)
+    with pytest.raises(InputError, match="stats.pkl"):
+        load(original, params_map=str(original / "stats.pkl"))
+
+
+def test_options_are_refused_where_nothing_reads_them(original, tmp_path, load):
+    write(tmp_path / "d/events.csv", EVENTS)
+    with pytest.raises(InputError, match="--label_file .*oc.csv: not read with a long table"):
+        load(tmp_path / "d", label_file=str(original / "oc.csv"))
+    with pytest.raises(InputError, match="--params_map .*: not read with the embedded cohort"):
+        load_cohort(None, cache_dir=tmp_path / "cache", params_map=str(original / "stats.csv"))
+    with pytest.raises(InputError, match="--label_file .*nowhere.csv: no such file"):
+        load(original, label_file=str(original / "nowhere.csv"))
+    with pytest.raises(InputError, match="give .csv with variable,mean,std or .pkl"):
+        load(original, params_map=str(write(original / "stats.json", "{}")))
+
+
+def test_cache_follows_the_options_and_their_files(original, load):
+    assert (load(original).label == -1).all()
+    assert labels_of(load(original, label_file=str(original / "oc.csv")))["200001.0"] == 1
+    write(original / "oc.csv", "ts_id,in_hospital_mortality\n200001,0\n200003,1\n")
+    assert labels_of(load(original, label_file=str(original / "oc.csv")))["200001.0"] == 0
+
+
+# ---- MEDS ----------------------------------------------------------------------------------------------------------------------------
+
+def at(text):
+    return pd.Timestamp(f"2020-01-{text}") if text else pd.NaT
+
+
+def meds(folder, name, **columns):
+    pytest.importorskip("pyarrow")
+    table = pd.DataFrame(columns)
+    for column in ("time", "prediction_time"):
+        if column in table:
+            table[column] = table[column].astype("datetime64[us]")
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    table.to_parquet(folder / name, index=False)
+
+
+@pytest.fixture
+def meds_folder(tmp_path):
+    folder = tmp_path / "meds"
+    meds(folder, "data/train/0.parquet", subject_id=[5, 5, 5, 5, 5], code=["HR", "GENDER//F", "HR", "K", "MEDS_DEATH"],
+         time=[at("01 10:00:30"), at(None), at("01 09:59:50"), at("01 12:00"), at("02 00:00")],
+         numeric_value=np.array([80, np.nan, 70, 4, np.nan], dtype=np.float32))
+    meds(folder, "data/held_out/0.parquet", subject_id=[6, 6, 7, 7], code=["ADMIT", "K", "GENDER//M", None],
+         time=[at("03 00:00"), at("03 00:05"), at(None), at("03 00:00")])
+    meds(folder, "metadata/subject_splits.parquet", subject_id=[5, 6, 7], split=["train", "held_out", "tuning"])
+    return folder
+
+
+def test_meds_without_labels_is_one_sample_a_subject(meds_folder, load):
+    cohort = load(meds_folder)
+    assert events_of(cohort) == {"5": [(0, [("GENDER//F", 1), ("HR", 70)]), (1, [("HR", 80)]), (121, [("K", 4)])],
+                                 "6": [(0, [("ADMIT", 1)]), (5, [("K", 1)])], "7": [(0, [("GENDER//M", 1)])]}
+    assert splits_of(cohort) == {"5": 0, "6": 2, "7": 1} and (cohort.label == -1).all()
+    assert counted(cohort) == {"events without a code": 1, "MEDS_DEATH events": 1} and "MEDS_DEATH" not in cohort.variables
+
+
+def test_meds_sample_holds_events_up_to_and_including_the_prediction_time(meds_folder, load):
+    meds(meds_folder, "labels/death/0.parquet", subject_id=[5, 5, 5, 6, 99, 6],
+         prediction_time=[at("01 12:00"), at("01 10:00:29"), at("05 00:00"), at("03 00:04"), at("01 00:00"), at("02 00:00")],
+         boolean_value=[True, False, True, False, True, False])
+    cohort = load(meds_folder)
+    assert events_of(cohort) == {
+        "5@2020-01-01T12:00": [(0, [("GENDER//F", 1), ("HR", 70)]), (1, [("HR", 80)]), (121, [("K", 4)])],
+        "5@2020-01-01T10:00:29": [(0, [("GENDER//F", 1), ("HR", 70)])],  # the event one second later shares the minute, yet is the future
+        "5@2020-01-05": [(0, [("GENDER//F", 1), ("HR", 70)]), (1, [("HR", 80)]), (121, [("K", 4)])],
+        "6@2020-01-03T00:04": [(0, [("ADMIT", 1)])]}
+    assert cohort.label.tolist() == [1, 0, 1, 0] and cohort.split.tolist() == [0, 0, 0, 2]
+    assert counted(cohort) == {"events without a code": 1, "MEDS_DEATH events": 1, "labels of no subject": 1, "stays without a usable event": 1}
+    (meds_folder / "metadata/subject_splits.parquet").unlink()
+    with pytest.raises(InputError, match="subjects with several samples and no metadata/subject_splits.parquet"):
+        load(meds_folder)
+
+
+def test_meds_agrees_with_a_plain_loop(tmp_path, load):
+    pytest.importorskip("pyarrow")
+    rng = np.random.default_rng(3)
+    n, start = 400, np.datetime64("2021-03-04T05:06:07", "us")
+    subject, time = rng.integers(0, 12, n) * 10**17, start + rng.integers(0, 5000, n) * np.timedelta64(20, "s")
+    time[rng.random(n) < .1] = np.datetime64("NaT")
+    code, value = rng.choice(["a", "b", "c", "MEDS_DEATH"], n), np.where(rng.random(n) < .3, np.nan, rng.normal(size=n)).astype(np.float32)
+    meds(tmp_path, "data/0.parquet", subject_id=subject, time=time, code=code, numeric_value=value)
+    asked = pd.DataFrame({"s": rng.integers(0, 12, 30) * 10**17, "t": start + rng.integers(0, 5000, 30) * np.timedelta64(20, "s")}).drop_duplicates()
+    meds(tmp_path, "labels/0.parquet", subject_id=asked.s, prediction_time=asked.t, boolean_value=rng.random(len(asked)) < .5)
+    meds(tmp_path, "metadata/subject_splits.parquet", subject_id=np.arange(12) * 10**17, split=["train"] * 12)
+    found = events_of(load(tmp_path))
+    expected = {}
+    for s, t in asked.itertuples(index=False):
+        mine = (subject == s) & (code != "MEDS_DEATH")
+        origin = np.nanmin(time[mine & ~np.isnat(time)]).astype("datetime64[m]")
+        sets = {}
+        for i in np.flatnonzero(mine & (np.isnat(time) | (time <= np.datetime64(t)))):
+            minute = 0 if np.isnat(time[i]) else (time[i].astype("datetime64[m]") - origin).astype(int)
+            sets.setdefault(float(minute), []).append((str(code[i]), 1.0 if np.isnan(value[i]) else round(float(value[i]), 4)))
+        if sets:
+            expected[f"{s}@{np.datetime_as_string(np.datetime64(t, 'us'), unit='auto')}"] = sorted((m, sorted(e)) for m, e in sets.items())
+    assert {stay: [(m, sorted(e)) for m, e in sets] for stay, sets in found.items()} == expected
+
+
+def test_meds_keeps_distinct_minutes_apart_decades_after_birth(tmp_path, load):
+    pytest.importorskip("pyarrow")
+    times = [pd.Timestamp("1940-01-01"), *(pd.Timestamp("2020-01-01 00:00") + pd.Timedelta(minutes=i) for i in range(4))]
+    meds(tmp_path, "data/0.parquet", subject_id=[1] * 5, time=times, code=["MEDS_BIRTH", *"abcd"])
+    cohort = load(tmp_path)
+    assert np.diff(cohort.set_start).tolist() == [1] * 5 and (np.diff(cohort.set_minute) >= 0).all()
+
+
+@pytest.mark.parametrize("name, columns, message", [
+    ("data/1.parquet", {"subject_id": [5], "time": [at("01 00:00")]}, "1.parquet: no column code"),
+    ("data/1.parquet", {"subject_id": [5], "time": [at("01 00:00")], "code": [3.5], "numeric_value": ["x"]}, "the files' columns differ in type"),
+    ("data/1.parquet", {"subject_id": [None], "time": [at("01 00:00")], "code": ["a"]}, "data/1.parquet row 1: subject_id is missing"),
+    ("metadata/subject_splits.parquet", {"subject_id": [5], "split": ["dev"]}, "row 1: split is 'dev'; it is one of train, tuning, held_out"),
+    ("metadata/subject_splits.parquet", {"subject_id": [5, 5], "split": ["train", "train"]}, "row 2: subject_id is '5', where each row"),
+    ("labels/0.parquet", {"subject_id": [5], "prediction_time": [at(None)], "boolean_value": [True]}, "row 1: prediction_time is missing"),
+    ("labels/0.parquet", {"subject_id": [5, 5], "prediction_time": [at("01 00:00")] * 2, "boolean_value": [True, True]},
+     "row 2: prediction_time is '2020-01-01.*', twice for one subject"),
+    ("labels/0.parquet", {"subject_id": [99], "prediction_time": [at("01 00:00")], "boolean_value": [True]}, "no usable event"),
+])
+def test_meds_bad_input(meds_folder, load, name, columns, message):
+    meds(meds_folder, name, **columns)
+    with pytest.raises(InputError, match=message):
+        load(meds_folder)
+
+
+# ---- PhysioNet 2019 --------------------------------------------------------------------------------------------------------------------
+
+def test_physionet2019_gives_the_exact_cohort(tmp_path, load):
+    write(tmp_path / "training_setA/p000001.psv", "HR|Temp|Age|ICULOS|SepsisLabel\nNaN|NaN|70.5|1|0\n80|36.6|70.5|2|0\n82|NaN|70.5|3|1\n")
+    write(tmp_path / "training_setB/p100001.psv", "HR|Temp|Age|ICULOS|SepsisLabel\n90|inf|NaN|4|0\nNaN|NaN|50|5|0\nNaN|37|50|6|0\n")
+    cohort = load(tmp_path)
+    assert events_of(cohort) == {"p000001": [(0, [("Age", 70.5), ("ICULOS", 1)]), (60, [("HR", 80), ("Temp", 36.6)]), (120, [("HR", 82)])],
+                                 "p100001": [(0, [("HR", 90), ("ICULOS", 4)]), (60, [("Age", 50)]), (120, [("Temp", 37)])]}
+    assert cohort.variables == ["Age", "HR", "ICULOS", "Temp"] and labels_of(cohort) == {"p000001": 1, "p100001": 0}
+    assert counted(cohort) == {"repeated descriptors": 7, "infinite values": 1}
+
+
+@pytest.mark.parametrize("text, message", [
+    ("HR|SepsisLabel\n80|0\n81|2\n", r"p1.psv line 3: SepsisLabel is 2, not 0 or 1"),
+    ("HR|SepsisLabel\n80|\n", r"p1.psv line 2: SepsisLabel is missing, not 0 or 1"),
+    ("HR|SepsisLabel\nfast|0\n", r"p1.psv line 2: HR is 'fast', not a number"),
+    ("HR|Temp\n80|37\n", r"p1.psv: no column SepsisLabel"),
+    ("HR,SepsisLabel\n80,0\n", r"p1.psv: no column SepsisLabel"),
+    ("", r"p1.psv: an empty file"),
+    ("HR|SepsisLabel\n", r"a header and no row"),
+])
+def test_physionet2019_bad_input(tmp_path, load, text, message):
+    write(tmp_path / "training_setA/p1.psv", text)
+    with pytest.raises(InputError, match=message):
+        load(tmp_path)
+
+
+def test_unknown_folder_lists_every_reader(tmp_path, load):
+    with pytest.raises(InputError) as caught:
+        load(tmp_path)
+    assert all(reader.name in str(caught.value) for reader in data.READERS)
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# Performance analysis of a checkpoint
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+def open_classifier(path, data_dir=None, params_map=None, label_file=None):
+    """A finetuned checkpoint ready to score: (model, content, cohort, dataset, new); see `train.open_checkpoint`."""
+    content, cohort, dataset, _, new = open_checkpoint(path, data_dir, params_map=params_map, label_file=label_file)
+    if content.get("mode") != "finetune":
+        raise InputError(f"{path}: not a finetuned checkpoint; make one with: python train.py --mode finetune --pretrained_ckpt {path}")
+    model = SeqSetVAE(checkpoint_config(content, len(dataset.normalizer.variables), path), content["vocabulary"])
+    model.load_state_dict(content["model"])
+    return model.eval(), content, cohort, dataset, new
+
+
+def scored_stays(content, cohort, new) -> tuple[np.ndarray, str]:
+    """The labelled stays that may be scored, and what they are: the recorded test split; of other data, all that were not trained on."""
+    if not new:
+        return labelled(cohort, content["split"]["test"]), "the test split that the checkpoint recorded"
+    seen = np.isin(cohort.stay_id, content["split"]["train"] + content["split"]["valid"])
+    stays = np.flatnonzero((cohort.label >= 0) & ~seen)
+    overlap = f"; {seen.sum():,} stays left out whose ids the checkpoint was trained or selected on" if seen.any() else ""
+    return stays, f"all labelled stays of other data than the checkpoint's{overlap}"
+
+
+def bootstrap(label, *probabilities, repeats: int = 1000, seed: int = 0) -> np.ndarray:
+    """[repeats, n, 2] AUROC and AUPRC of n methods on the same resampled stays (Efron & Tibshirani 1993): paired between methods."""
+    rng = np.random.default_rng(seed)
+    draws = []
+    while len(draws) < repeats:
+        i = rng.integers(0, len(label), len(label))
+        if 0 < label[i].sum() < len(label):
+            draws.append([(roc_auc_score(label[i], p[i]), average_precision_score(label[i], p[i])) for p in probabilities])
+    return np.array(draws)
+
+
+def interval(draws: np.ndarray) -> str:
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return f"[{low:.3f}, {high:.3f}]"
+
+
+def calibration_error(label, probability, bins: int = 10) -> float:
+    """Expected calibration error over bins of equal width (Guo et al. 2017, eq. 3)."""
+    which = np.minimum((probability * bins).astype(int), bins - 1)
+    count = np.bincount(which, minlength=bins)
+    gap = np.abs(np.bincount(which, label, bins) - np.bincount(which, probability, bins))
+    return float(gap[count > 0].sum() / len(label))
+
+
+def performance(arguments) -> None:
+    """Print the analysis of a finetuned checkpoint on the stays it may be scored on (see `scored_stays`)."""
+    path = arguments.checkpoint
+    model, content, cohort, dataset, new = open_classifier(path, arguments.data_dir, arguments.params_map, arguments.label_file)
+    source = content["source"]
+    print(cohort.describe())
+    print(f"checkpoint: {path}, epoch {content['metrics']['epoch']}, made by: {source['command']}")
+    print(f"checkpoint: seed {source['seed']}, data {source['fingerprint']}, {', '.join(f'{k} {v}' for k, v in source['versions'].items())}")
+    if arguments.predictions:
+        write_predictions(arguments.predictions, model, content, cohort, dataset)
+    stays, what = scored_stays(content, cohort, new)
+    label = cohort.label[stays].astype(int)
+    if len(np.unique(label)) < 2:
+        raise InputError(f"{cohort.reader}: the stays to be scored hold one class or none ({len(stays)} stays); AUROC needs both")
+    probability = predict(model, encode_stays(model, dataset, stays, torch.device("cpu")))
+    draws = bootstrap(label, probability)
+    print(f"\nScored: {len(stays):,} stays, {label.sum():,} positive ({label.mean():.1%}): {what}")
+    print(f"AUROC                {roc_auc_score(label, probability):.4f}  95% {interval(draws[:, 0, 0])}")
+    print(f"AUPRC                {average_precision_score(label, probability):.4f}  95% {interval(draws[:, 0, 1])}  (prevalence {label.mean():.4f})")
+    print(f"Brier score          {brier_score_loss(label, probability):.4f}  (prevalence alone: {label.mean() * (1 - label.mean()):.4f})")
+    print(f"Calibration error    {calibration_error(label, probability):.4f}  (expected, 10 bins)")
+    print(f"Probabilities        mean {probability.mean():.4f}, range {probability.min():.4f} to {probability.max():.4f}, "
+          f"below 0.01: {(probability < .01).sum()}, above 0.99: {(probability > .99).sum()}")
+    valid = labelled(cohort, content["split"]["valid"]) if not new else stays
+    valid_probability = predict(model, encode_stays(model, dataset, valid, torch.device("cpu")))
+    precision, recall, thresholds = precision_recall_curve(cohort.label[valid], valid_probability)
+    threshold = thresholds[np.argmax((2 * precision * recall / np.maximum(precision + recall, 1e-12))[:-1])]
+    tn, fp, fn, tp = confusion_matrix(label, probability >= threshold).ravel()
+    print(f"Confusion            at {threshold:.4f} (best F1 of the {'validation split' if not new else 'scored stays themselves: no validation split here'}): "
+          f"TP {tp}, FP {fp}, FN {fn}, TN {tn}; F1 {f1_score(label, probability >= threshold):.4f}")
+
+    weights = torch.cat([p.detach().flatten() for name, p in model.cls_head.named_parameters() if name.endswith("weight")])
+    trainable = sum(p.numel() for p in model.cls_head.parameters())
+    print(f"Head                 {trainable:,} of {sum(p.numel() for p in model.parameters()):,} parameters; weights mean {weights.mean():.4f}, "
+          f"std {weights.std():.4f}, range {weights.min():.3f} to {weights.max():.3f}")
+    print(f"Active units         {active_units(model, dataset, stays)}/{model.config.latent_dim} (variance of mu over sets > 0.01)")
+    if arguments.baselines:
+        print_baselines(content, cohort, dataset, stays, label, probability)
+
+
+def write_predictions(path, model, content, cohort, dataset) -> None:
+    """Probability of every stay of the data, with its label (empty: none) and the split the checkpoint knows it from."""
+    everyone = np.arange(len(cohort))
+    split = np.full(len(cohort), "", dtype=object)
+    for name, ids in content["split"].items():
+        split[stays_of(cohort, ids)] = name
+    table = pd.DataFrame({"stay_id": cohort.stay_id, "probability": predict(model, encode_stays(model, dataset, everyone, torch.device("cpu"))),
+                          "split": split, "label": pd.array(np.where(cohort.label >= 0, cohort.label, np.nan), dtype="Int64")})
+    write_atomically(path, lambda out: table.to_csv(out, index=False))
+    print(f"predictions: {len(table):,} stays written to {path}")
+
+
+@torch.no_grad()
+def active_units(model, dataset, stays) -> int:
+    """Units of mu whose variance over the sets of these stays exceeds 0.01 (Burda et al. 2016, section 5.2)."""
+    mus = []
+    for batch in evaluation_loader(dataset, stays, torch.device("cpu")):
+        mus.append(model.setvae.encode(batch)[0][batch.slot_set < len(batch.group_slot)])
+    return int((torch.cat(mus).var(0) > 0.01).sum())
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# Hand-made baselines
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+BASELINES = ("logistic regression on summaries", "gradient boosting on summaries")
+
+
+def summary_table(cohort, stays) -> pd.DataFrame:
+    """Hand-made features of each stay: first, last, min, max, mean, sd, count and slope (a day) of every variable, descriptors included;
+    raw units, NaN where a variable was not measured."""
+    events = stay_event_index(cohort, stays)
+    table = pd.DataFrame({"stay": np.repeat(np.arange(len(stays)), cohort.stay_events[stays]), "variable": cohort.event_variable[events],
+                          "value": cohort.event_value[events].astype(np.float64)})
+    sets = np.searchsorted(cohort.set_start, events, side="right") - 1
+    table["day"] = cohort.set_minute[sets] / 1440
+    table["square"], table["product"] = table["day"] ** 2, table["day"] * table["value"]
+    groups = table.groupby(["stay", "variable"])
+    summary = groups["value"].agg(["first", "last", "min", "max", "mean", "std", "count"])
+    day, square, product = (groups[name].mean() for name in ("day", "square", "product"))
+    spread = square - day ** 2
+    summary["slope"] = ((product - day * summary["mean"]) / spread.where(spread > 1e-9)).fillna(0)
+    wide = summary.unstack("variable").reindex(range(len(stays)))
+    wide["count"] = wide["count"].fillna(0)
+    wide.columns = [f"{cohort.variables[v]} {name}" for name, v in wide.columns]
+    return wide
+
+
+def hand_made_baselines(cohort, train, test) -> dict[str, np.ndarray]:
+    """Probabilities of the test stays by logistic regression (penalty chosen by cross-validation inside the training stays) and by
+    HistGradientBoosting (scikit-learn's defaults, and shallow trees chosen likewise) on `summary_table`."""
+    both = summary_table(cohort, np.concatenate([train, test]))
+    both = both.loc[:, both.iloc[:len(train)].nunique() > 1]  # what is constant in training says nothing
+    x, x_test, y = both.iloc[:len(train)], both.iloc[len(train):], cohort.label[train].astype(int)
+    low, high = x.quantile(.005), x.quantile(.995)
+    linear = make_pipeline(FunctionTransformer(lambda t: t.clip(low, high, axis=1)), SimpleImputer(strategy="median", add_indicator=True),
+                           StandardScaler(), LogisticRegressionCV(Cs=[.0003, .001, .003, .01, .03, .1], cv=5, scoring="neg_log_loss", max_iter=500))
+    boosting = GridSearchCV(HistGradientBoostingClassifier(learning_rate=.05, random_state=0),
+                            {"max_iter": [100, 200], "max_leaf_nodes": [6, 15], "l2_regularization": [10.]}, scoring="neg_log_loss", cv=5)
+    return {BASELINES[0]: linear.fit(x, y).predict_proba(x_test)[:, 1],
+            BASELINES[1]: boosting.fit(x.to_numpy(), y).predict_proba(x_test.to_numpy())[:, 1]}
+
+
+def print_baselines(content, cohort, dataset, stays, label, probability) -> None:
+    """Table of the checkpoint, the hand-made baselines and an untrained backbone of its config under the same head, all trained on the
+    checkpoint's training stays and scored on the same stays."""
+    train = labelled(cohort, content["split"]["train"])
+    methods = {"this checkpoint": probability, **hand_made_baselines(cohort, train, stays)}
+    with tempfile.TemporaryDirectory() as folder:
+        pretrained = Path(folder) / "untrained.pt"
+        torch.save(content | {"mode": "pretrain"}, pretrained)
+        path = finetune(parse_arguments(["--mode", "finetune", "--pretrained_ckpt", str(pretrained), "--random_init", "--run_dir", f"{folder}/run"]))
+        model = open_classifier(path)[0]
+        methods["untrained backbone, same head"] = predict(model, encode_stays(model, dataset, stays, torch.device("cpu")))
+    draws = bootstrap(label, *methods.values())
+    print(f"\n{'':32}  AUROC  95% interval     AUPRC  95% interval     (bootstrap over {len(label):,} stays)")
+    for i, (name, p) in enumerate(methods.items()):
+        print(f"{name:32}  {roc_auc_score(label, p):.3f}  {interval(draws[:, i, 0])}   {average_precision_score(label, p):.3f}  {interval(draws[:, i, 1])}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# The protocol: five splits, every method, one command
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Cell:
+    """One finetuning of the protocol."""
+
+    pretrained: bool = True
+    full: bool = False
+    fuse: bool = True
+    summaries: bool = False
+    labels: float = 1.0
+
+    @property
+    def name(self) -> str:
+        return (f"{'full' if self.full else 'frozen'} {'pretrained' if self.pretrained else 'random'}, {'mu + logvar' if self.fuse else 'mu'}"
+                f"{', + summaries' if self.summaries else ''}")
+
+
+FRACTIONS = (1.0, 0.3, 0.1)
+# In order of importance: a protocol that is stopped early has the first ones of every split.
+CELLS = [
+    [Cell(), Cell(summaries=True), Cell(pretrained=False), Cell(full=True, summaries=True)],
+    [Cell(full=full, summaries=full, labels=f) for full in (False, True) for f in FRACTIONS[1:]],
+    [Cell(fuse=False), Cell(pretrained=False, fuse=False), Cell(full=True), Cell(full=True, pretrained=False)],
+    [Cell(full=True, fuse=False), Cell(full=True, pretrained=False, fuse=False)],
+]
+
+
+def protocol(data_dir, seeds, folder: Path) -> None:
+    """Pretrain on the training part of each split without labels, finetune every cell, fit the baselines, score the test part once.
+    What is finished lies in `folder` (a CSV of test predictions a cell and split) and is kept: stop and go on at will."""
+    for stage, cells in enumerate(CELLS):
+        for seed in seeds:
+            home = folder / f"seed{seed}"
+            common = ["--data_dir", str(data_dir), "--seed", str(seed)]
+            checkpoint = home / "pretrain" / "best.pt"
+            if not checkpoint.exists():
+                partial = home / "pretrain.partial"
+                resume = ["--resume", str(partial)] if (partial / "last.pt").exists() else ["--run_dir", str(partial)]
+                if resume[0] == "--run_dir":
+                    shutil.rmtree(partial, ignore_errors=True)
+                pretrain(parse_arguments(["--mode", "pretrain", *common, *resume]))
+                partial.rename(checkpoint.parent)
+            for cell in cells:
+                predict_cell(cell, checkpoint, home, common)
+            if stage == 1:
+                predict_baselines(checkpoint, home, seed)
+    print_protocol(folder, data_dir)
+
+
+def predictions_path(home: Path, method: str, fraction: float) -> Path:
+    return home / f"{method} {fraction:.0%}.csv"
+
+
+def save_predictions(path: Path, cohort, stays, probability) -> None:
+    table = pd.DataFrame({"stay_id": cohort.stay_id[stays], "label": cohort.label[stays], "probability": probability})
+    write_atomically(path, lambda out: table.to_csv(out, index=False))
+
+
+def predict_cell(cell: Cell, checkpoint: Path, home: Path, common: list) -> None:
+    path, run = predictions_path(home, cell.name, cell.labels), home / "run"
+    if path.exists():
+        return
+    shutil.rmtree(run, ignore_errors=True)
+    options = ["--mode", "finetune", "--pretrained_ckpt", str(checkpoint), "--run_dir", str(run), "--label_fraction", str(cell.labels), *common]
+    options += ["--full_training"] * cell.full + ["--random_init"] * (not cell.pretrained)
+    best = finetune(parse_arguments(options), replace(FinetuneConfig(), fuse=cell.fuse, summaries=cell.summaries))
+    model, content, cohort, dataset, _ = open_classifier(best)
+    stays = labelled(cohort, content["split"]["test"])
+    save_predictions(path, cohort, stays, predict(model, encode_stays(model, dataset, stays, torch.device("cpu"))))
+
+
+def predict_baselines(checkpoint: Path, home: Path, seed: int) -> None:
+    content, cohort, _, split, _ = open_checkpoint(checkpoint)
+    train, test = labelled(cohort, split["train"]), labelled(cohort, split["test"])
+    for fraction in FRACTIONS:
+        if all(predictions_path(home, method, fraction).exists() for method in BASELINES):
+            continue
+        part = label_subset(cohort, train, fraction, seed)
+        for method, probability in hand_made_baselines(cohort, part, test).items():
+            save_predictions(predictions_path(home, method, fraction), cohort, test, probability)
+
+
+def print_protocol(folder: Path, data_dir) -> None:
+    """The tables of README.md from the finished cells: mean and standard deviation over the splits; the difference to the better
+    baseline (by mean AUROC) with a bootstrap interval, paired by stay and drawn within each split."""
+    found = {}
+    for path in sorted(folder.glob("seed*/*%.csv")):
+        method, fraction = path.stem.rsplit(" ", 1)
+        found.setdefault((method, fraction), {})[path.parent.name] = pd.read_csv(path)
+
+    def scores(tables):
+        return np.array([(roc_auc_score(t["label"], t["probability"]), average_precision_score(t["label"], t["probability"])) for t in tables])
+
+    for fraction in (f"{f:.0%}" for f in FRACTIONS):
+        rows = {method: tables for (method, f), tables in found.items() if f == fraction}
+        base = max((m for m in rows if m in BASELINES), key=lambda m: scores(rows[m].values())[:, 0].mean(), default=None)
+        print(f"\n{fraction} of the training labels\n\n| method | splits | AUROC | AUPRC | difference to {base}: AUROC | AUPRC |\n|---|---|---|---|---|---|")
+        for method, tables in sorted(rows.items(), key=lambda row: -scores(row[1].values())[:, 0].mean()):
+            s = scores(tables.values())
+            spread = s.std(0, ddof=1) if len(s) > 1 else np.zeros(2)
+            cells = [f"{m:.3f} ± {d:.3f}" for m, d in zip(s.mean(0), spread)]
+            if base and method != base:
+                shared = [seed for seed in tables if seed in rows[base]]
+                draws = np.mean([np.diff(bootstrap(tables[seed]["label"].to_numpy(), rows[base][seed]["probability"].to_numpy(),
+                                                   tables[seed]["probability"].to_numpy(), seed=i), axis=1)[:, 0]
+                                 for i, seed in enumerate(shared)], axis=0)
+                mean = (scores(tables[seed] for seed in shared) - scores(rows[base][seed] for seed in shared)).mean(0)
+                cells += [f"{m:+.3f} {interval(draws[:, i])}" for i, m in enumerate(mean)]
+            else:
+                cells += ["", ""]
+            print(f"| {method} | {len(s)} | {' | '.join(cells)} |")
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# Command line
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description="Without options: run every test. With --checkpoint: analyse a finetuned checkpoint. "
+                                                 "With --protocol: the measured tables of README.md.", allow_abbrev=False)
+    add = parser.add_argument
+    add("--checkpoint", help="the finetuned checkpoint to analyse, on its recorded test split")
+    add("--data_dir", help="score all labelled stays of this data instead; the protocol's data")
+    add("--params_map", "--params_map_path", help="original layout: statistics of the variables")
+    add("--label_file", "--label_path", help="original layout: the labels")
+    add("--baselines", action="store_true", help="also fit the hand-made baselines and an untrained backbone")
+    add("--predictions", metavar="CSV", help="write stay_id, probability, label, split of every stay of the data, labelled or not")
+    add("--protocol", metavar="FOLDER", nargs="?", const=str(CHECKPOINTS / "protocol"),
+        help="run the five-split protocol on --data_dir, keeping what is finished in FOLDER (default: checkpoints/protocol)")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="splits of the protocol (default: 0 1 2 3 4)")
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.protocol:
+            if not arguments.data_dir:
+                raise InputError("--protocol needs --data_dir, for instance ../shared/data/physionet2012")
+            protocol(arguments.data_dir, arguments.seeds, Path(arguments.protocol))
+        elif arguments.checkpoint:
+            performance(arguments)
+        else:
+            return pytest.main([__file__, "-q"])
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
