@@ -11,16 +11,16 @@ from model import SeqSetVAE
 @dataclass
 class FinetuneConfig:
     # Head input and head
-    features: str = "multiscale"     # of the frozen backbone: "multiscale" or "stable"
+    features: str = "beliefs"        # of the frozen backbone: "stable", "beliefs" or "multiscale" (see ModelConfig)
     fuse: bool = True                # fused mu and logvar, or mu alone
-    summaries: bool = False          # exact per-variable summaries of the stay beside the learned features
-    head_widths: tuple = ()          # hidden layers; a linear head measured best on 2,560 stays
+    summaries: bool = True           # exact per-variable summaries of the stay beside the learned features
+    head_members: tuple = (((), 2), ((64,), 1))  # (hidden widths, weight) of the heads that are averaged: a linear one and a small one
     # Optimizer and schedule (cosine with restarts), of the head
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-3
     weight_decay: float = 0.01
     betas: tuple = (0.9, 0.999)
-    l2: float = 0.7                  # times half the squared norm of the weights of the head's first layer, in the loss
-    restart_epochs: int = 30         # length of the first cosine cycle; the next is twice as long
+    l2: float = 0.2                  # times half the squared norm of each member's first layer, in the loss
+    restart_epochs: int = 20         # length of the first cosine cycle; the next is twice as long
     clip: float = 0.5
     accumulation: int = 1            # batches a step
     # Loss
@@ -32,22 +32,26 @@ class FinetuneConfig:
     patience: int = 10               # epochs
     max_trainable_ratio: float = 0.05
     # Full training: the head is first trained on the frozen backbone (Kumar et al. 2022), then everything at these rates
-    full_learning_rate: float = 1e-4
-    reconstruction_weight: float = 0.1
+    full_learning_rate: float = 2e-5
+    reconstruction_weight: float = 1.0
 
 
 def classification_loss(logits: torch.Tensor, label: torch.Tensor, config: FinetuneConfig) -> torch.Tensor:
-    """Focal loss (Lin et al. 2017, eq. 5) or label-smoothed cross-entropy; logits [B, classes], label [B] -> []."""
+    """Focal loss (Lin et al. 2017, eq. 5) or label-smoothed cross-entropy: logits [..., B, classes], label [B] -> [], the mean over stays,
+    summed over averaged heads (each learns from its own logits)."""
+    members = logits.shape[:-1].numel() // len(label)
+    logits, label = logits.float().flatten(0, -2), label.repeat(members)
     if config.loss == "cross_entropy":
-        return F.cross_entropy(logits.float(), label, label_smoothing=config.label_smoothing)
-    log_p = logits.float().log_softmax(-1).gather(1, label[:, None]).squeeze(1)                      # of the true class
+        return members * F.cross_entropy(logits, label, label_smoothing=config.label_smoothing)
+    log_p = logits.log_softmax(-1).gather(1, label[:, None]).squeeze(1)                              # of the true class
     alpha = torch.where(label == 1, config.focal_alpha, 1 - config.focal_alpha)
-    return (-alpha * (1 - log_p.exp()) ** config.focal_gamma * log_p).mean()
+    return members * (-alpha * (1 - log_p.exp()) ** config.focal_gamma * log_p).mean()
 
 
 def head_penalty(model: SeqSetVAE, config: FinetuneConfig) -> torch.Tensor:
-    """L2 penalty on the head's first layer, whose standardised inputs outnumber the positive stays: -> []."""
-    return 0.5 * config.l2 * model.cls_head[0].weight.square().sum()
+    """L2 penalty on the first layer of each member of the head, whose standardised inputs outnumber the positive stays: -> []."""
+    first = [next(layer for layer in head if isinstance(layer, torch.nn.Linear)) for head in model.cls_head]
+    return 0.5 * config.l2 * sum(layer.weight.square().sum() for layer in first)
 
 
 def head_optimizer(model: SeqSetVAE, config: FinetuneConfig):

@@ -51,9 +51,9 @@ class ModelConfig:
     classes: int = 2
     classification_only: bool = True  # frozen backbone; False: full training
     fuse: bool = True               # mu and logvar fused, or mu alone
-    features: str = "multiscale"    # "multiscale" or "stable"
+    features: str = "beliefs"       # "stable"; "beliefs": stable + the history that the latents tell; "multiscale": all pools + that history
     summaries: bool = False         # exact per-variable summaries of the stay beside the learned features
-    head_widths: tuple | None = None  # of the head's hidden layers; None: d, d/2, d/4; (): a linear head
+    head_members: tuple | None = None  # (hidden widths, weight) of the heads that are averaged; None: a single head of d, d/2, d/4
 
     @classmethod
     def original(cls, num_variables: int, **sizes) -> "ModelConfig":
@@ -514,21 +514,32 @@ class SeqSetVAEPretrain(nn.Module):
 # Finetuning: a classification head on the same blocks
 # ----------------------------------------------------------------------------------------------------------------------------------
 
-def classification_head(features: int, config: ModelConfig) -> nn.Sequential:
+def classification_head(features: int, widths: tuple, classes: int, input_dropout: float = 0.0, dropout: tuple = (0.2, 0.2, 0.1)) -> nn.Sequential:
     """Hidden layers of Linear, LayerNorm, ReLU, Dropout, then the classes; Xavier initialised, a linear head at zero (it is convex)."""
-    layers, d = [], config.latent_dim
-    widths = (d, d // 2, d // 4) if config.head_widths is None else config.head_widths
-    for width, dropout in zip(widths, (0.2, 0.2, 0.1)):
-        layers += [nn.Linear(features, width), nn.LayerNorm(width), nn.ReLU(), nn.Dropout(dropout)]
+    layers = [nn.Dropout(input_dropout)] if input_dropout else []
+    for width, share in zip(widths, dropout):
+        layers += [nn.Linear(features, width), nn.LayerNorm(width), nn.ReLU(), nn.Dropout(share)]
         features = width
-    head = nn.Sequential(*layers, nn.Linear(features, config.classes))
+    head = nn.Sequential(*layers, nn.Linear(features, classes))
     for layer in head:
         if isinstance(layer, nn.Linear):
-            nn.init.xavier_uniform_(layer.weight)
+            (nn.init.xavier_uniform_ if widths else nn.init.zeros_)(layer.weight)
             nn.init.zeros_(layer.bias)
-    if not widths:
-        nn.init.zeros_(head[0].weight)
     return head
+
+
+class AveragedHeads(nn.ModuleList):
+    """Small heads side by side, each trained on the loss of its own logits; their weighted mean predicts."""
+
+    def __init__(self, features: int, members: tuple, classes: int):
+        """members: (hidden widths, weight) of each; those with hidden layers see their input through dropout."""
+        super().__init__(classification_head(features, widths, classes, 0.3 if widths else 0.0, (0.5,) * len(widths)) for widths, _ in members)
+        self.register_buffer("weight", torch.tensor([float(weight) for _, weight in members]), persistent=False)
+
+    def forward(self, x):
+        """x [B, F] -> logits [members, B, classes] in training, their mean [B, classes] in evaluation."""
+        logits = torch.stack([head(x) for head in self])
+        return logits if self.training else torch.tensordot(self.weight / self.weight.sum(), logits, dims=1)
 
 
 class GatedFusion(nn.Module):
@@ -590,17 +601,20 @@ class SeqSetVAE(nn.Module):
         features = self._feature_sizes()
         self.register_buffer("feature_mean", torch.zeros(features["standardised"]))
         self.register_buffer("feature_std", torch.ones(features["standardised"]))
-        self.cls_head = classification_head(sum(features.values()), config)
+        size = sum(features.values())
+        self.cls_head = (classification_head(size, (d, d // 2, d // 4), config.classes) if config.head_members is None
+                         else AveragedHeads(size, config.head_members, config.classes))
         if config.classification_only:
             for name, parameter in self.named_parameters():
                 parameter.requires_grad_(not name.startswith(self.BACKBONE))
 
     def _feature_sizes(self) -> dict[str, int]:
-        """Number of head inputs that reach it as they are (stable features, the trained projection), and standardised."""
+        """Number of head inputs that reach it as they are (the trained projection), and standardised."""
         config, d, v, k = self.config, self.config.latent_dim, self.config.num_variables, len(HISTORY_STATISTICS)
-        multiscale = 8 * d + ((10 + 2 * k) * v if config.decoder == "readout" else 0) if config.features == "multiscale" else 0
-        plain = d if not config.classification_only or config.features == "stable" else 0
-        return {"plain": plain, "standardised": multiscale + ((k + 1) * v if config.summaries else 0)}
+        pooled = 8 * d if config.features == "multiscale" else d
+        beliefs = k * v if config.decoder == "readout" and config.features != "stable" else 0
+        plain = 0 if config.classification_only else d
+        return {"plain": plain, "standardised": pooled + beliefs + ((k + 1) * v if config.summaries else 0)}
 
     def train(self, mode: bool = True):
         """The frozen backbone stays in evaluation mode, also in training."""
@@ -621,19 +635,18 @@ class SeqSetVAE(nn.Module):
         return w * mu * (1 + 0.05 * torch.tanh(std)) + (1 - w) * mu
 
     def _extract_enhanced_features(self, h, lengths=None):
-        """Features of a stay from h [B, L, d] alone (lengths [B], None: all L). Frozen: stable [B, d] = 0.7 * last + 0.3 * attention pool, or
-        multiscale [B, 4d] = last, attention pool, mean, max. Full training: the projection of mean, max and learned attention pool [B, d]."""
+        """Features of a stay from h [B, L, d] alone (lengths [B], None: all L): stable [B, d] = 0.7 * last + 0.3 * attention pool, or
+        multiscale [B, 4d] = last, attention pool, mean, max. Full training: before them a projection [B, d] of mean, max and learned
+        attention pool."""
         if lengths is None:
             lengths = torch.full((len(h),), h.shape[1], device=h.device)
         real = torch.arange(h.shape[1], device=h.device) < lengths[:, None]                           # [B, L]
         last = h[torch.arange(len(h), device=h.device), lengths - 1]                                  # [B, d]
-        mean, largest = masked_mean(h, real), h.masked_fill(~real[..., None], -math.inf).amax(1)
+        attention, mean, largest = attention_pool(h, last, real), masked_mean(h, real), h.masked_fill(~real[..., None], -math.inf).amax(1)
+        features = [last, attention, mean, largest] if self.config.features == "multiscale" else [0.7 * last + 0.3 * attention]
         if not self.config.classification_only:
-            return self.feature_projection(torch.cat([mean, largest, self.feature_fusion(h, last, real)], dim=-1))
-        attention = attention_pool(h, last, real)
-        if self.config.features == "stable":
-            return 0.7 * last + 0.3 * attention
-        return torch.cat([last, attention, mean, largest], dim=-1)
+            features.insert(0, self.feature_projection(torch.cat([mean, largest, self.feature_fusion(h, last, real)], dim=-1)))
+        return torch.cat(features, dim=-1)
 
     def encode(self, batch: EventBatch):
         """mu, logvar, fused z and h, each [B, L, d]."""
@@ -647,18 +660,12 @@ class SeqSetVAE(nn.Module):
         end = torch.arange(len(batch), device=h.device), batch.lengths - 1
         features = [self._extract_enhanced_features(h, batch.lengths)]
         if config.features == "multiscale":
-            if not config.classification_only:
-                features += [h[end], attention_pool(h, h[end], real), masked_mean(h, real), h.masked_fill(~real[..., None], -math.inf).amax(1)]
             features += moments(z, real)
-            if config.decoder == "readout":  # the decoder's belief about every variable: over the stay, and of the whole stay
-                values, logits = self.setvae.decoder(h)
-                for belief in (values.float(), logits.float().sigmoid()):
-                    features += [belief[end], *moments(belief, real)]
-                features.append(self.history_readout(h[end]).float())
-                values, logits = self.setvae.decoder(z)  # the stay's history as the latents of its sets tell it
-                believed = (logits.float() > 0).float()
-                statistics, _ = history_statistics(values.float() * believed, believed, batch.minute)
-                features.append(statistics[end].flatten(1))
+        if config.features != "stable" and config.decoder == "readout":  # the stay's history as the latents of its sets tell it
+            values, logits = self.setvae.decoder(z)
+            believed = (logits.float() > 0).float()
+            statistics, _ = history_statistics(values.float() * believed, believed, batch.minute)
+            features.append(statistics[end].flatten(1))
         if config.summaries:
             statistics, seen = history_statistics(*measurement_grid(batch, config.num_variables), batch.minute)
             features += [statistics[end].flatten(1), seen[end].float()]
@@ -670,16 +677,17 @@ class SeqSetVAE(nn.Module):
         return self._head_input(z, h, batch)
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
-        """features [B, F], as `features` gives them -> logits [B, classes]. All but the first (plain) ones are standardised."""
+        """features [B, F], as `features` gives them, all but the plain ones to be standardised -> logits [B, classes] (in training
+        [members, B, classes] of averaged heads)."""
         plain, rest = features.split(list(self._feature_sizes().values()), dim=-1)
         return self.cls_head(torch.cat([plain, ((rest - self.feature_mean) / self.feature_std).clamp(-5, 5)], dim=-1))
 
     def forward(self, batch: EventBatch) -> torch.Tensor:
-        """logits [B, classes]."""
+        """logits, see `classify`."""
         return self.classify(self.features(batch))
 
     def losses(self, batch: EventBatch) -> dict[str, torch.Tensor]:
-        """Full training: logits [B, classes], reconstruction and KL of one pass."""
+        """Full training: logits (see `classify`), reconstruction and KL of one pass."""
         mu, logvar, z, h = self.encode(batch)
         logits = self.classify(self._head_input(z, h, batch))
         grid = measurement_grid(batch, self.config.num_variables)

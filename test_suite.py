@@ -422,7 +422,7 @@ def test_cached_features_equal_uncached_ones(finetuned):
 
 def test_trainable_share_is_under_five_percent_at_default_size():
     settings = FinetuneConfig()
-    model = SeqSetVAE(ModelConfig(44, features=settings.features, fuse=settings.fuse, summaries=settings.summaries, head_widths=settings.head_widths),
+    model = SeqSetVAE(ModelConfig(44, features=settings.features, fuse=settings.fuse, summaries=settings.summaries, head_members=settings.head_members),
                       torch.zeros(44, 64))
     total, trainable = (sum(p.numel() for p in model.parameters() if p.requires_grad or not t) for t in (False, True))
     assert 0 < trainable < 0.05 * total

@@ -35,7 +35,7 @@ CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
 EVALUATION_BATCH = 32  # stays
 PRETRAIN = dict(batch_size=8, max_epochs=10, learning_rate=1e-3, weight_decay=0.01, betas=(0.9, 0.98), clip=1.0, warmup_steps=100,
                 beta_warmup_steps=500, patience=5)
-FINETUNE = dict(batch_size=64, max_epochs=30)
+FINETUNE = dict(batch_size=64, max_epochs=20)
 FULL_TRAINING = dict(batch_size=8, max_epochs=3)
 
 
@@ -379,7 +379,7 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
     torch.manual_seed(arguments.seed), random.seed(arguments.seed)
     backbone = checkpoint_config(content, len(dataset.normalizer.variables), arguments.pretrained_ckpt)
     model_config = replace(backbone, classification_only=not full, fuse=config.fuse, features=config.features, summaries=config.summaries,
-                           head_widths=config.head_widths)
+                           head_members=config.head_members)
     vocabulary = content["vocabulary"] if "vocabulary" in content else variable_vectors(cohort.variables, backbone.input_dim, cohort.vectors)
     model = SeqSetVAE(model_config, vocabulary)
     if arguments.random_init:
@@ -395,7 +395,7 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
     print(f"model: SeqSetVAE, {'full training' if full else 'frozen backbone'}, {trainable:,} of {total:,} parameters trainable "
           f"({trainable / total:.2%}); {device}, {dtype}".replace("torch.", ""))
     if not full and trainable > config.max_trainable_ratio * total:
-        raise InputError(f"finetune_config.py: the head is {trainable / total:.1%} of all parameters; narrow head_widths below {config.max_trainable_ratio:.0%}")
+        raise InputError(f"finetune_config.py: the head is {trainable / total:.1%} of all parameters; narrow head_members below {config.max_trainable_ratio:.0%}")
     run = Run(arguments, cohort)
     print(f"split: {len(train):,} train ({(cohort.label[train] == 1).sum():,} positive), {len(valid):,} valid ({(cohort.label[valid] == 1).sum():,} positive), "
           f"{len(split['test']):,} test stays{' of the checkpoint' if not new else f' (seed {arguments.seed})'}; run folder {run.folder}")
@@ -444,7 +444,8 @@ def prepare_head(model: SeqSetVAE, features: torch.Tensor, label: torch.Tensor) 
     untrained = features[:, features.shape[1] - len(model.feature_mean):]
     model.feature_mean.copy_(untrained.mean(0))
     model.feature_std.copy_(untrained.std(0).clamp(min=1e-6))
-    model.cls_head[-1].bias.copy_(torch.bincount(label, minlength=model.config.classes).div(len(label)).log())
+    for head in model.cls_head:
+        head[-1].bias.copy_(torch.bincount(label, minlength=model.config.classes).div(len(label)).log())
 
 
 def head_epoch(model, features, label, optimizer, config: FinetuneConfig, batches) -> float:
@@ -455,7 +456,7 @@ def head_epoch(model, features, label, optimizer, config: FinetuneConfig, batche
         batch = torch.from_numpy(batch).to(features.device)
         loss = classification_loss(model.classify(features[batch]), label[batch], config)
         ((loss + head_penalty(model, config)) / config.accumulation).backward()
-        total += loss.detach() * len(batch)
+        total += loss.detach() / len(model.cls_head) * len(batch)
         if (i + 1) % config.accumulation == 0 or i + 1 == len(batches):
             torch.nn.utils.clip_grad_norm_(model.cls_head.parameters(), config.clip)
             optimizer.step()
@@ -522,7 +523,7 @@ def train_everything(arguments, config, settings, run, model, dataset, split, so
                 finite_or_stop(norm, step, dataset.cohort.stay_id[batch.stay.cpu()])
             scaler.step(optimizer), scaler.update()
             optimizer.zero_grad(set_to_none=True)
-            totals += torch.stack([classification, losses["reconstruction"], losses["kl"]]).detach() * len(batch)
+            totals += torch.stack([classification / len(model.cls_head), losses["reconstruction"], losses["kl"]]).detach() * len(batch)
         schedule.step()
         loss, reconstruction, kl = (totals / len(train)).tolist()
         row = {"epoch": epoch + 1, "loss": loss, "reconstruction": reconstruction, "kl": kl,
