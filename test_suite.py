@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegressionCV
-from sklearn.metrics import average_precision_score, brier_score_loss, confusion_matrix, f1_score, precision_recall_curve, roc_auc_score
+from sklearn.metrics import average_precision_score, brier_score_loss, confusion_matrix, f1_score, roc_auc_score
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
@@ -1005,6 +1005,15 @@ def test_the_command_printed_at_an_interruption_goes_on_with_the_run(tmp_path, m
     same_run(tmp_path / "whole", tmp_path / "cut")
 
 
+def test_a_stay_that_the_checkpoint_knows_keeps_its_part_in_other_data():
+    """Else a stay pretrained on could be tested on after more data are put beside the old."""
+    cohort = synthetic_cohort(60)
+    known = {"train": cohort.stay_id[:30].tolist(), "valid": cohort.stay_id[30:34].tolist(), "test": cohort.stay_id[34:40].tolist()}
+    split = train.splits_beside(known, cohort, seed=3)
+    assert all(set(ids) <= set(split[part]) for part, ids in known.items())
+    assert sorted(sum(split.values(), [])) == sorted(cohort.stay_id) and train.splits_beside({}, cohort, 3) == make_splits(cohort, 3)
+
+
 @pytest.mark.parametrize("full_training", [False, True])
 def test_finetuning_interrupted_and_resumed_ends_with_equal_bits(tmp_path, monkeypatch, full_training):
     tiny_run = tmp_path / "pretrain"
@@ -1541,13 +1550,10 @@ def performance(arguments) -> None:
     print(f"Calibration error    {calibration_error(label, probability):.4f}  (expected, 10 bins)")
     print(f"Probabilities        mean {probability.mean():.4f}, range {probability.min():.4f} to {probability.max():.4f}, "
           f"below 0.01: {(probability < .01).sum()}, above 0.99: {(probability > .99).sum()}")
-    valid = labelled(cohort, content["split"]["valid"]) if not new else stays
-    valid_probability = predict(model, encode_stays(model, dataset, valid, torch.device("cpu")))
-    precision, recall, thresholds = precision_recall_curve(cohort.label[valid], valid_probability)
-    threshold = thresholds[np.argmax((2 * precision * recall / np.maximum(precision + recall, 1e-12))[:-1])]
+    threshold = content["metrics"]["threshold"]
     tn, fp, fn, tp = confusion_matrix(label, probability >= threshold).ravel()
-    print(f"Confusion            at {threshold:.4f} (best F1 of the {'validation split' if not new else 'scored stays themselves: no validation split here'}): "
-          f"TP {tp}, FP {fp}, FN {fn}, TN {tn}; F1 {f1_score(label, probability >= threshold):.4f}")
+    print(f"Confusion            at {threshold:.4f} (best F1 of the validation split): TP {tp}, FP {fp}, FN {fn}, TN {tn}; "
+          f"F1 {f1_score(label, probability >= threshold):.4f}")
 
     weights = torch.cat([p.detach().flatten() for name, p in model.cls_head.named_parameters() if name.endswith("weight")])
     trainable = sum(p.numel() for p in model.cls_head.parameters())

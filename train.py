@@ -21,11 +21,11 @@ import numpy as np
 import pandas as pd
 import sklearn
 import torch
-from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
-from data import (Cohort, InputError, Normalizer, StayDataset, epoch_batches, load_cohort, make_splits, sorted_batches, stays_of,
+from data import (SPLITS, Cohort, InputError, Normalizer, StayDataset, epoch_batches, load_cohort, make_splits, sorted_batches, stays_of,
                   variable_vectors, write_atomically)
 from finetune_config import FinetuneConfig, classification_loss, full_optimizer, head_optimizer, head_penalty
 from model import (CHECKPOINT_FORMAT, ModelConfig, SeqSetVAE, SeqSetVAEPretrain, checkpoint_config, checkpoint_state, load_backbone,
@@ -342,6 +342,16 @@ def open_checkpoint(path, data_dir=None, synthetic_stays=None, params_map=None, 
     return content, cohort, dataset, content["split"], cohort.fingerprint != source["fingerprint"]
 
 
+def splits_beside(known: dict, cohort: Cohort, seed: int) -> dict[str, list[str]]:
+    """The split of other data than the checkpoint's: a stay that the checkpoint knows keeps its part, so that no test stay was ever trained on."""
+    part_of = {stay: part for part, ids in known.items() for stay in ids}
+    split = {name: [] for name in SPLITS}
+    for name, ids in make_splits(cohort, seed).items():
+        for stay in ids:
+            split[part_of.get(stay, name)].append(stay)
+    return split
+
+
 def labelled(cohort: Cohort, ids: list) -> np.ndarray:
     stays = stays_of(cohort, ids)
     return stays[cohort.label[stays] >= 0]
@@ -363,8 +373,8 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
     if content.get("mode", "pretrain") != "pretrain":
         raise InputError(f"{arguments.pretrained_ckpt}: a checkpoint of --mode {content['mode']}; --pretrained_ckpt takes one of --mode pretrain")
     print(cohort.describe())
-    if new:  # the split of other data says nothing about this one
-        split = make_splits(cohort, arguments.seed)
+    if new:
+        split = splits_beside(split or {}, cohort, arguments.seed)
     train, valid = labelled(cohort, split["train"]), labelled(cohort, split["valid"])
     for name, stays in (("train", train), ("valid", valid)):
         if len(np.unique(cohort.label[stays])) < 2:
@@ -413,7 +423,11 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
 
 
 def ranking(label: np.ndarray, probability: np.ndarray) -> dict:
-    return {"val_auc": float(roc_auc_score(label, probability)), "val_auprc": float(average_precision_score(label, probability))}
+    """AUROC, AUPRC and the probability from which a stay counts as positive (best F1) of the validation stays."""
+    precision, recall, thresholds = precision_recall_curve(label, probability)
+    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+    return {"val_auc": float(roc_auc_score(label, probability)), "val_auprc": float(average_precision_score(label, probability)),
+            "threshold": float(thresholds[f1[:-1].argmax()])}
 
 
 @torch.no_grad()
