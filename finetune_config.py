@@ -32,7 +32,8 @@ class FinetuneConfig:
     patience: int = 10               # epochs
     max_trainable_ratio: float = 0.05
     # Full training: the head is first trained on the frozen backbone (Kumar et al. 2022), then everything at these rates
-    full_learning_rate: float = 2e-5
+    full_learning_rate: float = 2e-5 # of a pretrained backbone
+    random_learning_rate: float = 5e-4  # of an untrained one
     reconstruction_weight: float = 1.0
 
 
@@ -60,7 +61,8 @@ def head_optimizer(model: SeqSetVAE, config: FinetuneConfig):
     return optimizer, torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, config.restart_epochs, T_mult=2)
 
 
-def full_optimizer(model: SeqSetVAE, config: FinetuneConfig, epochs: int):
+def full_optimizer(model: SeqSetVAE, config: FinetuneConfig, epochs: int, pretrained: bool):
     """AdamW over all parameters and one cosine to zero, stepped once an epoch."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.full_learning_rate, weight_decay=config.weight_decay, betas=config.betas, fused=True)
+    rate = config.full_learning_rate if pretrained else config.random_learning_rate
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=config.weight_decay, betas=config.betas, fused=True)
     return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)

@@ -1667,10 +1667,11 @@ class Cell:
 FRACTIONS = (1.0, 0.3, 0.1)
 # In order of importance: a protocol that is stopped early has the first ones of every split.
 CELLS = [
-    [Cell(), Cell(summaries=True), Cell(pretrained=False), Cell(full=True, summaries=True)],
-    [Cell(full=full, summaries=full, labels=f) for full in (False, True) for f in FRACTIONS[1:]],
-    [Cell(fuse=False), Cell(pretrained=False, fuse=False), Cell(full=True), Cell(full=True, pretrained=False)],
-    [Cell(full=True, fuse=False), Cell(full=True, pretrained=False, fuse=False)],
+    [Cell(), Cell(summaries=True), Cell(pretrained=False)],
+    [Cell(full=True, summaries=True)],
+    [Cell(full=full, summaries=True, labels=f) for full in (False, True) for f in FRACTIONS[1:]] + [Cell(labels=f) for f in FRACTIONS[1:]],
+    [Cell(fuse=False), Cell(pretrained=False, fuse=False)],
+    [Cell(full=True, pretrained=pretrained, fuse=fuse) for fuse in (True, False) for pretrained in (True, False)],
 ]
 
 
@@ -1691,7 +1692,7 @@ def protocol(data_dir, seeds, folder: Path) -> None:
                 partial.rename(checkpoint.parent)
             for cell in cells:
                 predict_cell(cell, checkpoint, home, common)
-            if stage == 1:
+            if stage == 0:
                 predict_baselines(checkpoint, home, seed)
     print_protocol(folder, data_dir)
 

@@ -507,7 +507,7 @@ def train_head(arguments, config, settings, run, model, dataset, split, source, 
 def train_everything(arguments, config, settings, run, model, dataset, split, source, train, valid, device, dtype) -> dict:
     """Full training: the head first, on the backbone as it is; then every parameter on classification + reconstruction + KL."""
     lengths = np.diff(dataset.cohort.stay_start)[train]
-    optimizer, schedule = full_optimizer(model, config, settings["max_epochs"])
+    optimizer, schedule = full_optimizer(model, config, settings["max_epochs"], not arguments.random_init)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     best, first = {"val_auc": -1.0, "val_auprc": -1.0, "epoch": 0}, 0
     if run.last:
