@@ -11,6 +11,8 @@ import itertools
 import json
 import os
 import pickle
+import re
+import shlex
 import shutil
 import signal
 import sys
@@ -1619,6 +1621,46 @@ def test_analysis_options_need_a_checkpoint_and_plots_need_matplotlib(capsys, mo
         main(["--checkpoint", str(finetuned), "--unknown"])
 
 
+def readme_blocks(marker: str) -> list[tuple[str, str]]:
+    """What README.md shows in a fenced block after <!-- marker: argument -->: (argument, text)."""
+    text = Path(train.__file__).with_name("README.md").read_text()
+    found = re.findall(rf"<!-- {marker}:? ?([^\n]*?) ?-->\n```\w+\n(.*?)```", text, re.DOTALL)
+    assert found, f"README.md holds no block marked <!-- {marker} -->"
+    return found
+
+
+@pytest.mark.parametrize("folder, reader, stay, label, options", [
+    ("my_table", "long table", "1001", 0, {}), ("physionet2012", "PhysioNet 2012", "132539", 0, {}), ("physionet2019", "PhysioNet 2019", "p000001", 0, {}),
+    ("original", "original layout", "200001", 0, {"params_map": "stats.csv", "label_file": "oc.csv"}), ("meds", "MEDS", "1@2020-01-02T08:00", 0, {})])
+def test_the_readmes_examples_of_data_are_read(tmp_path, load, monkeypatch, folder, reader, stay, label, options):
+    for path, text in readme_blocks("file"):
+        write(tmp_path / path, text)
+    if folder == "meds":
+        pytest.importorskip("pyarrow")
+        monkeypatch.chdir(tmp_path)
+        for folders, code in readme_blocks("python"):
+            for name in folders.split():
+                Path(name).mkdir(parents=True)
+            exec(code, {})
+    cohort = load(tmp_path / folder, **{name: str(tmp_path / folder / file) for name, file in options.items()})
+    assert cohort.reader.startswith(reader) and labels_of(cohort) == {stay: label}
+    assert not np.isnan(cohort.statistics).any() and not np.isnan(cohort.vectors).any() if options else True
+
+
+def test_the_readmes_commands_for_ones_own_table(tmp_path, capsys, monkeypatch):
+    """As printed there, but on 60 stays and for one epoch."""
+    pytest.importorskip("matplotlib")
+    cohort = synthetic_cohort(60)
+    write_long_table(tmp_path / "my_table", replace(cohort, stay_id=np.arange(1001, 1061).astype(str)), labels=True)
+    monkeypatch.chdir(tmp_path)
+    for line in (line for _, block in readme_blocks("run") for line in block.splitlines()):
+        python, script, *options = shlex.split(line, comments=True)
+        assert python == "python" and {"train.py": train.main, "test_suite.py": main}[script](options + ["--max_epochs", "1"] * (script == "train.py")) == 0, line
+    assert "Stay 1001 (label" in capsys.readouterr().out
+    assert json.loads(Path("mine.json").read_text())["stays"] == 12 and len(pd.read_csv("mine.csv")) == len(np.load("mine.npz")["h"]) == 60
+    assert len(list(Path("mine-plots").glob("*.png"))) == 4
+
+
 # ----------------------------------------------------------------------------------------------------------------------------------
 # Performance analysis of a checkpoint
 # ----------------------------------------------------------------------------------------------------------------------------------
@@ -1689,8 +1731,7 @@ def calibration_error(label, probability, bins: int = 10) -> float:
 def performance(arguments) -> None:
     """Print the analysis of a finetuned checkpoint on the stays it may be scored on (see `scored_stays`), and write what is asked for."""
     path = arguments.checkpoint
-    if arguments.plots:
-        new_figure(1)  # says at once where matplotlib is missing
+    folder = arguments.plots and picture_folder(arguments.plots)
     model, content, cohort, dataset, new = open_classifier(path, arguments.data_dir, arguments.params_map, arguments.label_file,
                                                            arguments.set_heads, arguments.transformer_heads)
     source = content["source"]
@@ -1729,9 +1770,7 @@ def performance(arguments) -> None:
         print_trajectory(figures["trajectory"])
     if arguments.json:
         write_atomically(arguments.json, lambda out: out.write_text(json.dumps(figures, indent=1)))
-    if arguments.plots:
-        folder = Path(arguments.plots)
-        folder.mkdir(parents=True, exist_ok=True)
+    if folder:
         plot_curves(folder, path, source.get("pretrained_ckpt"))
         if not unscored:
             plot_ranking(folder, label, methods)
@@ -1891,6 +1930,16 @@ def new_figure(columns: int, rows: int = 1, width: float = 4.4, height: float = 
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def picture_folder(path) -> Path:
+    """The folder, made. Raises InputError where it or matplotlib cannot be had, before anything is computed."""
+    new_figure(1)
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--plots {path}: cannot be made ({error.strerror}); choose another folder") from None
+    return Path(path)
 
 
 def save_figure(figure, path: Path) -> None:
