@@ -1688,7 +1688,7 @@ def open_original(path, content, cohort, set_heads, transformer_heads):
     model = original_classifier(content, config, variable_vectors(cohort.variables, config.input_dim, cohort.vectors), path)
     split = make_splits(cohort, 0)
     dataset = StayDataset(cohort, Normalizer.fit(cohort, stays_of(cohort, split["train"])))
-    source = {"command": "the original implementation", "seed": None, "fingerprint": cohort.fingerprint,
+    source = {"command": "the original implementation", "fingerprint": cohort.fingerprint,
               "versions": {"pytorch-lightning": str(content.get("pytorch-lightning_version", "unknown"))}}
     metrics = {"epoch": content.get("epoch"), "threshold": 0.5}
     return model, content | {"source": source, "split": split, "metrics": metrics}, cohort, dataset, False
@@ -1697,7 +1697,7 @@ def open_original(path, content, cohort, set_heads, transformer_heads):
 def scored_stays(content, cohort, new) -> tuple[np.ndarray, str]:
     """The labelled stays that may be scored, and what they are: the recorded test split; of other data, all that were not trained on."""
     if not new:
-        return labelled(cohort, content["split"]["test"]), "the test split that the checkpoint recorded"
+        return labelled(cohort, content["split"]["test"]), f"the test split that the {'checkpoint' if 'format' in content else 'data'} recorded"
     seen = np.isin(cohort.stay_id, content["split"]["train"] + content["split"]["valid"])
     stays = np.flatnonzero((cohort.label >= 0) & ~seen)
     overlap = f"; {seen.sum():,} stays left out whose ids the checkpoint was trained or selected on" if seen.any() else ""
@@ -1735,13 +1735,13 @@ def performance(arguments) -> None:
     model, content, cohort, dataset, new = open_classifier(path, arguments.data_dir, arguments.params_map, arguments.label_file,
                                                            arguments.set_heads, arguments.transformer_heads)
     source = content["source"]
-    figures = {"checkpoint": str(path), "epoch": content["metrics"]["epoch"], "command": source["command"], "seed": source["seed"],
+    figures = {"checkpoint": str(path), "epoch": content["metrics"]["epoch"], "command": source["command"], "seed": source.get("seed"),
                "data": source["fingerprint"], "versions": source["versions"], "reader": cohort.reader, "scored": None}
     print(cohort.describe())
     if dataset.unknown_variables:
         print(f"data: dropped: events of {len(dataset.unknown_variables)} variables unknown to the checkpoint: {', '.join(dataset.unknown_variables)}")
     print("checkpoint: {checkpoint}, epoch {epoch}, made by: {command}".format(**figures))
-    print(f"checkpoint: seed {source['seed']}, data {source['fingerprint']}, {', '.join(f'{k} {v}' for k, v in source['versions'].items())}")
+    print(f"checkpoint: seed {source.get('seed', 'unknown')}, data {source['fingerprint']}, {', '.join(f'{k} {v}' for k, v in source['versions'].items())}")
     stay = find_stay(cohort, arguments.trajectory)
     stays, what = scored_stays(content, cohort, new)
     label = cohort.label[stays].astype(int)
@@ -1960,14 +1960,14 @@ def plot_curves(folder: Path, checkpoint, pretrained) -> None:
             panels += [(f"{mode}: {title}", unit, table["epoch"], {name: table[column] for name, column in zip(("training", "validation"), columns)
                                                                   if column in table}) for title, unit, *columns in CURVES if set(columns) & set(table)]
         else:
-            print(f"pictures: no metrics.csv of the {mode} run beside {path}")
+            print(f"pictures: no curves of the {mode} run, as no metrics.csv lies beside {path or 'its checkpoint, which is unknown'}")
     if not panels:
         return
     figure, axes = new_figure(3, -(-len(panels) // 3), height=3.2)
     for ax, (title, unit, epoch, lines) in zip(axes, panels):
         for name, values in lines.items():
             ax.plot(epoch, values, marker="o", markersize=3, label=name, **STYLES[name == "validation"])
-        ax.set(title=title, xlabel="epoch", ylabel=unit if len(lines) > 1 else f"{unit}, {name}", **({"ylim": (0, None)} if "units" in unit else {}))
+        ax.set(title=title, xlabel="epoch", xlim=(.5, epoch.max() + .5), ylabel=unit if len(lines) > 1 else f"{unit}, {name}")
         ax.xaxis.get_major_locator().set_params(integer=True)
         if len(lines) > 1:
             ax.legend(frameon=False)
@@ -2009,6 +2009,7 @@ def plot_calibration(folder: Path, label, probability, bins: int = 10) -> None:
     curve.legend(frameon=False, ncols=2, fontsize=8, loc="lower center", bbox_to_anchor=(.5, 1))
     bars.bar((np.arange(bins) + .5) / bins, count, width=.9 / bins, color="#777777")
     bars.set(xlabel="predicted probability", ylabel="stays")
+    bars.yaxis.get_major_locator().set_params(integer=True)
     save_figure(figure, folder / "calibration.png")
 
 
@@ -2021,10 +2022,10 @@ def plot_features(folder: Path, features, label) -> None:
                                (1, "label 1", dict(marker="^", color="black"))):
         if (which := label == value).any():
             ax.scatter(*place[which].T, s=14, linewidths=.6, alpha=.8, label=f"{name} ({which.sum():,})", **style)
-    ax.set(title=f"Stay features ({features.shape[1]}) in two dimensions",
-           **{f"{axis}label": f"principal component {i + 1} ({share:.0%} of the variance)"
+    figure.suptitle(f"Stay features ({features.shape[1]}) in two dimensions")
+    ax.set(**{f"{axis}label": f"principal component {i + 1} ({share:.0%} of the variance)"
               for i, (axis, share) in enumerate(zip("xy", pca.explained_variance_ratio_))})
-    ax.legend(frameon=False)
+    ax.legend(frameon=False, ncols=3, fontsize=8, loc="lower center", bbox_to_anchor=(.5, 1))
     save_figure(figure, folder / "features.png")
 
 
@@ -2044,7 +2045,7 @@ def plot_trajectory(folder: Path, trajectory: dict, dataset, stay: int, threshol
     risk.axhline(threshold, color="#888888", linestyle=":", label=f"threshold {threshold:.2f}")
     risk.set(title=f"Stay {trajectory['stay']} ({ {-1: 'no label', 0: 'label 0', 1: 'label 1'}[trajectory['label']]})", ylabel="risk",
              ylim=(0, max(1.05 * max(*trajectory["risk"], threshold), .1)))
-    risk.legend(frameon=False, loc="upper left")
+    risk.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1))
     for name, which, style in (("1 sd below the mean or lower", z <= -1, dict(marker="v", color="#0072B2")),
                                ("between", abs(z) < 1, dict(marker=".", color="#888888")), ("1 sd above or higher", z >= 1, dict(marker="^", color="black"))):
         which = which & np.isin(variable, shown)
