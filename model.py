@@ -786,7 +786,8 @@ def checkpoint_config(content: dict, num_variables: int, path, set_heads: int | 
     if (lacking := [name for name in names.values() if name not in state]):
         raise InputError(f"{path}: no {lacking[0]} in its state dict; give a checkpoint of train.py, or the original implementation's whole model")
     shape = {size: state[name].shape for size, name in names.items()}
-    given = content.get("hyper_parameters") or {}
+    given = content.get("hyper_parameters")
+    given = given if isinstance(given, dict) else {}
     heads = {"set_heads": set_heads or given.get("heads"), "heads": transformer_heads or given.get("transformer_heads")}
     for (name, number), option in zip(heads.items(), ("--set_heads", "--transformer_heads")):
         if not number:
@@ -794,14 +795,10 @@ def checkpoint_config(content: dict, num_variables: int, path, set_heads: int | 
                              f"(the original's default: {getattr(ModelConfig.original(1), name)})")
         if shape["embed"][0] % number:
             raise InputError(f"{path}: {number} heads do not divide its width of {shape['embed'][0]}; correct {option}")
+    levels, layers = (len({name[len(prefix):].split(".")[0] for name in state if name.startswith(prefix)})
+                      for prefix in ("setvae.encoder_layers.", "history.layers."))
     return ModelConfig.original(num_variables, **heads, input_dim=shape["reduced"][1], reduced_dim=shape["reduced"][0], latent_dim=shape["embed"][0],
-                                inducing=shape["inducing"][0], ff_dim=shape["ff"][0], levels=_count(state, "setvae.encoder_layers."),
-                                layers=_count(state, "history.layers."))
-
-
-def _count(state: dict, prefix: str) -> int:
-    """Number of layers under a prefix."""
-    return len({name[len(prefix):].split(".")[0] for name in state if name.startswith(prefix)})
+                                inducing=shape["inducing"][0], ff_dim=shape["ff"][0], levels=levels, layers=layers)
 
 
 @dataclass

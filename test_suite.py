@@ -1741,11 +1741,13 @@ def performance(arguments) -> None:
     if dataset.unknown_variables:
         print(f"data: dropped: events of {len(dataset.unknown_variables)} variables unknown to the checkpoint: {', '.join(dataset.unknown_variables)}")
     print("checkpoint: {checkpoint}, epoch {epoch}, made by: {command}".format(**figures))
-    print(f"checkpoint: seed {source.get('seed', 'unknown')}, data {source['fingerprint']}, {', '.join(f'{k} {v}' for k, v in source['versions'].items())}")
+    versions = ", ".join(f"{name} {version}" for name, version in source["versions"].items())
+    print(f"checkpoint: seed {source.get('seed', 'unknown')}, data {source['fingerprint']}, {versions}")
     stay = find_stay(cohort, arguments.trajectory)
     stays, what = scored_stays(content, cohort, new)
     label = cohort.label[stays].astype(int)
-    unscored = len(np.unique(label)) < 2 and f"{cohort.reader}: the stays to be scored hold one class or none ({len(stays)} stays); AUROC needs both"
+    unscored = None if len(np.unique(label)) == 2 else (f"{cohort.reader}: the stays to be scored hold one class or none "
+                                                        f"({len(stays)} stays); AUROC needs both")
     if unscored and not (arguments.predictions or arguments.embeddings or arguments.trajectory):
         raise InputError(f"{unscored}; --predictions needs no label")
 
@@ -1905,9 +1907,11 @@ def risk_over_time(model, dataset, stay: int, together: int = 32) -> dict:
             "events": np.diff(cohort.set_start)[sets].tolist(), "risk": risk}
 
 
+LABELS = {-1: "no label", 0: "label 0", 1: "label 1"}
+
+
 def print_trajectory(trajectory: dict) -> None:
-    known = {-1: "no label", 0: "label 0", 1: "label 1"}[trajectory["label"]]
-    print(f"\nStay {trajectory['stay']} ({known}): risk after each of its {len(trajectory['risk'])} sets\n  set      hour  events    risk")
+    print(f"\nStay {trajectory['stay']} ({LABELS[trajectory['label']]}): risk after each of its {len(trajectory['risk'])} sets\n  set      hour  events    risk")
     for i, (minute, events, risk) in enumerate(zip(trajectory["minute"], trajectory["events"], trajectory["risk"])):
         print(f"{i + 1:5d}  {minute / 60:8.2f}  {events:6d}  {risk:6.4f}  {'#' * round(40 * risk)}")
 
@@ -1955,10 +1959,11 @@ def plot_curves(folder: Path, checkpoint, pretrained) -> None:
     """curves.png, of the metrics.csv beside the checkpoint and beside the one that it was finetuned from, where they are still there."""
     panels = []
     for mode, path in (("pretraining", pretrained), ("finetuning", checkpoint)):
-        if path and (table := Path(path).parent / "metrics.csv").is_file():
-            table = pd.read_csv(table)
-            panels += [(f"{mode}: {title}", unit, table["epoch"], {name: table[column] for name, column in zip(("training", "validation"), columns)
-                                                                  if column in table}) for title, unit, *columns in CURVES if set(columns) & set(table)]
+        if path and (metrics := Path(path).parent / "metrics.csv").is_file():
+            table = pd.read_csv(metrics)
+            for title, unit, *columns in CURVES:
+                lines = {name: table[column] for name, column in zip(("training", "validation"), columns) if column in table}
+                panels += [(f"{mode}: {title}", unit, table["epoch"], lines)] if lines else []
         else:
             print(f"pictures: no curves of the {mode} run, as no metrics.csv lies beside {path or 'its checkpoint, which is unknown'}")
     if not panels:
@@ -1968,7 +1973,9 @@ def plot_curves(folder: Path, checkpoint, pretrained) -> None:
         for name, values in lines.items():
             ax.plot(epoch, values, marker="o", markersize=3, label=name, **STYLES[name == "validation"])
         ax.set(title=title, xlabel="epoch", xlim=(.5, epoch.max() + .5), ylabel=unit if len(lines) > 1 else f"{unit}, {name}")
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        if "units" in title:
+            ax.set_ylim(0)
         if len(lines) > 1:
             ax.legend(frameon=False)
     for ax in axes[len(panels):]:
@@ -2018,10 +2025,10 @@ def plot_features(folder: Path, features, label) -> None:
     pca = PCA(2, random_state=0)
     place = pca.fit_transform(StandardScaler().fit_transform(features.numpy()).clip(-5, 5))
     figure, (ax,) = new_figure(1, width=6, height=5)
-    for value, name, style in ((-1, "no label", dict(marker=".", color="#bbbbbb")), (0, "label 0", dict(marker="o", edgecolors="#888888", facecolors="none")),
-                               (1, "label 1", dict(marker="^", color="black"))):
+    styles = {-1: dict(marker=".", color="#bbbbbb"), 0: dict(marker="o", edgecolors="#888888", facecolors="none"), 1: dict(marker="^", color="black")}
+    for value, style in styles.items():
         if (which := label == value).any():
-            ax.scatter(*place[which].T, s=14, linewidths=.6, alpha=.8, label=f"{name} ({which.sum():,})", **style)
+            ax.scatter(*place[which].T, s=14, linewidths=.6, alpha=.8, label=f"{LABELS[value]} ({which.sum():,})", **style)
     figure.suptitle(f"Stay features ({features.shape[1]}) in two dimensions")
     ax.set(**{f"{axis}label": f"principal component {i + 1} ({share:.0%} of the variance)"
               for i, (axis, share) in enumerate(zip("xy", pca.explained_variance_ratio_))})
@@ -2043,13 +2050,13 @@ def plot_trajectory(folder: Path, trajectory: dict, dataset, stay: int, threshol
                                        gridspec_kw={"height_ratios": [2.2, .8 + .18 * len(shown)]})
     risk.step(np.array(trajectory["minute"]) / 60, trajectory["risk"], where="post", color="black", marker=".", markersize=4)
     risk.axhline(threshold, color="#888888", linestyle=":", label=f"threshold {threshold:.2f}")
-    risk.set(title=f"Stay {trajectory['stay']} ({ {-1: 'no label', 0: 'label 0', 1: 'label 1'}[trajectory['label']]})", ylabel="risk",
+    risk.set(title=f"Stay {trajectory['stay']} ({LABELS[trajectory['label']]})", ylabel="risk",
              ylim=(0, max(1.05 * max(*trajectory["risk"], threshold), .1)))
     risk.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1))
-    for name, which, style in (("1 sd below the mean or lower", z <= -1, dict(marker="v", color="#0072B2")),
-                               ("between", abs(z) < 1, dict(marker=".", color="#888888")), ("1 sd above or higher", z >= 1, dict(marker="^", color="black"))):
+    for name, which, marker, color in (("1 sd below the mean or lower", z <= -1, "v", "#0072B2"), ("between", abs(z) < 1, ".", "#888888"),
+                                       ("1 sd above or higher", z >= 1, "^", "black")):
         which = which & np.isin(variable, shown)
-        chart.scatter(hour[which], np.searchsorted(-shown, -variable[which]), s=13, linewidths=0, label=name, **style)
+        chart.scatter(hour[which], np.searchsorted(-shown, -variable[which]), s=13, linewidths=0, label=name, marker=marker, color=color)
     chart.set_yticks(range(len(shown)), [normalizer.variables[v] for v in shown], fontsize=7)
     chart.set(xlabel="hours since admission", ylim=(-1, len(shown)),
               ylabel="variables" if len(shown) == len(names) else f"the {most} most charted of {len(names)} variables")

@@ -413,11 +413,12 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
                            head_members=config.head_members)
     vocabulary = content["vocabulary"] if "vocabulary" in content else variable_vectors(cohort.variables, backbone.input_dim, cohort.vectors)
     if "vocabulary" not in content and not cohort.vectors.shape[1]:
-        print("warning: the data bring no variable vectors (cached.csv): those that the original checkpoint was trained with are unknown, hashed names stand in")
+        print("warning: no cached.csv lies in the data: the original checkpoint was trained on other variable vectors than the hashed names used now")
     model = SeqSetVAE(model_config, vocabulary)
-    if not full and np.divide(*parameter_counts(model)) > config.max_trainable_ratio:
-        print(f"head: its linear member alone, as the backbone is too small to keep the head below {config.max_trainable_ratio:.0%} of the parameters")
-        model = SeqSetVAE(replace(model_config, head_members=tuple(m for m in config.head_members if not m[0])), vocabulary)
+    linear = tuple(member for member in config.head_members or () if not member[0])
+    if not full and linear and np.divide(*parameter_counts(model)) > config.max_trainable_ratio:
+        print(f"head: its linear member alone, as all would exceed {config.max_trainable_ratio:.0%} of the parameters of so small a backbone")
+        model = SeqSetVAE(replace(model_config, head_members=linear), vocabulary)
     if arguments.random_init:
         print("backbone: untrained (--random_init)")
     else:
