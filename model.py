@@ -8,7 +8,7 @@ r reduced_dim, m inducing points, k statistics of a variable's history.
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn as nn
@@ -771,20 +771,34 @@ def load_checkpoint_weights(path, device="cpu") -> dict[str, torch.Tensor]:
     return checkpoint_state(read_checkpoint(path, device), path)
 
 
-def checkpoint_config(content: dict, num_variables: int, path) -> ModelConfig:
-    """The model config of a checkpoint: recorded in ours; from the hyper-parameters of an original one (V is then the data's)."""
+def checkpoint_config(content: dict, num_variables: int, path, set_heads: int | None = None, transformer_heads: int | None = None) -> ModelConfig:
+    """The model config of a checkpoint: recorded in ours. Of an original one, V is the data's, every size is read off the weights' shapes,
+    and the numbers of heads, which leave no trace in a shape, come from its hyper_parameters or, in a bare state dict, are given."""
     if "format" in content:
         known = {f.name for f in fields(ModelConfig)}
         unknown = sorted(set(content["model_config"]) - known)
         if unknown:
             raise InputError(f"{path}: unknown entry {unknown[0]!r} in its model config; use the version that wrote it")
         return ModelConfig(**content["model_config"])
-    sizes = content.get("hyper_parameters")
-    names = {"input_dim": "input_dim", "reduced_dim": "reduced_dim", "latent_dim": "latent_dim", "levels": "levels", "set_heads": "heads",
-             "inducing": "m", "layers": "transformer_layers", "heads": "transformer_heads", "ff_dim": "ff_dim"}
-    if not isinstance(sizes, dict) or not set(names.values()) <= set(sizes):
-        raise InputError(f"{path}: no hyper_parameters with {', '.join(names.values())}; give a checkpoint of train.py or an original Lightning one")
-    return ModelConfig.original(num_variables, **{ours: sizes[theirs] for ours, theirs in names.items()})
+    state = checkpoint_state(content, path)
+    names = {"reduced": "setvae.dim_reducer.weight", "embed": "setvae.embed.0.weight", "inducing": "setvae.encoder_layers.0.inducing",
+             "ff": "history.layers.0.linear1.weight", "decoder": "setvae.decoder.out.weight"}
+    if (lacking := [name for name in names.values() if name not in state]):
+        raise InputError(f"{path}: no {lacking[0]} in its state dict; give a checkpoint of train.py, or the original implementation's whole model")
+    shape = {size: state[name].shape for size, name in names.items()}
+    given = content.get("hyper_parameters")
+    given = given if isinstance(given, dict) else {}
+    heads = {"set_heads": set_heads or given.get("heads"), "heads": transformer_heads or given.get("transformer_heads")}
+    for (name, number), option in zip(heads.items(), ("--set_heads", "--transformer_heads")):
+        if not number:
+            raise InputError(f"{path}: a bare state dict does not tell its numbers of attention heads; give {option} "
+                             f"(the original's default: {getattr(ModelConfig.original(1), name)})")
+        if shape["embed"][0] % number:
+            raise InputError(f"{path}: {number} heads do not divide its width of {shape['embed'][0]}; correct {option}")
+    levels, layers = (len({name[len(prefix):].split(".")[0] for name in state if name.startswith(prefix)})
+                      for prefix in ("setvae.encoder_layers.", "history.layers."))
+    return ModelConfig.original(num_variables, **heads, input_dim=shape["reduced"][1], reduced_dim=shape["reduced"][0], latent_dim=shape["embed"][0],
+                                inducing=shape["inducing"][0], ff_dim=shape["ff"][0], levels=levels, layers=layers)
 
 
 @dataclass
@@ -824,3 +838,19 @@ def load_backbone(model: SeqSetVAE, state: dict[str, torch.Tensor]) -> WeightRep
             own[name].copy_(tensor)
             report.loaded.append(name)
     return report
+
+
+def original_classifier(content: dict, config: ModelConfig, vocabulary: torch.Tensor, path) -> SeqSetVAE:
+    """The classifier of a checkpoint that the original implementation finetuned, in its classification-only mode: stable features, one head."""
+    state = checkpoint_state(content, path)
+    head = {name.removeprefix("cls_head."): tensor for name, tensor in state.items() if name.startswith("cls_head.")}
+    if not head:
+        raise InputError(f"{path}: not a finetuned checkpoint; make one with: python train.py --mode finetune --pretrained_ckpt {path}")
+    model = SeqSetVAE(replace(config, features="stable"), vocabulary)
+    report = load_backbone(model, state)
+    wrong = report.missing + report.mismatched
+    wrong += [f"cls_head.{name}" for name, own in model.cls_head.state_dict().items() if name not in head or head[name].shape != own.shape]
+    if wrong:
+        raise InputError(f"{path}: {', '.join(wrong[:3])} missing or of another shape than in the original implementation; give its whole checkpoint")
+    model.cls_head.load_state_dict(head)
+    return model.eval()

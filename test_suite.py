@@ -8,8 +8,11 @@
 import argparse
 import io
 import itertools
+import json
 import os
 import pickle
+import re
+import shlex
 import shutil
 import signal
 import sys
@@ -26,10 +29,12 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from sklearn.decomposition import PCA
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegressionCV
-from sklearn.metrics import average_precision_score, brier_score_loss, confusion_matrix, f1_score, roc_auc_score
+from sklearn.metrics import (average_precision_score, brier_score_loss, confusion_matrix, f1_score, precision_recall_curve, roc_auc_score,
+                             roc_curve)
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
@@ -41,9 +46,9 @@ from data import (Cohort, EventBatch, InputError, Normalizer, StayDataset, build
                   write_atomically)
 from finetune_config import FinetuneConfig, classification_loss
 from model import (_CHECKPOINT_KEYS, History, ModelConfig, SeqSetVAE, SeqSetVAEPretrain, SetVAE, checkpoint_config, checkpoint_state,
-                   history_statistics, load_backbone, load_checkpoint_weights, measurement_grid, read_checkpoint)
-from train import (CHECKPOINTS, encode_stays, evaluation_loader, finetune, label_subset, labelled, open_checkpoint, parse_arguments, predict,
-                   pretrain)
+                   history_statistics, load_backbone, load_checkpoint_weights, measurement_grid, original_classifier, read_checkpoint)
+from train import (CHECKPOINTS, EVALUATION_BATCH, add_head_options, encode_stays, evaluation_loader, finetune, label_subset, labelled,
+                   open_checkpoint, parse_arguments, predict, pretrain, progress)
 
 SHARED = Path(train.__file__).resolve().parent.parent / "shared"
 CPU = torch.device("cpu")
@@ -1480,12 +1485,191 @@ def test_unknown_folder_lists_every_reader(tmp_path, load):
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------
+# What users bring and take away: original checkpoints, predictions, pictures, the commands of the README
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def original_data(tmp_path_factory):
+    """Options for a folder of the original layout with vectors of 24 dimensions, as the original's fixtures take: 40 stays."""
+    if not (SHARED / "fixtures").exists():
+        pytest.skip("shared/fixtures is absent: compatibility with the original implementation was not tried")
+    home, rng = tmp_path_factory.mktemp("original"), np.random.default_rng(0)
+    names = [f"lab{v}" for v in range(7)]
+    for i, stay in enumerate(random_stays(rng.integers(1, 9, 40))):
+        lines = [f"{names[v]},{x + 5},{minute}" for minute, events in stay for v, x in events]
+        write(home / f"patient_ehr/{data.SPLITS[i % 4 % 3]}/{i}.csv", "\n".join(["variable,value,minute", *lines]) + "\n")
+    write(home / "oc.csv", "ts_id,in_hospital_mortality\n" + "".join(f"{i},{i // 4 % 2}\n" for i in range(40)))
+    write(home / "stats.csv", "variable,mean,std\n" + "".join(f"{name},5,1\n" for name in names))
+    pd.DataFrame(rng.normal(size=(7, 24))).assign(Key=names).to_csv(home / "cached.csv", index=False)
+    return ["--data_dir", str(home), "--params_map_path", str(home / "stats.csv"), "--label_path", str(home / "oc.csv")]
+
+
+def without_hyper_parameters(name: str, prefix: str, folder: Path) -> Path:
+    """A fixture's bare state dict behind a wrapper's prefix."""
+    state = torch.load(SHARED / "fixtures" / f"{name}.ckpt", weights_only=True)["state_dict"]
+    torch.save({prefix + key: tensor for key, tensor in state.items()}, folder / "bare.pt")
+    return folder / "bare.pt"
+
+
+HEADS = ["--set_heads", "2", "--transformer_heads", "4"]  # of the fixtures
+
+
+def test_an_original_checkpoint_is_finetuned_and_scored(tmp_path, capsys, original_data):
+    path = SHARED / "fixtures" / "original_small.ckpt"
+    assert train.main([*FINETUNE, str(path), *original_data, "--run_dir", str(tmp_path / "whole")]) == 0
+    assert "Loaded pretrained weights" in capsys.readouterr().out
+    bare = without_hyper_parameters("original_small", "module.", tmp_path)
+    command = [*FINETUNE, str(bare), *original_data, "--run_dir", str(tmp_path / "bare")]
+    one_error_line(capsys, train.main(command), "--set_heads")
+    one_error_line(capsys, train.main([*command, "--set_heads", "2"]), "--transformer_heads")
+    one_error_line(capsys, train.main([*command, "--set_heads", "5", "--transformer_heads", "4"]), "do not divide")
+    assert train.main([*command, *HEADS]) == 0
+    runs = [torch.load(tmp_path / run / "best.pt", weights_only=True) for run in ("whole", "bare")]
+    assert runs[0]["model_config"] == runs[1]["model_config"]
+    original = load_checkpoint_weights(path)
+    for name, tensor in runs[0]["model"].items():
+        assert tensor.equal(runs[1]["model"][name]), name
+        assert not name.startswith(SeqSetVAE.BACKBONE) or tensor.equal(original[name]), name
+    capsys.readouterr()
+    assert main(["--checkpoint", str(tmp_path / "whole" / "best.pt")]) == 0
+    assert "AUROC" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "module._orig_mod."])
+def test_an_original_finetuned_checkpoint_is_scored_with_its_data(tmp_path, capsys, original_data, prefix):
+    whole = SHARED / "fixtures" / "original_finetuned_small.ckpt"
+    bare = without_hyper_parameters("original_finetuned_small", prefix, tmp_path)
+    assert main(["--checkpoint", str(whole), *original_data, "--predictions", str(tmp_path / "whole.csv"), "--json", str(tmp_path / "a.json")]) == 0
+    assert main(["--checkpoint", str(bare), *original_data, *HEADS, "--predictions", str(tmp_path / "bare.csv")]) == 0
+    assert (tmp_path / "whole.csv").read_bytes() == (tmp_path / "bare.csv").read_bytes()
+    assert json.loads((tmp_path / "a.json").read_text())["stays"] == 10  # patient_ehr/test
+
+    # The probabilities are those of its weights on the data's values, vectors and statistics.
+    model, _, cohort, dataset, _ = open_classifier(whole, original_data[1], original_data[3], original_data[5])
+    assert model.config.features == "stable" and model.config.head_members is None and model.config.classification_only
+    assert dataset.normalizer.mean.tolist() == [5] * 7 and torch.equal(model.setvae.vocabulary, torch.from_numpy(np.array(cohort.vectors)))
+    table = pd.read_csv(tmp_path / "whole.csv")
+    with torch.no_grad():
+        expected = model(dataset[np.arange(len(cohort))]).softmax(-1)[:, 1]
+    np.testing.assert_allclose(table["probability"], expected, atol=1e-6)
+    capsys.readouterr()
+    one_error_line(capsys, main(["--checkpoint", str(whole), "--data_dir", original_data[1]]), "--params_map")
+    one_error_line(capsys, main(["--checkpoint", str(whole)]), "cached.csv")
+    one_error_line(capsys, main(["--checkpoint", str(SHARED / "fixtures" / "original_small.ckpt"), *original_data]), "not a finetuned checkpoint")
+    one_error_line(capsys, main(["--checkpoint", str(whole), *original_data, "--baselines"]), "--baselines")
+
+
+@pytest.mark.parametrize("config", [dict(features="beliefs", summaries=True), dict(features="multiscale"), dict(classification_only=False),
+                                    dict(decoder="slots", features="stable", summaries=True)])
+def test_the_risk_over_time_equals_scoring_the_truncated_stay(config):
+    stay = random_stays([37])[0]
+    model, cohort = build(SeqSetVAE, tiny(**config)), cohort_of([random_stays([5])[0], stay])
+    trajectory = risk_over_time(model, StayDataset(cohort, PLAIN), 1, together=8)
+    truncated = StayDataset(cohort_of([stay[:end] for end in range(1, 38)]), PLAIN)
+    np.testing.assert_allclose(trajectory["risk"], predict(model, encode_stays(model, truncated, np.arange(37), CPU)), atol=1e-6)
+    assert trajectory["minute"] == [minute for minute, _ in stay] and trajectory["events"] == [len(events) for _, events in stay]
+
+
+def write_long_table(folder: Path, cohort, labels: bool) -> Path:
+    """The long table of a cohort."""
+    sets = np.repeat(np.arange(len(cohort.set_minute)), np.diff(cohort.set_start))
+    stay = np.searchsorted(cohort.stay_start, sets, side="right") - 1
+    folder.mkdir()
+    pd.DataFrame({"stay_id": cohort.stay_id[stay], "minute": cohort.set_minute[sets], "variable": np.array(cohort.variables)[cohort.event_variable],
+                  "value": cohort.event_value}).to_csv(folder / "events.csv", index=False)
+    if labels:
+        pd.DataFrame({"stay_id": cohort.stay_id, "label": cohort.label}).to_csv(folder / "labels.csv", index=False)
+    return folder
+
+
+def test_the_analysis_writes_what_is_asked_for_with_or_without_labels(tmp_path, capsys, finetuned):
+    pytest.importorskip("matplotlib")
+    model, content, cohort, dataset, _ = open_classifier(finetuned)
+    names = ("predictions", "embeddings", "json", "plots")
+    options = [text for name in names for text in (f"--{name}", str(tmp_path / name))] + ["--trajectory", cohort.stay_id[3]]
+    capsys.readouterr()
+    assert main(["--checkpoint", str(finetuned), *options]) == 0
+    printed, figures = capsys.readouterr().out, json.loads((tmp_path / "json").read_text())
+    auroc = figures["methods"][CHECKPOINT]["auroc"]
+    assert f"AUROC                {auroc['value']:.4f}  95% [{auroc['interval'][0]:.3f}, {auroc['interval'][1]:.3f}]" in printed
+    table, arrays = pd.read_csv(tmp_path / "predictions"), np.load(tmp_path / "embeddings")
+    assert table["stay_id"].tolist() == arrays["stay_id"].tolist() == cohort.stay_id.tolist() and table["label"].tolist() == cohort.label.tolist()
+    test = table[table["split"] == "test"]
+    assert auroc["value"] == roc_auc_score(test["label"], test["probability"]) and figures["stays"] == len(test)
+    np.testing.assert_allclose(predict(model, torch.from_numpy(arrays["features"])), table["probability"], atol=1e-6)
+    assert arrays["h"].shape == (24, model.config.latent_dim)
+    trajectory = figures["trajectory"]
+    assert trajectory["stay"] == cohort.stay_id[3] and trajectory["risk"][-1] == pytest.approx(table["probability"][3], abs=1e-6)
+    assert f"{trajectory['risk'][0]:.4f}" in printed
+    assert sorted(file.name for file in (tmp_path / "plots").iterdir()) == ["calibration.png", "curves.png", "features.png", "ranking.png", "trajectory.png"]
+
+    unlabelled = ["--checkpoint", str(finetuned), "--data_dir", str(write_long_table(tmp_path / "unlabelled", cohort, labels=False))]
+    assert main([*unlabelled, "--predictions", str(tmp_path / "new.csv")]) == 0
+    assert "nothing to score" in capsys.readouterr().out
+    again = pd.read_csv(tmp_path / "new.csv")
+    np.testing.assert_allclose(again["probability"], table["probability"], atol=1e-5)
+    assert again["label"].isna().all() and again["split"].tolist() == table["split"].tolist()
+    one_error_line(capsys, main(unlabelled), "--predictions needs no label")
+    one_error_line(capsys, main([*unlabelled, "--trajectory", "nobody"]), "nobody")
+
+
+def test_analysis_options_need_a_checkpoint_and_plots_need_matplotlib(capsys, monkeypatch, finetuned):
+    one_error_line(capsys, main(["--plots", "x"]), "--checkpoint")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    one_error_line(capsys, main(["--checkpoint", str(finetuned), "--plots", "x"]), "pip install matplotlib")
+    with pytest.raises(SystemExit, match="2"):
+        main(["--checkpoint", str(finetuned), "--unknown"])
+
+
+def readme_blocks(marker: str) -> list[tuple[str, str]]:
+    """What README.md shows in a fenced block after <!-- marker: argument -->: (argument, text)."""
+    text = Path(train.__file__).with_name("README.md").read_text()
+    found = re.findall(rf"<!-- {marker}:? ?([^\n]*?) ?-->\n```\w+\n(.*?)```", text, re.DOTALL)
+    assert found, f"README.md holds no block marked <!-- {marker} -->"
+    return found
+
+
+@pytest.mark.parametrize("folder, reader, stay, label, options", [
+    ("my_table", "long table", "1001", 0, {}), ("physionet2012", "PhysioNet 2012", "132539", 0, {}), ("physionet2019", "PhysioNet 2019", "p000001", 0, {}),
+    ("original", "original layout", "200001", 0, {"params_map": "stats.csv", "label_file": "oc.csv"}), ("meds", "MEDS", "1@2020-01-02T08:00", 0, {})])
+def test_the_readmes_examples_of_data_are_read(tmp_path, load, monkeypatch, folder, reader, stay, label, options):
+    for path, text in readme_blocks("file"):
+        write(tmp_path / path, text)
+    if folder == "meds":
+        pytest.importorskip("pyarrow")
+        monkeypatch.chdir(tmp_path)
+        for folders, code in readme_blocks("python"):
+            for name in folders.split():
+                Path(name).mkdir(parents=True)
+            exec(code, {})
+    cohort = load(tmp_path / folder, **{name: str(tmp_path / folder / file) for name, file in options.items()})
+    assert cohort.reader.startswith(reader) and labels_of(cohort) == {stay: label}
+    assert not np.isnan(cohort.statistics).any() and not np.isnan(cohort.vectors).any() if options else True
+
+
+def test_the_readmes_commands_for_ones_own_table(tmp_path, capsys, monkeypatch):
+    """As printed there, but on 60 stays and for one epoch."""
+    pytest.importorskip("matplotlib")
+    cohort = synthetic_cohort(60)
+    write_long_table(tmp_path / "my_table", replace(cohort, stay_id=np.arange(1001, 1061).astype(str)), labels=True)
+    monkeypatch.chdir(tmp_path)
+    for line in (line for _, block in readme_blocks("run") for line in block.splitlines()):
+        python, script, *options = shlex.split(line, comments=True)
+        assert python == "python" and {"train.py": train.main, "test_suite.py": main}[script](options + ["--max_epochs", "1"] * (script == "train.py")) == 0, line
+    assert "Stay 1001 (label" in capsys.readouterr().out
+    assert json.loads(Path("mine.json").read_text())["stays"] == 12 and len(pd.read_csv("mine.csv")) == len(np.load("mine.npz")["h"]) == 60
+    assert len(list(Path("mine-plots").glob("*.png"))) == 4
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
 # Performance analysis of a checkpoint
 # ----------------------------------------------------------------------------------------------------------------------------------
 
-def open_classifier(path, data_dir=None, params_map=None, label_file=None):
+def open_classifier(path, data_dir=None, params_map=None, label_file=None, set_heads=None, transformer_heads=None):
     """A finetuned checkpoint ready to score: (model, content, cohort, dataset, new); see `train.open_checkpoint`."""
     content, cohort, dataset, _, new = open_checkpoint(path, data_dir, params_map=params_map, label_file=label_file)
+    if "format" not in content:
+        return open_original(path, content, cohort, set_heads, transformer_heads)
     if content.get("mode") != "finetune":
         raise InputError(f"{path}: not a finetuned checkpoint; make one with: python train.py --mode finetune --pretrained_ckpt {path}")
     model = SeqSetVAE(checkpoint_config(content, len(dataset.normalizer.variables), path), content["vocabulary"])
@@ -1493,10 +1677,27 @@ def open_classifier(path, data_dir=None, params_map=None, label_file=None):
     return model.eval(), content, cohort, dataset, new
 
 
+def open_original(path, content, cohort, set_heads, transformer_heads):
+    """The same of a checkpoint that the original implementation finetuned. It holds weights alone: the variables' vectors, their statistics
+    and the split are the data's, and no threshold was chosen."""
+    config = checkpoint_config(content, len(cohort.variables), path, set_heads, transformer_heads)
+    for what, given, mend in (("vectors", cohort.vectors, "put its cached.csv beside patient_ehr"),
+                              ("statistics", cohort.statistics, "give its --params_map")):
+        if np.isnan(given).all():
+            raise InputError(f"{path}: an original checkpoint, made with {what} of the variables that it does not hold; {mend}")
+    model = original_classifier(content, config, variable_vectors(cohort.variables, config.input_dim, cohort.vectors), path)
+    split = make_splits(cohort, 0)
+    dataset = StayDataset(cohort, Normalizer.fit(cohort, stays_of(cohort, split["train"])))
+    source = {"command": "the original implementation", "fingerprint": cohort.fingerprint,
+              "versions": {"pytorch-lightning": str(content.get("pytorch-lightning_version", "unknown"))}}
+    metrics = {"epoch": content.get("epoch"), "threshold": 0.5}
+    return model, content | {"source": source, "split": split, "metrics": metrics}, cohort, dataset, False
+
+
 def scored_stays(content, cohort, new) -> tuple[np.ndarray, str]:
     """The labelled stays that may be scored, and what they are: the recorded test split; of other data, all that were not trained on."""
     if not new:
-        return labelled(cohort, content["split"]["test"]), "the test split that the checkpoint recorded"
+        return labelled(cohort, content["split"]["test"]), f"the test split that the {'checkpoint' if 'format' in content else 'data'} recorded"
     seen = np.isin(cohort.stay_id, content["split"]["train"] + content["split"]["valid"])
     stays = np.flatnonzero((cohort.label >= 0) & ~seen)
     overlap = f"; {seen.sum():,} stays left out whose ids the checkpoint was trained or selected on" if seen.any() else ""
@@ -1528,52 +1729,140 @@ def calibration_error(label, probability, bins: int = 10) -> float:
 
 
 def performance(arguments) -> None:
-    """Print the analysis of a finetuned checkpoint on the stays it may be scored on (see `scored_stays`)."""
+    """Print the analysis of a finetuned checkpoint on the stays it may be scored on (see `scored_stays`), and write what is asked for."""
     path = arguments.checkpoint
-    model, content, cohort, dataset, new = open_classifier(path, arguments.data_dir, arguments.params_map, arguments.label_file)
+    folder = arguments.plots and picture_folder(arguments.plots)
+    model, content, cohort, dataset, new = open_classifier(path, arguments.data_dir, arguments.params_map, arguments.label_file,
+                                                           arguments.set_heads, arguments.transformer_heads)
     source = content["source"]
+    figures = {"checkpoint": str(path), "epoch": content["metrics"]["epoch"], "command": source["command"], "seed": source.get("seed"),
+               "data": source["fingerprint"], "versions": source["versions"], "reader": cohort.reader, "scored": None}
     print(cohort.describe())
-    print(f"checkpoint: {path}, epoch {content['metrics']['epoch']}, made by: {source['command']}")
-    print(f"checkpoint: seed {source['seed']}, data {source['fingerprint']}, {', '.join(f'{k} {v}' for k, v in source['versions'].items())}")
-    if arguments.predictions:
-        write_predictions(arguments.predictions, model, content, cohort, dataset)
+    if dataset.unknown_variables:
+        print(f"data: dropped: events of {len(dataset.unknown_variables)} variables unknown to the checkpoint: {', '.join(dataset.unknown_variables)}")
+    print("checkpoint: {checkpoint}, epoch {epoch}, made by: {command}".format(**figures))
+    versions = ", ".join(f"{name} {version}" for name, version in source["versions"].items())
+    print(f"checkpoint: seed {source.get('seed', 'unknown')}, data {source['fingerprint']}, {versions}")
+    stay = find_stay(cohort, arguments.trajectory)
     stays, what = scored_stays(content, cohort, new)
     label = cohort.label[stays].astype(int)
-    if len(np.unique(label)) < 2:
-        raise InputError(f"{cohort.reader}: the stays to be scored hold one class or none ({len(stays)} stays); AUROC needs both")
-    probability = predict(model, encode_stays(model, dataset, stays, torch.device("cpu")))
-    draws = bootstrap(label, probability)
-    print(f"\nScored: {len(stays):,} stays, {label.sum():,} positive ({label.mean():.1%}): {what}")
-    print(f"AUROC                {roc_auc_score(label, probability):.4f}  95% {interval(draws[:, 0, 0])}")
-    print(f"AUPRC                {average_precision_score(label, probability):.4f}  95% {interval(draws[:, 0, 1])}  (prevalence {label.mean():.4f})")
-    print(f"Brier score          {brier_score_loss(label, probability):.4f}  (prevalence alone: {label.mean() * (1 - label.mean()):.4f})")
-    print(f"Calibration error    {calibration_error(label, probability):.4f}  (expected, 10 bins)")
-    print(f"Probabilities        mean {probability.mean():.4f}, range {probability.min():.4f} to {probability.max():.4f}, "
-          f"below 0.01: {(probability < .01).sum()}, above 0.99: {(probability > .99).sum()}")
-    threshold = content["metrics"]["threshold"]
-    tn, fp, fn, tp = confusion_matrix(label, probability >= threshold).ravel()
-    print(f"Confusion            at {threshold:.4f} (best F1 of the validation split): TP {tp}, FP {fp}, FN {fn}, TN {tn}; "
-          f"F1 {f1_score(label, probability >= threshold):.4f}")
+    unscored = None if len(np.unique(label)) == 2 else (f"{cohort.reader}: the stays to be scored hold one class or none "
+                                                        f"({len(stays)} stays); AUROC needs both")
+    if unscored and not (arguments.predictions or arguments.embeddings or arguments.trajectory):
+        raise InputError(f"{unscored}; --predictions needs no label")
 
+    rows = np.arange(len(cohort)) if arguments.predictions or arguments.embeddings else stays
+    features, h = embed_stays(model, dataset, rows)
+    probability = predict(model, features)
+    if arguments.predictions:
+        write_predictions(arguments.predictions, content, cohort, probability)
+    if arguments.embeddings:
+        write_embeddings(arguments.embeddings, cohort.stay_id[rows], features, h)
+    scored = np.searchsorted(rows, stays)
+    methods = {CHECKPOINT: probability[scored]}
+    if unscored:
+        print(f"nothing to score: {unscored}")
+    else:
+        if arguments.baselines:
+            methods |= baselines(arguments, content, cohort, dataset, stays, new)
+        figures |= {"scored": what, **score_figures(label, methods, content["metrics"]["threshold"]), "model": model_figures(model, dataset, stays)}
+        print_figures(figures, "no threshold was recorded" if "format" not in content else "best F1 of the validation split")
+    if stay is not None:
+        figures["trajectory"] = risk_over_time(model, dataset, stay)
+        print_trajectory(figures["trajectory"])
+    if arguments.json:
+        write_atomically(arguments.json, lambda out: out.write_text(json.dumps(figures, indent=1)))
+    if folder:
+        plot_curves(folder, path, source.get("pretrained_ckpt"))
+        if not unscored:
+            plot_ranking(folder, label, methods)
+            plot_calibration(folder, label, probability[scored])
+        if len(rows) > 2:
+            plot_features(folder, features, cohort.label[rows])
+        if stay is not None:
+            plot_trajectory(folder, figures["trajectory"], dataset, stay, content["metrics"]["threshold"])
+        print(f"pictures: {', '.join(sorted(file.name for file in folder.glob('*.png')))} in {folder}")
+
+
+CHECKPOINT = "this checkpoint"
+
+
+def score_figures(label, methods: dict, threshold: float) -> dict:
+    """Plain numbers about the probabilities [n] of each method on the stays with `label` [n]; the checkpoint's in full."""
+    probability, prevalence = methods[CHECKPOINT], label.mean()
+    draws, compared = bootstrap(label, *methods.values()), {}
+    for i, (name, p) in enumerate(methods.items()):
+        values = {"auroc": roc_auc_score(label, p), "auprc": average_precision_score(label, p)}
+        compared[name] = {measure: {"value": float(value), "interval": np.percentile(draws[:, i, j], [2.5, 97.5]).tolist()}
+                          for j, (measure, value) in enumerate(values.items())}
+    tn, fp, fn, tp = confusion_matrix(label, probability >= threshold).ravel().tolist()
+    return {"stays": len(label), "positive": int(label.sum()), "prevalence": float(prevalence), "methods": compared,
+            "brier": float(brier_score_loss(label, probability)), "brier_of_prevalence": float(prevalence * (1 - prevalence)),
+            "calibration_error": calibration_error(label, probability),
+            "probability": {"mean": float(probability.mean()), "min": float(probability.min()), "max": float(probability.max()),
+                            "below_0.01": int((probability < .01).sum()), "above_0.99": int((probability > .99).sum())},
+            "threshold": threshold, "confusion": {"tp": tp, "fp": fp, "fn": fn, "tn": tn}, "f1": float(f1_score(label, probability >= threshold))}
+
+
+def model_figures(model, dataset, stays) -> dict:
     weights = torch.cat([p.detach().flatten() for name, p in model.cls_head.named_parameters() if name.endswith("weight")])
-    trainable = sum(p.numel() for p in model.cls_head.parameters())
-    print(f"Head                 {trainable:,} of {sum(p.numel() for p in model.parameters()):,} parameters; weights mean {weights.mean():.4f}, "
-          f"std {weights.std():.4f}, range {weights.min():.3f} to {weights.max():.3f}")
-    print(f"Active units         {active_units(model, dataset, stays)}/{model.config.latent_dim} (variance of mu over sets > 0.01)")
-    if arguments.baselines:
-        print_baselines(content, cohort, dataset, stays, label, probability)
+    return {"head_parameters": sum(p.numel() for p in model.cls_head.parameters()), "parameters": sum(p.numel() for p in model.parameters()),
+            "head_weights": {name: getattr(weights, name)().item() for name in ("mean", "std", "min", "max")},
+            "active_units": active_units(model, dataset, stays), "latent_dim": model.config.latent_dim}
 
 
-def write_predictions(path, model, content, cohort, dataset) -> None:
+def print_figures(figures: dict, threshold_is: str) -> None:
+    """The report of `score_figures` and `model_figures`; with baselines, the table of all methods."""
+    def with_interval(measure):
+        return "{:.4f}  95% [{:.3f}, {:.3f}]".format(measure["value"], *measure["interval"])
+
+    own, spread, head = figures["methods"][CHECKPOINT], figures["probability"], figures["model"]
+    print("\nScored: {stays:,} stays, {positive:,} positive ({prevalence:.1%}): {scored}".format(**figures))
+    print(f"AUROC                {with_interval(own['auroc'])}")
+    print(f"AUPRC                {with_interval(own['auprc'])}  (prevalence {figures['prevalence']:.4f})")
+    print("Brier score          {brier:.4f}  (prevalence alone: {brier_of_prevalence:.4f})".format(**figures))
+    print("Calibration error    {calibration_error:.4f}  (expected, 10 bins)".format(**figures))
+    print(f"Probabilities        mean {spread['mean']:.4f}, range {spread['min']:.4f} to {spread['max']:.4f}, "
+          f"below 0.01: {spread['below_0.01']}, above 0.99: {spread['above_0.99']}")
+    print(f"Confusion            at {figures['threshold']:.4f} ({threshold_is}): "
+          "TP {tp}, FP {fp}, FN {fn}, TN {tn}; ".format(**figures["confusion"]) + f"F1 {figures['f1']:.4f}")
+    print("Head                 {head_parameters:,} of {parameters:,} parameters; weights ".format(**head)
+          + "mean {mean:.4f}, std {std:.4f}, range {min:.3f} to {max:.3f}".format(**head["head_weights"]))
+    print("Active units         {active_units}/{latent_dim} (variance of mu over sets > 0.01)".format(**head))
+    if len(figures["methods"]) > 1:
+        print(f"\n{'':32}  AUROC   95% interval      AUPRC   95% interval      (bootstrap over {figures['stays']:,} stays)")
+        for name, measures in figures["methods"].items():
+            print(f"{name:32}  {with_interval(measures['auroc'])}  {with_interval(measures['auprc'])}".replace("  95%", " "))
+
+
+def write_predictions(path, content, cohort, probability) -> None:
     """Probability of every stay of the data, with its label (empty: none) and the split the checkpoint knows it from."""
-    everyone = np.arange(len(cohort))
     split = np.full(len(cohort), "", dtype=object)
     for name, ids in content["split"].items():
         split[stays_of(cohort, ids)] = name
-    table = pd.DataFrame({"stay_id": cohort.stay_id, "probability": predict(model, encode_stays(model, dataset, everyone, torch.device("cpu"))),
-                          "split": split, "label": pd.array(np.where(cohort.label >= 0, cohort.label, np.nan), dtype="Int64")})
+    table = pd.DataFrame({"stay_id": cohort.stay_id, "probability": probability, "split": split,
+                          "label": pd.array(np.where(cohort.label >= 0, cohort.label, np.nan), dtype="Int64")})
     write_atomically(path, lambda out: table.to_csv(out, index=False))
     print(f"predictions: {len(table):,} stays written to {path}")
+
+
+@torch.no_grad()
+def embed_stays(model, dataset, stays) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of every stay the head input before standardisation [n, F] (as `train.encode_stays`) and h after its last set [n, d]."""
+    features, end = torch.zeros(len(stays), sum(model._feature_sizes().values())), torch.zeros(len(stays), model.config.latent_dim)
+    batches = sorted_batches(np.diff(dataset.cohort.stay_start)[stays], EVALUATION_BATCH)
+    for places, batch in zip(batches, progress(evaluation_loader(dataset, stays, CPU), len(batches), "encoding")):
+        _, _, z, h = model.encode(batch)
+        features[places], end[places] = model._head_input(z, h, batch), h[torch.arange(len(h)), batch.lengths - 1]
+    return features, end
+
+
+def write_embeddings(path, stay_id, features, h) -> None:
+    def write(out):
+        with open(out, "wb") as file:  # given a name, NumPy would append .npz
+            np.savez(file, stay_id=stay_id, features=features.numpy(), h=h.numpy())
+    write_atomically(path, write)
+    print(f"embeddings: {len(stay_id):,} stays, features [{features.shape[1]}] and h [{h.shape[1]}], written to {path}")
 
 
 @torch.no_grad()
@@ -1583,6 +1872,196 @@ def active_units(model, dataset, stays) -> int:
     for batch in evaluation_loader(dataset, stays, torch.device("cpu")):
         mus.append(model.setvae.encode(batch)[0][batch.slot_set < len(batch.group_slot)])
     return int((torch.cat(mus).var(0) > 0.01).sum())
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# One stay over time
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+def find_stay(cohort, stay_id) -> int | None:
+    """Index of the stay with this id (None where none is asked for)."""
+    if stay_id is None:
+        return None
+    found = np.flatnonzero(cohort.stay_id == stay_id)
+    if not len(found):
+        raise InputError(f"--trajectory {stay_id}: no such stay in the data ({', '.join(cohort.stay_id[:3])} ...); give the id of one")
+    return int(found[0])
+
+
+@torch.no_grad()
+def risk_over_time(model, dataset, stay: int, together: int = 32) -> dict:
+    """The risk after every set of a stay, as if the stay had ended there. The model is causal: one pass gives z and h of all L sets, and the
+    L prefixes differ only in where they end; `together` of them make a batch."""
+    batch, cohort = dataset[np.array([stay])], dataset.cohort
+    _, _, z, h = model.encode(batch)                                                                 # [1, L, d]
+    risk = []
+    for ends in torch.arange(1, int(batch.lengths) + 1).split(together):
+        n = len(ends)
+        # What `_head_input` reads of a batch; events after a prefix's end lie in slots that no causal statistic at its end sees.
+        prefixes = replace(batch, lengths=ends, label=batch.label.expand(n), minute=batch.minute.expand(n, -1),
+                           event_variable=batch.event_variable.repeat(n), event_value=batch.event_value.repeat(n),
+                           event_slot=(torch.arange(n)[:, None] * batch.minute.shape[1] + batch.event_slot).flatten())
+        risk += predict(model, model._head_input(z.expand(n, -1, -1), h.expand(n, -1, -1), prefixes)).tolist()
+    sets = np.arange(cohort.stay_start[stay], cohort.stay_start[stay + 1])
+    return {"stay": str(cohort.stay_id[stay]), "label": int(cohort.label[stay]), "minute": cohort.set_minute[sets].tolist(),
+            "events": np.diff(cohort.set_start)[sets].tolist(), "risk": risk}
+
+
+LABELS = {-1: "no label", 0: "label 0", 1: "label 1"}
+
+
+def print_trajectory(trajectory: dict) -> None:
+    print(f"\nStay {trajectory['stay']} ({LABELS[trajectory['label']]}): risk after each of its {len(trajectory['risk'])} sets\n  set      hour  events    risk")
+    for i, (minute, events, risk) in enumerate(zip(trajectory["minute"], trajectory["events"], trajectory["risk"])):
+        print(f"{i + 1:5d}  {minute / 60:8.2f}  {events:6d}  {risk:6.4f}  {'#' * round(40 * risk)}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# Pictures: lines differ in style as well as in colour, so that they are readable in grey
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+STYLES = [dict(color=color, linestyle=style) for color, style in (("black", "-"), ("#0072B2", "--"), ("#D55E00", "-."), ("#888888", ":"))]
+
+
+def new_figure(columns: int, rows: int = 1, width: float = 4.4, height: float = 3.8, **options):
+    """A figure and its axes, row by row; width and height of one in inches. Without pyplot: no window, no global state."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError("--plots needs matplotlib; pip install matplotlib") from None
+    figure = Figure(figsize=(columns * width, rows * height), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, **options).ravel()
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def picture_folder(path) -> Path:
+    """The folder, made. Raises InputError where it or matplotlib cannot be had, before anything is computed."""
+    new_figure(1)
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--plots {path}: cannot be made ({error.strerror}); choose another folder") from None
+    return Path(path)
+
+
+def save_figure(figure, path: Path) -> None:
+    write_atomically(path, lambda out: figure.savefig(out, format="png", dpi=130))
+
+
+# title, unit, and the columns of metrics.csv in training and on the validation stays
+CURVES = [("loss", "loss", "loss", "val_loss"), ("KL divergence", "nats a set", "kl", "val_kl"), ("active units", "units of mu", "", "active_units"),
+          ("AUROC", "AUROC", "", "val_auc"), ("AUPRC", "AUPRC", "", "val_auprc")]
+
+
+def plot_curves(folder: Path, checkpoint, pretrained) -> None:
+    """curves.png, of the metrics.csv beside the checkpoint and beside the one that it was finetuned from, where they are still there."""
+    panels = []
+    for mode, path in (("pretraining", pretrained), ("finetuning", checkpoint)):
+        if path and (metrics := Path(path).parent / "metrics.csv").is_file():
+            table = pd.read_csv(metrics)
+            for title, unit, *columns in CURVES:
+                lines = {name: table[column] for name, column in zip(("training", "validation"), columns) if column in table}
+                panels += [(f"{mode}: {title}", unit, table["epoch"], lines)] if lines else []
+        else:
+            print(f"pictures: no curves of the {mode} run, as no metrics.csv lies beside {path or 'its checkpoint, which is unknown'}")
+    if not panels:
+        return
+    figure, axes = new_figure(3, -(-len(panels) // 3), height=3.2)
+    for ax, (title, unit, epoch, lines) in zip(axes, panels):
+        for name, values in lines.items():
+            ax.plot(epoch, values, marker="o", markersize=3, label=name, **STYLES[name == "validation"])
+        ax.set(title=title, xlabel="epoch", xlim=(.5, epoch.max() + .5), ylabel=unit if len(lines) > 1 else f"{unit}, {name}")
+        ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        if "units" in title:
+            ax.set_ylim(0)
+        if len(lines) > 1:
+            ax.legend(frameon=False)
+    for ax in axes[len(panels):]:
+        ax.set_axis_off()
+    save_figure(figure, folder / "curves.png")
+
+
+def plot_ranking(folder: Path, label, methods: dict) -> None:
+    """ranking.png: ROC and precision-recall of the checkpoint and, where fitted, the baselines."""
+    figure, (roc, pr) = new_figure(2, width=5, height=4.8)
+    for (name, p), style in zip(methods.items(), STYLES):
+        roc.plot(*roc_curve(label, p)[:2], label=f"{name} ({roc_auc_score(label, p):.3f})", **style)
+        precision, recall, _ = precision_recall_curve(label, p)
+        pr.plot(recall, precision, label=f"{name} ({average_precision_score(label, p):.3f})", drawstyle="steps-post", **style)
+    roc.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=.8)
+    pr.axhline(label.mean(), color="#bbbbbb", linewidth=.8, label=f"prevalence ({label.mean():.3f})")
+    roc.set(title=f"ROC, {len(label):,} stays", xlabel="false positive rate", ylabel="true positive rate", xlim=(0, 1), ylim=(0, 1.01))
+    pr.set(title=f"Precision-recall, {label.sum():,} positive", xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.01))
+    roc.legend(title="AUROC", frameon=False, fontsize=8, loc="lower right")
+    pr.legend(title="AUPRC", frameon=False, fontsize=8, loc="upper right")
+    save_figure(figure, folder / "ranking.png")
+
+
+def plot_calibration(folder: Path, label, probability, bins: int = 10) -> None:
+    """calibration.png: observed share of positives in bins of the predicted probability, with its 95% interval (Wilson 1927), and how many."""
+    which = np.minimum((probability * bins).astype(int), bins - 1)
+    count, positive, total = (np.bincount(which, weights, bins) for weights in (None, label, probability))
+    used = count > 0
+    n, share, mean = count[used], positive[used] / count[used], total[used] / count[used]
+    center = (share + 1.96 ** 2 / (2 * n)) / (1 + 1.96 ** 2 / n)
+    half = 1.96 / (1 + 1.96 ** 2 / n) * np.sqrt(share * (1 - share) / n + 1.96 ** 2 / (4 * n ** 2))
+    figure, (curve, bars) = new_figure(1, 2, width=5, height=3, sharex=True, gridspec_kw={"height_ratios": [3, 1]})
+    curve.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=.8, label="perfect")
+    curve.errorbar(mean, share, [(share - center + half).clip(0), (center + half - share).clip(0)], color="black", marker="o", markersize=4,
+                   linewidth=1, capsize=2, label="this checkpoint, 95% interval")
+    figure.suptitle(f"Calibration: Brier {brier_score_loss(label, probability):.3f}, expected error {calibration_error(label, probability, bins):.3f}")
+    curve.set(ylabel="observed share of positives", xlim=(0, 1), ylim=(0, 1.01))
+    curve.legend(frameon=False, ncols=2, fontsize=8, loc="lower center", bbox_to_anchor=(.5, 1))
+    bars.bar((np.arange(bins) + .5) / bins, count, width=.9 / bins, color="#777777")
+    bars.set(xlabel="predicted probability", ylabel="stays")
+    bars.yaxis.get_major_locator().set_params(integer=True)
+    save_figure(figure, folder / "calibration.png")
+
+
+def plot_features(folder: Path, features, label) -> None:
+    """features.png: the stays' standardised head inputs, clipped as the head clips them, on their first two principal components."""
+    pca = PCA(2, random_state=0)
+    place = pca.fit_transform(StandardScaler().fit_transform(features.numpy()).clip(-5, 5))
+    figure, (ax,) = new_figure(1, width=6, height=5)
+    styles = {-1: dict(marker=".", color="#bbbbbb"), 0: dict(marker="o", edgecolors="#888888", facecolors="none"), 1: dict(marker="^", color="black")}
+    for value, style in styles.items():
+        if (which := label == value).any():
+            ax.scatter(*place[which].T, s=14, linewidths=.6, alpha=.8, label=f"{LABELS[value]} ({which.sum():,})", **style)
+    figure.suptitle(f"Stay features ({features.shape[1]}) in two dimensions")
+    ax.set(**{f"{axis}label": f"principal component {i + 1} ({share:.0%} of the variance)"
+              for i, (axis, share) in enumerate(zip("xy", pca.explained_variance_ratio_))})
+    ax.legend(frameon=False, ncols=3, fontsize=8, loc="lower center", bbox_to_anchor=(.5, 1))
+    save_figure(figure, folder / "features.png")
+
+
+def plot_trajectory(folder: Path, trajectory: dict, dataset, stay: int, threshold: float, most: int = 40) -> None:
+    """trajectory.png: the risk after every set, above the stay's events (its `most` charted variables), low and high ones marked."""
+    cohort, normalizer = dataset.cohort, dataset.normalizer
+    events = stay_event_index(cohort, np.array([stay]))
+    hour = np.repeat(trajectory["minute"], trajectory["events"]) / 60
+    variable = dataset.variable[cohort.event_variable[events]]
+    hour, events, variable = (x[variable >= 0] for x in (hour, events, variable))
+    z = normalizer(variable, cohort.event_value[events])
+    names, count = np.unique(variable, return_counts=True)
+    shown = np.sort(names[np.argsort(-count, kind="stable")[:most]])[::-1]
+    figure, (risk, chart) = new_figure(1, 2, width=9, height=1.7 + .09 * len(shown), sharex=True,
+                                       gridspec_kw={"height_ratios": [2.2, .8 + .18 * len(shown)]})
+    risk.step(np.array(trajectory["minute"]) / 60, trajectory["risk"], where="post", color="black", marker=".", markersize=4)
+    risk.axhline(threshold, color="#888888", linestyle=":", label=f"threshold {threshold:.2f}")
+    risk.set(title=f"Stay {trajectory['stay']} ({LABELS[trajectory['label']]})", ylabel="risk",
+             ylim=(0, max(1.05 * max(*trajectory["risk"], threshold), .1)))
+    risk.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1))
+    for name, which, marker, color in (("1 sd below the mean or lower", z <= -1, "v", "#0072B2"), ("between", abs(z) < 1, ".", "#888888"),
+                                       ("1 sd above or higher", z >= 1, "^", "black")):
+        which = which & np.isin(variable, shown)
+        chart.scatter(hour[which], np.searchsorted(-shown, -variable[which]), s=13, linewidths=0, label=name, marker=marker, color=color)
+    chart.set_yticks(range(len(shown)), [normalizer.variables[v] for v in shown], fontsize=7)
+    chart.set(xlabel="hours since admission", ylim=(-1, len(shown)),
+              ylabel="variables" if len(shown) == len(names) else f"the {most} most charted of {len(names)} variables")
+    chart.legend(frameon=False, ncols=3, fontsize=8, loc="lower center", bbox_to_anchor=(.5, 1))
+    save_figure(figure, folder / "trajectory.png")
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------
@@ -1627,21 +2106,20 @@ def hand_made_baselines(cohort, train, test) -> dict[str, np.ndarray]:
             BASELINES[1]: boosting.fit(x.to_numpy(), y).predict_proba(x_test.to_numpy())[:, 1]}
 
 
-def print_baselines(content, cohort, dataset, stays, label, probability) -> None:
-    """Table of the checkpoint, the hand-made baselines and an untrained backbone of its config under the same head, all trained on the
-    checkpoint's training stays and scored on the same stays."""
-    train = labelled(cohort, content["split"]["train"])
-    methods = {"this checkpoint": probability, **hand_made_baselines(cohort, train, stays)}
+def baselines(arguments, content, cohort, dataset, stays, new) -> dict[str, np.ndarray]:
+    """Probabilities of the scored stays by the hand-made baselines and by an untrained backbone of the checkpoint's config under the same
+    head, all trained on the checkpoint's training stays."""
+    if new or "format" not in content:
+        raise InputError(f"{arguments.checkpoint}: --baselines are fitted on the data that train.py made the checkpoint with; leave "
+                         f"{'--data_dir' if new else '--baselines'} out")
+    methods = hand_made_baselines(cohort, labelled(cohort, content["split"]["train"]), stays)
     with tempfile.TemporaryDirectory() as folder:
         pretrained = Path(folder) / "untrained.pt"
         torch.save(content | {"mode": "pretrain"}, pretrained)
-        path = finetune(parse_arguments(["--mode", "finetune", "--pretrained_ckpt", str(pretrained), "--random_init", "--run_dir", f"{folder}/run"]))
-        model = open_classifier(path)[0]
-        methods["untrained backbone, same head"] = predict(model, encode_stays(model, dataset, stays, torch.device("cpu")))
-    draws = bootstrap(label, *methods.values())
-    print(f"\n{'':32}  AUROC  95% interval     AUPRC  95% interval     (bootstrap over {len(label):,} stays)")
-    for i, (name, p) in enumerate(methods.items()):
-        print(f"{name:32}  {roc_auc_score(label, p):.3f}  {interval(draws[:, i, 0])}   {average_precision_score(label, p):.3f}  {interval(draws[:, i, 1])}")
+        given = [f"--{name}={path}" for name in ("data_dir", "params_map", "label_file") if (path := getattr(arguments, name))]
+        path = finetune(parse_arguments(["--mode", "finetune", "--pretrained_ckpt", str(pretrained), "--random_init", "--run_dir", f"{folder}/run", *given]))
+        model = open_classifier(path, arguments.data_dir, arguments.params_map, arguments.label_file)[0]
+        return methods | {"untrained backbone, same head": predict(model, encode_stays(model, dataset, stays, CPU))}
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------
@@ -1767,17 +2245,27 @@ def print_protocol(folder: Path, data_dir) -> None:
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description="Without options: run every test. With --checkpoint: analyse a finetuned checkpoint. "
-                                                 "With --protocol: the measured tables of README.md.", allow_abbrev=False)
-    add = parser.add_argument
-    add("--checkpoint", help="the finetuned checkpoint to analyse, on its recorded test split")
+                                                 "With --protocol: the measured tables of README.md.", allow_abbrev=False,
+                                     usage="python test_suite.py [--checkpoint CKPT | --protocol [FOLDER]] [options]")
+    add = parser.add_argument_group("analysis of a checkpoint").add_argument
+    add("--checkpoint", metavar="CKPT", help="the finetuned checkpoint, of train.py or of the original implementation")
+    add("--baselines", action="store_true", help="compare with hand-made baselines and an untrained backbone")
+    add("--predictions", metavar="CSV", help="write stay_id, probability, split, label of every stay of the data, labelled or not")
+    add("--embeddings", metavar="NPZ", help="write stay_id, features and h after the last set of every stay")
+    add("--trajectory", metavar="STAY", help="the risk after every set of this stay")
+    add("--plots", metavar="DIR", help="draw curves, ROC and precision-recall, calibration, features and the --trajectory (needs matplotlib)")
+    add("--json", metavar="FILE", help="write the analysis' figures")
+    add_head_options(add)
+
+    add = parser.add_argument_group("data (default: the checkpoint's, of which the recorded test split is scored)").add_argument
     add("--data_dir", help="score all labelled stays of this data instead; the protocol's data")
-    add("--params_map", "--params_map_path", help="original layout: statistics of the variables")
-    add("--label_file", "--label_path", help="original layout: the labels")
-    add("--baselines", action="store_true", help="also fit the hand-made baselines and an untrained backbone")
-    add("--predictions", metavar="CSV", help="write stay_id, probability, label, split of every stay of the data, labelled or not")
+    add("--params_map", "--params_map_path", metavar="FILE", help="original layout: statistics, CSV variable,mean,std or .pkl")
+    add("--label_file", "--label_path", metavar="CSV", help="original layout: labels, ts_id,in_hospital_mortality")
+
+    add = parser.add_argument_group("protocol").add_argument
     add("--protocol", metavar="FOLDER", nargs="?", const=str(CHECKPOINTS / "protocol"),
         help="run the five-split protocol on --data_dir, keeping what is finished in FOLDER (default: checkpoints/protocol)")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="splits of the protocol (default: 0 1 2 3 4)")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], metavar="N", help="splits of the protocol (default: 0 1 2 3 4)")
     arguments = parser.parse_args(argv)
     try:
         if arguments.protocol:
@@ -1786,6 +2274,8 @@ def main(argv=None) -> int:
             protocol(arguments.data_dir, arguments.seeds, Path(arguments.protocol))
         elif arguments.checkpoint:
             performance(arguments)
+        elif sys.argv[1:] if argv is None else argv:
+            raise InputError("these options need --checkpoint (or --protocol); the tests run without any option")
         else:
             return pytest.main([__file__, "-q"])
     except InputError as error:

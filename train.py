@@ -40,29 +40,36 @@ FULL_TRAINING = dict(batch_size=8, max_epochs=3)
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Pretrain SeqSetVAE without labels, or finetune a pretrained one.",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    add = parser.add_argument
-    add("--mode", choices=("pretrain", "finetune"), required=True)
-    add("--data_dir", help="folder of the data (default: the embedded synthetic cohort; finetune: the checkpoint's)")
-    add("--params_map", "--params_map_path", dest="params_map", help="statistics of the original layout: CSV variable,mean,std, or .pkl")
-    add("--label_file", "--label_path", dest="label_file", help="labels of the original layout: CSV ts_id,in_hospital_mortality")
-    add("--synthetic_stays", type=positive, default=1000, help="size of the embedded cohort (default: %(default)s)")
-    add("--pretrained_ckpt", help="finetune: the pretrained checkpoint")
-    add("--full_training", action="store_true", help="finetune: train everything, not the head alone")
-    add("--random_init", action="store_true", help="finetune: the checkpoint's architecture, data and split, but an untrained backbone")
-    add("--allow_partial", action="store_true", help="finetune: go on although backbone weights are missing in the checkpoint")
-    add("--label_fraction", type=fraction, default=1.0, help="finetune: share of the training labels used (default: all)")
-    add("--objective", choices=("readout", "original"), default="readout", help="pretrain: our objective, or the original's (default: %(default)s)")
-    add("--batch_size", type=positive, help=f"stays a step (default: pretrain {PRETRAIN['batch_size']}, finetune {FINETUNE['batch_size']}, "
-                                            f"full training {FULL_TRAINING['batch_size']})")
-    add("--max_epochs", type=positive, help=f"(default: pretrain {PRETRAIN['max_epochs']}, finetune {FINETUNE['max_epochs']}, "
-                                            f"full training {FULL_TRAINING['max_epochs']})")
-    add("--seed", type=int, default=0, help="of the split, the weights and the order of the batches (default: %(default)s)")
+    parser = argparse.ArgumentParser(description="Pretrain SeqSetVAE without labels, or finetune a pretrained one.", allow_abbrev=False,
+                                     usage="python train.py --mode {pretrain,finetune} [options]")
+    parser.add_argument("--mode", choices=("pretrain", "finetune"), required=True)
+    defaults = {name: f"pretrain {PRETRAIN[name]}, finetune {FINETUNE[name]}, full training {FULL_TRAINING[name]}" for name in FULL_TRAINING}
+
+    add = parser.add_argument_group("data (default: the embedded synthetic cohort; finetune: the checkpoint's)").add_argument
+    add("--data_dir", help="folder of the data, of any layout that README.md lists")
+    add("--params_map", "--params_map_path", dest="params_map", metavar="FILE", help="original layout: statistics, CSV variable,mean,std or .pkl")
+    add("--label_file", "--label_path", dest="label_file", metavar="CSV", help="original layout: labels, ts_id,in_hospital_mortality")
+    add("--synthetic_stays", type=positive, default=1000, metavar="N", help="size of the embedded cohort (default: %(default)s)")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--batch_size", type=positive, metavar="N", help=f"stays a step (default: {defaults['batch_size']})")
+    add("--max_epochs", type=positive, metavar="N", help=f"(default: {defaults['max_epochs']})")
+    add("--seed", type=int, default=0, metavar="N", help="of the split, the weights and the order of the batches (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: bf16 on CUDA, else fp32 (default: %(default)s)")
-    add("--run_dir", help="folder of this run (default: a new one under checkpoints/)")
+    add("--run_dir", metavar="DIR", help="folder of this run (default: a new one under checkpoints/)")
     add("--resume", metavar="RUN_DIR", help="go on with the run in this folder, from its last.pt; its options are kept")
+
+    add = parser.add_argument_group("pretrain").add_argument
+    add("--objective", choices=("readout", "original"), default="readout", help="our objective, or the original's (default: %(default)s)")
+
+    add = parser.add_argument_group("finetune").add_argument
+    add("--pretrained_ckpt", metavar="CKPT", help="the pretrained checkpoint (needed); the original implementation's will do")
+    add("--full_training", action="store_true", help="train everything, not the head alone")
+    add("--label_fraction", type=fraction, default=1.0, metavar="X", help="share of the training labels used (default: %(default)s)")
+    add("--random_init", action="store_true", help="the checkpoint's architecture, data and split, but an untrained backbone")
+    add("--allow_partial", action="store_true", help="go on although backbone weights are missing in the checkpoint")
+    add_head_options(add)
     arguments = parser.parse_args(argv)
     if arguments.resume:
         return resumed_arguments(arguments)
@@ -71,13 +78,19 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     return arguments
 
 
+def add_head_options(add) -> None:
+    """What the shapes in a bare state dict of the original implementation do not tell."""
+    for option, of in (("--set_heads", "set encoder"), ("--transformer_heads", "Transformer")):
+        add(option, type=positive, metavar="N", help=f"attention heads of the {of}, for a bare state dict of the original implementation")
+
+
 def resumed_arguments(arguments: argparse.Namespace) -> argparse.Namespace:
     """The options with which the run to be resumed was started."""
     path = Path(arguments.resume) / "last.pt"
     content = read_checkpoint(path)
     if content.get("mode") != arguments.mode or "trainer" not in content:
         raise InputError(f"{path}: not the last.pt of a run with --mode {arguments.mode}; resume it with its own mode")
-    return argparse.Namespace(**{**content["trainer"]["arguments"], "resume": arguments.resume})
+    return argparse.Namespace(**{**vars(arguments), **content["trainer"]["arguments"], "resume": arguments.resume})
 
 
 def positive(text: str) -> int:
@@ -122,9 +135,9 @@ def evaluation_loader(dataset: StayDataset, stays: np.ndarray, device: torch.dev
     return loader(dataset, [stays[b] for b in sorted_batches(np.diff(dataset.cohort.stay_start)[stays], EVALUATION_BATCH)], device)
 
 
-def progress(iterable, total: int, what: str):
-    """tqdm on a terminal, silent when piped."""
-    return tqdm(iterable, total=total, desc=what, leave=False, disable=None, unit="batch")
+def progress(iterable, total: int, what: str, batch_size: int = EVALUATION_BATCH):
+    """tqdm over `total` batches, counted in stays, on a terminal; silent when piped."""
+    return tqdm(iterable, total=total, desc=what, leave=False, disable=None, unit=" stays", unit_scale=batch_size)
 
 
 class Run:
@@ -260,7 +273,8 @@ def pretrain(arguments) -> Path:
         began, model = time.time(), model.train()
         batches = epoch_batches(lengths, settings["batch_size"], arguments.seed, epoch)
         done = start[1] if epoch == start[0] else 0
-        for batch in progress(loader(dataset, [train[b] for b in batches[done:]], device), len(batches) - done, f"epoch {epoch + 1}"):
+        bar = progress(loader(dataset, [train[b] for b in batches[done:]], device), len(batches) - done, f"epoch {epoch + 1}", settings["batch_size"])
+        for batch in bar:
             beta = config.max_beta * min(1, step / settings["beta_warmup_steps"])
             with torch.amp.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 losses = model(batch, beta)
@@ -269,6 +283,7 @@ def pretrain(arguments) -> Path:
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings["clip"])
             if device.type == "cpu" or step % 50 == 0:  # on an accelerator every look costs a synchronisation
                 finite_or_stop(norm, step, cohort.stay_id[batch.stay.cpu()])
+                bar.set_postfix(loss=f"{losses['loss'].item():.3f}", refresh=False)
             scaler.step(optimizer), scaler.update()
             optimizer.zero_grad(set_to_none=True)
             schedule.step()
@@ -364,6 +379,12 @@ def label_subset(cohort: Cohort, stays: np.ndarray, fraction: float, seed: int) 
     return np.sort(train_test_split(stays, train_size=fraction, stratify=cohort.label[stays], random_state=seed)[0])
 
 
+def parameter_counts(model) -> tuple[int, int]:
+    """Trainable parameters, and all."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
+
+
 def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
     full = arguments.full_training
     settings = (FULL_TRAINING if full else FINETUNE) | {k: v for k, v in (("batch_size", arguments.batch_size), ("max_epochs", arguments.max_epochs)) if v}
@@ -387,11 +408,17 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
         print(f"data: dropped: events of {len(dataset.unknown_variables)} variables unknown to the checkpoint: {', '.join(dataset.unknown_variables)}")
 
     torch.manual_seed(arguments.seed), random.seed(arguments.seed)
-    backbone = checkpoint_config(content, len(dataset.normalizer.variables), arguments.pretrained_ckpt)
+    backbone = checkpoint_config(content, len(dataset.normalizer.variables), arguments.pretrained_ckpt, arguments.set_heads, arguments.transformer_heads)
     model_config = replace(backbone, classification_only=not full, fuse=config.fuse, features=config.features, summaries=config.summaries,
                            head_members=config.head_members)
     vocabulary = content["vocabulary"] if "vocabulary" in content else variable_vectors(cohort.variables, backbone.input_dim, cohort.vectors)
+    if "vocabulary" not in content and not cohort.vectors.shape[1]:
+        print("warning: no cached.csv lies in the data: the original checkpoint was trained on other variable vectors than the hashed names used now")
     model = SeqSetVAE(model_config, vocabulary)
+    linear = tuple(member for member in config.head_members or () if not member[0])
+    if not full and linear and np.divide(*parameter_counts(model)) > config.max_trainable_ratio:
+        print(f"head: its linear member alone, as all would exceed {config.max_trainable_ratio:.0%} of the parameters of so small a backbone")
+        model = SeqSetVAE(replace(model_config, head_members=linear), vocabulary)
     if arguments.random_init:
         print("backbone: untrained (--random_init)")
     else:
@@ -401,7 +428,7 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
                              f"shape ({', '.join((report.missing + report.mismatched)[:3])} ...); give a matching checkpoint, or --allow_partial")
         print(f"✅ Loaded pretrained weights: {len(report.loaded)} tensors\n{report}")
     model.to(device)
-    total, trainable = (sum(p.numel() for p in model.parameters() if p.requires_grad or not t) for t in (False, True))
+    trainable, total = parameter_counts(model)
     print(f"model: SeqSetVAE, {'full training' if full else 'frozen backbone'}, {trainable:,} of {total:,} parameters trainable "
           f"({trainable / total:.2%}); {device}, {dtype}".replace("torch.", ""))
     if not full and trainable > config.max_trainable_ratio * total:
@@ -493,7 +520,7 @@ def train_head(arguments, config, settings, run, model, dataset, split, source, 
             print(f"early stop: the validation AUROC has not improved for {config.patience} epochs")
             break
         batches = epoch_batches(np.ones(len(train)), settings["batch_size"], arguments.seed, epoch)
-        loss = head_epoch(model, features, label, optimizer, config, progress(batches, len(batches), f"epoch {epoch + 1}"))
+        loss = head_epoch(model, features, label, optimizer, config, progress(batches, len(batches), f"epoch {epoch + 1}", settings["batch_size"]))
         if not math.isfinite(loss):
             raise InputError(f"epoch {epoch + 1}: the loss is not finite; lower the learning rate in finetune_config.py")
         schedule.step()
@@ -524,7 +551,8 @@ def train_everything(arguments, config, settings, run, model, dataset, split, so
         model.train()
         totals = torch.zeros(3, device=device)
         batches = epoch_batches(lengths, settings["batch_size"], arguments.seed, epoch)
-        for step, batch in enumerate(progress(loader(dataset, [train[b] for b in batches], device), len(batches), f"epoch {epoch + 1}")):
+        bar = progress(loader(dataset, [train[b] for b in batches], device), len(batches), f"epoch {epoch + 1}", settings["batch_size"])
+        for step, batch in enumerate(bar):
             with torch.amp.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 losses = model.losses(batch)
             classification = classification_loss(losses["logits"], batch.label, config)
@@ -535,6 +563,7 @@ def train_everything(arguments, config, settings, run, model, dataset, split, so
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
             if device.type == "cpu" or step % 50 == 0:
                 finite_or_stop(norm, step, dataset.cohort.stay_id[batch.stay.cpu()])
+                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
             scaler.step(optimizer), scaler.update()
             optimizer.zero_grad(set_to_none=True)
             totals += torch.stack([classification / len(model.cls_head), losses["reconstruction"], losses["kl"]]).detach() * len(batch)
