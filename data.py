@@ -16,6 +16,7 @@ import shutil
 import tarfile
 import tempfile
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -39,14 +40,28 @@ def write_atomically(path, write) -> None:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); free space or choose another folder") from None
+        with clear_write_error(path):
+            write(temporary)
+            sync(temporary)
+            temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.is_file():
+            temporary.unlink()
+
+
+@contextmanager
+def clear_write_error(path):
+    """A failed write becomes an InputError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error}); what was there before is untouched: free space or choose "
+                         "another folder") from None
+
+
+def sync(path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------
@@ -893,21 +908,21 @@ def _open_cache(folder: Path) -> Cohort | None:
 
 def _write_cache(folder: Path, cohort: Cohort) -> None:
     """Write to a temporary folder beside the target, sync, rename: a reader never sees a half-written cache."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
-    try:
-        for name in Cohort.ARRAYS:
-            np.save(temporary / f"{name}.npy", getattr(cohort, name), allow_pickle=False)
-        meta = {f.name: getattr(cohort, f.name) for f in fields(Cohort) if f.name not in Cohort.ARRAYS}
-        meta["shapes"] = {name: list(getattr(cohort, name).shape) for name in Cohort.ARRAYS}
-        (temporary / "meta.json").write_text(json.dumps(meta))
-        for path in temporary.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with clear_write_error(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
+        try:
+            for name in Cohort.ARRAYS:
+                np.save(temporary / f"{name}.npy", getattr(cohort, name), allow_pickle=False)
+            meta = {f.name: getattr(cohort, f.name) for f in fields(Cohort) if f.name not in Cohort.ARRAYS}
+            meta["shapes"] = {name: list(getattr(cohort, name).shape) for name in Cohort.ARRAYS}
+            (temporary / "meta.json").write_text(json.dumps(meta))
+            for path in temporary.iterdir():
+                sync(path)
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------
@@ -999,7 +1014,13 @@ class Normalizer:
 
     @classmethod
     def from_state(cls, state: dict) -> "Normalizer":
-        return cls(**{name: x.numpy() if torch.is_tensor(x) else x for name, x in state.items()})
+        """Raises InputError where the state is not that of a normalizer: it may come from a stranger's checkpoint."""
+        if set(state) != {f.name for f in fields(cls)} or not isinstance(state["variables"], list) or not isinstance(state["clip"], float):
+            raise InputError("the checkpoint's normalizer is not one; make the checkpoint again")
+        arrays = {name: state[name] for name in ("mean", "std", "log_scale")}
+        if not all(torch.is_tensor(x) and x.shape == (len(state["variables"]),) and x.is_floating_point() for x in arrays.values()):
+            raise InputError("the checkpoint's normalizer has other sizes than its vocabulary; make the checkpoint again")
+        return cls(**state | {name: x.numpy() for name, x in arrays.items()})
 
 
 def variable_vectors(variables: list[str], dim: int, given: np.ndarray | None = None) -> torch.Tensor:

@@ -8,6 +8,7 @@ r reduced_dim, m inducing points, k statistics of a variable's history.
 """
 
 import math
+import zipfile
 from dataclasses import dataclass, fields
 
 import torch
@@ -54,6 +55,21 @@ class ModelConfig:
     features: str = "beliefs"       # "stable"; "beliefs": stable + the history that the latents tell; "multiscale": all pools + that history
     summaries: bool = False         # exact per-variable summaries of the stay beside the learned features
     head_members: tuple | None = None  # (hidden widths, weight) of the heads that are averaged; None: a single head of d, d/2, d/4
+
+    def __post_init__(self):
+        """Refuse what no model can be, before memory is allocated for it: a config may come from a stranger's checkpoint."""
+        fits = {int: lambda x: type(x) is int and 1 <= x <= 2**20, float: lambda x: type(x) in (int, float) and 0 <= x < math.inf,
+                bool: lambda x: type(x) is bool, str: lambda x: x in ("readout", "slots", "stable", "beliefs", "multiscale")}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if not fits.get(f.type, lambda x: True)(value) or f.name in ("dropout", "hide_sets", "drop_events") and value > 1:
+                raise InputError(f"model config: {f.name} is {str(value)[:40]!r}, which no model can have")
+        if self.latent_dim % (2 * self.heads) or self.latent_dim % self.set_heads:
+            raise InputError(f"model config: latent_dim {self.latent_dim} is odd or no multiple of heads {self.heads} and set_heads {self.set_heads}")
+        widest = max(self.latent_dim, self.reduced_dim, self.ff_dim, self.inducing)
+        weights = self.latent_dim * (widest * (self.layers + self.levels) + 8 * self.num_variables) + self.input_dim * (self.reduced_dim + self.num_variables)
+        if weights > 2**30:
+            raise InputError(f"model config: sizes of about {weights:.0e} weights; 1e9 is the most")
 
     @classmethod
     def original(cls, num_variables: int, **sizes) -> "ModelConfig":
@@ -717,7 +733,8 @@ def moments(x, real):
 # ----------------------------------------------------------------------------------------------------------------------------------
 
 CHECKPOINT_FORMAT = 1
-_CHECKPOINT_KEYS = {"mode", "model_config", "model", "vocabulary", "normalizer", "split", "source", "metrics"}  # see train.model_content
+_CHECKPOINT_TYPES = {"mode": str, "model_config": dict, "model": dict, "vocabulary": torch.Tensor, "normalizer": dict, "split": dict,
+                     "source": dict, "metrics": dict}  # see train.model_content
 _WRAPPERS = ("module.", "_orig_mod.", "model.")  # DDP, torch.compile, a LightningModule's attribute
 # Prefix in the original implementation -> ours.
 _ORIGINAL_NAMES = {
@@ -732,6 +749,8 @@ _SKIPPED = ("cls_head.", "feature_", "vae_feature_fusion.", "mask_token", "setva
 def read_checkpoint(path, device="cpu") -> dict:
     """The checkpoint's content: plain types and tensors only, nothing in it is executed. Raises InputError where it cannot be used."""
     try:
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch.load takes a flipped bit for a weight
+            raise zipfile.BadZipFile("checksum")
         content = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint; give the path that train.py printed") from None
@@ -742,10 +761,11 @@ def read_checkpoint(path, device="cpu") -> dict:
                          "it may be truncated or of another program: make it again") from None
     if not isinstance(content, dict) or not content:
         raise InputError(f"{path}: holds {type(content).__name__}, not a checkpoint; give a file that train.py wrote")
-    if "format" in content and (lacking := _CHECKPOINT_KEYS - set(content)):
-        raise InputError(f"{path}: a checkpoint without {', '.join(sorted(lacking))}; it was not written by train.py: make it again")
     if content.get("format", CHECKPOINT_FORMAT) != CHECKPOINT_FORMAT:
         raise InputError(f"{path}: checkpoint format {content['format']}, this version reads {CHECKPOINT_FORMAT}; use the matching version")
+    lacking = [name for name, kind in _CHECKPOINT_TYPES.items() if not isinstance(content.get(name), kind)]
+    if "format" in content and lacking:
+        raise InputError(f"{path}: a checkpoint without {', '.join(lacking)}; it was not written by train.py: make it again")
     return content
 
 
@@ -774,17 +794,36 @@ def load_checkpoint_weights(path, device="cpu") -> dict[str, torch.Tensor]:
 def checkpoint_config(content: dict, num_variables: int, path) -> ModelConfig:
     """The model config of a checkpoint: recorded in ours; from the hyper-parameters of an original one (V is then the data's)."""
     if "format" in content:
-        known = {f.name for f in fields(ModelConfig)}
-        unknown = sorted(set(content["model_config"]) - known)
+        sizes = content["model_config"]
+        unknown = sorted(set(sizes) - {f.name for f in fields(ModelConfig)} | {"num_variables"} - set(sizes), key=str)
         if unknown:
-            raise InputError(f"{path}: unknown entry {unknown[0]!r} in its model config; use the version that wrote it")
-        return ModelConfig(**content["model_config"])
-    sizes = content.get("hyper_parameters")
-    names = {"input_dim": "input_dim", "reduced_dim": "reduced_dim", "latent_dim": "latent_dim", "levels": "levels", "set_heads": "heads",
-             "inducing": "m", "layers": "transformer_layers", "heads": "transformer_heads", "ff_dim": "ff_dim"}
-    if not isinstance(sizes, dict) or not set(names.values()) <= set(sizes):
-        raise InputError(f"{path}: no hyper_parameters with {', '.join(names.values())}; give a checkpoint of train.py or an original Lightning one")
-    return ModelConfig.original(num_variables, **{ours: sizes[theirs] for ours, theirs in names.items()})
+            raise InputError(f"{path}: unknown or missing entry {unknown[0]!r} in its model config; use the version that wrote it")
+        make = ModelConfig
+    else:
+        hyper = content.get("hyper_parameters")
+        names = {"input_dim": "input_dim", "reduced_dim": "reduced_dim", "latent_dim": "latent_dim", "levels": "levels", "set_heads": "heads",
+                 "inducing": "m", "layers": "transformer_layers", "heads": "transformer_heads", "ff_dim": "ff_dim"}
+        if not isinstance(hyper, dict) or not set(names.values()) <= set(hyper):
+            raise InputError(f"{path}: no hyper_parameters with {', '.join(names.values())}; give a checkpoint of train.py or an original Lightning one")
+        make, sizes = ModelConfig.original, {"num_variables": num_variables} | {ours: hyper[theirs] for ours, theirs in names.items()}
+    try:
+        config = make(**sizes)
+    except InputError as error:
+        raise InputError(f"{path}: {error}; it is damaged or forged") from None
+    held = tuple(content["vocabulary"].shape) if "format" in content else (num_variables, config.input_dim)
+    if not held == (config.num_variables, config.input_dim) == (num_variables, config.input_dim):
+        raise InputError(f"{path}: its vocabulary {list(held)}, its normalizer of {num_variables} variables and its model config of "
+                         f"{config.num_variables} x {config.input_dim} disagree; it is damaged or forged")
+    return config
+
+
+def load_weights(model: nn.Module, state: dict[str, torch.Tensor], path) -> None:
+    """Copy every weight of a checkpoint into the model of its config. Raises InputError where they disagree."""
+    own = model.state_dict()
+    wrong = sorted(own.keys() ^ state.keys()) + [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
+    if wrong:
+        raise InputError(f"{path}: weight {wrong[0]} is missing, unknown or of another shape than its model config says; use the version that wrote it")
+    model.load_state_dict(state)
 
 
 @dataclass

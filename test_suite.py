@@ -40,8 +40,8 @@ from data import (Cohort, EventBatch, InputError, Normalizer, StayDataset, build
                   ranges, read_long_table, round_up, sorted_batches, stay_event_index, stays_of, synthetic_cohort, variable_vectors,
                   write_atomically)
 from finetune_config import FinetuneConfig, classification_loss
-from model import (_CHECKPOINT_KEYS, History, ModelConfig, SeqSetVAE, SeqSetVAEPretrain, SetVAE, checkpoint_config, checkpoint_state,
-                   history_statistics, load_backbone, load_checkpoint_weights, measurement_grid, read_checkpoint)
+from model import (_CHECKPOINT_TYPES, History, ModelConfig, SeqSetVAE, SeqSetVAEPretrain, SetVAE, checkpoint_config, checkpoint_state,
+                   history_statistics, load_backbone, load_checkpoint_weights, load_weights, measurement_grid, read_checkpoint)
 from train import (CHECKPOINTS, encode_stays, evaluation_loader, finetune, label_subset, labelled, open_checkpoint, parse_arguments, predict,
                    pretrain)
 
@@ -896,7 +896,7 @@ def test_bad_options_are_refused(tmp_path, capsys):
 def test_a_pretrained_backbone_loads_whole_behind_any_prefix(tmp_path, prefix, container):
     model, classifier = build(SeqSetVAEPretrain, tiny()), build(SeqSetVAE, tiny(), seed=2)
     state = {prefix + name: tensor for name, tensor in model.state_dict().items()}
-    torch.save({"ours": dict.fromkeys(_CHECKPOINT_KEYS, {}) | {"format": 1, "mode": "pretrain", "model": state}, "bare": state, "state_dict": {"state_dict": state}}[container],
+    torch.save({"ours": {name: kind() for name, kind in _CHECKPOINT_TYPES.items()} | {"format": 1, "mode": "pretrain", "model": state}, "bare": state, "state_dict": {"state_dict": state}}[container],
                tmp_path / "some.pt")
     report = load_backbone(classifier, load_checkpoint_weights(tmp_path / "some.pt"))
     assert report.complete and not report.unexpected and report.skipped == ["mask_token"]
@@ -977,8 +977,8 @@ def test_pretraining_interrupted_and_resumed_ends_with_equal_bits(tmp_path, monk
     assert train.main([*command, "--run_dir", str(tmp_path / "whole")]) == 0
     assert len(pd.read_csv(tmp_path / "whole" / "metrics.csv")) == 2
 
-    def interrupting(norm, at, stays):
-        check(norm, at, stays)
+    def interrupting(norm, at, *rest):
+        check(norm, at, *rest)
         if at == step:
             os.kill(os.getpid(), signal.SIGTERM)
     monkeypatch.setattr(train, "finite_or_stop", interrupting)
@@ -994,7 +994,7 @@ def test_the_command_printed_at_an_interruption_goes_on_with_the_run(tmp_path, m
     monkeypatch.setattr(train, "ModelConfig", lambda v: tiny(num_variables=v))
     assert train.main([*PRETRAIN, "--max_epochs", "2", "--run_dir", str(tmp_path / "whole")]) == 0
     check = train.finite_or_stop
-    monkeypatch.setattr(train, "finite_or_stop", lambda *a: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(train, "finite_or_stop", lambda norm, at, *a: at == 0 and os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit, match="130"):
         train.main([*PRETRAIN, "--max_epochs", "2", "--run_dir", str(tmp_path / "cut")])
     monkeypatch.setattr(train, "finite_or_stop", check)
@@ -1489,7 +1489,7 @@ def open_classifier(path, data_dir=None, params_map=None, label_file=None):
     if content.get("mode") != "finetune":
         raise InputError(f"{path}: not a finetuned checkpoint; make one with: python train.py --mode finetune --pretrained_ckpt {path}")
     model = SeqSetVAE(checkpoint_config(content, len(dataset.normalizer.variables), path), content["vocabulary"])
-    model.load_state_dict(content["model"])
+    load_weights(model, content["model"], path)
     return model.eval(), content, cohort, dataset, new
 
 
