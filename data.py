@@ -16,6 +16,7 @@ import shutil
 import tarfile
 import tempfile
 import warnings
+import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -39,14 +40,13 @@ def write_atomically(path, write) -> None:
     """Call `write` with a temporary path in the same folder, sync it to disk, rename it to `path`: a reader meets the old file or the new."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with clear_write_error(path):
+    with clear_write_error(path):
+        try:
             write(temporary)
             sync(temporary)
             temporary.replace(path)
-    finally:
-        if temporary.is_file():
-            temporary.unlink()
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -441,7 +441,7 @@ def _join_labels(outcome: pd.DataFrame, ids: list[str], notes: dict) -> tuple[np
 def _usable_rows(table: Table) -> tuple[np.ndarray, dict]:
     """Mask of the rows with a variable and a finite value, and notes that count the others; InputError where a minute is no time."""
     minute, nameless = table["minute"], table["variable"].codes < 0
-    table.refuse("minute", ~((minute >= 0) & (minute < np.inf)), "; give minutes since admission, 0 or more")
+    table.refuse("minute", ~((minute >= 0) & (minute < 1e8)), "; give minutes since admission, 0 or more and below 1e8 (190 years)")
     with np.errstate(over="ignore"):
         unusable = ~np.isfinite(table["value"].astype(np.float32))
     return ~(nameless | unusable), {"rows with an empty variable": int(nameless.sum()),
@@ -493,7 +493,7 @@ def _records(path: Path):
                     raise InputError(f"{path}: member {member.name} is a link, a device or leaves the folder; download the archive again")
                 if member.isfile() and inside.suffix == ".txt":
                     records.append((inside.stem, archive.extractfile(member).read()))
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise InputError(f"{path}: damaged archive ({error}); download it again") from None
     if not records:
         raise InputError(f"{path}: holds no <RecordID>.txt; download the archive again")
@@ -650,6 +650,7 @@ def _read_statistics(path: Path) -> pd.DataFrame:
         given = pd.DataFrame({"mean": table["mean"], "std": table["std"]}, index=names.astype(object))
     else:
         raise InputError(f"{path}: statistics of this kind are not read; give .csv with variable,mean,std or .pkl")
+    given = given.astype(np.float32)
     return given[np.isfinite(given).all(axis=1) & (given["std"] > 0)]
 
 
@@ -1013,14 +1014,13 @@ class Normalizer:
         return {"variables": list(self.variables), "clip": self.clip, **arrays}
 
     @classmethod
-    def from_state(cls, state: dict) -> "Normalizer":
-        """Raises InputError where the state is not that of a normalizer: it may come from a stranger's checkpoint."""
-        if set(state) != {f.name for f in fields(cls)} or not isinstance(state["variables"], list) or not isinstance(state["clip"], float):
-            raise InputError("the checkpoint's normalizer is not one; make the checkpoint again")
-        arrays = {name: state[name] for name in ("mean", "std", "log_scale")}
-        if not all(torch.is_tensor(x) and x.shape == (len(state["variables"]),) and x.is_floating_point() for x in arrays.values()):
-            raise InputError("the checkpoint's normalizer has other sizes than its vocabulary; make the checkpoint again")
-        return cls(**state | {name: x.numpy() for name, x in arrays.items()})
+    def from_state(cls, state: dict, path) -> "Normalizer":
+        """From the checkpoint at `path`. Raises InputError where the state is not that of a normalizer."""
+        arrays = [state[name] for name in ("mean", "std", "log_scale")]
+        if not isinstance(state["variables"], list) or not isinstance(state["clip"], float) or not all(
+                torch.is_tensor(x) and x.shape == (len(state["variables"]),) and x.is_floating_point() for x in arrays):
+            raise InputError(f"{path}: its normalizer is damaged or forged; make the checkpoint again")
+        return cls(state["variables"], *(x.numpy() for x in arrays), state["clip"])
 
 
 def variable_vectors(variables: list[str], dim: int, given: np.ndarray | None = None) -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import EventBatch, InputError
+from data import SPLITS, EventBatch, InputError
 
 
 @dataclass
@@ -60,14 +60,20 @@ class ModelConfig:
         """Refuse what no model can be, before memory is allocated for it: a config may come from a stranger's checkpoint."""
         fits = {int: lambda x: type(x) is int and 1 <= x <= 2**20, float: lambda x: type(x) in (int, float) and 0 <= x < math.inf,
                 bool: lambda x: type(x) is bool, str: lambda x: x in ("readout", "slots", "stable", "beliefs", "multiscale")}
+        most = {"dropout": 1, "hide_sets": 1, "drop_events": 1, "layers": 256, "levels": 256}
         for f in fields(self):
             value = getattr(self, f.name)
-            if not fits.get(f.type, lambda x: True)(value) or f.name in ("dropout", "hide_sets", "drop_events") and value > 1:
+            if not fits.get(f.type, lambda x: True)(value) or f.name in most and value > most[f.name]:
                 raise InputError(f"model config: {f.name} is {str(value)[:40]!r}, which no model can have")
+        members = self.head_members or ()
+        if not (isinstance(members, tuple) and all(isinstance(widths, tuple) and all(type(w) is int and 0 < w <= 2**12 for w in widths)
+                                                   for widths, _ in members)):
+            raise InputError(f"model config: head_members is {str(members)[:40]!r}, which is no tuple of (hidden widths, weight)")
         if self.latent_dim % (2 * self.heads) or self.latent_dim % self.set_heads:
             raise InputError(f"model config: latent_dim {self.latent_dim} is odd or no multiple of heads {self.heads} and set_heads {self.set_heads}")
-        widest = max(self.latent_dim, self.reduced_dim, self.ff_dim, self.inducing)
-        weights = self.latent_dim * (widest * (self.layers + self.levels) + 8 * self.num_variables) + self.input_dim * (self.reduced_dim + self.num_variables)
+        d, v = self.latent_dim, self.num_variables
+        weights = (d * (self.layers * (4 * d + 2 * self.ff_dim) + self.levels * (40 * d + 2 * self.inducing) + 12 * v + self.reduced_dim)
+                   + self.input_dim * (2 * self.reduced_dim + v))
         if weights > 2**30:
             raise InputError(f"model config: sizes of about {weights:.0e} weights; 1e9 is the most")
 
@@ -735,6 +741,8 @@ def moments(x, real):
 CHECKPOINT_FORMAT = 1
 _CHECKPOINT_TYPES = {"mode": str, "model_config": dict, "model": dict, "vocabulary": torch.Tensor, "normalizer": dict, "split": dict,
                      "source": dict, "metrics": dict}  # see train.model_content
+_CHECKPOINT_ENTRIES = {"normalizer": ("variables", "mean", "std", "log_scale", "clip"), "split": SPLITS, "metrics": ("epoch",),
+                       "source": ("data_dir", "synthetic_stays", "fingerprint", "seed", "command", "versions")}
 _WRAPPERS = ("module.", "_orig_mod.", "model.")  # DDP, torch.compile, a LightningModule's attribute
 # Prefix in the original implementation -> ours.
 _ORIGINAL_NAMES = {
@@ -764,6 +772,7 @@ def read_checkpoint(path, device="cpu") -> dict:
     if content.get("format", CHECKPOINT_FORMAT) != CHECKPOINT_FORMAT:
         raise InputError(f"{path}: checkpoint format {content['format']}, this version reads {CHECKPOINT_FORMAT}; use the matching version")
     lacking = [name for name, kind in _CHECKPOINT_TYPES.items() if not isinstance(content.get(name), kind)]
+    lacking = lacking or [f"{name}[{entry}]" for name, entries in _CHECKPOINT_ENTRIES.items() for entry in entries if entry not in content[name]]
     if "format" in content and lacking:
         raise InputError(f"{path}: a checkpoint without {', '.join(lacking)}; it was not written by train.py: make it again")
     return content
@@ -820,7 +829,7 @@ def checkpoint_config(content: dict, num_variables: int, path) -> ModelConfig:
 def load_weights(model: nn.Module, state: dict[str, torch.Tensor], path) -> None:
     """Copy every weight of a checkpoint into the model of its config. Raises InputError where they disagree."""
     own = model.state_dict()
-    wrong = sorted(own.keys() ^ state.keys()) + [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
+    wrong = sorted(own.keys() ^ state.keys()) + [name for name in own.keys() & state.keys() if own[name].shape != getattr(state[name], "shape", None)]
     if wrong:
         raise InputError(f"{path}: weight {wrong[0]} is missing, unknown or of another shape than its model config says; use the version that wrote it")
     model.load_state_dict(state)

@@ -268,6 +268,8 @@ def pretrain(arguments) -> Path:
     print(cohort.describe())
     split = make_splits(cohort, arguments.seed)
     train, valid = stays_of(cohort, split["train"]), stays_of(cohort, split["valid"])
+    if not len(train) or not len(valid):
+        raise InputError(f"{cohort.reader}: its own split has {len(train)} train and {len(valid)} valid stays; give some to each, or leave the split out")
     dataset = StayDataset(cohort, Normalizer.fit(cohort, train))
     lengths = np.diff(cohort.stay_start)[train]
 
@@ -372,7 +374,7 @@ def open_checkpoint(path, data_dir=None, synthetic_stays=None, params_map=None, 
     cohort = load_cohort(data_dir, synthetic_stays or 1000, params_map=params_map, label_file=label_file)
     if "format" not in content:
         return content, cohort, None, None, True
-    dataset = StayDataset(cohort, Normalizer.from_state(content["normalizer"]))
+    dataset = StayDataset(cohort, Normalizer.from_state(content["normalizer"], path))
     if len(dataset.unknown_variables) == len(cohort.variables):
         raise InputError(f"{path}: its vocabulary holds none of the data's variables ({', '.join(cohort.variables[:5])} ...); "
                          "pretrain on this data, or rename its variables")
