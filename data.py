@@ -356,7 +356,7 @@ def _read_csv(paths, columns, optional, rest, separator) -> Table:
         raise InputError(f"{table.place(0)}: more cells than the {len(names)} columns; mend the line") from None
     except pd.errors.EmptyDataError:
         return table
-    except (ValueError, OverflowError) as error:
+    except (ValueError, OverflowError, csv.Error) as error:
         wide = re.search(r"Expected (\d+) fields in line (\d+), saw (\d+)", str(error))
         where = f"{table.place(int(wide[2]) - 1)}: {wide[3]} cells where the columns are {wide[1]}" if wide else f"{paths[0]}: {str(error).strip()}"
         raise InputError(f"{where}; mend the line") from None
