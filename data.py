@@ -16,6 +16,8 @@ import shutil
 import tarfile
 import tempfile
 import warnings
+import zlib
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -38,15 +40,28 @@ def write_atomically(path, write) -> None:
     """Call `write` with a temporary path in the same folder, sync it to disk, rename it to `path`: a reader meets the old file or the new."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with clear_write_error(path):
+        try:
+            write(temporary)
+            sync(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def clear_write_error(path):
+    """A failed write becomes an InputError that names `path`."""
     try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        yield
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); free space or choose another folder") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written ({error.strerror or error}); what was there before is untouched: free space or choose "
+                         "another folder") from None
+
+
+def sync(path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------
@@ -341,7 +356,7 @@ def _read_csv(paths, columns, optional, rest, separator) -> Table:
         raise InputError(f"{table.place(0)}: more cells than the {len(names)} columns; mend the line") from None
     except pd.errors.EmptyDataError:
         return table
-    except (ValueError, OverflowError) as error:
+    except (ValueError, OverflowError, csv.Error) as error:
         wide = re.search(r"Expected (\d+) fields in line (\d+), saw (\d+)", str(error))
         where = f"{table.place(int(wide[2]) - 1)}: {wide[3]} cells where the columns are {wide[1]}" if wide else f"{paths[0]}: {str(error).strip()}"
         raise InputError(f"{where}; mend the line") from None
@@ -426,7 +441,7 @@ def _join_labels(outcome: pd.DataFrame, ids: list[str], notes: dict) -> tuple[np
 def _usable_rows(table: Table) -> tuple[np.ndarray, dict]:
     """Mask of the rows with a variable and a finite value, and notes that count the others; InputError where a minute is no time."""
     minute, nameless = table["minute"], table["variable"].codes < 0
-    table.refuse("minute", ~((minute >= 0) & (minute < np.inf)), "; give minutes since admission, 0 or more")
+    table.refuse("minute", ~((minute >= 0) & (minute < 1e8)), "; give minutes since admission, 0 or more and below 1e8 (190 years)")
     with np.errstate(over="ignore"):
         unusable = ~np.isfinite(table["value"].astype(np.float32))
     return ~(nameless | unusable), {"rows with an empty variable": int(nameless.sum()),
@@ -478,7 +493,7 @@ def _records(path: Path):
                     raise InputError(f"{path}: member {member.name} is a link, a device or leaves the folder; download the archive again")
                 if member.isfile() and inside.suffix == ".txt":
                     records.append((inside.stem, archive.extractfile(member).read()))
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise InputError(f"{path}: damaged archive ({error}); download it again") from None
     if not records:
         raise InputError(f"{path}: holds no <RecordID>.txt; download the archive again")
@@ -635,6 +650,7 @@ def _read_statistics(path: Path) -> pd.DataFrame:
         given = pd.DataFrame({"mean": table["mean"], "std": table["std"]}, index=names.astype(object))
     else:
         raise InputError(f"{path}: statistics of this kind are not read; give .csv with variable,mean,std or .pkl")
+    given = given.astype(np.float32)
     return given[np.isfinite(given).all(axis=1) & (given["std"] > 0)]
 
 
@@ -893,21 +909,21 @@ def _open_cache(folder: Path) -> Cohort | None:
 
 def _write_cache(folder: Path, cohort: Cohort) -> None:
     """Write to a temporary folder beside the target, sync, rename: a reader never sees a half-written cache."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
-    try:
-        for name in Cohort.ARRAYS:
-            np.save(temporary / f"{name}.npy", getattr(cohort, name), allow_pickle=False)
-        meta = {f.name: getattr(cohort, f.name) for f in fields(Cohort) if f.name not in Cohort.ARRAYS}
-        meta["shapes"] = {name: list(getattr(cohort, name).shape) for name in Cohort.ARRAYS}
-        (temporary / "meta.json").write_text(json.dumps(meta))
-        for path in temporary.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with clear_write_error(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
+        try:
+            for name in Cohort.ARRAYS:
+                np.save(temporary / f"{name}.npy", getattr(cohort, name), allow_pickle=False)
+            meta = {f.name: getattr(cohort, f.name) for f in fields(Cohort) if f.name not in Cohort.ARRAYS}
+            meta["shapes"] = {name: list(getattr(cohort, name).shape) for name in Cohort.ARRAYS}
+            (temporary / "meta.json").write_text(json.dumps(meta))
+            for path in temporary.iterdir():
+                sync(path)
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------
@@ -998,8 +1014,13 @@ class Normalizer:
         return {"variables": list(self.variables), "clip": self.clip, **arrays}
 
     @classmethod
-    def from_state(cls, state: dict) -> "Normalizer":
-        return cls(**{name: x.numpy() if torch.is_tensor(x) else x for name, x in state.items()})
+    def from_state(cls, state: dict, path) -> "Normalizer":
+        """From the checkpoint at `path`. Raises InputError where the state is not that of a normalizer."""
+        arrays = [state[name] for name in ("mean", "std", "log_scale")]
+        if not isinstance(state["variables"], list) or not isinstance(state["clip"], float) or not all(
+                torch.is_tensor(x) and x.shape == (len(state["variables"]),) and x.is_floating_point() for x in arrays):
+            raise InputError(f"{path}: its normalizer is damaged or forged; make the checkpoint again")
+        return cls(state["variables"], *(x.numpy() for x in arrays), state["clip"])
 
 
 def variable_vectors(variables: list[str], dim: int, given: np.ndarray | None = None) -> torch.Tensor:

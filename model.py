@@ -8,13 +8,14 @@ r reduced_dim, m inducing points, k statistics of a variable's history.
 """
 
 import math
+import zipfile
 from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import EventBatch, InputError
+from data import SPLITS, EventBatch, InputError
 
 
 @dataclass
@@ -54,6 +55,27 @@ class ModelConfig:
     features: str = "beliefs"       # "stable"; "beliefs": stable + the history that the latents tell; "multiscale": all pools + that history
     summaries: bool = False         # exact per-variable summaries of the stay beside the learned features
     head_members: tuple | None = None  # (hidden widths, weight) of the heads that are averaged; None: a single head of d, d/2, d/4
+
+    def __post_init__(self):
+        """Refuse what no model can be, before memory is allocated for it: a config may come from a stranger's checkpoint."""
+        fits = {int: lambda x: type(x) is int and 1 <= x <= 2**20, float: lambda x: type(x) in (int, float) and 0 <= x < math.inf,
+                bool: lambda x: type(x) is bool, str: lambda x: x in ("readout", "slots", "stable", "beliefs", "multiscale")}
+        most = {"dropout": 1, "hide_sets": 1, "drop_events": 1, "layers": 256, "levels": 256}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if not fits.get(f.type, lambda x: True)(value) or f.name in most and value > most[f.name]:
+                raise InputError(f"model config: {f.name} is {str(value)[:40]!r}, which no model can have")
+        members = self.head_members or ()
+        if not (isinstance(members, tuple) and all(isinstance(widths, tuple) and all(type(w) is int and 0 < w <= 2**12 for w in widths)
+                                                   for widths, _ in members)):
+            raise InputError(f"model config: head_members is {str(members)[:40]!r}, which is no tuple of (hidden widths, weight)")
+        if self.latent_dim % (2 * self.heads) or self.latent_dim % self.set_heads:
+            raise InputError(f"model config: latent_dim {self.latent_dim} is odd or no multiple of heads {self.heads} and set_heads {self.set_heads}")
+        d, v = self.latent_dim, self.num_variables
+        weights = (d * (self.layers * (4 * d + 2 * self.ff_dim) + self.levels * (40 * d + 2 * self.inducing) + 12 * v + self.reduced_dim)
+                   + self.input_dim * (2 * self.reduced_dim + v))
+        if weights > 2**30:
+            raise InputError(f"model config: sizes of about {weights:.0e} weights; 1e9 is the most")
 
     @classmethod
     def original(cls, num_variables: int, **sizes) -> "ModelConfig":
@@ -717,7 +739,10 @@ def moments(x, real):
 # ----------------------------------------------------------------------------------------------------------------------------------
 
 CHECKPOINT_FORMAT = 1
-_CHECKPOINT_KEYS = {"mode", "model_config", "model", "vocabulary", "normalizer", "split", "source", "metrics"}  # see train.model_content
+_CHECKPOINT_TYPES = {"mode": str, "model_config": dict, "model": dict, "vocabulary": torch.Tensor, "normalizer": dict, "split": dict,
+                     "source": dict, "metrics": dict}  # see train.model_content
+_CHECKPOINT_ENTRIES = {"normalizer": ("variables", "mean", "std", "log_scale", "clip"), "split": SPLITS, "metrics": ("epoch",),
+                       "source": ("data_dir", "synthetic_stays", "fingerprint", "seed", "command", "versions")}
 _WRAPPERS = ("module.", "_orig_mod.", "model.")  # DDP, torch.compile, a LightningModule's attribute
 # Prefix in the original implementation -> ours.
 _ORIGINAL_NAMES = {
@@ -732,6 +757,8 @@ _SKIPPED = ("cls_head.", "feature_", "vae_feature_fusion.", "mask_token", "setva
 def read_checkpoint(path, device="cpu") -> dict:
     """The checkpoint's content: plain types and tensors only, nothing in it is executed. Raises InputError where it cannot be used."""
     try:
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch.load takes a flipped bit for a weight
+            raise zipfile.BadZipFile("checksum")
         content = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint; give the path that train.py printed") from None
@@ -742,10 +769,12 @@ def read_checkpoint(path, device="cpu") -> dict:
                          "it may be truncated or of another program: make it again") from None
     if not isinstance(content, dict) or not content:
         raise InputError(f"{path}: holds {type(content).__name__}, not a checkpoint; give a file that train.py wrote")
-    if "format" in content and (lacking := _CHECKPOINT_KEYS - set(content)):
-        raise InputError(f"{path}: a checkpoint without {', '.join(sorted(lacking))}; it was not written by train.py: make it again")
     if content.get("format", CHECKPOINT_FORMAT) != CHECKPOINT_FORMAT:
         raise InputError(f"{path}: checkpoint format {content['format']}, this version reads {CHECKPOINT_FORMAT}; use the matching version")
+    lacking = [name for name, kind in _CHECKPOINT_TYPES.items() if not isinstance(content.get(name), kind)]
+    lacking = lacking or [f"{name}[{entry}]" for name, entries in _CHECKPOINT_ENTRIES.items() for entry in entries if entry not in content[name]]
+    if "format" in content and lacking:
+        raise InputError(f"{path}: a checkpoint without {', '.join(lacking)}; it was not written by train.py: make it again")
     return content
 
 
@@ -775,30 +804,50 @@ def checkpoint_config(content: dict, num_variables: int, path, set_heads: int | 
     """The model config of a checkpoint: recorded in ours. Of an original one, V is the data's, every size is read off the weights' shapes,
     and the numbers of heads, which leave no trace in a shape, come from its hyper_parameters or, in a bare state dict, are given."""
     if "format" in content:
-        known = {f.name for f in fields(ModelConfig)}
-        unknown = sorted(set(content["model_config"]) - known)
+        sizes = content["model_config"]
+        unknown = sorted(set(sizes) - {f.name for f in fields(ModelConfig)} | {"num_variables"} - set(sizes), key=str)
         if unknown:
-            raise InputError(f"{path}: unknown entry {unknown[0]!r} in its model config; use the version that wrote it")
-        return ModelConfig(**content["model_config"])
-    state = checkpoint_state(content, path)
-    names = {"reduced": "setvae.dim_reducer.weight", "embed": "setvae.embed.0.weight", "inducing": "setvae.encoder_layers.0.inducing",
-             "ff": "history.layers.0.linear1.weight", "decoder": "setvae.decoder.out.weight"}
-    if (lacking := [name for name in names.values() if name not in state]):
-        raise InputError(f"{path}: no {lacking[0]} in its state dict; give a checkpoint of train.py, or the original implementation's whole model")
-    shape = {size: state[name].shape for size, name in names.items()}
-    given = content.get("hyper_parameters")
-    given = given if isinstance(given, dict) else {}
-    heads = {"set_heads": set_heads or given.get("heads"), "heads": transformer_heads or given.get("transformer_heads")}
-    for (name, number), option in zip(heads.items(), ("--set_heads", "--transformer_heads")):
-        if not number:
-            raise InputError(f"{path}: a bare state dict does not tell its numbers of attention heads; give {option} "
-                             f"(the original's default: {getattr(ModelConfig.original(1), name)})")
-        if shape["embed"][0] % number:
-            raise InputError(f"{path}: {number} heads do not divide its width of {shape['embed'][0]}; correct {option}")
-    levels, layers = (len({name[len(prefix):].split(".")[0] for name in state if name.startswith(prefix)})
-                      for prefix in ("setvae.encoder_layers.", "history.layers."))
-    return ModelConfig.original(num_variables, **heads, input_dim=shape["reduced"][1], reduced_dim=shape["reduced"][0], latent_dim=shape["embed"][0],
-                                inducing=shape["inducing"][0], ff_dim=shape["ff"][0], levels=levels, layers=layers)
+            raise InputError(f"{path}: unknown or missing entry {unknown[0]!r} in its model config; use the version that wrote it")
+        make = ModelConfig
+    else:
+        state = checkpoint_state(content, path)
+        names = {"reduced": "setvae.dim_reducer.weight", "embed": "setvae.embed.0.weight", "inducing": "setvae.encoder_layers.0.inducing",
+                 "ff": "history.layers.0.linear1.weight", "decoder": "setvae.decoder.out.weight"}
+        if (lacking := [name for name in names.values() if name not in state]):
+            raise InputError(f"{path}: no {lacking[0]} in its state dict; give a checkpoint of train.py, or the original implementation's whole model")
+        shape = {size: state[name].shape for size, name in names.items()}
+        given = content.get("hyper_parameters")
+        given = given if isinstance(given, dict) else {}
+        heads = {"set_heads": set_heads or given.get("heads"), "heads": transformer_heads or given.get("transformer_heads")}
+        for (name, number), option in zip(heads.items(), ("--set_heads", "--transformer_heads")):
+            if not number:
+                raise InputError(f"{path}: a bare state dict does not tell its numbers of attention heads; give {option} "
+                                 f"(the original's default: {getattr(ModelConfig.original(1), name)})")
+            if shape["embed"][0] % number:
+                raise InputError(f"{path}: {number} heads do not divide its width of {shape['embed'][0]}; correct {option}")
+        levels, layers = (len({name[len(prefix):].split(".")[0] for name in state if name.startswith(prefix)})
+                          for prefix in ("setvae.encoder_layers.", "history.layers."))
+        make = ModelConfig.original
+        sizes = dict(num_variables=num_variables, **heads, input_dim=shape["reduced"][1], reduced_dim=shape["reduced"][0], latent_dim=shape["embed"][0],
+                     inducing=shape["inducing"][0], ff_dim=shape["ff"][0], levels=levels, layers=layers)
+    try:
+        config = make(**sizes)
+    except InputError as error:
+        raise InputError(f"{path}: {error}; it is damaged or forged") from None
+    held = tuple(content["vocabulary"].shape) if "format" in content else (num_variables, config.input_dim)
+    if not held == (config.num_variables, config.input_dim) == (num_variables, config.input_dim):
+        raise InputError(f"{path}: its vocabulary {list(held)}, its normalizer of {num_variables} variables and its model config of "
+                         f"{config.num_variables} x {config.input_dim} disagree; it is damaged or forged")
+    return config
+
+
+def load_weights(model: nn.Module, state: dict[str, torch.Tensor], path) -> None:
+    """Copy every weight of a checkpoint into the model of its config. Raises InputError where they disagree."""
+    own = model.state_dict()
+    wrong = sorted(own.keys() ^ state.keys()) + [name for name in own.keys() & state.keys() if own[name].shape != getattr(state[name], "shape", None)]
+    if wrong:
+        raise InputError(f"{path}: weight {wrong[0]} is missing, unknown or of another shape than its model config says; use the version that wrote it")
+    model.load_state_dict(state)
 
 
 @dataclass

@@ -1,17 +1,24 @@
 """Everything that looks at SeqSetVAE from outside.
 
     python test_suite.py                       runs every test below through pytest
+    python test_suite.py --soak                runs the kill and damage tests at length (minutes) and prints their counts
     python test_suite.py --checkpoint C        analyses a finetuned checkpoint on its test split [--baselines]
     python test_suite.py --protocol --data_dir D   measures the tables of README.md: five splits, every method
 """
 
 import argparse
+import collections
+import contextlib
+import fcntl
+import gzip
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import pickle
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -45,8 +52,9 @@ from data import (Cohort, EventBatch, InputError, Normalizer, StayDataset, build
                   ranges, read_long_table, round_up, sorted_batches, stay_event_index, stays_of, synthetic_cohort, variable_vectors,
                   write_atomically)
 from finetune_config import FinetuneConfig, classification_loss
-from model import (_CHECKPOINT_KEYS, History, ModelConfig, SeqSetVAE, SeqSetVAEPretrain, SetVAE, checkpoint_config, checkpoint_state,
-                   history_statistics, load_backbone, load_checkpoint_weights, measurement_grid, original_classifier, read_checkpoint)
+from model import (_CHECKPOINT_ENTRIES, _CHECKPOINT_TYPES, History, ModelConfig, SeqSetVAE, SeqSetVAEPretrain, SetVAE, checkpoint_config,
+                   checkpoint_state, history_statistics, load_backbone, load_checkpoint_weights, load_weights, measurement_grid,
+                   original_classifier, read_checkpoint)
 from train import (CHECKPOINTS, EVALUATION_BATCH, add_head_options, encode_stays, evaluation_loader, finetune, label_subset, labelled,
                    open_checkpoint, parse_arguments, predict, pretrain, progress)
 
@@ -640,7 +648,7 @@ def test_normalised_values_are_standard_clipped_and_finite():
     assert np.abs(z).max() <= 5 and np.isfinite(normalizer(np.arange(44), np.full(44, 1e30))).all()
     assert abs(z[cohort.event_variable == hr].mean()) < 0.02 and abs(z[cohort.event_variable == hr].std() - 1) < 0.05
     assert normalizer(np.array([hr]), np.array([1e9])) == 5 and normalizer(np.array([hr]), np.array([-1e9])) == -5
-    again = Normalizer.from_state(normalizer.state_dict())
+    again = Normalizer.from_state(normalizer.state_dict(), "a.pt")
     assert np.array_equal(again(cohort.event_variable, cohort.event_value), z)
 
 
@@ -901,8 +909,8 @@ def test_bad_options_are_refused(tmp_path, capsys):
 def test_a_pretrained_backbone_loads_whole_behind_any_prefix(tmp_path, prefix, container):
     model, classifier = build(SeqSetVAEPretrain, tiny()), build(SeqSetVAE, tiny(), seed=2)
     state = {prefix + name: tensor for name, tensor in model.state_dict().items()}
-    torch.save({"ours": dict.fromkeys(_CHECKPOINT_KEYS, {}) | {"format": 1, "mode": "pretrain", "model": state}, "bare": state, "state_dict": {"state_dict": state}}[container],
-               tmp_path / "some.pt")
+    rest = {name: dict.fromkeys(_CHECKPOINT_ENTRIES.get(name, ())) if kind is dict else kind() for name, kind in _CHECKPOINT_TYPES.items()}
+    torch.save({"ours": rest | {"format": 1, "model": state}, "bare": state, "state_dict": {"state_dict": state}}[container], tmp_path / "some.pt")
     report = load_backbone(classifier, load_checkpoint_weights(tmp_path / "some.pt"))
     assert report.complete and not report.unexpected and report.skipped == ["mask_token"]
     for name, tensor in classifier.state_dict().items():
@@ -982,8 +990,8 @@ def test_pretraining_interrupted_and_resumed_ends_with_equal_bits(tmp_path, monk
     assert train.main([*command, "--run_dir", str(tmp_path / "whole")]) == 0
     assert len(pd.read_csv(tmp_path / "whole" / "metrics.csv")) == 2
 
-    def interrupting(norm, at, stays):
-        check(norm, at, stays)
+    def interrupting(norm, at, *rest):
+        check(norm, at, *rest)
         if at == step:
             os.kill(os.getpid(), signal.SIGTERM)
     monkeypatch.setattr(train, "finite_or_stop", interrupting)
@@ -999,7 +1007,7 @@ def test_the_command_printed_at_an_interruption_goes_on_with_the_run(tmp_path, m
     monkeypatch.setattr(train, "ModelConfig", lambda v: tiny(num_variables=v))
     assert train.main([*PRETRAIN, "--max_epochs", "2", "--run_dir", str(tmp_path / "whole")]) == 0
     check = train.finite_or_stop
-    monkeypatch.setattr(train, "finite_or_stop", lambda *a: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(train, "finite_or_stop", lambda norm, at, *a: at == 0 and os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit, match="130"):
         train.main([*PRETRAIN, "--max_epochs", "2", "--run_dir", str(tmp_path / "cut")])
     monkeypatch.setattr(train, "finite_or_stop", check)
@@ -1662,6 +1670,499 @@ def test_the_readmes_commands_for_ones_own_table(tmp_path, capsys, monkeypatch):
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------
+# Trust: killed processes, failing disks, forged checkpoints, damaged inputs, leaks, reproducibility. `--soak` runs the random ones at length
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+SOAK = "SEQSETVAE_SOAK" in os.environ  # set by `python test_suite.py --soak`
+SMALL = {"pretrain": [*PRETRAIN, "--batch_size", "3", "--max_epochs", "3"], "head": [*FINETUNE, "pretrain/best.pt", "--max_epochs", "6"],
+         "full training": [*FINETUNE, "pretrain/best.pt", "--full_training", "--batch_size", "3", "--max_epochs", "2"]}
+
+
+def make_small(patch):
+    patch.setattr(train, "ModelConfig", lambda v: tiny(num_variables=v))
+    patch.setattr(finetune.__defaults__[0], "max_trainable_ratio", 1.0)  # of a tiny backbone the head is more than 5%
+
+
+@pytest.fixture
+def small_models(monkeypatch):
+    make_small(monkeypatch)
+
+
+@pytest.fixture
+def small_pretrained(small_models, tmp_path):
+    """The run folder of one epoch of pretraining a tiny model."""
+    assert train.main([*PRETRAIN, "--run_dir", str(tmp_path / "pretrain")]) == 0
+    return tmp_path / "pretrain"
+
+
+def small_process(home: str, command: list):
+    """What a child process does: a run of a tiny model in the folder `home`, its output in the file log there."""
+    os.chdir(home)
+    sys.stdout = sys.stderr = open("log", "a", buffering=1)
+    train.ModelConfig, train.load_cohort = lambda v: tiny(num_variables=v), partial(load_cohort, cache_dir="cache")
+    finetune.__defaults__[0].max_trainable_ratio = 1.0
+    sys.exit(train.main(command))
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """Starts real processes, forked from a server that has imported everything already."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["test_suite"])
+        context.Process(target=os.getpid).start()  # the server
+        yield context.Process
+
+
+def finished(process, seconds=120) -> int:
+    process.join(seconds)
+    assert process.exitcode is not None, "a hang"
+    return process.exitcode
+
+
+@pytest.mark.parametrize("mode", SMALL)
+def test_a_process_killed_at_random_moments_and_resumed_ends_with_equal_bits(tmp_path, processes, mode):
+    def start(command, run=None):
+        """A process, from the moment on when the folder of its run exists."""
+        process = processes(target=small_process, args=(str(tmp_path), command))
+        process.start()
+        while run and process.exitcode is None and not (tmp_path / run / "last.pt").exists():
+            time.sleep(.002)
+        return process
+    for name in ["pretrain"] * (mode != "pretrain") + [mode]:
+        process, began = start([*SMALL[name], "--run_dir", name], name), time.time()
+        assert finished(process) == 0, (tmp_path / "log").read_text()
+    duration, rng, ended = time.time() - began, np.random.default_rng(), collections.Counter()
+    for i in range(20 if SOAK else 2):
+        moment, number = rng.uniform(0, duration), (signal.SIGKILL, signal.SIGTERM)[i % 2]
+        process = start([*SMALL[mode], "--run_dir", "cut"], "cut")
+        process.join(moment)
+        if process.exitcode is None:
+            os.kill(process.pid, number)
+        code = finished(process)
+        assert code in (0, 130, -number), (moment, (tmp_path / "log").read_text())
+        ended["finished before" if code == 0 else number.name] += 1
+        assert finished(start([*SMALL[mode], "--resume", "cut"])) == 0, (tmp_path / "log").read_text()
+        same_run(tmp_path / mode, tmp_path / "cut")
+        assert sorted(p.name for p in (tmp_path / "cut").iterdir()) == [".lock", "best.pt", "last.pt", "metrics.csv"]
+        shutil.rmtree(tmp_path / "cut")
+    print(f"\n{mode}: killed at random moments of {duration:.1f} s: {dict(ended)}")
+
+
+def test_a_run_folder_has_one_writer(tmp_path, processes, small_pretrained):
+    with open(small_pretrained / ".lock", "w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        process = processes(target=small_process, args=(str(tmp_path), [*PRETRAIN, "--resume", str(small_pretrained)]))
+        process.start()
+        assert finished(process) == 2
+    assert "another process is training in it" in (tmp_path / "log").read_text()
+
+
+def kill_while_saving(path):
+    write_atomically(path, lambda out: (out.write_bytes(b"half"), os.kill(os.getpid(), signal.SIGKILL)))
+
+
+def test_a_process_killed_while_saving_leaves_the_previous_checkpoint(small_pretrained, processes):
+    before = (small_pretrained / "last.pt").read_bytes()
+    process = processes(target=kill_while_saving, args=(small_pretrained / "last.pt",))
+    process.start()
+    assert finished(process) == -signal.SIGKILL and len(list(small_pretrained.glob(".last.pt.*"))) == 1
+    assert (small_pretrained / "last.pt").read_bytes() == before
+    assert train.main([*PRETRAIN, "--resume", str(small_pretrained)]) == 0 and not list(small_pretrained.glob(".last.pt.*"))
+
+
+@contextlib.contextmanager
+def files_of_at_most(size):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("size, file", [(10, "metrics.csv"), (50_000, "best.pt")])
+def test_a_full_disk_stops_the_run_which_goes_on_when_there_is_space(tmp_path, capsys, monkeypatch, small_models, size, file):
+    command = [*PRETRAIN, "--max_epochs", "2"]
+    assert train.main([*command, "--run_dir", str(tmp_path / "whole")]) == 0
+    with contextlib.ExitStack() as stack, monkeypatch.context() as patch:
+        patch.setattr(train.Run, "log", lambda run, row, log=train.Run.log: (row["epoch"] == 2 and stack.enter_context(files_of_at_most(size)), log(run, row)))
+        capsys.readouterr()
+        one_error_line(capsys, train.main([*command, "--run_dir", str(tmp_path / "cut")]), f"{file}: cannot be written (File too large)")
+    assert not list((tmp_path / "cut").glob(".*.*.*")) and len(pd.read_csv(tmp_path / "cut" / "metrics.csv")) == 1 + (file != "metrics.csv")
+    assert train.main([*command, "--resume", str(tmp_path / "cut")]) == 0
+    same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_full_file_system_is_one_line(tmp_path, capsys, small_models):
+    (disk := tmp_path / "disk").mkdir()
+    if os.system(f"mount -t tmpfs -o size=64k tmpfs {disk} 2> /dev/null"):
+        pytest.skip("needs the right to mount a tmpfs")
+    try:
+        one_error_line(capsys, train.main([*PRETRAIN, "--run_dir", str(disk / "run")]), "best.pt: cannot be written (No space left on device)")
+        assert read_checkpoint(disk / "run" / "last.pt")
+    finally:
+        os.system(f"umount -l {disk}")
+
+
+def test_a_cache_that_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path):
+    with files_of_at_most(1000), pytest.raises(InputError, match="cannot be written"):
+        load_cohort(None, 24, cache_dir=tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+    assert len(load_cohort(None, 24, cache_dir=tmp_path / "cache")) == 24
+
+
+def test_an_unwritable_folder_is_one_line(tmp_path, capsys, small_models):
+    (tmp_path / "locked").mkdir(mode=0o555)
+    (tmp_path / "a file").touch()
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)  # root may write anywhere
+    try:
+        with pytest.raises(InputError, match="locked/x.csv: cannot be written"):
+            write_atomically(tmp_path / "locked" / "x.csv", lambda path: path.touch())
+        with pytest.raises(InputError, match="cannot be written"):
+            load_cohort(None, 24, cache_dir=tmp_path / "locked" / "cache")
+    finally:
+        os.seteuid(user)
+    with pytest.raises(InputError, match="x.csv: cannot be written"):
+        write_atomically(tmp_path / "a file" / "x.csv", lambda path: path.touch())
+    one_error_line(capsys, train.main([*PRETRAIN, "--run_dir", str(tmp_path / "a file" / "run")]), "a file/run")
+
+
+# ---- checkpoints that lie --------------------------------------------------------------------------------------------------------------
+
+def forged(good, **changes):
+    """The content of the checkpoint with entries changed: a function of the old one, or the new."""
+    content = torch.load(good, weights_only=True)
+    return content | {name: change(content[name]) if callable(change) else change for name, change in changes.items()}
+
+
+def flipped(good):
+    """One bit of a weight."""
+    body = bytearray(good.read_bytes())
+    body[len(body) // 2] ^= 1
+    return bytes(body)
+
+
+FORGED = {  # of a finetuned checkpoint: its content, or its bytes
+    **{f"cut at {tenth}0%": lambda good, tenth=tenth: good.read_bytes()[:good.stat().st_size * tenth // 10] for tenth in range(10)},
+    "one bit flipped": flipped,
+    **{f"{name} of {value!r}": lambda good, name=name, value=value: forged(good, model_config=lambda c: c | {name: value}) for name, value in [
+        ("latent_dim", 10**9), ("latent_dim", -16), ("latent_dim", "16"), ("latent_dim", 17), ("latent_dim", 16.0), ("layers", 10**6), ("levels", 10**5),
+        ("heads", 3), ("num_variables", 10**6), ("num_variables", 45), ("input_dim", 2**20), ("dropout", 2.0), ("max_beta", float("nan")),
+        ("presence", 1), ("decoder", "none"), ("features", [1]), ("head_members", (((10**9,), 1),)), ("head_members", 3), ("classes", 3), ("depth", 4)]},
+    "a weight of another shape": lambda good: forged(good, model=lambda m: m | {"history.tau": torch.zeros(3)}),
+    "a weight missing": lambda good: forged(good, model=lambda m: {n: t for n, t in m.items() if n != "history.tau"}),
+    "a weight too many": lambda good: forged(good, model=lambda m: m | {"more": torch.zeros(3)}),
+    "a weight that is none": lambda good: forged(good, model=lambda m: m | {"history.tau": "60"}),
+    "no weight": lambda good: forged(good, model={}),
+    "no model config": lambda good: forged(good, model_config={}),
+    "a vocabulary of text": lambda good: forged(good, vocabulary="HR"),
+    "a vocabulary of another size": lambda good: forged(good, vocabulary=lambda v: v[1:]),
+    "no normalizer": lambda good: forged(good, normalizer={}),
+    "a normalizer of another size": lambda good: forged(good, normalizer=lambda n: n | {"mean": n["mean"][1:]}),
+    "no source": lambda good: forged(good, source={}),
+    "no split": lambda good: forged(good, split={}),
+    "no metrics": lambda good: forged(good, metrics={}),
+    "another version": lambda good: forged(good, format=2),
+}
+
+
+@pytest.fixture(scope="session")
+def small_finetuned(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        make_small(patch)
+        home = tmp_path_factory.mktemp("small")
+        assert train.main([*PRETRAIN, "--run_dir", str(home / "pretrain")]) == 0
+        assert train.main([*FINETUNE, str(home / "pretrain" / "best.pt"), "--run_dir", str(home / "finetune")]) == 0
+    return home / "finetune" / "best.pt"
+
+
+@pytest.mark.parametrize("what", FORGED)
+def test_a_checkpoint_that_lies_is_one_line_and_exit_code_2(tmp_path, capsys, small_finetuned, what):
+    content = FORGED[what](small_finetuned)
+    (tmp_path / "bad.pt").write_bytes(content) if isinstance(content, bytes) else torch.save(content, tmp_path / "bad.pt")
+    one_error_line(capsys, main(["--checkpoint", str(tmp_path / "bad.pt")]), tmp_path / "bad.pt")
+
+
+# ---- inputs that are odd or wrong --------------------------------------------------------------------------------------------------------
+
+def table_of(stays: dict) -> str:
+    """events.csv of {stay: [(minute, variable, value)]}."""
+    return "stay_id,minute,variable,value\n" + "".join(f"{stay},{m},{v},{x}\n" for stay, rows in stays.items() for m, v, x in rows)
+
+
+def plain_stay(seed, rows=12):
+    rng = np.random.default_rng(seed)
+    return [(int(m), f"lab{v}", round(float(x), 2)) for m, v, x in zip(rng.integers(0, 900, rows), rng.integers(0, 4, rows), rng.normal(7, 2, rows))]
+
+
+STAYS = {f"s{i:02d}": plain_stay(i) for i in range(30)}
+LABELS = "stay_id,label\n" + "".join(f"s{i:02d},{i % 2}\n" for i in range(30))
+ODD = {  # one stay of thirty: what works, in both modes
+    "a stay with one event": [(3, "lab0", 1)],
+    "a stay of 20,000 events": [(m // 40, f"lab{m % 4}", m % 7) for m in range(20_000)],
+    "a set of 5,000 events": [(1, f"lab{m % 4}", m % 7) for m in range(5_000)],
+    "values of 1e30": [(m, "lab1", 1e30) for m in range(5)],
+    "values of -3e38 and 3e38": [(0, "lab1", -3e38), (1, "lab1", 3e38), (2, "lab2", 3e38)],
+    "values that are no numbers": [(0, "lab1", "nan"), (1, "lab1", "inf"), (2, "lab1", "-inf"), (3, "lab1", 1e39), (4, "lab1", ""), (5, "lab1", 2)],
+    "a constant variable": [(m, "constant", 7) for m in range(9)],
+    "unsorted minutes": [(m, "lab1", m) for m in (9, 3, 7, 3, 0)],
+    "a century": [(0, "lab0", 1), (52_560_000, "lab0", 2)],
+    "a name in any script": [(0, "Na⁺ 血", 1)],
+    "every row twice": plain_stay(3) * 2,
+}
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_odd_input_works_in_both_modes(tmp_path, small_models, what):
+    write(tmp_path / "data/events.csv", table_of(STAYS | {"s04": ODD[what]}))
+    write(tmp_path / "data/labels.csv", LABELS)
+    data_dir = ["--data_dir", str(tmp_path / "data")]
+    assert train.main([*PRETRAIN, *data_dir, "--run_dir", str(tmp_path / "run")]) == 0
+    assert train.main([*FINETUNE, str(tmp_path / "run" / "best.pt"), "--run_dir", str(tmp_path / "head")]) == 0
+    for run in ("run", "head"):
+        assert np.isfinite(pd.read_csv(tmp_path / run / "metrics.csv").to_numpy()).all()
+
+
+WRONG = {  # (events.csv, labels.csv, mode, what the message names)
+    "minutes beyond any stay": (table_of(STAYS | {"s04": [(1e30, "lab0", 1)]}), LABELS, "pretrain", "events.csv line 50: minute is 1e+30"),
+    "gzip where text belongs": (gzip.compress(table_of(STAYS).encode()), LABELS, "pretrain", "events.csv: not UTF-8"),
+    "no number at all": (table_of({s: [(m, v, "nan") for m, v, _ in rows] for s, rows in STAYS.items()}), LABELS, "pretrain", "no usable event"),
+    "a label that is no class": (table_of(STAYS), LABELS.replace("s07,1", "s07,3"), "pretrain", "labels.csv line 9: label is 3"),
+    "no label in finetune": (table_of(STAYS), None, "finetune", "no label at all"),
+    "one class in finetune": (table_of(STAYS), LABELS.replace(",1", ",0"), "finetune", "one class only"),
+    "other variables in finetune": (table_of({s: [(m, "other", x) for m, _, x in rows] for s, rows in STAYS.items()}), LABELS, "finetune",
+                                    "none of the data's variables"),
+    "a split without valid": (table_of(STAYS), LABELS.replace("label\n", "label,split\n").replace(",0\n", ",0,train\n").replace(",1\n", ",1,test\n"),
+                              "pretrain", "15 train and 0 valid stays"),
+    "labels of nobody": (table_of(STAYS), LABELS.replace("s", "t").replace("ttay", "stay"), "finetune", "no label at all"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_input_is_one_line_before_training(tmp_path, capsys, small_finetuned, what):
+    events, labels, mode, named = WRONG[what]
+    write(tmp_path / "data/events.csv", events)
+    if labels is not None:
+        write(tmp_path / "data/labels.csv", labels)
+    pretrained = small_finetuned.parent.parent / "pretrain" / "best.pt"
+    if mode == "finetune" and "variables" not in what:  # a checkpoint that knows them
+        torch.save(forged(pretrained, normalizer=lambda n: n | {"variables": ["lab0", *n["variables"][1:]]}), tmp_path / "known.pt")
+        pretrained = tmp_path / "known.pt"
+    command = [*FINETUNE, str(pretrained)] if mode == "finetune" else PRETRAIN
+    one_error_line(capsys, train.main([*command, "--data_dir", str(tmp_path / "data"), "--run_dir", str(tmp_path / "run")]), named)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("options", [["--max_epochs", "-1"], ["--max_epochs", "0"], ["--batch_size", "x"], ["--batch_size", "-3"], ["--seed", "-1"],
+                                     ["--seed", "1.5"], ["--synthetic_stays", "0"], ["--label_fraction", "nan"], ["--label_fraction", "0"],
+                                     ["--precision", "fp8"], ["--objective", "mine"], ["--max_epoch", "3"]], ids=" ".join)
+def test_a_wrong_option_is_named(capsys, options):
+    with pytest.raises(SystemExit, match="2"):
+        train.main([*PRETRAIN, *options])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "error: " in error and options[0] in error
+
+
+@pytest.mark.parametrize("options, named", [(["--device", "cuda:99"], "--device cuda:99"), (["--device", "meta"], "--device meta"),
+                                            (["--device", ""], "--device"), (["--synthetic_stays", "1"], "1 stays"), (["--data_dir", "/dev/null"], "/dev/null")])
+def test_an_option_that_cannot_be_met_is_one_line(tmp_path, capsys, options, named):
+    one_error_line(capsys, train.main([*PRETRAIN, *options, "--run_dir", str(tmp_path / "run")]), named)
+
+
+def test_a_label_fraction_too_small_is_one_line(tmp_path, capsys, small_pretrained):
+    capsys.readouterr()
+    one_error_line(capsys, train.main([*FINETUNE, str(small_pretrained / "best.pt"), "--label_fraction", "1e-9", "--run_dir", str(tmp_path / "run")]),
+                   "--label_fraction 1e-09")
+
+
+# ---- random damage -----------------------------------------------------------------------------------------------------------------------
+
+def damaged(rng, body: bytes) -> bytes:
+    """One to three of: bits flipped, a part cut out, a part repeated, a byte that means something put in, the end cut off."""
+    body = bytearray(body)
+    for _ in range(rng.integers(1, 4)):
+        at, size = int(rng.integers(0, max(1, len(body)))), int(rng.integers(1, 40))
+        kind = rng.integers(0, 5)
+        if kind == 0 and body:
+            body[at % len(body)] ^= 1 << int(rng.integers(0, 8))
+        elif kind == 1:
+            del body[at:at + size]
+        elif kind == 2:
+            body[at:at] = body[at:at + size]
+        elif kind == 3:
+            body[at:at] = rng.choice([b",", b"\n", b"\r", b"\0", b'"', b"-", b"e9", b".", b"nan", b"\xff", b"1" * 30, b"\n\n", b" "])
+        else:
+            del body[at + (len(body) - at) // 2:]
+    return bytes(body)
+
+
+def damaged_table(rng, folder):
+    body = damaged(rng, EVENTS.encode() + table_of(dict(list(STAYS.items())[:2])).split("\n", 1)[1].encode())
+    write(folder / "events.csv", body)
+    write(folder / "labels.csv", damaged(rng, b"stay_id,label\n7,1\n8,0\n") if rng.random() < .3 else "stay_id,label\n7,1\n8,0\n")
+    return lambda: body.partition(b"\n")[2].rstrip(b"\n").count(b"\n") + 1
+
+
+def damaged_physionet(rng, folder):
+    write_physionet(folder, archive=rng.random() < .3)
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    path = files[rng.integers(0, len(files))]
+    path.write_bytes(damaged(rng, path.read_bytes()))
+    return None
+
+
+def works(folder, rows):
+    """Read the data, and check what was read as far as it can be known."""
+    cohort = load_cohort(str(folder), cache_dir=folder.parent / "cache")
+    batch = StayDataset(cohort, Normalizer.fit(cohort, np.arange(len(cohort))))[np.arange(len(cohort))]
+    assert torch.isfinite(batch.event_value).all() and torch.isfinite(batch.minute).all()
+    assert all((np.diff(cohort.set_minute[a:b]) >= 0).all() for a, b in zip(cohort.stay_start, cohort.stay_start[1:]))
+    assert len(batch.event_value) == len(cohort.event_value) == cohort.set_start[-1] and set(np.unique(cohort.label)) <= {-1, 0, 1}
+    if rows:
+        assert len(cohort.event_value) + sum(n for name, n in cohort.notes.items() if name.startswith("rows")) == rows()
+
+
+def test_a_randomly_damaged_input_works_or_is_refused(tmp_path, small_finetuned):
+    def hang(*_):
+        pytest.fail("a hang")
+    signal.signal(signal.SIGALRM, hang)
+    ended = collections.Counter()
+    for seed in range(2000 if SOAK else 200):
+        rng, folder = np.random.default_rng([6, seed]), tmp_path / f"{seed}" / "data"
+        folder.parent.mkdir()
+        kind = ("table", "PhysioNet 2012", "checkpoint")[seed % 3]
+        signal.alarm(20)
+        try:
+            if kind == "checkpoint":
+                write(folder / "c.pt", damaged(rng, small_finetuned.read_bytes()))
+                open_classifier(folder / "c.pt")
+            else:
+                works(folder, (damaged_table if kind == "table" else damaged_physionet)(rng, folder))
+            ended[f"{kind} works"] += 1
+        except InputError as error:
+            assert "\n" not in str(error) and str(folder) in str(error) or "stay " in str(error), (seed, error)
+            ended[f"{kind} refused"] += 1
+        except Exception as error:
+            raise AssertionError(f"seed {seed}, {kind}: {type(error).__name__}") from error
+        finally:
+            signal.alarm(0)
+        shutil.rmtree(folder.parent)
+    print(f"\nrandomly damaged inputs: {dict(ended)}")
+    assert min(ended["table works"], ended["table refused"], ended["PhysioNet 2012 works"], ended["PhysioNet 2012 refused"], ended["checkpoint refused"]) > 5
+
+
+# ---- numerics ----------------------------------------------------------------------------------------------------------------------------
+
+def test_a_gradient_that_is_not_finite_keeps_the_last_good_checkpoint(tmp_path, capsys, monkeypatch, small_models):
+    command = [*PRETRAIN, "--max_epochs", "2", "--batch_size", "3"]
+    assert train.main([*command, "--run_dir", str(tmp_path / "whole")]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "update", lambda *a, update=train.update, steps=itertools.count(): update(*a) * (np.nan if next(steps) == 7 else 1))
+        capsys.readouterr()
+        one_error_line(capsys, train.main([*command, "--run_dir", str(tmp_path / "cut")]), "step 7: the loss or its gradient is not finite (stays synthetic-")
+    assert torch.load(tmp_path / "cut" / "last.pt", weights_only=True)["trainer"]["position"] == [1, 0]
+    assert train.main([*command, "--resume", str(tmp_path / "cut")]) == 0
+    same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize("factor, scale, steps", [(1e10, 2.0**100, 12), (np.inf, 2.0**16, 40)])
+def test_an_overflow_of_fp16_is_skipped_and_stops_the_run_when_it_persists(factor, scale, steps):
+    model = nn.Linear(2, 1)
+    before, scaler = model.weight.detach().clone(), torch.amp.GradScaler("cpu", init_scale=scale)
+    optimizer, overflows = torch.optim.SGD(model.parameters(), lr=1.0), 0
+    try:
+        for step in range(steps):
+            norm = train.update(model, model(torch.ones(1, 2)).sum() * factor, optimizer, scaler, 1.0)
+            overflows += not norm.isfinite()
+            train.finite_or_stop(norm, step, ["a stay"], scaler)
+            assert norm.isfinite() != torch.equal(model.weight, before)  # a step that overflows changes nothing
+            before = model.weight.detach().clone()
+        assert factor == 1e10 and overflows == 6 and torch.isfinite(model.weight).all()  # 2^100 * 1e10 / 2^6 is a float32
+    except InputError as error:
+        assert factor == np.inf and step == 19 and "fp16" in str(error) and torch.isfinite(model.weight).all()
+
+
+# ---- no leak, the same twice -------------------------------------------------------------------------------------------------------------
+
+def weights_equal(a, b):
+    a, b = (torch.load(path, weights_only=True) for path in (a, b))
+    return all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"]) and all(
+        torch.equal(a["normalizer"][name], b["normalizer"][name]) for name in ("mean", "std", "log_scale")) and a["metrics"] == b["metrics"]
+
+
+def test_test_stays_change_nothing_that_is_learned_or_chosen(tmp_path, monkeypatch, small_models):
+    """Other values, minutes and labels of the test stays: equal weights, normalizer, metrics, threshold and best epoch, in both modes."""
+    cohort = synthetic_cohort(24)
+    split = np.arange(24) % 3
+    split[np.flatnonzero(cohort.label == 1)[:3]] = 0, 1, 2  # both classes in each part
+    cohort = replace(cohort, split=split.astype(np.int8))
+    test = np.flatnonzero(split == 2)
+    other = replace(cohort, event_value=cohort.event_value.copy(), label=cohort.label.copy(), set_minute=cohort.set_minute.copy())
+    other.event_value[stay_event_index(cohort, test)] *= -7
+    other.set_minute[ranges(cohort.stay_start[test], np.diff(cohort.stay_start)[test])] += 99
+    other.label[test] = 1 - other.label[test]
+    for name, data_set in (("a", cohort), ("b", other)):
+        monkeypatch.setattr(train, "load_cohort", lambda *_, data_set=data_set, **__: data_set)
+        assert train.main([*PRETRAIN, "--max_epochs", "2", "--run_dir", str(tmp_path / name)]) == 0
+        for mode in ([], ["--full_training"]):
+            assert train.main([*FINETUNE, str(tmp_path / name / "best.pt"), "--max_epochs", "2", *mode, "--run_dir", str(tmp_path / f"{name}{len(mode)}")]) == 0
+    for run in ("", "0", "1"):
+        assert weights_equal(tmp_path / f"a{run}" / "best.pt", tmp_path / f"b{run}" / "best.pt")
+        same_run(tmp_path / f"a{run}", tmp_path / f"b{run}")
+
+
+def test_labels_never_reach_pretraining(tmp_path, monkeypatch, small_models):
+    cohort = replace(synthetic_cohort(24), split=(np.arange(24) % 3).astype(np.int8))
+    for name, label in (("a", cohort.label), ("b", 1 - cohort.label), ("c", np.full_like(cohort.label, -1))):
+        monkeypatch.setattr(train, "load_cohort", lambda *_, label=label, **__: replace(cohort, label=label))
+        assert train.main([*PRETRAIN, "--run_dir", str(tmp_path / name)]) == 0
+    same_run(tmp_path / "a", tmp_path / "b"), same_run(tmp_path / "a", tmp_path / "c")
+
+
+def test_outcome_columns_are_never_inputs(tmp_path):
+    read = []
+    for name, outcomes in (("a", OUTCOMES), ("b", OUTCOMES.replace("6,1,5,-1", "9,9,9,9").replace("16,8,8,4", "1,1,1,1"))):
+        read.append(load_cohort(str(write_physionet(tmp_path / name, outcomes=outcomes)), cache_dir=tmp_path / "cache"))
+    assert read[0].fingerprint == read[1].fingerprint
+    assert not {"SAPS-I", "SOFA", "Length_of_stay", "Survival", "In-hospital_death", "RecordID"} & set(read[0].variables)
+
+
+def test_scoring_data_that_overlap_the_training_stays_says_so(tmp_path, small_finetuned, capsys):
+    cohort = synthetic_cohort(24)
+    name = np.array(cohort.variables)[cohort.event_variable]
+    stay = np.repeat(cohort.stay_id, cohort.stay_events)
+    table = pd.DataFrame({"stay_id": stay, "minute": np.repeat(cohort.set_minute, np.diff(cohort.set_start)), "variable": name, "value": cohort.event_value})
+    again = table.assign(stay_id="new-" + table["stay_id"])
+    write(tmp_path / "data/events.csv", pd.concat([table, again]).to_csv(index=False))
+    labels = pd.DataFrame({"stay_id": [*cohort.stay_id, *("new-" + cohort.stay_id.astype(object))], "label": [*cohort.label, *cohort.label]})
+    write(tmp_path / "data/labels.csv", labels.to_csv(index=False))
+    assert main(["--checkpoint", str(small_finetuned), "--data_dir", str(tmp_path / "data")]) == 0
+    seen = forged(small_finetuned)["split"]
+    assert f"{len(seen['train']) + len(seen['valid'])} stays left out whose ids the checkpoint was trained or selected on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mode", SMALL)
+def test_the_same_command_twice_gives_equal_bits(tmp_path, monkeypatch, small_pretrained, mode):
+    monkeypatch.chdir(tmp_path)
+    for name in ("once", "twice"):
+        assert train.main([*SMALL[mode], "--run_dir", name]) == 0
+    same_run(tmp_path / "once", tmp_path / "twice")
+    assert weights_equal(tmp_path / "once" / "best.pt", tmp_path / "twice" / "best.pt")
+
+
+def test_a_checkpoint_tells_where_it_comes_from(small_finetuned, capsys):
+    assert main(["--checkpoint", str(small_finetuned)]) == 0
+    source, out = forged(small_finetuned)["source"], capsys.readouterr().out
+    for told in (source["command"], f"seed {source['seed']}", source["fingerprint"], f"torch {torch.__version__}", f"numpy {np.__version__}"):
+        assert told in out
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
 # Performance analysis of a checkpoint
 # ----------------------------------------------------------------------------------------------------------------------------------
 
@@ -1673,7 +2174,7 @@ def open_classifier(path, data_dir=None, params_map=None, label_file=None, set_h
     if content.get("mode") != "finetune":
         raise InputError(f"{path}: not a finetuned checkpoint; make one with: python train.py --mode finetune --pretrained_ckpt {path}")
     model = SeqSetVAE(checkpoint_config(content, len(dataset.normalizer.variables), path), content["vocabulary"])
-    model.load_state_dict(content["model"])
+    load_weights(model, content["model"], path)
     return model.eval(), content, cohort, dataset, new
 
 
@@ -1907,11 +2408,11 @@ def risk_over_time(model, dataset, stay: int, together: int = 32) -> dict:
             "events": np.diff(cohort.set_start)[sets].tolist(), "risk": risk}
 
 
-LABELS = {-1: "no label", 0: "label 0", 1: "label 1"}
+LABEL_NAMES = {-1: "no label", 0: "label 0", 1: "label 1"}
 
 
 def print_trajectory(trajectory: dict) -> None:
-    print(f"\nStay {trajectory['stay']} ({LABELS[trajectory['label']]}): risk after each of its {len(trajectory['risk'])} sets\n  set      hour  events    risk")
+    print(f"\nStay {trajectory['stay']} ({LABEL_NAMES[trajectory['label']]}): risk after each of its {len(trajectory['risk'])} sets\n  set      hour  events    risk")
     for i, (minute, events, risk) in enumerate(zip(trajectory["minute"], trajectory["events"], trajectory["risk"])):
         print(f"{i + 1:5d}  {minute / 60:8.2f}  {events:6d}  {risk:6.4f}  {'#' * round(40 * risk)}")
 
@@ -2028,7 +2529,7 @@ def plot_features(folder: Path, features, label) -> None:
     styles = {-1: dict(marker=".", color="#bbbbbb"), 0: dict(marker="o", edgecolors="#888888", facecolors="none"), 1: dict(marker="^", color="black")}
     for value, style in styles.items():
         if (which := label == value).any():
-            ax.scatter(*place[which].T, s=14, linewidths=.6, alpha=.8, label=f"{LABELS[value]} ({which.sum():,})", **style)
+            ax.scatter(*place[which].T, s=14, linewidths=.6, alpha=.8, label=f"{LABEL_NAMES[value]} ({which.sum():,})", **style)
     figure.suptitle(f"Stay features ({features.shape[1]}) in two dimensions")
     ax.set(**{f"{axis}label": f"principal component {i + 1} ({share:.0%} of the variance)"
               for i, (axis, share) in enumerate(zip("xy", pca.explained_variance_ratio_))})
@@ -2050,7 +2551,7 @@ def plot_trajectory(folder: Path, trajectory: dict, dataset, stay: int, threshol
                                        gridspec_kw={"height_ratios": [2.2, .8 + .18 * len(shown)]})
     risk.step(np.array(trajectory["minute"]) / 60, trajectory["risk"], where="post", color="black", marker=".", markersize=4)
     risk.axhline(threshold, color="#888888", linestyle=":", label=f"threshold {threshold:.2f}")
-    risk.set(title=f"Stay {trajectory['stay']} ({LABELS[trajectory['label']]})", ylabel="risk",
+    risk.set(title=f"Stay {trajectory['stay']} ({LABEL_NAMES[trajectory['label']]})", ylabel="risk",
              ylim=(0, max(1.05 * max(*trajectory["risk"], threshold), .1)))
     risk.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1))
     for name, which, marker, color in (("1 sd below the mean or lower", z <= -1, "v", "#0072B2"), ("between", abs(z) < 1, ".", "#888888"),
@@ -2230,7 +2731,7 @@ def print_protocol(folder: Path, data_dir) -> None:
             if base and method != base:
                 shared = [seed for seed in tables if seed in rows[base]]
                 draws = np.mean([np.diff(bootstrap(tables[seed]["label"].to_numpy(), rows[base][seed]["probability"].to_numpy(),
-                                                   tables[seed]["probability"].to_numpy(), seed=i), axis=1)[:, 0]
+                                                   tables[seed]["probability"].to_numpy(), 200, seed=i), axis=1)[:, 0]
                                  for i, seed in enumerate(shared)], axis=0)
                 mean = (scores(tables[seed] for seed in shared) - scores(rows[base][seed] for seed in shared)).mean(0)
                 cells += [f"{m:+.3f} {interval(draws[:, i])}" for i, m in enumerate(mean)]
@@ -2266,8 +2767,12 @@ def main(argv=None) -> int:
     add("--protocol", metavar="FOLDER", nargs="?", const=str(CHECKPOINTS / "protocol"),
         help="run the five-split protocol on --data_dir, keeping what is finished in FOLDER (default: checkpoints/protocol)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], metavar="N", help="splits of the protocol (default: 0 1 2 3 4)")
+    add("--soak", action="store_true", help="run the tests of killed processes and damaged inputs at length: 60 kills, 2,000 inputs")
     arguments = parser.parse_args(argv)
     try:
+        if arguments.soak:
+            os.environ["SEQSETVAE_SOAK"] = "1"
+            return pytest.main([__file__, "-q", "-s", "-k", "random"])
         if arguments.protocol:
             if not arguments.data_dir:
                 raise InputError("--protocol needs --data_dir, for instance ../shared/data/physionet2012")

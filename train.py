@@ -7,6 +7,8 @@ A run has a folder under checkpoints/: best.pt (the best validation epoch), last
 """
 
 import argparse
+import fcntl
+import io
 import math
 import os
 import random
@@ -54,7 +56,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add = parser.add_argument_group("training").add_argument
     add("--batch_size", type=positive, metavar="N", help=f"stays a step (default: {defaults['batch_size']})")
     add("--max_epochs", type=positive, metavar="N", help=f"(default: {defaults['max_epochs']})")
-    add("--seed", type=int, default=0, metavar="N", help="of the split, the weights and the order of the batches (default: %(default)s)")
+    add("--seed", type=seed, default=0, metavar="N", help="of the split, the weights and the order of the batches (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: bf16 on CUDA, else fp32 (default: %(default)s)")
     add("--run_dir", metavar="DIR", help="folder of this run (default: a new one under checkpoints/)")
@@ -88,7 +90,7 @@ def resumed_arguments(arguments: argparse.Namespace) -> argparse.Namespace:
     """The options with which the run to be resumed was started."""
     path = Path(arguments.resume) / "last.pt"
     content = read_checkpoint(path)
-    if content.get("mode") != arguments.mode or "trainer" not in content:
+    if "trainer" not in content or content["trainer"]["arguments"]["mode"] != arguments.mode:
         raise InputError(f"{path}: not the last.pt of a run with --mode {arguments.mode}; resume it with its own mode")
     return argparse.Namespace(**{**vars(arguments), **content["trainer"]["arguments"], "resume": arguments.resume})
 
@@ -96,6 +98,12 @@ def resumed_arguments(arguments: argparse.Namespace) -> argparse.Namespace:
 def positive(text: str) -> int:
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    if not 0 <= int(text) < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 2**32)")
     return int(text)
 
 
@@ -115,7 +123,7 @@ def choose_device(name: str, precision: str) -> tuple[torch.device, torch.dtype]
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError):
         raise InputError(f"--device {name}: not available here; use --device auto") from None
     if precision == "auto":
@@ -144,20 +152,29 @@ class Run:
     """The folder of one training run, its checkpoints and metrics.csv, and what a signal asks of it."""
 
     def __init__(self, arguments, cohort: Cohort):
-        self.arguments = vars(arguments)
+        self.arguments, self.last = vars(arguments), None
         if arguments.resume:
             self.folder = Path(arguments.resume)
-            self.last = read_checkpoint(self.folder / "last.pt")
-            if self.last["source"]["fingerprint"] != cohort.fingerprint:
+            last = read_checkpoint(self.folder / "last.pt")
+            if last["source"]["fingerprint"] != cohort.fingerprint:
                 raise InputError(f"{self.folder}/last.pt: the data changed since this run was started; start a new run")
+            self.last = last if "model" in last else None  # killed before its first save, a run starts afresh
         else:
-            self.folder, self.last = Path(arguments.run_dir or CHECKPOINTS / f"{arguments.mode}-{time.strftime('%Y%m%d-%H%M%S')}"), None
+            self.folder = Path(arguments.run_dir or CHECKPOINTS / f"{arguments.mode}-{time.strftime('%Y%m%d-%H%M%S')}")
             try:
                 self.folder.mkdir(parents=True)
             except FileExistsError:
                 raise InputError(f"{self.folder}: exists already; choose another --run_dir, or continue it with --resume {self.folder}") from None
             except OSError as error:
                 raise InputError(f"{self.folder}: cannot be made ({error.strerror}); choose another --run_dir") from None
+            self.save("last.pt", {"trainer": {"arguments": self.arguments}, "source": {"fingerprint": cohort.fingerprint}})
+        try:
+            self.lock = open(self.folder / ".lock", "w")
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system releases it, however the process ends
+        except OSError:
+            raise InputError(f"{self.folder}: another process is training in it, or it cannot be written; wait for it, or start a new run") from None
+        for leftover in self.folder.glob(".*.pt.*"):  # of a process that was killed while saving
+            leftover.unlink()
         self.rows = self.last["trainer"]["rows"] if self.last else []
         self.stop = False
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -167,7 +184,7 @@ class Run:
         if self.stop:
             os._exit(128 + number)
         self.stop = True
-        print("interrupted: saving at the next step (finetuning: epoch); once more to exit at once", file=sys.stderr)
+        print("interrupted: saving at the next step (head training: epoch); once more to exit at once", file=sys.stderr)
 
     def leave(self) -> None:
         """End the interrupted run, whose last.pt is written."""
@@ -180,7 +197,24 @@ class Run:
         write_atomically(self.folder / "metrics.csv", lambda path: pd.DataFrame(self.rows).to_csv(path, index=False))
 
     def save(self, name: str, content: dict) -> None:
-        write_atomically(self.folder / name, lambda path: torch.save(content, path))
+        buffer = io.BytesIO()  # torch.save tells nothing of what went wrong with a file
+        torch.save(content, buffer)
+        write_atomically(self.folder / name, lambda path: path.write_bytes(buffer.getbuffer()))
+
+    def save_last(self, content: dict, position: tuple, best: dict, totals=None, **parts) -> None:
+        """Write last.pt: position is (epochs done, batches done in the next), totals its sums so far, parts what has a state_dict."""
+        self.save("last.pt", content | {"trainer": {
+            "arguments": self.arguments, "position": list(position), "best": best, "totals": totals, "rows": self.rows, "random": random_states(),
+            "parts": {name: part.state_dict() for name, part in parts.items()}}})
+
+    def restore(self, model, **parts) -> tuple[dict, tuple, object]:
+        """Continue where last.pt was written: (best so far, position, totals)."""
+        state = self.last["trainer"]
+        model.load_state_dict(self.last["model"])
+        for name, part in parts.items():
+            part.load_state_dict(state["parts"][name])
+        restore_random_states(state["random"])
+        return state["best"], tuple(state["position"]), state["totals"]
 
 
 def random_states() -> dict:
@@ -212,11 +246,28 @@ def source_of(arguments, cohort: Cohort) -> dict:
             "versions": {"torch": str(torch.__version__), "numpy": np.__version__, "scikit-learn": sklearn.__version__}}
 
 
-def finite_or_stop(norm: torch.Tensor, step: int, batch_stays) -> None:
-    """Stop at a gradient that is not finite: the last good checkpoint stays."""
-    if not torch.isfinite(norm):
-        raise InputError(f"step {step}: the loss or its gradient is not finite (stays {', '.join(batch_stays[:4])} ...); "
-                         "look at these stays' values, or lower the learning rate; best.pt and last.pt hold the last good weights")
+def finite_or_stop(norm: torch.Tensor, step: int, batch_stays, scaler, every: int = 1) -> None:
+    """Stop at a gradient that is not finite, looked at `every` so many steps: the last good checkpoint stays. In fp16 the scaler skips such
+    a step and halves its scale, as it must at first; from 2^16 to 2^-4 are 20 in a row."""
+    if not torch.isfinite(norm) and not (scaler.is_enabled() and scaler.get_scale() > 2**-4):
+        cause = "it overflows fp16 again and again: use --precision bf16 or fp32" if scaler.is_enabled() else "lower the learning rate"
+        raise InputError(f"step {step}{f' or up to {every - 1} before' if every > 1 else ''}: the loss or its gradient is not finite (stays "
+                         f"{', '.join(batch_stays[:4])} ...); look at these stays' values, or {cause}; best.pt and last.pt hold the last good weights")
+
+
+def skipped(row: dict) -> str:
+    """What an epoch's line says of steps that overflowed fp16."""
+    return f", {row['skipped_steps']:.0f} steps skipped (fp16 overflow)" if row.get("skipped_steps") else ""
+
+
+def update(model, loss, optimizer, scaler, clip: float) -> torch.Tensor:
+    """One step of the optimizer on `loss`; the norm of the gradient before it is clipped."""
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    scaler.step(optimizer), scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------
@@ -230,6 +281,8 @@ def pretrain(arguments) -> Path:
     print(cohort.describe())
     split = make_splits(cohort, arguments.seed)
     train, valid = stays_of(cohort, split["train"]), stays_of(cohort, split["valid"])
+    if not len(train) or not len(valid):
+        raise InputError(f"{cohort.reader}: its own split has {len(train)} train and {len(valid)} valid stays; give some to each, or leave the split out")
     dataset = StayDataset(cohort, Normalizer.fit(cohort, train))
     lengths = np.diff(cohort.stay_start)[train]
 
@@ -250,22 +303,9 @@ def pretrain(arguments) -> Path:
     print(f"split: {len(train):,} train, {len(valid):,} valid, {len(split['test']):,} test stays (seed {arguments.seed}); labels unused; "
           f"run folder {run.folder}")
 
-    source, best, start, step = source_of(arguments, cohort), {"val_loss": math.inf, "epoch": 0}, (0, 0), 0
-    totals = None
-    if run.last:
-        state = run.last["trainer"]
-        model.load_state_dict(run.last["model"])
-        optimizer.load_state_dict(state["optimizer"]), schedule.load_state_dict(state["schedule"]), scaler.load_state_dict(state["scaler"])
-        best, start, step, totals = state["best"], tuple(state["position"]), state["step"], state["totals"]
-        restore_random_states(state["random"])
-
-    def checkpoint(position, metrics):
-        content = model_content("pretrain", model, dataset, split, source, metrics)
-        trainer = {"arguments": run.arguments, "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
-                   "scaler": scaler.state_dict(), "best": best, "position": list(position), "step": step, "totals": totals,
-                   "rows": run.rows, "random": random_states()}
-        return content | {"trainer": trainer}
-
+    source, parts = source_of(arguments, cohort), dict(optimizer=optimizer, schedule=schedule, scaler=scaler)
+    best, start, totals = run.restore(model, **parts) if run.last else ({"val_loss": math.inf, "epoch": 0}, (0, 0), None)
+    step, every = schedule.last_epoch, 1 if device.type == "cpu" else 50  # on an accelerator every look costs a synchronisation
     for epoch in range(start[0], settings["max_epochs"]):
         if epoch + 1 - best["epoch"] > settings["patience"] + 1:
             print(f"early stop: val_loss has not improved for {settings['patience']} epochs")
@@ -278,20 +318,18 @@ def pretrain(arguments) -> Path:
             beta = config.max_beta * min(1, step / settings["beta_warmup_steps"])
             with torch.amp.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 losses = model(batch, beta)
-            scaler.scale(losses["loss"]).backward()
-            scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings["clip"])
-            if device.type == "cpu" or step % 50 == 0:  # on an accelerator every look costs a synchronisation
-                finite_or_stop(norm, step, cohort.stay_id[batch.stay.cpu()])
+            norm, stopping = update(model, losses["loss"], optimizer, scaler, settings["clip"]), run.stop
+            if step % every == 0 or stopping or done + 1 == len(batches):
+                finite_or_stop(norm, step, cohort.stay_id[batch.stay.cpu()], scaler, every)
                 bar.set_postfix(loss=f"{losses['loss'].item():.3f}", refresh=False)
-            scaler.step(optimizer), scaler.update()
-            optimizer.zero_grad(set_to_none=True)
             schedule.step()
             step, done = step + 1, done + 1
             current = {name: value.detach() * len(batch) for name, value in losses.items() if name != "mu"}
+            if scaler.is_enabled():
+                current["skipped_steps"] = ~torch.isfinite(norm) * len(train)  # a count, where the others are means
             totals = {name: totals[name] + value for name, value in current.items()} if totals else current
-            if run.stop:
-                run.save("last.pt", checkpoint((epoch, done), best))
+            if stopping:
+                run.save_last(model_content("pretrain", model, dataset, split, source, best), (epoch, done), best, totals, **parts)
                 run.leave()
 
         row = {"epoch": epoch + 1, **{name: value.item() / len(train) for name, value in totals.items()},
@@ -299,13 +337,14 @@ def pretrain(arguments) -> Path:
         totals = None
         run.log(row)
         improved = row["val_loss"] < best["val_loss"]
+        content = model_content("pretrain", model, dataset, split, source, row)
         if improved:
             best = {"val_loss": row["val_loss"], "epoch": epoch + 1}
-            run.save("best.pt", model_content("pretrain", model, dataset, split, source, row))
-        run.save("last.pt", checkpoint((epoch + 1, 0), row))
+            run.save("best.pt", content)
+        run.save_last(content, (epoch + 1, 0), best, **parts)
         print(f"epoch {epoch + 1:3d}: loss {row['loss']:.4f}, val_loss {row['val_loss']:.4f}{' *' if improved else ''}, "
               f"val_reconstruction {row['val_reconstruction']:.4f}, KL {row['val_kl']:.1f} a set, "
-              f"active units {row['active_units']}/{config.latent_dim}, {time.time() - began:.0f} s")
+              f"active units {row['active_units']}/{config.latent_dim}, {time.time() - began:.0f} s{skipped(row)}")
         if row["active_units"] < config.latent_dim // 20:
             print("warning: the posterior has collapsed (hardly a unit of mu varies over the data); lower max_beta or raise free_bits")
     print(f"best checkpoint: {run.folder / 'best.pt'} (epoch {best['epoch']}, val_loss {best['val_loss']:.4f})")
@@ -350,7 +389,7 @@ def open_checkpoint(path, data_dir=None, synthetic_stays=None, params_map=None, 
     cohort = load_cohort(data_dir, synthetic_stays or 1000, params_map=params_map, label_file=label_file)
     if "format" not in content:
         return content, cohort, None, None, True
-    dataset = StayDataset(cohort, Normalizer.from_state(content["normalizer"]))
+    dataset = StayDataset(cohort, Normalizer.from_state(content["normalizer"], path))
     if len(dataset.unknown_variables) == len(cohort.variables):
         raise InputError(f"{path}: its vocabulary holds none of the data's variables ({', '.join(cohort.variables[:5])} ...); "
                          "pretrain on this data, or rename its variables")
@@ -376,7 +415,10 @@ def label_subset(cohort: Cohort, stays: np.ndarray, fraction: float, seed: int) 
     """A stratified, seeded share of labelled stays, as if only these had a label."""
     if fraction == 1:
         return stays
-    return np.sort(train_test_split(stays, train_size=fraction, stratify=cohort.label[stays], random_state=seed)[0])
+    try:
+        return np.sort(train_test_split(stays, train_size=fraction, stratify=cohort.label[stays], random_state=seed)[0])
+    except ValueError as error:
+        raise InputError(f"--label_fraction {fraction}: no such share of {len(stays)} stays keeps both classes ({error}); give a larger one") from None
 
 
 def parameter_counts(model) -> tuple[int, int]:
@@ -512,9 +554,8 @@ def train_head(arguments, config, settings, run, model, dataset, split, source, 
     label = torch.from_numpy(dataset.cohort.label[train].astype(np.int64)).to(device)
     prepare_head(model, features, label)
     optimizer, schedule = head_optimizer(model, config)
-    best, first = {"val_auc": -1.0, "val_auprc": -1.0, "epoch": 0}, 0
-    if run.last:
-        best, first = resume_finetuning(run, model, optimizer, schedule)
+    parts = dict(optimizer=optimizer, schedule=schedule)
+    best, (first, _), _ = run.restore(model, **parts) if run.last else UNTRAINED
     for epoch in range(first, settings["max_epochs"]):
         if epoch - best["epoch"] >= config.patience:
             print(f"early stop: the validation AUROC has not improved for {config.patience} epochs")
@@ -525,9 +566,7 @@ def train_head(arguments, config, settings, run, model, dataset, split, source, 
             raise InputError(f"epoch {epoch + 1}: the loss is not finite; lower the learning rate in finetune_config.py")
         schedule.step()
         row = {"epoch": epoch + 1, "loss": loss, **ranking(dataset.cohort.label[valid], predict(model, val_features))}
-        best = end_of_epoch(run, model, dataset, split, source, optimizer, schedule, row, best)
-        if run.stop:
-            run.leave()
+        best = end_of_epoch(run, model, dataset, split, source, row, best, **parts)
     return best
 
 
@@ -536,10 +575,9 @@ def train_everything(arguments, config, settings, run, model, dataset, split, so
     lengths = np.diff(dataset.cohort.stay_start)[train]
     optimizer, schedule = full_optimizer(model, config, settings["max_epochs"], not arguments.random_init)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    best, first = {"val_auc": -1.0, "val_auprc": -1.0, "epoch": 0}, 0
-    if run.last:
-        best, first = resume_finetuning(run, model, optimizer, schedule)
-    else:
+    parts, every = dict(optimizer=optimizer, schedule=schedule, scaler=scaler), 1 if device.type == "cpu" else 50
+    best, start, totals = run.restore(model, **parts) if run.last else UNTRAINED
+    if not run.last:
         features = encode_stays(model, dataset, train, device, dtype)
         label = torch.from_numpy(dataset.cohort.label[train].astype(np.int64)).to(device)
         prepare_head(model, features, label)
@@ -547,57 +585,53 @@ def train_everything(arguments, config, settings, run, model, dataset, split, so
         for epoch in range(FINETUNE["max_epochs"]):
             head_epoch(model, features, label, warm_up, config, epoch_batches(np.ones(len(train)), FINETUNE["batch_size"], arguments.seed, epoch))
             warm_schedule.step()
-    for epoch in range(first, settings["max_epochs"]):
+    for epoch in range(start[0], settings["max_epochs"]):
         model.train()
-        totals = torch.zeros(3, device=device)
         batches = epoch_batches(lengths, settings["batch_size"], arguments.seed, epoch)
-        bar = progress(loader(dataset, [train[b] for b in batches], device), len(batches), f"epoch {epoch + 1}", settings["batch_size"])
-        for step, batch in enumerate(bar):
+        done = start[1] if epoch == start[0] else 0
+        totals = totals if done else torch.zeros(4, device=device)
+        bar = progress(loader(dataset, [train[b] for b in batches[done:]], device), len(batches) - done, f"epoch {epoch + 1}", settings["batch_size"])
+        for batch in bar:
             with torch.amp.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 losses = model.losses(batch)
             classification = classification_loss(losses["logits"], batch.label, config)
             loss = (classification + head_penalty(model, config)
                     + config.reconstruction_weight * (losses["reconstruction"] + model.config.max_beta * losses["kl"]))
-            scaler.scale(loss).backward()
-            scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-            if device.type == "cpu" or step % 50 == 0:
-                finite_or_stop(norm, step, dataset.cohort.stay_id[batch.stay.cpu()])
+            norm, stopping = update(model, loss, optimizer, scaler, config.clip), run.stop
+            if done % every == 0 or stopping or done + 1 == len(batches):
+                finite_or_stop(norm, done, dataset.cohort.stay_id[batch.stay.cpu()], scaler, every)
                 bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-            scaler.step(optimizer), scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            totals += torch.stack([classification / len(model.cls_head), losses["reconstruction"], losses["kl"]]).detach() * len(batch)
+            done += 1
+            means = torch.stack([classification / len(model.cls_head), losses["reconstruction"], losses["kl"]]).detach()
+            totals += torch.cat([means * len(batch), ~torch.isfinite(norm)[None]])
+            if stopping:
+                run.save_last(model_content("finetune", model, dataset, split, source, best), (epoch, done), best, totals, **parts)
+                run.leave()
         schedule.step()
-        loss, reconstruction, kl = (totals / len(train)).tolist()
-        row = {"epoch": epoch + 1, "loss": loss, "reconstruction": reconstruction, "kl": kl,
+        (loss, reconstruction, kl), overflows = (totals[:3] / len(train)).tolist(), totals[3].item()
+        row = {"epoch": epoch + 1, "loss": loss, "reconstruction": reconstruction, "kl": kl, **({"skipped_steps": overflows} if scaler.is_enabled() else {}),
                **ranking(dataset.cohort.label[valid], predict(model, encode_stays(model, dataset, valid, device, dtype)))}
-        best = end_of_epoch(run, model, dataset, split, source, optimizer, schedule, row, best)
-        if run.stop:
-            run.leave()
+        best = end_of_epoch(run, model, dataset, split, source, row, best, **parts)
     return best
 
 
-def end_of_epoch(run, model, dataset, split, source, optimizer, schedule, row, best) -> dict:
-    """Log the epoch, save last.pt and, where the validation AUROC improved, best.pt; returns the best so far."""
+UNTRAINED = {"val_auc": -1.0, "val_auprc": -1.0, "epoch": 0, "threshold": 0.5}, (0, 0), None  # best so far, position, totals: see `Run.restore`
+
+
+def end_of_epoch(run, model, dataset, split, source, row, best, **parts) -> dict:
+    """Log the epoch, save last.pt and, where the validation AUROC improved, best.pt; obey a signal. Returns the best so far."""
     run.log(row)
     improved = row["val_auc"] > best["val_auc"]
     content = model_content("finetune", model, dataset, split, source, row)
     if improved:
-        best = {name: row[name] for name in ("val_auc", "val_auprc", "epoch")}
+        best = {name: row[name] for name in best}
         run.save("best.pt", content)
-    run.save("last.pt", content | {"trainer": {"arguments": run.arguments, "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "best": best,
-                                               "rows": run.rows, "epoch": row["epoch"], "random": random_states()}})
-    print(f"epoch {row['epoch']:3d}: loss {row['loss']:.4f}, validation AUROC {row['val_auc']:.4f}{' *' if improved else ''}, AUPRC {row['val_auprc']:.4f}")
+    run.save_last(content, (row["epoch"], 0), best, **parts)
+    print(f"epoch {row['epoch']:3d}: loss {row['loss']:.4f}, validation AUROC {row['val_auc']:.4f}{' *' if improved else ''}, "
+          f"AUPRC {row['val_auprc']:.4f}{skipped(row)}")
+    if run.stop:
+        run.leave()
     return best
-
-
-def resume_finetuning(run, model, optimizer, schedule) -> tuple[dict, int]:
-    """Restore an interrupted run at the start of an epoch: (best so far, epochs done)."""
-    state = run.last["trainer"]
-    model.load_state_dict(run.last["model"])
-    optimizer.load_state_dict(state["optimizer"]), schedule.load_state_dict(state["schedule"])
-    restore_random_states(state["random"])
-    return state["best"], state["epoch"]
 
 
 def main(argv=None) -> int:
@@ -607,6 +641,9 @@ def main(argv=None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before the run's folder exists; from then on see `Run`
+        print("interrupted: nothing was trained yet", file=sys.stderr)
+        return 130
     return 0
 
 
