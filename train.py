@@ -557,7 +557,7 @@ def train_head(arguments, config, settings, run, model, dataset, split, source, 
     parts = dict(optimizer=optimizer, schedule=schedule)
     best, (first, _), _ = run.restore(model, **parts) if run.last else UNTRAINED
     for epoch in range(first, settings["max_epochs"]):
-        if epoch - best["epoch"] >= config.patience:
+        if config.patience and epoch - best["epoch"] >= config.patience:
             print(f"early stop: the validation AUROC has not improved for {config.patience} epochs")
             break
         batches = epoch_batches(np.ones(len(train)), settings["batch_size"], arguments.seed, epoch)
@@ -566,7 +566,7 @@ def train_head(arguments, config, settings, run, model, dataset, split, source, 
             raise InputError(f"epoch {epoch + 1}: the loss is not finite; lower the learning rate in finetune_config.py")
         schedule.step()
         row = {"epoch": epoch + 1, "loss": loss, **ranking(dataset.cohort.label[valid], predict(model, val_features))}
-        best = end_of_epoch(run, model, dataset, split, source, row, best, **parts)
+        best = end_of_epoch(run, model, dataset, split, source, row, best, not config.patience, **parts)
     return best
 
 
@@ -611,17 +611,17 @@ def train_everything(arguments, config, settings, run, model, dataset, split, so
         (loss, reconstruction, kl), overflows = (totals[:3] / len(train)).tolist(), totals[3].item()
         row = {"epoch": epoch + 1, "loss": loss, "reconstruction": reconstruction, "kl": kl, **({"skipped_steps": overflows} if scaler.is_enabled() else {}),
                **ranking(dataset.cohort.label[valid], predict(model, encode_stays(model, dataset, valid, device, dtype)))}
-        best = end_of_epoch(run, model, dataset, split, source, row, best, **parts)
+        best = end_of_epoch(run, model, dataset, split, source, row, best, False, **parts)
     return best
 
 
 UNTRAINED = {"val_auc": -1.0, "val_auprc": -1.0, "epoch": 0, "threshold": 0.5}, (0, 0), None  # best so far, position, totals: see `Run.restore`
 
 
-def end_of_epoch(run, model, dataset, split, source, row, best, **parts) -> dict:
-    """Log the epoch, save last.pt and, where the validation AUROC improved, best.pt; obey a signal. Returns the best so far."""
+def end_of_epoch(run, model, dataset, split, source, row, best, keep_last, **parts) -> dict:
+    """Log the epoch, save last.pt and, where the validation AUROC improved (`keep_last`: always), best.pt; obey a signal. Returns the best so far."""
     run.log(row)
-    improved = row["val_auc"] > best["val_auc"]
+    improved = keep_last or row["val_auc"] > best["val_auc"]
     content = model_content("finetune", model, dataset, split, source, row)
     if improved:
         best = {name: row[name] for name in best}
