@@ -723,6 +723,17 @@ def write_physionet(folder: Path, archive=False, records=RECORDS, outcomes=OUTCO
     return folder
 
 
+def test_physionet_sets_that_lie_together_are_read_together(tmp_path):
+    """Set b as its own archive beside set a: the cohort of all records, each with its own set's outcome."""
+    first, second = ({name: RECORDS[name]} for name in RECORDS)
+    folder, other = write_physionet(tmp_path / "both", records=first, outcomes=OUTCOMES.replace("132540,16,8,8,4,1\n", "")), tmp_path / "other"
+    write_physionet(other, archive=True, records=second, outcomes=OUTCOMES.replace("132539,6,1,5,-1,0\n", ""))
+    (other / "set-a.tar.gz").rename(folder / "set-b.tar.gz")
+    (other / "Outcomes-a.txt").rename(folder / "Outcomes-b.txt")
+    both, together = load_cohort(folder, cache_dir=tmp_path), load_cohort(write_physionet(tmp_path / "one"), cache_dir=tmp_path)
+    assert both.reader.endswith("a+b") and both.fingerprint == together.fingerprint and both.label.tolist() == together.label.tolist() == [0, 1]
+
+
 @pytest.mark.parametrize("archive", [False, True], ids=["folder", "tar.gz"])
 def test_physionet_reader_gives_the_expected_cohort(tmp_path, archive):
     cohort = load_cohort(write_physionet(tmp_path / "data", archive), cache_dir=tmp_path / "cache")
