@@ -1640,6 +1640,19 @@ def test_analysis_options_need_a_checkpoint_and_plots_need_matplotlib(capsys, mo
         main(["--checkpoint", str(finetuned), "--unknown"])
 
 
+def test_the_protocols_table_pairs_each_method_with_the_better_baseline(tmp_path, capsys):
+    rng, label = np.random.default_rng(0), np.arange(60) % 3 == 0
+    for seed in range(2):
+        for method, noise in zip((*BASELINES, Cell().name), (1.5, 1.0, 0.3)):
+            (tmp_path / f"seed{seed}").mkdir(exist_ok=True)
+            table = pd.DataFrame({"stay_id": range(60), "label": label.astype(int), "probability": label + noise * rng.normal(size=60)})
+            table.to_csv(predictions_path(tmp_path / f"seed{seed}", method, 1.0), index=False)
+    print_protocol(tmp_path)
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ") and "±" in line]
+    assert [row[0][2:] for row in rows] == [Cell().name, BASELINES[1], BASELINES[0]] and all(row[1] == "2" for row in rows)
+    assert rows[0][4].startswith("+0.") and rows[2][4].startswith("-0.") and rows[1][4].strip() == ""
+
+
 def readme_blocks(marker: str) -> list[tuple[str, str]]:
     """What README.md shows in a fenced block after <!-- marker: argument -->: (argument, text)."""
     text = Path(train.__file__).with_name("README.md").read_text()
@@ -2684,7 +2697,7 @@ def protocol(data_dir, seeds, folder: Path) -> None:
                 predict_cell(cell, checkpoint, home, common)
             if stage == 0:
                 predict_baselines(checkpoint, home, seed)
-    print_protocol(folder, data_dir)
+    print_protocol(folder)
 
 
 def predictions_path(home: Path, method: str, fraction: float) -> Path:
@@ -2720,7 +2733,7 @@ def predict_baselines(checkpoint: Path, home: Path, seed: int) -> None:
             save_predictions(predictions_path(home, method, fraction), cohort, test, probability)
 
 
-def print_protocol(folder: Path, data_dir) -> None:
+def print_protocol(folder: Path) -> None:
     """The tables of README.md from the finished cells: mean and standard deviation over the splits; the difference to the better
     baseline (by mean AUROC) with a bootstrap interval, paired by stay and drawn within each split."""
     found = {}
@@ -2742,7 +2755,7 @@ def print_protocol(folder: Path, data_dir) -> None:
             if base and method != base:
                 shared = [seed for seed in tables if seed in rows[base]]
                 draws = np.mean([np.diff(bootstrap(tables[seed]["label"].to_numpy(), rows[base][seed]["probability"].to_numpy(),
-                                                   tables[seed]["probability"].to_numpy(), 200, seed=i), axis=1)[:, 0]
+                                                   tables[seed]["probability"].to_numpy(), repeats=200, seed=i), axis=1)[:, 0]
                                  for i, seed in enumerate(shared)], axis=0)
                 mean = (scores(tables[seed] for seed in shared) - scores(rows[base][seed] for seed in shared)).mean(0)
                 cells += [f"{m:+.3f} {interval(draws[:, i])}" for i, m in enumerate(mean)]
