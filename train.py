@@ -627,7 +627,7 @@ def end_of_epoch(run, model, dataset, split, source, row, best, keep_last, **par
         best = {name: row[name] for name in best}
         run.save("best.pt", content)
     run.save_last(content, (row["epoch"], 0), best, **parts)
-    print(f"epoch {row['epoch']:3d}: loss {row['loss']:.4f}, validation AUROC {row['val_auc']:.4f}{' *' if improved else ''}, "
+    print(f"epoch {row['epoch']:3d}: loss {row['loss']:.4f}, validation AUROC {row['val_auc']:.4f}{' *' if improved and not keep_last else ''}, "
           f"AUPRC {row['val_auprc']:.4f}{skipped(row)}")
     if run.stop:
         run.leave()
