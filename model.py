@@ -4,7 +4,7 @@
 KL, without labels. `SeqSetVAE` puts a classification head on the same blocks. The two share building blocks and nothing else.
 
 Shapes: B stays, S sets, E events of a batch; L sets of its longest stay; M cells of the padded groups of sets; V variables; d latent_dim,
-r reduced_dim, m inducing points, k statistics of a variable's history.
+w set_dim, r reduced_dim, m inducing points, k statistics of a variable's history.
 """
 
 import math
@@ -24,9 +24,10 @@ class ModelConfig:
 
     num_variables: int              # V, size of the vocabulary
     input_dim: int = 64             # width of the vocabulary's (frozen) vectors
+    latent_dim: int = 192           # d, of a set's posterior and of the Transformer
     # Set encoder
     reduced_dim: int = 64           # r
-    latent_dim: int = 192           # d
+    set_dim: int = 128              # w, its width up to the posterior
     levels: int = 1                 # ISAB levels
     set_heads: int = 2
     inducing: int = 4               # m
@@ -69,10 +70,11 @@ class ModelConfig:
         if not (isinstance(members, tuple) and all(isinstance(widths, tuple) and all(type(w) is int and 0 < w <= 2**12 for w in widths)
                                                    for widths, _ in members)):
             raise InputError(f"model config: head_members is {str(members)[:40]!r}, which is no tuple of (hidden widths, weight)")
-        if self.latent_dim % (2 * self.heads) or self.latent_dim % self.set_heads:
-            raise InputError(f"model config: latent_dim {self.latent_dim} is odd or no multiple of heads {self.heads} and set_heads {self.set_heads}")
-        d, v = self.latent_dim, self.num_variables
-        weights = (d * (self.layers * (4 * d + 2 * self.ff_dim) + self.levels * (40 * d + 2 * self.inducing) + 12 * v + self.reduced_dim)
+        if self.latent_dim % (2 * self.heads) or self.set_dim % self.set_heads or self.decoder == "slots" and self.latent_dim % self.set_heads:
+            raise InputError(f"model config: latent_dim {self.latent_dim} is odd or no multiple of heads {self.heads}, or set_dim {self.set_dim} "
+                             f"(slots: latent_dim too) of set_heads {self.set_heads}")
+        d, v, widest = self.latent_dim, self.num_variables, max(self.latent_dim, self.set_dim)
+        weights = (d * (self.layers * (4 * d + 2 * self.ff_dim) + 14 * v + self.reduced_dim) + self.levels * widest * (40 * widest + 2 * self.inducing)
                    + self.input_dim * (2 * self.reduced_dim + v))
         if weights > 2**30:
             raise InputError(f"model config: sizes of about {weights:.0e} weights; 1e9 is the most")
@@ -81,7 +83,7 @@ class ModelConfig:
     def original(cls, num_variables: int, **sizes) -> "ModelConfig":
         """The original implementation's architecture and objective (section 5 of its description), for comparison and its checkpoints."""
         return cls(num_variables, **{**dict(
-            input_dim=768, reduced_dim=256, latent_dim=256, levels=2, inducing=16, set_heads=2, layers=4, heads=8, ff_dim=512, dropout=0.1, mab_residual=False,
+            input_dim=768, reduced_dim=256, set_dim=256, latent_dim=256, levels=2, inducing=16, set_heads=2, layers=4, heads=8, ff_dim=512, dropout=0.1, mab_residual=False,
             presence=False, slope_per_head=False, decoder="slots", learned_seeds=False, sample_z=False, hide_sets=0.0, drop_events=0.0,
             max_beta=0.05, free_bits=0.1, logvar_bonus=0.1), **sizes})
 
@@ -113,7 +115,10 @@ class Attention(nn.Module):
         """query [G, Nq, d], key_value [G, Nk, 2d], both projected; mask broadcastable to [G, heads, Nq, Nk] -> [G, Nq, d], not yet projected."""
         key, value = key_value.unflatten(-1, (2, self.heads, -1)).unbind(-3)         # [G, Nk, heads, d / heads]
         query = query.unflatten(-1, (self.heads, -1))
-        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value)), attn_mask=mask)
+        # The CPU's fused kernel is slower in bf16 than in float32 on sets this small.
+        with torch.autocast(query.device.type, enabled=query.device.type != "cpu"):
+            query, key, value = (x.float() if query.device.type == "cpu" else x for x in (query, key, value))
+            out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value)), attn_mask=mask)
         return out.transpose(1, 2).flatten(-2)
 
 
@@ -326,13 +331,14 @@ def readout_loss(values, logits, grid, count):
     return value, F.binary_cross_entropy_with_logits(logits.float(), seen, reduction="none").mean(-1)
 
 
-HISTORY_STATISTICS = ("last", "first", "mean", "max", "min", "std", "slope", "log count")
+# |last| and |mean|: values are standardised, so these are distances from the usual, and risk rises on both sides of it.
+HISTORY_STATISTICS = ("last", "first", "mean", "max", "min", "std", "slope", "log count", "|last|", "|mean|")
 
 
 def history_statistics(x, n, minute):
     """What the stay has shown so far, after every set and for every variable: exact running sums.
 
-    x, n [B, L, V]: mean value and count of each set (see `measurement_grid`); minute [B, L] -> statistics [B, L, V, 8] in the order of
+    x, n [B, L, V]: mean value and count of each set (see `measurement_grid`); minute [B, L] -> statistics [B, L, V, 10] in the order of
     HISTORY_STATISTICS (0 where not seen yet; slope in normalised units a day), and seen [B, L, V] bool.
     """
     day = minute[..., None] / 1440                                                  # [B, L, 1]
@@ -352,7 +358,8 @@ def history_statistics(x, n, minute):
     day_mean = (day * here).cumsum(1) / times1
     day_spread = ((day.square() * here).cumsum(1) / times1 - day_mean.square()).clamp(min=0)
     slope = ((day * shifted).cumsum(1) / times1 - day_mean * shift) / (day_spread + 0.01)
-    statistics = torch.stack([last, first, mean, largest, smallest, spread.clamp(min=1e-12).sqrt(), slope, n.cumsum(1).log1p()], dim=-1)
+    statistics = torch.stack([last, first, mean, largest, smallest, spread.clamp(min=1e-12).sqrt(), slope, n.cumsum(1).log1p(), last.abs(), mean.abs()],
+                             dim=-1)
     return statistics.masked_fill(~seen[..., None], 0), seen
 
 
@@ -374,13 +381,13 @@ class SetVAE(nn.Module):
         """vocabulary: [V, input_dim], one (frozen) vector a variable."""
         super().__init__()
         self.config = config
-        d = config.latent_dim
+        w, d = config.set_dim, config.latent_dim
         self.register_buffer("vocabulary", vocabulary, persistent=False)
         self.dim_reducer = nn.Linear(config.input_dim, config.reduced_dim)
         self.presence = nn.Linear(config.input_dim, config.reduced_dim) if config.presence else None
-        self.embed = nn.Sequential(nn.Linear(config.reduced_dim, d), nn.LayerNorm(d), nn.GELU())
-        self.encoder_layers = nn.ModuleList(ISAB(d, config.set_heads, config.inducing, config.mab_residual) for _ in range(config.levels))
-        self.mu_logvar = nn.Sequential(nn.Linear(d, d), nn.LayerNorm(d), nn.GELU(), nn.Dropout(0.1), nn.Linear(d, 2 * d))
+        self.embed = nn.Sequential(nn.Linear(config.reduced_dim, w), nn.LayerNorm(w), nn.GELU())
+        self.encoder_layers = nn.ModuleList(ISAB(w, config.set_heads, config.inducing, config.mab_residual) for _ in range(config.levels))
+        self.mu_logvar = nn.Sequential(nn.Linear(w, d), nn.LayerNorm(d), nn.GELU(), nn.Dropout(0.1), nn.Linear(d, 2 * d))
         self.decoder = ReadoutDecoder(config) if config.decoder == "readout" else SlotDecoder(config)
 
     def embed_events(self, batch: EventBatch, presence: bool = True) -> torch.Tensor:
@@ -392,14 +399,14 @@ class SetVAE(nn.Module):
         return F.pad(x, (0, 0, 0, 1))[batch.token_event]                                             # row E is the padding
 
     def _pooled_levels(self, batch: EventBatch, drop_events: float = 0.0):
-        """Yield the mean over its events of every set after each level, [S, d] in the groups' order."""
+        """Yield the mean over its events of every set after each level, [S, w] in the groups' order."""
         masks = event_masks(batch)
         if drop_events:
             masks = [mask & (torch.rand(mask.shape, device=mask.device) >= drop_events) for mask in masks]
         counts = [mask.sum(-1, keepdim=True) for mask in masks]
         weights = [(mask / count.clamp(min=1)).flatten(1).unsqueeze(-1) for mask, count in zip(masks, counts)]    # k of [S_k, N_k, 1]
         masks = [mask | (count == 0) for mask, count in zip(masks, counts)]  # an empty set attends to its padding; its mean is 0
-        x = self.embed(self.embed_events(batch))                                                     # [M, d]
+        x = self.embed(self.embed_events(batch))                                                     # [M, w]
         for layer in self.encoder_layers:
             x = x + layer(x, batch.groups, masks)
             yield torch.cat([(part.view(s, n, -1) * weight).sum(1) for part, weight, (s, n)
@@ -828,7 +835,8 @@ def checkpoint_config(content: dict, num_variables: int, path, set_heads: int | 
         levels, layers = (len({name[len(prefix):].split(".")[0] for name in state if name.startswith(prefix)})
                           for prefix in ("setvae.encoder_layers.", "history.layers."))
         make = ModelConfig.original
-        sizes = dict(num_variables=num_variables, **heads, input_dim=shape["reduced"][1], reduced_dim=shape["reduced"][0], latent_dim=shape["embed"][0],
+        sizes = dict(num_variables=num_variables, **heads, input_dim=shape["reduced"][1], reduced_dim=shape["reduced"][0],
+                     set_dim=shape["embed"][0], latent_dim=shape["embed"][0],
                      inducing=shape["inducing"][0], ff_dim=shape["ff"][0], levels=levels, layers=layers)
     try:
         config = make(**sizes)

@@ -88,7 +88,7 @@ def batch_of(stays, max_groups=6) -> EventBatch:
 
 
 def tiny(**changes) -> ModelConfig:
-    return ModelConfig(**{**dict(num_variables=7, input_dim=12, reduced_dim=8, latent_dim=16, set_heads=2, inducing=3, layers=2, heads=2,
+    return ModelConfig(**{**dict(num_variables=7, input_dim=12, reduced_dim=8, set_dim=12, latent_dim=16, set_heads=2, inducing=3, layers=2, heads=2,
                                  ff_dim=24), **changes})
 
 
@@ -230,15 +230,15 @@ def plain_grid(events):
 
 
 def plain_statistics(stay):
-    """[n, 7, 8], [n, 7]: what each prefix of the stay has shown, by the definition of each statistic."""
-    out, seen = np.zeros((len(stay), 7, 8)), np.zeros((len(stay), 7), bool)
+    """[n, 7, 10], [n, 7]: what each prefix of the stay has shown, by the definition of each statistic."""
+    out, seen = np.zeros((len(stay), 7, 10)), np.zeros((len(stay), 7), bool)
     for i, v in itertools.product(range(len(stay)), range(7)):
         shown = [(minute / 1440, *(a[v] for a in plain_grid(events))) for minute, events in stay[:i + 1]]
         shown = np.array([row for row in shown if row[2]])
         if len(shown):
             (day, x, n), seen[i, v] = shown.T, True
             slope = ((day - day.mean()) * (x - x.mean())).mean() / (day.var() + 0.1 ** 2)  # ridge of (0.1 day)^2
-            out[i, v] = x[-1], x[0], x.mean(), x.max(), x.min(), x.std(), slope, np.log1p(n.sum())
+            out[i, v] = x[-1], x[0], x.mean(), x.max(), x.min(), x.std(), slope, np.log1p(n.sum()), abs(x[-1]), abs(x.mean())
     return out, seen
 
 
@@ -263,7 +263,7 @@ def plain_pass(model, stays):
             terms = [plain_chamfer(plain_slots(setvae.decoder, h[i], len(events)), plain_points(setvae, events)) for i, (_, events) in enumerate(stay)]
         else:
             statistics, seen = plain_statistics(stay)
-            told = model.history_readout(h).view(len(stay), 7, 8)
+            told = model.history_readout(h).view(len(stay), 7, 10)
             terms = [plain_readout_loss(setvae, h[i], events) + plain_readout_loss(setvae, mu[i], events)
                      + F.smooth_l1_loss(told[i, seen[i]], torch.tensor(statistics[i, seen[i]], dtype=torch.float32))
                      for i, (_, events) in enumerate(stay)]
@@ -497,7 +497,7 @@ def test_stable_features_are_the_last_state_and_attention_to_it():
 def test_summaries_are_the_exact_statistics_of_the_whole_stay():
     model, stays = build(SeqSetVAE, tiny(summaries=True)), random_stays()
     with torch.no_grad():
-        exact = model.features(batch_of(stays))[:, -9 * len(NAMES):]  # 8 statistics and whether it was seen, a variable each
+        exact = model.features(batch_of(stays))[:, -11 * len(NAMES):]  # 10 statistics and whether it was seen, a variable each
     for stay, row in zip(stays, exact.double()):
         statistics, seen = plain_statistics(stay)
         close(row, torch.from_numpy(np.append(statistics[-1].ravel(), seen[-1])))

@@ -35,7 +35,7 @@ from model import (CHECKPOINT_FORMAT, ModelConfig, SeqSetVAE, SeqSetVAEPretrain,
 
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
 EVALUATION_BATCH = 32  # stays
-PRETRAIN = dict(batch_size=8, max_epochs=10, learning_rate=1e-3, weight_decay=0.01, betas=(0.9, 0.98), clip=1.0, warmup_steps=100,
+PRETRAIN = dict(batch_size=16, max_epochs=20, learning_rate=1.5e-3, weight_decay=0.01, betas=(0.9, 0.98), clip=1.0, warmup_steps=100,
                 beta_warmup_steps=500, patience=5)
 FINETUNE = dict(batch_size=64, max_epochs=20)
 FULL_TRAINING = dict(batch_size=8, max_epochs=3)
@@ -58,7 +58,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--max_epochs", type=positive, metavar="N", help=f"(default: {defaults['max_epochs']})")
     add("--seed", type=seed, default=0, metavar="N", help="of the split, the weights and the order of the batches (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
-    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: bf16 on CUDA, else fp32 (default: %(default)s)")
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: bf16 on CUDA and on CPUs with AMX, else fp32 (default: %(default)s)")
     add("--run_dir", metavar="DIR", help="folder of this run (default: a new one under checkpoints/)")
     add("--resume", metavar="RUN_DIR", help="go on with the run in this folder, from its last.pt; its options are kept")
 
@@ -127,7 +127,8 @@ def choose_device(name: str, precision: str) -> tuple[torch.device, torch.dtype]
     except (RuntimeError, AssertionError):
         raise InputError(f"--device {name}: not available here; use --device auto") from None
     if precision == "auto":
-        precision = ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if device.type == "cuda" else "fp32"
+        native = device.type == "cpu" and torch.cpu._is_amx_tile_supported()  # elsewhere a CPU emulates bf16, or gains little by it
+        precision = ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if device.type == "cuda" else "bf16" if native else "fp32"
     return device, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
