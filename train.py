@@ -182,10 +182,11 @@ def choose_device(name: str, precision: str) -> tuple[torch.device, torch.dtype]
         device = torch.device(name)
         if device.type == "cuda" and WORLD > 1:
             device = torch.device("cuda", LOCAL_RANK)
-            torch.cuda.set_device(device)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError):
-        raise InputError(f"--device {name}: not available here; use --device auto") from None
+        raise InputError(f"--device {name}: not available here{' for each process' if WORLD > 1 else ''}; use --device auto") from None
+    if device.type == "cuda" and WORLD > 1:
+        torch.cuda.set_device(device)
     if precision == "auto":
         precision = ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if device.type == "cuda" else "fp32"
     return device, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
@@ -241,6 +242,7 @@ class Run:
             signal.signal(number, self._interrupt)
 
     def _take_folder(self, new: bool) -> None:
+        """Make the run's folder where it is new, and lock it."""
         if new:
             try:
                 self.folder.mkdir(parents=True)
@@ -746,7 +748,7 @@ def main(argv=None) -> int:
     except InputError as error:
         if RANK == 0:
             print(f"error: {error}", file=sys.stderr)
-        with suppress(InputError, RuntimeError):  # it may be theirs, and they gone
+        with suppress(InputError, RuntimeError):  # where the others told it, they have left
             gathered(error)
         return 2
     except KeyboardInterrupt:  # before the run's folder exists; from then on see `Run`
