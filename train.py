@@ -255,7 +255,7 @@ class Run:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system releases it, however the process ends
         except OSError:
             raise InputError(f"{self.folder}: another process is training in it, or it cannot be written; wait for it, or start a new run") from None
-        for leftover in self.folder.glob(".*.pt.*"):  # of a process that was killed while saving
+        for leftover in self.folder.glob(".*.*.*"):  # of a process that was killed while saving
             leftover.unlink()
 
     def _interrupt(self, number, frame):
