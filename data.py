@@ -1189,6 +1189,16 @@ def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
+def balanced_parts(events: np.ndarray, parts: int) -> list[np.ndarray]:
+    """Positions into `events`, every one once and in order, in so many parts of nearly equal sums: the largest first, each to the part that
+    has the least so far (Graham 1969)."""
+    part, total = np.zeros(len(events), dtype=np.int64), np.zeros(parts)
+    for i in np.argsort(-events, kind="stable"):
+        part[i] = total.argmin()
+        total[part[i]] += events[i]
+    return [np.flatnonzero(part == p) for p in range(parts)]
+
+
 def sorted_batches(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
     """The batches of an evaluation pass: positions sorted by length, nothing random."""
     order = np.argsort(lengths, kind="stable")

@@ -711,9 +711,9 @@ class SeqSetVAE(nn.Module):
         plain, rest = features.split(list(self._feature_sizes().values()), dim=-1)
         return self.cls_head(torch.cat([plain, ((rest - self.feature_mean) / self.feature_std).clamp(-5, 5)], dim=-1))
 
-    def forward(self, batch: EventBatch) -> torch.Tensor:
-        """logits, see `classify`."""
-        return self.classify(self.features(batch))
+    def forward(self, batch: EventBatch, losses: bool = False):
+        """logits, see `classify`; or what full training needs, see `losses` (by way of `forward`, which DistributedDataParallel calls)."""
+        return self.losses(batch) if losses else self.classify(self.features(batch))
 
     def losses(self, batch: EventBatch) -> dict[str, torch.Tensor]:
         """Full training: logits (see `classify`), reconstruction and KL of one pass."""

@@ -22,6 +22,8 @@ import resource
 import shlex
 import shutil
 import signal
+import socket
+import subprocess
 import sys
 import tarfile
 import tempfile
@@ -48,8 +50,8 @@ from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
 import data
 import train
-from data import (Cohort, EventBatch, InputError, Normalizer, StayDataset, build_cohort, epoch_batches, group_widths, load_cohort, make_splits,
-                  ranges, read_long_table, round_up, sorted_batches, stay_event_index, stays_of, synthetic_cohort, variable_vectors,
+from data import (Cohort, EventBatch, InputError, Normalizer, StayDataset, balanced_parts, build_cohort, epoch_batches, group_widths, load_cohort,
+                  make_splits, ranges, read_long_table, round_up, sorted_batches, stay_event_index, stays_of, synthetic_cohort, variable_vectors,
                   write_atomically)
 from finetune_config import FinetuneConfig, classification_loss
 from model import (_CHECKPOINT_ENTRIES, _CHECKPOINT_TYPES, History, ModelConfig, SeqSetVAE, SeqSetVAEPretrain, SetVAE, checkpoint_config,
@@ -1719,11 +1721,11 @@ def small_pretrained(small_models, tmp_path):
     return tmp_path / "pretrain"
 
 
-def small_process(home: str, command: list):
+def small_process(home: str, command: list, **changes):
     """What a child process does: a run of a tiny model in the folder `home`, its output in the file log there."""
     os.chdir(home)
     sys.stdout = sys.stderr = open("log", "a", buffering=1)
-    train.ModelConfig, train.load_cohort = lambda v: tiny(num_variables=v), partial(load_cohort, cache_dir="cache")
+    train.ModelConfig, train.load_cohort = lambda v: tiny(num_variables=v, **changes), partial(load_cohort, cache_dir="cache")
     finetune.__defaults__[0].max_trainable_ratio = 1.0
     sys.exit(train.main(command))
 
@@ -1735,7 +1737,7 @@ def processes():
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("PYTHONPATH", str(Path(__file__).parent))
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["test_suite"])
+        context.set_forkserver_preload(["test_suite", "torch._dynamo"])  # an optimizer imports the latter, for a second
         context.Process(target=os.getpid).start()  # the server
         yield context.Process
 
@@ -2184,6 +2186,127 @@ def test_a_checkpoint_tells_where_it_comes_from(small_finetuned, capsys):
     source, out = forged(small_finetuned)["source"], capsys.readouterr().out
     for told in (source["command"], f"seed {source['seed']}", source["fingerprint"], f"torch {torch.__version__}", f"numpy {np.__version__}"):
         assert told in out
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# Several processes: two ranks of torchrun against one process. 15 training stays in batches of 7: the last one has fewer stays than ranks;
+# 4 validation stays, evaluated 3 at a time
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+RANKS = {"pretrain": [*PRETRAIN, "--batch_size", "7", "--max_epochs", "3"], "head": [*FINETUNE, "pretrain/best.pt", "--max_epochs", "3"],
+         "full training": [*FINETUNE, "pretrain/best.pt", "--full_training", "--batch_size", "7", "--max_epochs", "2"]}
+
+
+def small_rank(home: str, command: list, deterministic: bool = True, interrupted_at: int | None = None):
+    """What a rank, or the single process that it is compared with, does. `deterministic`: nothing is hidden, dropped or sampled.
+    `interrupted_at`: the step, or the epoch of the head, in which SIGTERM reaches the last rank alone."""
+    def interrupting(steps, function):
+        def call(*a):
+            if next(steps) == interrupted_at and train.RANK == train.WORLD - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return function(*a)
+        return call
+    train.EVALUATION_BATCH = 3
+    train.update, train.ranking = (interrupting(itertools.count(), function) for function in (train.update, train.ranking))
+    train.PRETRAIN |= dict(warmup_steps=1, beta_warmup_steps=1)  # at full speed from the first step
+    if deterministic:
+        F.dropout = lambda x, *_: x
+    small_process(home, command, **dict(hide_sets=0.0, drop_events=0.0, sample_z=False) if deterministic else {})
+
+
+def forked_rank(rank: int, port: int, home: str, command: list, options: dict):
+    """`small_rank` as one of two, without torchrun: it starts at once, and nobody ends a rank that waits forever."""
+    os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+    train.RANK, train.WORLD = rank, 2
+    small_rank(home, command, **options)
+
+
+@pytest.fixture
+def exit_codes(processes, ranks_home):
+    """Runs two forked ranks: their exit codes, and what they printed."""
+    def run(*command, **options):
+        (ranks_home / "log").unlink(missing_ok=True)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        ranks = [processes(target=forked_rank, args=(rank, port, str(ranks_home), command, options), daemon=True) for rank in range(2)]
+        for process in ranks:
+            process.start()
+        return [finished(process) for process in ranks], (ranks_home / "log").read_text()
+    return run
+
+
+@pytest.fixture(scope="module")
+def ranks_home(tmp_path_factory, processes):
+    """The runs of one process with the deterministic objective: pretrain, head, full training."""
+    home = tmp_path_factory.mktemp("ranks")
+    for mode, command in RANKS.items():
+        process = processes(target=small_rank, args=(str(home), [*command, "--run_dir", mode]))
+        process.start()
+        assert finished(process) == 0, (home / "log").read_text()
+    return home
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_a_batch_is_divided_by_events_and_every_stay_is_in_one_part(ranks):
+    rng = np.random.default_rng(ranks)
+    for stays in [*range(1, 12), 64]:
+        events = rng.integers(1, 2000, stays)
+        parts = balanced_parts(events, ranks)
+        assert sorted(np.concatenate(parts)) == list(range(stays)) and len(parts) == ranks
+        assert all((np.diff(part) > 0).all() for part in parts)  # one rank: the batch as it is
+        sums = np.array([events[part].sum() for part in parts])
+        assert (sums > 0).sum() == min(stays, ranks)
+        fullest = parts[sums.argmax()]
+        assert len(fullest) == 1 or sums.max() - events[fullest].min() <= sums.min()  # no stay can move and make the fullest less full
+
+
+@pytest.mark.parametrize("mode", RANKS)
+def test_two_ranks_of_torchrun_learn_what_one_process_learns(ranks_home, mode):
+    """The same losses, validation figures and weights, and one set of files."""
+    (ranks_home / "log").unlink(missing_ok=True)
+    rank = [sys.executable, "-c", f"import sys, test_suite; test_suite.small_rank({str(ranks_home)!r}, sys.argv[1:])"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python", *rank]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parent)}
+    ended = subprocess.run([*torchrun, *RANKS[mode], "--run_dir", f"ranks {mode}"], env=environment, capture_output=True, text=True, timeout=120)
+    printed = (ranks_home / "log").read_text()
+    assert ended.returncode == 0, printed + ended.stderr
+    one, two = ranks_home / mode, ranks_home / f"ranks {mode}"
+    if mode == "head":  # the features are the same bits, and so is the head that every rank trains on them
+        same_run(one, two)
+    else:
+        pd.testing.assert_frame_equal(*(pd.read_csv(run / "metrics.csv") for run in (one, two)), rtol=0, atol=1e-5)
+    for name in ("best.pt", "last.pt"):
+        a, b = (torch.load(run / name, weights_only=True)["model"] for run in (one, two))
+        assert list(a) == list(b)
+        for weight in a:
+            if weight.endswith("in_proj_bias"):  # what is added to every key cancels in the softmax: its gradient is rounding, which Adam scales up
+                (a[weight], b[weight]) = (torch.cat([x.chunk(3)[0], x.chunk(3)[2]]) for x in (a[weight], b[weight]))
+            close(a[weight], b[weight])
+    assert sorted(path.name for path in two.iterdir()) == [".lock", "best.pt", "last.pt", "metrics.csv"]
+    assert printed.count("run folder") == printed.count("best checkpoint") == 1
+
+
+@pytest.mark.parametrize("mode", RANKS)
+def test_a_signal_to_one_rank_saves_and_the_resumed_run_ends_with_equal_bits(ranks_home, exit_codes, mode):
+    whole, cut = f"random {mode}", f"cut {mode}"
+    assert exit_codes(*RANKS[mode], "--run_dir", whole, deterministic=False)[0] == [0, 0]
+    codes, printed = exit_codes(*RANKS[mode], "--run_dir", cut, deterministic=False, interrupted_at=1)
+    assert codes == [130, 130] and printed.count("saved; go on with:") == 1, printed
+    states = torch.load(ranks_home / cut / "last.pt", weights_only=True)["trainer"]["random"]
+    assert torch.equal(*(state["torch"] for state in states)) == (mode == "head")  # each rank draws masks of its own; the head is the same on all
+    assert exit_codes(*RANKS[mode], "--resume", cut, deterministic=False)[0] == [0, 0]
+    same_run(ranks_home / whole, ranks_home / cut)
+
+
+@pytest.mark.parametrize("option, error", [
+    (["--run_dir", "pretrain"], "pretrain: exists already; choose another --run_dir, or continue it with --resume pretrain"),    # of rank 0 alone
+    (["--data_dir", "nowhere"], "nowhere: no such folder; --data_dir takes the folder that holds the data"),                     # of each
+])
+def test_an_error_is_one_line_and_no_rank_waits(exit_codes, option, error):
+    codes, printed = exit_codes(*RANKS["pretrain"], *option)
+    assert codes == [2, 2] and "Traceback" not in printed
+    assert [line for line in printed.splitlines() if line.startswith("error:")] == [f"error: {error}"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
     python train.py --mode pretrain [--data_dir D]
     python train.py --mode finetune --pretrained_ckpt checkpoints/.../best.pt [--full_training]
+    torchrun --standalone --nproc_per_node=2 train.py ...   the same on several GPUs, or several processes of a CPU
 
 A run has a folder under checkpoints/: best.pt (the best validation epoch), last.pt (to --resume from), metrics.csv (one row an epoch).
 """
@@ -16,6 +17,7 @@ import shlex
 import signal
 import sys
 import time
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -23,12 +25,14 @@ import numpy as np
 import pandas as pd
 import sklearn
 import torch
+import torch.distributed as dist
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 from sklearn.model_selection import train_test_split
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import (SPLITS, Cohort, InputError, Normalizer, StayDataset, epoch_batches, load_cohort, make_splits, sorted_batches, stays_of,
-                  variable_vectors, write_atomically)
+from data import (SPLITS, Cohort, InputError, Normalizer, StayDataset, balanced_parts, epoch_batches, load_cohort, make_splits, sorted_batches,
+                  stays_of, variable_vectors, write_atomically)
 from finetune_config import FinetuneConfig, classification_loss, full_optimizer, head_optimizer, head_penalty
 from model import (CHECKPOINT_FORMAT, ModelConfig, SeqSetVAE, SeqSetVAEPretrain, checkpoint_config, checkpoint_state, load_backbone,
                    read_checkpoint)
@@ -54,7 +58,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--synthetic_stays", type=positive, default=1000, metavar="N", help="size of the embedded cohort (default: %(default)s)")
 
     add = parser.add_argument_group("training").add_argument
-    add("--batch_size", type=positive, metavar="N", help=f"stays a step (default: {defaults['batch_size']})")
+    add("--batch_size", type=positive, metavar="N", help=f"stays a step, of all processes together (default: {defaults['batch_size']})")
     add("--max_epochs", type=positive, metavar="N", help=f"(default: {defaults['max_epochs']})")
     add("--seed", type=seed, default=0, metavar="N", help="of the split, the weights and the order of the batches (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
@@ -114,18 +118,75 @@ def fraction(text: str) -> float:
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------
+# Several processes: each trains on its part of every batch and evaluates its part of the stays; rank 0 alone prints and writes
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+RANK, LOCAL_RANK, WORLD = (int(os.environ.get(name, alone)) for name, alone in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))  # by torchrun
+LAUNCHER = "python" if WORLD == 1 else f"torchrun --standalone --nproc_per_node={WORLD}"
+
+
+def summed(x: torch.Tensor) -> torch.Tensor:
+    """The sum of x over ranks, in place."""
+    if WORLD > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def gathered(value) -> list:
+    """`value` of every rank. Raises the InputError of a rank that failed meanwhile (see `main`), so that none waits for it forever."""
+    values = [value] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(values, value)
+    for value in values:
+        if isinstance(value, InputError):
+            raise value
+    return values
+
+
+@contextmanager
+def rank_0_first():
+    """The others begin when rank 0 is done: they then find the cache that it wrote."""
+    if RANK:
+        gathered(None)
+    yield
+    if not RANK:
+        gathered(None)
+
+
+def data_parallel(model, seed: int):
+    """The model to call in training: its backward pass averages the gradients over ranks. (Every parameter takes part in every step:
+    DistributedDataParallel need not look for unused ones.) From here on each rank draws masks, dropout and z of its own, so that a run of
+    several ranks equals one of a single process where these are off: the objective itself is the same mean over the batch's stays."""
+    if WORLD == 1:
+        return model
+    torch.manual_seed(seed + RANK)
+    return DistributedDataParallel(model)
+
+
+def own_parts(batches: list, events: np.ndarray) -> tuple[list, list]:
+    """This rank's part of every batch, balanced by events, and the number of stays in each that count. A rank without a part, in a batch of
+    fewer stays than ranks, takes the batch's first stay and counts 0: the backward pass of the others waits for it."""
+    parts = [batch[balanced_parts(events[batch], WORLD)[RANK]] for batch in batches]
+    return [part if len(part) else batch[:1] for part, batch in zip(parts, batches)], [len(part) for part in parts]
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
 # What both loops need: device, run folder, checkpoints
 # ----------------------------------------------------------------------------------------------------------------------------------
 
 def choose_device(name: str, precision: str) -> tuple[torch.device, torch.dtype]:
     """The device and the autocast type (float32: no autocast). Raises InputError for a device that is not there."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and WORLD == 1 else "cpu"
     try:
         device = torch.device(name)
+        if device.type == "cuda" and WORLD > 1:
+            device = torch.device("cuda", LOCAL_RANK)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError):
-        raise InputError(f"--device {name}: not available here; use --device auto") from None
+        raise InputError(f"--device {name}: not available here{' for each process' if WORLD > 1 else ''}; use --device auto") from None
+    if device.type == "cuda" and WORLD > 1:
+        torch.cuda.set_device(device)
     if precision == "auto":
         native = device.type == "cpu" and torch.cpu._is_amx_tile_supported()  # elsewhere a CPU emulates bf16, or gains little by it
         precision = ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if device.type == "cuda" else "bf16" if native else "fp32"
@@ -136,76 +197,103 @@ def loader(dataset: StayDataset, batches: list, device: torch.device):
     """Batches of stay indices -> EventBatches on the device. On CUDA a worker prepares them and the copies are asynchronous."""
     cuda = device.type == "cuda"
     batches = torch.utils.data.DataLoader(dataset, sampler=batches, batch_size=None, num_workers=2 if cuda else 0, pin_memory=cuda,
+                                          worker_init_fn=leave_process_group,
                                           generator=torch.Generator())  # its own: the global one must not advance
     return (batch.to(device, non_blocking=cuda) for batch in batches)
 
 
+def leave_process_group(worker: int) -> None:
+    """torchrun signals a whole group of processes; a loader's worker that it ended would bring the run down before it has saved."""
+    os.setpgrp()
+
+
+def evaluation_batches(dataset: StayDataset, stays: np.ndarray) -> list[np.ndarray]:
+    """This rank's batches of an evaluation pass, as positions into `stays`: every stay is in one batch of one rank."""
+    return sorted_batches(np.diff(dataset.cohort.stay_start)[stays], EVALUATION_BATCH)[RANK::WORLD]
+
+
 def evaluation_loader(dataset: StayDataset, stays: np.ndarray, device: torch.device):
-    return loader(dataset, [stays[b] for b in sorted_batches(np.diff(dataset.cohort.stay_start)[stays], EVALUATION_BATCH)], device)
+    return loader(dataset, [stays[b] for b in evaluation_batches(dataset, stays)], device)
 
 
 def progress(iterable, total: int, what: str, batch_size: int = EVALUATION_BATCH):
     """tqdm over `total` batches, counted in stays, on a terminal; silent when piped."""
-    return tqdm(iterable, total=total, desc=what, leave=False, disable=None, unit=" stays", unit_scale=batch_size)
+    return tqdm(iterable, total=total, desc=what, leave=False, disable=True if RANK else None, unit=" stays", unit_scale=batch_size)
 
 
 class Run:
-    """The folder of one training run, its checkpoints and metrics.csv, and what a signal asks of it."""
+    """The folder of one training run, its checkpoints and metrics.csv, and what a signal asks of it. All ranks call its methods."""
 
     def __init__(self, arguments, cohort: Cohort):
         self.arguments, self.last = vars(arguments), None
+        self.folder = Path(arguments.resume or arguments.run_dir or CHECKPOINTS / f"{arguments.mode}-{time.strftime('%Y%m%d-%H%M%S')}")
         if arguments.resume:
-            self.folder = Path(arguments.resume)
             last = read_checkpoint(self.folder / "last.pt")
             if last["source"]["fingerprint"] != cohort.fingerprint:
                 raise InputError(f"{self.folder}/last.pt: the data changed since this run was started; start a new run")
             self.last = last if "model" in last else None  # killed before its first save, a run starts afresh
-        else:
-            self.folder = Path(arguments.run_dir or CHECKPOINTS / f"{arguments.mode}-{time.strftime('%Y%m%d-%H%M%S')}")
+        if RANK == 0:
+            self._take_folder(new=not arguments.resume)
+        gathered(None)
+        if not arguments.resume:
+            self.save("last.pt", {"trainer": {"arguments": self.arguments}, "source": {"fingerprint": cohort.fingerprint}})
+        self.rows = self.last["trainer"]["rows"] if self.last else []
+        self.stop = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._interrupt)
+
+    def _take_folder(self, new: bool) -> None:
+        """Make the run's folder where it is new, and lock it."""
+        if new:
             try:
                 self.folder.mkdir(parents=True)
             except FileExistsError:
                 raise InputError(f"{self.folder}: exists already; choose another --run_dir, or continue it with --resume {self.folder}") from None
             except OSError as error:
                 raise InputError(f"{self.folder}: cannot be made ({error.strerror}); choose another --run_dir") from None
-            self.save("last.pt", {"trainer": {"arguments": self.arguments}, "source": {"fingerprint": cohort.fingerprint}})
         try:
             self.lock = open(self.folder / ".lock", "w")
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system releases it, however the process ends
         except OSError:
             raise InputError(f"{self.folder}: another process is training in it, or it cannot be written; wait for it, or start a new run") from None
-        for leftover in self.folder.glob(".*.pt.*"):  # of a process that was killed while saving
+        for leftover in self.folder.glob(".*.*.*"):  # of a process that was killed while saving
             leftover.unlink()
-        self.rows = self.last["trainer"]["rows"] if self.last else []
-        self.stop = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._interrupt)
 
     def _interrupt(self, number, frame):
-        if self.stop:
+        if self.stop and WORLD == 1:  # torchrun repeats the signal once the first rank has left
             os._exit(128 + number)
+        if not self.stop and RANK == 0:
+            once_more = "; once more to exit at once" if WORLD == 1 else ""
+            print(f"interrupted: saving at the next step (head training: epoch){once_more}", file=sys.stderr)
         self.stop = True
-        print("interrupted: saving at the next step (head training: epoch); once more to exit at once", file=sys.stderr)
+
+    def stopping(self) -> bool:
+        """Whether a signal reached any rank: all leave at the same step."""
+        return any(gathered(self.stop))
 
     def leave(self) -> None:
         """End the interrupted run, whose last.pt is written."""
-        print(f"saved; go on with: python train.py --mode {self.arguments['mode']} --resume {self.folder}")
+        print(f"saved; go on with: {LAUNCHER} train.py --mode {self.arguments['mode']} --resume {self.folder}")
         sys.exit(130)
 
     def log(self, row: dict) -> None:
         """Append an epoch's figures to metrics.csv."""
         self.rows.append(row)
-        write_atomically(self.folder / "metrics.csv", lambda path: pd.DataFrame(self.rows).to_csv(path, index=False))
+        if RANK == 0:
+            write_atomically(self.folder / "metrics.csv", lambda path: pd.DataFrame(self.rows).to_csv(path, index=False))
+        gathered(None)
 
     def save(self, name: str, content: dict) -> None:
-        buffer = io.BytesIO()  # torch.save tells nothing of what went wrong with a file
-        torch.save(content, buffer)
-        write_atomically(self.folder / name, lambda path: path.write_bytes(buffer.getbuffer()))
+        if RANK == 0:
+            buffer = io.BytesIO()  # torch.save tells nothing of what went wrong with a file
+            torch.save(content, buffer)
+            write_atomically(self.folder / name, lambda path: path.write_bytes(buffer.getbuffer()))
+        gathered(None)
 
     def save_last(self, content: dict, position: tuple, best: dict, totals=None, **parts) -> None:
         """Write last.pt: position is (epochs done, batches done in the next), totals its sums so far, parts what has a state_dict."""
         self.save("last.pt", content | {"trainer": {
-            "arguments": self.arguments, "position": list(position), "best": best, "totals": totals, "rows": self.rows, "random": random_states(),
+            "arguments": self.arguments, "position": list(position), "best": best, "totals": totals, "rows": self.rows, "random": gathered(random_states()),
             "parts": {name: part.state_dict() for name, part in parts.items()}}})
 
     def restore(self, model, **parts) -> tuple[dict, tuple, object]:
@@ -214,7 +302,11 @@ class Run:
         model.load_state_dict(self.last["model"])
         for name, part in parts.items():
             part.load_state_dict(state["parts"][name])
-        restore_random_states(state["random"])
+        states = state["random"] if isinstance(state["random"], list) else [state["random"]]  # of each rank; of a run begun before there were ranks
+        if len(states) != WORLD:
+            print(f"resume: a run of {len(states)} processes goes on with {WORLD}: its random masks will be others")
+        if RANK < len(states):
+            restore_random_states(states[RANK])
         return state["best"], tuple(state["position"]), state["totals"]
 
 
@@ -243,7 +335,7 @@ def source_of(arguments, cohort: Cohort) -> dict:
     paths = {name: (path := getattr(arguments, name)) and str(Path(path).resolve()) for name in ("data_dir", "params_map", "label_file")}
     return {**paths, "synthetic_stays": arguments.synthetic_stays,
             "reader": cohort.reader, "fingerprint": cohort.fingerprint, "seed": arguments.seed,
-            "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "command": shlex.join([*LAUNCHER.split(), Path(sys.argv[0]).name, *sys.argv[1:]]),
             "versions": {"torch": str(torch.__version__), "numpy": np.__version__, "scikit-learn": sklearn.__version__}}
 
 
@@ -278,14 +370,15 @@ def update(model, loss, optimizer, scaler, clip: float) -> torch.Tensor:
 def pretrain(arguments) -> Path:
     settings = PRETRAIN | {k: v for k, v in (("batch_size", arguments.batch_size), ("max_epochs", arguments.max_epochs)) if v}
     device, dtype = choose_device(arguments.device, arguments.precision)
-    cohort = load_cohort(arguments.data_dir, arguments.synthetic_stays, params_map=arguments.params_map, label_file=arguments.label_file)
+    with rank_0_first():
+        cohort = load_cohort(arguments.data_dir, arguments.synthetic_stays, params_map=arguments.params_map, label_file=arguments.label_file)
     print(cohort.describe())
     split = make_splits(cohort, arguments.seed)
     train, valid = stays_of(cohort, split["train"]), stays_of(cohort, split["valid"])
     if not len(train) or not len(valid):
         raise InputError(f"{cohort.reader}: its own split has {len(train)} train and {len(valid)} valid stays; give some to each, or leave the split out")
     dataset = StayDataset(cohort, Normalizer.fit(cohort, train))
-    lengths = np.diff(cohort.stay_start)[train]
+    lengths, events = np.diff(cohort.stay_start)[train], cohort.stay_events[train]
 
     torch.manual_seed(arguments.seed), random.seed(arguments.seed)
     config = (ModelConfig.original if arguments.objective == "original" else ModelConfig)(len(cohort.variables))
@@ -304,6 +397,7 @@ def pretrain(arguments) -> Path:
     print(f"split: {len(train):,} train, {len(valid):,} valid, {len(split['test']):,} test stays (seed {arguments.seed}); labels unused; "
           f"run folder {run.folder}")
 
+    parallel = data_parallel(model, arguments.seed)
     source, parts = source_of(arguments, cohort), dict(optimizer=optimizer, schedule=schedule, scaler=scaler)
     best, start, totals = run.restore(model, **parts) if run.last else ({"val_loss": math.inf, "epoch": 0}, (0, 0), None)
     step, every = schedule.last_epoch, 1 if device.type == "cpu" else 50  # on an accelerator every look costs a synchronisation
@@ -313,19 +407,22 @@ def pretrain(arguments) -> Path:
             break
         began, model = time.time(), model.train()
         batches = epoch_batches(lengths, settings["batch_size"], arguments.seed, epoch)
+        own, counts = own_parts(batches, events)
         done = start[1] if epoch == start[0] else 0
-        bar = progress(loader(dataset, [train[b] for b in batches[done:]], device), len(batches) - done, f"epoch {epoch + 1}", settings["batch_size"])
+        bar = progress(loader(dataset, [train[b] for b in own[done:]], device), len(batches) - done, f"epoch {epoch + 1}", settings["batch_size"])
         for batch in bar:
             beta = config.max_beta * min(1, step / settings["beta_warmup_steps"])
             with torch.amp.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                losses = model(batch, beta)
-            norm, stopping = update(model, losses["loss"], optimizer, scaler, settings["clip"]), run.stop
+                losses = parallel(batch, beta)
+            weight = WORLD * counts[done] / len(batches[done])  # the mean over ranks is then the mean over the whole batch's stays
+            norm, stopping = update(model, weight * losses["loss"], optimizer, scaler, settings["clip"]), run.stopping()
             if step % every == 0 or stopping or done + 1 == len(batches):
-                finite_or_stop(norm, step, cohort.stay_id[batch.stay.cpu()], scaler, every)
+                finite_or_stop(norm, step, cohort.stay_id[train[batches[done]]], scaler, every)
                 bar.set_postfix(loss=f"{losses['loss'].item():.3f}", refresh=False)
             schedule.step()
+            names = [name for name in losses if name != "mu"]
+            current = dict(zip(names, summed(torch.stack([losses[name].detach() for name in names]) * counts[done])))
             step, done = step + 1, done + 1
-            current = {name: value.detach() * len(batch) for name, value in losses.items() if name != "mu"}
             if scaler.is_enabled():
                 current["skipped_steps"] = ~torch.isfinite(norm) * len(train)  # a count, where the others are means
             totals = {name: totals[name] + value for name, value in current.items()} if totals else current
@@ -358,16 +455,18 @@ def evaluate_pretraining(model: SeqSetVAEPretrain, dataset: StayDataset, stays: 
     """Validation loss (nothing hidden, nothing sampled: deterministic), its parts, and the active units of mu: variance over the sets of
     the data above 0.01 (Burda et al. 2016, section 5.2)."""
     model.eval()
-    totals, sets, first, second = {}, 0, 0, 0
+    totals = {}
     for batch in evaluation_loader(dataset, stays, device):
         with torch.amp.autocast(device.type, dtype, enabled=dtype != torch.float32):
             losses = model(batch, model.config.max_beta)
-        for name, value in losses.items():
-            if name != "mu":
-                totals[name] = totals.get(name, 0) + value.double() * len(batch)
         real = batch.slot_set < len(batch.group_slot)
-        mu = (losses["mu"].double() * real[..., None]).flatten(0, 1)
-        sets, first, second = sets + batch.lengths.sum(), first + mu.sum(0), second + mu.square().sum(0)
+        mu = (losses.pop("mu").double() * real[..., None]).flatten(0, 1)
+        current = {name: value.double() * len(batch) for name, value in losses.items()}
+        current |= {"sets": batch.lengths.sum(), "first": mu.sum(0), "second": mu.square().sum(0)}
+        totals = {name: totals.get(name, 0) + value for name, value in current.items()}
+    ranks = [part for part in gathered({name: value.cpu() for name, value in totals.items()}) if part]  # one may have had no batch
+    totals = {name: sum(part[name] for part in ranks) for name in ranks[0]}
+    sets, first, second = (totals.pop(name) for name in ("sets", "first", "second"))
     active = int((second / sets - (first / sets).square() > 0.01).sum())
     return {**{f"val_{name}": value.item() / len(stays) for name, value in totals.items()}, "active_units": active}
 
@@ -387,7 +486,8 @@ def open_checkpoint(path, data_dir=None, synthetic_stays=None, params_map=None, 
     if data_dir is None and "format" in content:
         data_dir, synthetic_stays = source["data_dir"], source["synthetic_stays"]
         params_map, label_file = params_map or source.get("params_map"), label_file or source.get("label_file")
-    cohort = load_cohort(data_dir, synthetic_stays or 1000, params_map=params_map, label_file=label_file)
+    with rank_0_first():
+        cohort = load_cohort(data_dir, synthetic_stays or 1000, params_map=params_map, label_file=label_file)
     if "format" not in content:
         return content, cohort, None, None, True
     dataset = StayDataset(cohort, Normalizer.from_state(content["normalizer"], path))
@@ -504,14 +604,12 @@ def ranking(label: np.ndarray, probability: np.ndarray) -> dict:
 def encode_stays(model: SeqSetVAE, dataset: StayDataset, stays: np.ndarray, device, dtype=torch.float32) -> torch.Tensor:
     """Head input of these stays before standardisation, [n, F], in their order: one pass of the backbone over the data."""
     model.eval()
-    features = None
-    batches = sorted_batches(np.diff(dataset.cohort.stay_start)[stays], EVALUATION_BATCH)
+    features = torch.zeros(len(stays), sum(model._feature_sizes().values()), device=device)
+    batches = evaluation_batches(dataset, stays)
     for places, batch in zip(batches, progress(loader(dataset, [stays[b] for b in batches], device), len(batches), "encoding")):
         with torch.amp.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            encoded = model.features(batch).float()
-        features = torch.zeros(len(stays), encoded.shape[1], device=device) if features is None else features
-        features[torch.from_numpy(places).to(device)] = encoded
-    return features
+            features[torch.from_numpy(places).to(device)] = model.features(batch).float()
+    return summed(features)  # each rank filled in the stays of its batches
 
 
 @torch.no_grad()
@@ -550,7 +648,8 @@ def head_epoch(model, features, label, optimizer, config: FinetuneConfig, batche
 
 def train_head(arguments, config, settings, run, model, dataset, split, source, train, valid, device, dtype) -> dict:
     """Frozen backbone: encode the cohort once, then train the head on the cached features. Equal to uncached training, since the
-    backbone is deterministic in evaluation mode."""
+    backbone is deterministic in evaluation mode. Of several ranks each trains the same head on all features, from the same seed: that takes
+    seconds, less than reducing the gradients of so small a model at every step."""
     features, val_features = (encode_stays(model, dataset, stays, device, dtype) for stays in (train, valid))
     label = torch.from_numpy(dataset.cohort.label[train].astype(np.int64)).to(device)
     prepare_head(model, features, label)
@@ -573,11 +672,10 @@ def train_head(arguments, config, settings, run, model, dataset, split, source, 
 
 def train_everything(arguments, config, settings, run, model, dataset, split, source, train, valid, device, dtype) -> dict:
     """Full training: the head first, on the backbone as it is; then every parameter on classification + reconstruction + KL."""
-    lengths = np.diff(dataset.cohort.stay_start)[train]
+    lengths, events = np.diff(dataset.cohort.stay_start)[train], dataset.cohort.stay_events[train]
     optimizer, schedule = full_optimizer(model, config, settings["max_epochs"], not arguments.random_init)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     parts, every = dict(optimizer=optimizer, schedule=schedule, scaler=scaler), 1 if device.type == "cpu" else 50
-    best, start, totals = run.restore(model, **parts) if run.last else UNTRAINED
     if not run.last:
         features = encode_stays(model, dataset, train, device, dtype)
         label = torch.from_numpy(dataset.cohort.label[train].astype(np.int64)).to(device)
@@ -586,25 +684,29 @@ def train_everything(arguments, config, settings, run, model, dataset, split, so
         for epoch in range(FINETUNE["max_epochs"]):
             head_epoch(model, features, label, warm_up, config, epoch_batches(np.ones(len(train)), FINETUNE["batch_size"], arguments.seed, epoch))
             warm_schedule.step()
+    parallel = data_parallel(model, arguments.seed)
+    best, start, totals = run.restore(model, **parts) if run.last else UNTRAINED
     for epoch in range(start[0], settings["max_epochs"]):
         model.train()
         batches = epoch_batches(lengths, settings["batch_size"], arguments.seed, epoch)
+        own, counts = own_parts(batches, events)
         done = start[1] if epoch == start[0] else 0
         totals = totals if done else torch.zeros(4, device=device)
-        bar = progress(loader(dataset, [train[b] for b in batches[done:]], device), len(batches) - done, f"epoch {epoch + 1}", settings["batch_size"])
+        bar = progress(loader(dataset, [train[b] for b in own[done:]], device), len(batches) - done, f"epoch {epoch + 1}", settings["batch_size"])
         for batch in bar:
             with torch.amp.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                losses = model.losses(batch)
+                losses = parallel(batch, losses=True)
             classification = classification_loss(losses["logits"], batch.label, config)
-            loss = (classification + head_penalty(model, config)
-                    + config.reconstruction_weight * (losses["reconstruction"] + model.config.max_beta * losses["kl"]))
-            norm, stopping = update(model, loss, optimizer, scaler, config.clip), run.stop
+            weight = WORLD * counts[done] / len(batches[done])  # as in pretraining
+            loss = (weight * classification + head_penalty(model, config)
+                    + weight * config.reconstruction_weight * (losses["reconstruction"] + model.config.max_beta * losses["kl"]))
+            norm, stopping = update(model, loss, optimizer, scaler, config.clip), run.stopping()
             if done % every == 0 or stopping or done + 1 == len(batches):
-                finite_or_stop(norm, done, dataset.cohort.stay_id[batch.stay.cpu()], scaler, every)
+                finite_or_stop(norm, done, dataset.cohort.stay_id[train[batches[done]]], scaler, every)
                 bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-            done += 1
             means = torch.stack([classification / len(model.cls_head), losses["reconstruction"], losses["kl"]]).detach()
-            totals += torch.cat([means * len(batch), ~torch.isfinite(norm)[None]])
+            totals += torch.cat([summed(means * counts[done]), ~torch.isfinite(norm)[None]])
+            done += 1
             if stopping:
                 run.save_last(model_content("finetune", model, dataset, split, source, best), (epoch, done), best, totals, **parts)
                 run.leave()
@@ -621,6 +723,7 @@ UNTRAINED = {"val_auc": -1.0, "val_auprc": -1.0, "epoch": 0, "threshold": 0.5}, 
 
 def end_of_epoch(run, model, dataset, split, source, row, best, keep_last, **parts) -> dict:
     """Log the epoch, save last.pt and, where the validation AUROC improved (`keep_last`: always), best.pt; obey a signal. Returns the best so far."""
+    row = gathered(row)[0]  # all go on from the figures of rank 0, should another's device round otherwise
     run.log(row)
     improved = keep_last or row["val_auc"] > best["val_auc"]
     content = model_content("finetune", model, dataset, split, source, row)
@@ -630,21 +733,32 @@ def end_of_epoch(run, model, dataset, split, source, row, best, keep_last, **par
     run.save_last(content, (row["epoch"], 0), best, **parts)
     print(f"epoch {row['epoch']:3d}: loss {row['loss']:.4f}, validation AUROC {row['val_auc']:.4f}{' *' if improved and not keep_last else ''}, "
           f"AUPRC {row['val_auprc']:.4f}{skipped(row)}")
-    if run.stop:
+    if run.stopping():
         run.leave()
     return best
 
 
 def main(argv=None) -> int:
+    if WORLD > 1:
+        dist.init_process_group()  # gloo for what lies on a CPU, nccl on CUDA
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
     try:
         arguments = parse_arguments(argv)
         (pretrain if arguments.mode == "pretrain" else finetune)(arguments)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if RANK == 0:
+            print(f"error: {error}", file=sys.stderr)
+        with suppress(InputError, RuntimeError):  # where the others told it, they have left
+            gathered(error)
         return 2
     except KeyboardInterrupt:  # before the run's folder exists; from then on see `Run`
-        print("interrupted: nothing was trained yet", file=sys.stderr)
+        if RANK == 0:
+            print("interrupted: nothing was trained yet", file=sys.stderr)
         return 130
+    finally:
+        if WORLD > 1:
+            dist.destroy_process_group()
     return 0
 
 
