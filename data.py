@@ -6,9 +6,11 @@ similar size. Nothing here knows of models, losses or devices (beyond `EventBatc
 """
 
 import csv
+import gzip
 import hashlib
 import io
 import json
+import math
 import os
 import pickle
 import re
@@ -453,6 +455,7 @@ def _usable_rows(table: Table) -> tuple[np.ndarray, dict]:
 # ----------------------------------------------------------------------------------------------------------------------------------
 
 _DESCRIPTORS = ("Age", "Gender", "Height", "ICUType", "Weight")  # -1 means "not recorded"
+_RECORD_BYTES, _ARCHIVE_BYTES = 2**26, 2**31  # a record has a few thousand, a set of 4,000 some 30 million
 _CLOCK = re.compile(r"\d{1,6}:[0-5]\d")
 
 
@@ -476,6 +479,15 @@ def _physionet2012_sources(folder: Path) -> list[Path]:
     return sources
 
 
+class _Unpacked(gzip.GzipFile):
+    """A gzip file that gives no more at once than a record may hold: a tar header, too, can claim gigabytes."""
+
+    def read(self, size=-1):
+        if size > _RECORD_BYTES:
+            raise tarfile.ReadError(f"a header of {size:,} bytes")
+        return super().read(size)
+
+
 def _records(path: Path):
     """Yield (record name, bytes) of a folder or archive, in order of name. Nothing is unpacked to disk."""
     if path.is_dir():
@@ -485,12 +497,15 @@ def _records(path: Path):
         yield from ((file.stem, file.read_bytes()) for file in files)
         return
     try:
-        with tarfile.open(path, "r:gz") as archive:
+        with _Unpacked(path) as unpacked, tarfile.open(fileobj=unpacked, mode="r:") as archive:
             records = []
             for member in archive:
                 inside = Path(member.name)
                 if not (member.isfile() or member.isdir()) or inside.is_absolute() or ".." in inside.parts:
                     raise InputError(f"{path}: member {member.name} is a link, a device or leaves the folder; download the archive again")
+                if member.size > _RECORD_BYTES or member.offset > _ARCHIVE_BYTES:
+                    raise InputError(f"{path}: member {member.name} of {member.size:,} bytes, {member.offset:,} bytes into the archive, is too large for "
+                                     "a record; download the archive again, or pack records alone")
                 if member.isfile() and inside.suffix == ".txt":
                     records.append((inside.stem, archive.extractfile(member).read()))
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:

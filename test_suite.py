@@ -815,6 +815,13 @@ def tar_with(member: tarfile.TarInfo):
     return damage
 
 
+def archive_that_claims(kind):
+    """A tar header that promises a gigabyte, and nothing after it."""
+    member = tarfile.TarInfo("set-a/1.txt")
+    member.type, member.size = kind, 2**30
+    return lambda folder: (write_physionet(folder, archive=True) / "set-a.tar.gz").write_bytes(gzip.compress(member.tobuf()))
+
+
 def linked(name, target):
     member = tarfile.TarInfo(name)
     member.type, member.linkname = tarfile.SYMTYPE, target
@@ -850,6 +857,8 @@ BAD_DATA = {  # what is wrong: (make it at this folder, what the message names)
     "damaged archive": (partial(cut_archive, flip=True), "set-a.tar.gz"),
     "archive that leaves its folder": (tar_with(tarfile.TarInfo("../evil.txt")), "set-a.tar.gz: member ../evil.txt"),
     "archive with a link": (tar_with(linked("set-a/1.txt", "/etc/passwd")), "set-a.tar.gz: member set-a/1.txt"),
+    "archive with a huge record": (archive_that_claims(tarfile.REGTYPE), "set-a.tar.gz: member set-a/1.txt of 1,073,741,824 bytes"),
+    "archive with a huge header": (archive_that_claims(tarfile.XHDTYPE), "set-a.tar.gz: damaged archive (a header of 1,073,741,824 bytes)"),
     "too few stays to split": (write_physionet, "PhysioNet 2012"),
 }
 
