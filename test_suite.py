@@ -362,6 +362,20 @@ def test_the_time_bias_learns_in_pretraining():
     assert (model.history.slope.grad != 0).all() and model.history.tau.grad != 0
 
 
+def test_long_stays_in_blocks_of_queries_equal_the_whole(monkeypatch):
+    model, seen = build(SeqSetVAEPretrain, tiny()), []
+    for longest in (1024, 4):
+        monkeypatch.setattr("model.LONG_STAY", longest), monkeypatch.setattr("model.QUERY_BLOCK", 3)
+        batch, first = batch_of(random_stays()), model(batch_of(random_stays()), 1e-3)
+        model.zero_grad()
+        first["loss"].backward()
+        with torch.no_grad():
+            h = model.history(first["mu"], batch.minute)
+        seen.append({"h": h, "loss": first["loss"]} | {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    close(*seen)
+    assert "history.slope" in seen[0] and "history.tau" in seen[0]
+
+
 def test_history_in_evaluation_equals_history_in_training_without_dropout():
     """The fast path of nn.TransformerEncoder misreads a float mask, in evaluation only: ours must have no such second path."""
     history = build(lambda config, _: History(config), tiny(dropout=0.0))
