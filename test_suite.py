@@ -564,11 +564,40 @@ def test_no_event_and_no_set_is_forgotten():
     assert events == len(cohort.event_value) and sets == len(cohort.set_minute)
 
 
-@pytest.mark.parametrize("batches", [lambda n: epoch_batches(n, 8, seed=1, epoch=2), lambda n: sorted_batches(n, 8)], ids=["epoch", "sorted"])
+@pytest.mark.parametrize("batches", [lambda cohort: epoch_batches(np.diff(cohort.stay_start), 8, seed=1, epoch=2),
+                                     lambda cohort: sorted_batches(cohort, np.arange(len(cohort)), 8)], ids=["epoch", "sorted"])
 def test_every_stay_is_visited_once(batches):
-    lengths = np.random.default_rng(0).integers(1, 90, 297)
-    visited = batches(lengths)
+    visited = batches(cohort_of(random_stays(np.random.default_rng(0).integers(1, 90, 297))))
     assert sorted(np.concatenate(visited)) == list(range(297)) and max(map(len, visited)) == 8
+
+
+@pytest.mark.parametrize("limit, most", [("_MOST_SETS_SQUARED", 6 * 9**2), ("_MOST_EVENTS", 270)])
+def test_evaluation_batches_are_bounded_by_their_cost(monkeypatch, limit, most):
+    cohort = cohort_of(random_stays((9,) * 20 + (90, 80)))
+    monkeypatch.setattr(data, limit, most)
+    batches = sorted_batches(cohort, np.arange(22), 32)
+    cost = {"_MOST_SETS_SQUARED": lambda b: len(b) * 9**2, "_MOST_EVENTS": lambda b: cohort.stay_events[b].sum()}[limit]
+    assert np.concatenate(batches).tolist() == [*range(20), 21, 20] and [len(b) for b in batches[-2:]] == [1, 1]
+    assert all(cost(b) <= most for b in batches[:-2]) and len(batches) <= 8
+
+
+def test_a_batch_costs_as_much_memory_in_a_large_cohort(tmp_path):
+    def peak(stays):
+        cohort = load_cohort(None, stays, cache_dir=tmp_path)
+        everyone = np.arange(stays)
+        tracemalloc.start()
+        normalizer = Normalizer.fit(cohort, everyone)
+        fitted = tracemalloc.get_traced_memory()[1]
+        dataset, batches = StayDataset(cohort, normalizer), epoch_batches(np.ones(stays), 8, 0, 0)[:20]
+        tracemalloc.reset_peak()
+        before = tracemalloc.get_traced_memory()[0]
+        for batch in batches:
+            dataset[everyone[batch]]
+        used = tracemalloc.get_traced_memory()[1] - before
+        tracemalloc.stop()
+        return used, fitted, len(cohort.event_value)
+    (small, _, _), (large, fitted, events) = peak(500), peak(4000)
+    assert large < 1.3 * small and fitted < 10e6 + 6 * events
 
 
 def test_the_order_of_an_epoch_depends_on_seed_and_epoch_alone():
@@ -2398,7 +2427,7 @@ def write_predictions(path, content, cohort, probability) -> None:
 def embed_stays(model, dataset, stays) -> tuple[torch.Tensor, torch.Tensor]:
     """Of every stay the head input before standardisation [n, F] (as `train.encode_stays`) and h after its last set [n, d]."""
     features, end = torch.zeros(len(stays), sum(model._feature_sizes().values())), torch.zeros(len(stays), model.config.latent_dim)
-    batches = sorted_batches(np.diff(dataset.cohort.stay_start)[stays], EVALUATION_BATCH)
+    batches = sorted_batches(dataset.cohort, stays, EVALUATION_BATCH)
     for places, batch in zip(batches, progress(evaluation_loader(dataset, stays, CPU), len(batches), "encoding")):
         _, _, z, h = model.encode(batch)
         features[places], end[places] = model._head_input(z, h, batch), h[torch.arange(len(h)), batch.lengths - 1]

@@ -140,7 +140,7 @@ def loader(dataset: StayDataset, batches: list, device: torch.device):
 
 
 def evaluation_loader(dataset: StayDataset, stays: np.ndarray, device: torch.device):
-    return loader(dataset, [stays[b] for b in sorted_batches(np.diff(dataset.cohort.stay_start)[stays], EVALUATION_BATCH)], device)
+    return loader(dataset, [stays[b] for b in sorted_batches(dataset.cohort, stays, EVALUATION_BATCH)], device)
 
 
 def progress(iterable, total: int, what: str, batch_size: int = EVALUATION_BATCH):
@@ -504,7 +504,7 @@ def encode_stays(model: SeqSetVAE, dataset: StayDataset, stays: np.ndarray, devi
     """Head input of these stays before standardisation, [n, F], in their order: one pass of the backbone over the data."""
     model.eval()
     features = None
-    batches = sorted_batches(np.diff(dataset.cohort.stay_start)[stays], EVALUATION_BATCH)
+    batches = sorted_batches(dataset.cohort, stays, EVALUATION_BATCH)
     for places, batch in zip(batches, progress(loader(dataset, [stays[b] for b in batches], device), len(batches), "encoding")):
         with torch.amp.autocast(device.type, dtype, enabled=dtype != torch.float32):
             encoded = model.features(batch).float()
