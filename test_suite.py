@@ -26,6 +26,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import tracemalloc
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -720,6 +721,24 @@ def test_synthetic_cohort_is_deterministic():
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name))  # NaN (no given statistics) equals NaN
     assert a.fingerprint == b.fingerprint
     assert synthetic_cohort(24, seed=1).fingerprint != a.fingerprint and len(a) == 24 and set(a.label) == {0, 1}
+
+
+def test_a_large_synthetic_cohort_is_cached_part_by_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "_SYNTHETIC_BLOCK", 25)
+    parts, cached = list(data.synthetic_parts(60)), load_cohort(None, 60, cache_dir=tmp_path)
+    assert [len(part) for part in parts] == [20, 20, 20] and len({part.fingerprint for part in parts}) == 3
+    assert as_lists(cached) == {stay: sets for part in parts for stay, sets in as_lists(part).items()}
+    assert cached.label.tolist() == [label for part in parts for label in part.label] and cached.notes == parts[0].notes
+    whole = synthetic_cohort(60)
+    assert cached.fingerprint == whole.fingerprint == cached.digest() and cached.variables == whole.variables
+    for name in Cohort.ARRAYS:
+        np.testing.assert_array_equal(getattr(cached, name), getattr(whole, name))
+        assert isinstance(getattr(cached, name), np.memmap)
+
+
+def test_the_default_synthetic_cohort_stays_what_it_was():
+    cohort = synthetic_cohort()
+    assert (len(cohort.event_value), len(cohort.set_minute), (cohort.label == 1).sum()) == (272_973, 45_726, 169)
 
 
 def test_a_variable_has_the_same_unit_vector_in_every_vocabulary():
@@ -2045,7 +2064,8 @@ def test_a_wrong_option_is_named(capsys, options):
 
 
 @pytest.mark.parametrize("options, named", [(["--device", "cuda:99"], "--device cuda:99"), (["--device", "meta"], "--device meta"),
-                                            (["--device", ""], "--device"), (["--synthetic_stays", "1"], "1 stays"), (["--data_dir", "/dev/null"], "/dev/null")])
+                                            (["--device", ""], "--device"), (["--synthetic_stays", "1"], "1 stays"),
+                                            (["--synthetic_stays", "1" + "0" * 15], "MB are free"), (["--data_dir", "/dev/null"], "/dev/null")])
 def test_an_option_that_cannot_be_met_is_one_line(tmp_path, capsys, options, named):
     one_error_line(capsys, train.main([*PRETRAIN, *options, "--run_dir", str(tmp_path / "run")]), named)
 
