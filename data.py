@@ -6,9 +6,11 @@ similar size. Nothing here knows of models, losses or devices (beyond `EventBatc
 """
 
 import csv
+import gzip
 import hashlib
 import io
 import json
+import math
 import os
 import pickle
 import re
@@ -17,17 +19,18 @@ import tarfile
 import tempfile
 import warnings
 import zlib
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from collections import Counter
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Callable, Iterable, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from sklearn.model_selection import train_test_split
 
-READER_VERSION = 2  # raise it when a reader's output changes: older caches are then rebuilt
+READER_VERSION = 3  # raise it when a reader's output changes: older caches are then rebuilt
 CACHE_DIR = Path(__file__).resolve().parent / ".cache"
 SPLITS = ("train", "valid", "test")  # codes 0, 1, 2 in `Cohort.split`; -1 is unassigned
 
@@ -98,6 +101,13 @@ class Cohort:
         """[P] number of events of each stay."""
         return np.diff(self.set_start[self.stay_start])
 
+    def digest(self) -> str:
+        """The fingerprint. Reads the arrays where they lie: a memory-mapped cohort is not copied."""
+        digest = hashlib.sha256("\n".join(self.variables).encode())
+        for name in Cohort.STAYS:
+            digest.update(np.ascontiguousarray(getattr(self, name)).view(np.uint8))
+        return digest.hexdigest()[:16]
+
     def describe(self) -> str:
         """The lines a command prints about what it read."""
         labelled = self.label >= 0
@@ -157,11 +167,20 @@ def build_cohort(reader, variables, stay, minute, variable, value, stay_id, labe
         vectors=(pd.DataFrame() if vectors is None else vectors).reindex(names).to_numpy(np.float32),
         notes=notes,
     )
-    digest = hashlib.sha256("\n".join(cohort.variables).encode())
-    for name in Cohort.STAYS:
-        digest.update(np.ascontiguousarray(getattr(cohort, name)).tobytes())
-    cohort.fingerprint = digest.hexdigest()[:16]
+    cohort.fingerprint = cohort.digest()
     return cohort
+
+
+def pieces(parts: Iterable[Cohort]):
+    """Yield (part, {name of array: rows}), such that the rows of all parts, one after another, are the whole's. The parts agree in their
+    variables and in the arrays' types."""
+    sets = events = 0
+    for part in parts:
+        rows = {name: getattr(part, name) for name in Cohort.ARRAYS} | {"set_start": part.set_start + events, "stay_start": part.stay_start + sets}
+        if sets:
+            rows = {name: x[name.endswith("_start"):] for name, x in rows.items() if name not in ("statistics", "vectors")}
+        yield part, rows
+        sets, events = sets + len(part.set_minute), events + len(part.event_value)
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------
@@ -189,17 +208,36 @@ _SYNTHETIC_VARIABLES = {
 _SYNTHETIC_PANELS = {"vitals": (.55, .15, .15), "neuro": (.2, .08, .3), "gas": (.06, .06, .1), "chemistry": (.07, .03, .1),
                      "blood": (.06, .02, .15), "liver": (.02, .015, .25)}
 _SYNTHETIC_HOURS = 48
+_SYNTHETIC_BLOCK = 1000  # stays
+_SYNTHETIC_BYTES = 2500  # of a stay in the cache
 
 
 def synthetic_cohort(stays: int = 1000, seed: int = 2012) -> Cohort:
-    """The embedded cohort: deterministic in (stays, seed), vectorised over stays.
+    """The embedded cohort, whole in memory: deterministic in (stays, seed)."""
+    parts, rows = zip(*pieces(synthetic_parts(stays, seed)))
+    cohort = replace(parts[0], **{name: np.concatenate([r[name] for r in rows if name in r]) for name in Cohort.ARRAYS})
+    cohort.fingerprint = cohort.digest()
+    return cohort
+
+
+def synthetic_parts(stays: int, seed: int = 2012):
+    """Yield the embedded cohort in blocks of at most 1,000 stays and nearly equal size (so that each holds every variable): what is held
+    in memory does not grow with the cohort."""
+    blocks = -(-stays // _SYNTHETIC_BLOCK)
+    for block in range(blocks):
+        first, end = (stays * b // blocks for b in (block, block + 1))
+        # NumPy pads a seed with zeros: block 0 of a cohort draws what the whole cohort drew before there were blocks.
+        yield _synthetic_block([f"synthetic-{i:0{len(str(stays))}d}" for i in range(first, end)], np.random.default_rng([seed, stays, block]))
+
+
+def _synthetic_block(ids: list[str], rng: np.random.Generator) -> Cohort:
+    """The stays `ids` of the embedded cohort, vectorised over stays.
 
     Four organ processes a stay (circulation, lungs, kidneys, brain/infection) wander as mean-reverting noise around a level and a trend.
     Charted values load on them with a baseline of the stay's own, which hides the level; severe hours are charted more often. Death
     depends on the *trajectory*: how much the organs worsened over the stay, and whether two failed at once at the end.
     """
-    rng = np.random.default_rng([seed, stays])
-    hours = np.arange(_SYNTHETIC_HOURS)
+    stays, hours = len(ids), np.arange(_SYNTHETIC_HOURS)
     # Organ processes [P, 48, 4]: level + trend + Ornstein-Uhlenbeck noise.
     level, trend = rng.normal(0, .8, (stays, 1, 4)), rng.normal(0, 1, (stays, 1, 4))
     noise = np.zeros((stays, _SYNTHETIC_HOURS, 4))
@@ -234,9 +272,7 @@ def synthetic_cohort(stays: int = 1000, seed: int = 2012) -> Cohort:
                 kept = rng.random(len(s)) > missing
                 z = baseline[s[kept], v] + organs[s[kept], hour[kept]] @ np.array(loading) + rng.normal(0, .4, kept.sum())
                 add(s[kept], at[kept], v, np.maximum(mean + sd * z, mean * .05 if mean > 0 else -np.inf))
-    width = len(str(stays))
-    return build_cohort("embedded synthetic cohort", names, *(np.concatenate(x) for x in (stay, minute, variable, value)),
-                        stay_id=[f"synthetic-{i:0{width}d}" for i in range(stays)], label=label)
+    return build_cohort("embedded synthetic cohort", names, *(np.concatenate(x) for x in (stay, minute, variable, value)), stay_id=ids, label=label)
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------
@@ -453,6 +489,7 @@ def _usable_rows(table: Table) -> tuple[np.ndarray, dict]:
 # ----------------------------------------------------------------------------------------------------------------------------------
 
 _DESCRIPTORS = ("Age", "Gender", "Height", "ICUType", "Weight")  # -1 means "not recorded"
+_RECORD_BYTES, _ARCHIVE_BYTES = 2**26, 2**31  # a record has a few thousand, a set of 4,000 some 30 million
 _CLOCK = re.compile(r"\d{1,6}:[0-5]\d")
 
 
@@ -476,6 +513,15 @@ def _physionet2012_sources(folder: Path) -> list[Path]:
     return sources
 
 
+class _Unpacked(gzip.GzipFile):
+    """A gzip file that gives no more at once than a record may hold: a tar header, too, can claim gigabytes."""
+
+    def read(self, size=-1):
+        if size > _RECORD_BYTES:
+            raise tarfile.ReadError(f"a header of {size:,} bytes")
+        return super().read(size)
+
+
 def _records(path: Path):
     """Yield (record name, bytes) of a folder or archive, in order of name. Nothing is unpacked to disk."""
     if path.is_dir():
@@ -485,12 +531,15 @@ def _records(path: Path):
         yield from ((file.stem, file.read_bytes()) for file in files)
         return
     try:
-        with tarfile.open(path, "r:gz") as archive:
+        with _Unpacked(path) as unpacked, tarfile.open(fileobj=unpacked, mode="r:") as archive:
             records = []
             for member in archive:
                 inside = Path(member.name)
                 if not (member.isfile() or member.isdir()) or inside.is_absolute() or ".." in inside.parts:
                     raise InputError(f"{path}: member {member.name} is a link, a device or leaves the folder; download the archive again")
+                if member.size > _RECORD_BYTES or member.offset > _ARCHIVE_BYTES:
+                    raise InputError(f"{path}: member {member.name} of {member.size:,} bytes, {member.offset:,} bytes into the archive, is too large for "
+                                     "a record; download the archive again, or pack records alone")
                 if member.isfile() and inside.suffix == ".txt":
                     records.append((inside.stem, archive.extractfile(member).read()))
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
@@ -872,7 +921,7 @@ def load_cohort(data_dir: str | None = None, synthetic_stays: int = 1000, cache_
     options = {name: Path(path) for name, path in (("params_map", params_map), ("label_file", label_file)) if path}
     folder = data_dir and Path(data_dir)
     if folder is None:
-        reader = Reader(f"the embedded cohort of {synthetic_stays} stays", None, lambda _: [], lambda _: synthetic_cohort(synthetic_stays))
+        reader = Reader(f"the embedded cohort of {synthetic_stays} stays", None, lambda _: [], None)
     elif not folder.is_dir():
         raise InputError(f"{folder}: no such folder; --data_dir takes the folder that holds the data")
     else:
@@ -889,8 +938,12 @@ def load_cohort(data_dir: str | None = None, synthetic_stays: int = 1000, cache_
     cached = Path(cache_dir) / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     cohort = _open_cache(cached)
     if cohort is None:
-        cohort = reader.read(folder, **options)
-        _write_cache(cached, cohort)
+        with clear_write_error(cached):
+            cached.parent.mkdir(parents=True, exist_ok=True)
+        if folder is None and (size := synthetic_stays * _SYNTHETIC_BYTES) > (free := shutil.disk_usage(cached.parent).free):
+            raise InputError(f"--synthetic_stays {synthetic_stays}: takes {size // 10**6:,} MB in {cached.parent}, where {free // 10**6:,} MB are free; "
+                             "give fewer")
+        _write_cache(cached, [reader.read(folder, **options)] if folder else synthetic_parts(synthetic_stays))
         cohort = _open_cache(cached)
     return cohort
 
@@ -907,16 +960,32 @@ def _open_cache(folder: Path) -> Cohort | None:
         return None
 
 
-def _write_cache(folder: Path, cohort: Cohort) -> None:
-    """Write to a temporary folder beside the target, sync, rename: a reader never sees a half-written cache."""
+def _write_cache(folder: Path, parts: Iterable[Cohort]) -> None:
+    """Append part after part to files in a temporary folder beside the target, sync, rename: one part at a time is held in memory, and a
+    reader never sees a half-written cache."""
     with clear_write_error(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
         try:
-            for name in Cohort.ARRAYS:
-                np.save(temporary / f"{name}.npy", getattr(cohort, name), allow_pickle=False)
+            headers, notes = {}, Counter()
+            with ExitStack() as stack:
+                files = {name: stack.enter_context(open(temporary / f"{name}.npy", "wb")) for name in Cohort.ARRAYS}
+                for part, rows in pieces(parts):
+                    notes.update(part.notes)
+                    for name, array in rows.items():
+                        array = np.ascontiguousarray(array)
+                        if name not in headers:
+                            headers[name] = np.lib.format.header_data_from_array_1_0(array)
+                            np.lib.format.write_array_header_1_0(files[name], headers[name])
+                        else:
+                            headers[name]["shape"] = (headers[name]["shape"][0] + len(array),)
+                        array.tofile(files[name])
+                for name, header in headers.items():  # NumPy leaves room in a header for the rows to grow
+                    files[name].seek(0)
+                    np.lib.format.write_array_header_1_0(files[name], header)
+            cohort = replace(part, notes=dict(notes), **{name: np.load(temporary / f"{name}.npy", mmap_mode="r") for name in Cohort.ARRAYS})
+            cohort.fingerprint = cohort.digest()
             meta = {f.name: getattr(cohort, f.name) for f in fields(Cohort) if f.name not in Cohort.ARRAYS}
-            meta["shapes"] = {name: list(getattr(cohort, name).shape) for name in Cohort.ARRAYS}
+            meta["shapes"] = {name: list(header["shape"]) for name, header in headers.items()}
             (temporary / "meta.json").write_text(json.dumps(meta))
             for path in temporary.iterdir():
                 sync(path)
@@ -982,14 +1051,16 @@ class Normalizer:
         mistyped pH of 735 must not set the scale). A non-negative variable with a skewness above `skewed` (most enzymes, bilirubin,
         lactate) is taken on a log scale, relative to its median. A constant variable (an indicator) keeps its value: mean 0, std 1.
         Where the cohort was given a variable's statistics, they are taken instead."""
-        events = stay_event_index(cohort, stays)
-        variable, value = cohort.event_variable[events], cohort.event_value[events].astype(np.float64)
-        order = np.argsort(variable, kind="stable")
-        bounds = np.searchsorted(variable[order], np.arange(len(cohort.variables) + 1))
+        sorted_values = []  # (the values of some stays by variable, where each variable begins): 4 bytes an event are held, not 30
+        for part in np.array_split(stays, 1 + len(stays) // 1000):
+            events = stay_event_index(cohort, part)
+            variable = cohort.event_variable[events]
+            order = np.argsort(variable, kind="stable")
+            sorted_values.append((cohort.event_value[events][order], np.searchsorted(variable[order], np.arange(len(cohort.variables) + 1))))
         mean, std, log_scale = np.zeros((3, len(cohort.variables)), dtype=np.float32)
         std[:] = 1
         for v in range(len(cohort.variables)):
-            x = value[order[bounds[v]:bounds[v + 1]]]
+            x = np.concatenate([value[bounds[v]:bounds[v + 1]] for value, bounds in sorted_values]).astype(np.float64)
             if not len(x):
                 continue
             x = x.clip(*np.quantile(x, (tail, 1 - tail)))
@@ -1095,7 +1166,7 @@ class StayDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, stays: np.ndarray) -> EventBatch:
         cohort = self.cohort
-        sets_per_stay = np.diff(cohort.stay_start)[stays]
+        sets_per_stay = cohort.stay_start[stays + 1] - cohort.stay_start[stays]
         set_index = ranges(cohort.stay_start[stays], sets_per_stay)
         size = cohort.set_start[set_index + 1] - cohort.set_start[set_index]
         events = ranges(cohort.set_start[set_index], size)
@@ -1199,7 +1270,20 @@ def balanced_parts(events: np.ndarray, parts: int) -> list[np.ndarray]:
     return [np.flatnonzero(part == p) for p in range(parts)]
 
 
-def sorted_batches(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    """The batches of an evaluation pass: positions sorted by length, nothing random."""
-    order = np.argsort(lengths, kind="stable")
-    return [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+# What one evaluation batch may cost, beyond which it takes fewer stays: its longest stay's sets squared, times its stays (attention), and
+# its events. 32 stays of 724 sets each; an ordinary cohort never comes near.
+_MOST_SETS_SQUARED, _MOST_EVENTS = 2**24, 2**17
+
+
+def sorted_batches(cohort: Cohort, stays: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """The batches of an evaluation pass: positions in `stays` sorted by length, nothing random. A huge stay is a batch of its own."""
+    sets, events = np.diff(cohort.stay_start)[stays], cohort.stay_events[stays]
+    batches, held = [], math.inf  # `held`: events of the last batch
+    for i in np.argsort(sets, kind="stable"):
+        if held + events[i] <= _MOST_EVENTS and len(batches[-1]) < batch_size and (len(batches[-1]) + 1) * sets[i]**2 <= _MOST_SETS_SQUARED:
+            batches[-1].append(i)
+            held += events[i]
+        else:
+            batches.append([i])
+            held = events[i]
+    return [np.array(batch) for batch in batches]

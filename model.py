@@ -10,10 +10,12 @@ w set_dim, r reduced_dim, m inducing points, k statistics of a variable's histor
 import math
 import zipfile
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from data import SPLITS, EventBatch, InputError
 
@@ -116,7 +118,7 @@ class Attention(nn.Module):
         key, value = key_value.unflatten(-1, (2, self.heads, -1)).unbind(-3)         # [G, Nk, heads, d / heads]
         query = query.unflatten(-1, (self.heads, -1))
         # The CPU's fused kernel is slower in bf16 than in float32 on sets this small.
-        with torch.autocast(query.device.type, enabled=query.device.type != "cpu"):
+        with torch.autocast("cpu", enabled=False):
             query, key, value = (x.float() if query.device.type == "cpu" else x for x in (query, key, value))
             out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value)), attn_mask=mask)
         return out.transpose(1, 2).flatten(-2)
@@ -180,10 +182,25 @@ class TransformerLayer(nn.Module):
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def forward(self, x, bias):
+        """x [B, L, d]; bias [B, heads or 1, L, L], or of long stays the function that gives its rows (see `attend_in_blocks`)."""
         y = self.norm1(x)
-        y = self.self_attn.attend(self.self_attn.project_query(y), self.self_attn.project_key_value(y), bias)
+        attend = partial(attend_in_blocks, self.self_attn) if callable(bias) else self.self_attn.attend
+        y = attend(self.self_attn.project_query(y), self.self_attn.project_key_value(y), bias)
         x = x + self.dropout(self.self_attn.out_proj(y))
         return x + self.dropout(self.linear2(self.dropout(F.gelu(self.linear1(self.norm2(x))))))
+
+
+LONG_STAY, QUERY_BLOCK = 1024, 256  # sets
+
+
+def attend_in_blocks(attention: Attention, query, key_value, bias):
+    """`attention.attend` of stays with themselves, causal, a block of queries after another, so that memory grows with L and not with its
+    square; for a gradient each block is computed again. bias(first, end) -> [B, heads or 1, end - first, end]."""
+    def attend(block, first):
+        end = first + block.shape[1]
+        return attention.attend(block, key_value[:, :end], bias(first, end))
+    return torch.cat([checkpoint(attend, block, i * QUERY_BLOCK, use_reentrant=False, preserve_rng_state=False)
+                      for i, block in enumerate(query.split(QUERY_BLOCK, dim=1))], dim=1)
 
 
 def event_masks(batch: EventBatch) -> list[torch.Tensor]:
@@ -477,11 +494,12 @@ class History(nn.Module):
         self.slope = nn.Parameter(0.5 * 0.5 ** torch.arange(config.heads) if config.slope_per_head else torch.tensor(1.0))
         self.tau = nn.Parameter(torch.tensor(60.0))  # minutes
 
-    def time_bias(self, minute: torch.Tensor) -> torch.Tensor:
-        """minute [B, L] -> additive attention bias [B, heads or 1, L, L]: -slope * log1p((t_i - t_j) / tau) for j <= i, else -inf."""
-        apart = (minute[:, None, :, None] - minute[:, None, None, :]).clamp(min=0)
+    def time_bias(self, minute: torch.Tensor, first: int = 0, end: int | None = None) -> torch.Tensor:
+        """minute [B, L] -> additive attention bias [B, heads or 1, L, L]: -slope * log1p((t_i - t_j) / tau) for j <= i, else -inf; or its
+        rows `first` to `end`, which see no set after `end`."""
+        apart = (minute[:, None, first:end, None] - minute[:, None, None, :end]).clamp(min=0)
         bias = -self.slope.abs().view(-1, 1, 1) * torch.log1p(apart / self.tau.abs().clamp(min=1.0))
-        future = torch.ones(minute.shape[1], minute.shape[1], dtype=torch.bool, device=minute.device).triu(1)
+        future = torch.ones(apart.shape[-2:], dtype=torch.bool, device=minute.device).triu(1 + first)
         return bias.masked_fill(future, -math.inf)
 
     def forward(self, z, minute):
@@ -489,7 +507,7 @@ class History(nn.Module):
         gap = F.pad(minute.diff(dim=1), (1, 0)).clamp(min=0)
         x = z + sinusoids(torch.arange(z.shape[1], device=z.device), z.shape[-1]) + self.gap_embedding(torch.bucketize(gap, self.gap_edges))
         x = F.layer_norm(x, x.shape[-1:])
-        bias = self.time_bias(minute)
+        bias = self.time_bias(minute) if minute.shape[1] <= LONG_STAY else partial(self.time_bias, minute)
         for layer in self.layers:
             x = layer(x, bias)
         return self.norm(x)

@@ -28,6 +28,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import tracemalloc
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -364,6 +365,20 @@ def test_the_time_bias_learns_in_pretraining():
     assert (model.history.slope.grad != 0).all() and model.history.tau.grad != 0
 
 
+def test_long_stays_in_blocks_of_queries_equal_the_whole(monkeypatch):
+    model, seen = build(SeqSetVAEPretrain, tiny()), []
+    for longest in (1024, 4):
+        monkeypatch.setattr("model.LONG_STAY", longest), monkeypatch.setattr("model.QUERY_BLOCK", 3)
+        batch, first = batch_of(random_stays()), model(batch_of(random_stays()), 1e-3)
+        model.zero_grad()
+        first["loss"].backward()
+        with torch.no_grad():
+            h = model.history(first["mu"], batch.minute)
+        seen.append({"h": h, "loss": first["loss"]} | {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    close(*seen)
+    assert "history.slope" in seen[0] and "history.tau" in seen[0]
+
+
 def test_history_in_evaluation_equals_history_in_training_without_dropout():
     """The fast path of nn.TransformerEncoder misreads a float mask, in evaluation only: ours must have no such second path."""
     history = build(lambda config, _: History(config), tiny(dropout=0.0))
@@ -552,11 +567,40 @@ def test_no_event_and_no_set_is_forgotten():
     assert events == len(cohort.event_value) and sets == len(cohort.set_minute)
 
 
-@pytest.mark.parametrize("batches", [lambda n: epoch_batches(n, 8, seed=1, epoch=2), lambda n: sorted_batches(n, 8)], ids=["epoch", "sorted"])
+@pytest.mark.parametrize("batches", [lambda cohort: epoch_batches(np.diff(cohort.stay_start), 8, seed=1, epoch=2),
+                                     lambda cohort: sorted_batches(cohort, np.arange(len(cohort)), 8)], ids=["epoch", "sorted"])
 def test_every_stay_is_visited_once(batches):
-    lengths = np.random.default_rng(0).integers(1, 90, 297)
-    visited = batches(lengths)
+    visited = batches(cohort_of(random_stays(np.random.default_rng(0).integers(1, 90, 297))))
     assert sorted(np.concatenate(visited)) == list(range(297)) and max(map(len, visited)) == 8
+
+
+@pytest.mark.parametrize("limit, most", [("_MOST_SETS_SQUARED", 6 * 9**2), ("_MOST_EVENTS", 270)])
+def test_evaluation_batches_are_bounded_by_their_cost(monkeypatch, limit, most):
+    cohort = cohort_of(random_stays((9,) * 20 + (90, 80)))
+    monkeypatch.setattr(data, limit, most)
+    batches = sorted_batches(cohort, np.arange(22), 32)
+    cost = {"_MOST_SETS_SQUARED": lambda b: len(b) * 9**2, "_MOST_EVENTS": lambda b: cohort.stay_events[b].sum()}[limit]
+    assert np.concatenate(batches).tolist() == [*range(20), 21, 20] and [len(b) for b in batches[-2:]] == [1, 1]
+    assert all(cost(b) <= most for b in batches[:-2]) and len(batches) <= 8
+
+
+def test_a_batch_costs_as_much_memory_in_a_large_cohort(tmp_path):
+    def peak(stays):
+        cohort = load_cohort(None, stays, cache_dir=tmp_path)
+        everyone = np.arange(stays)
+        tracemalloc.start()
+        normalizer = Normalizer.fit(cohort, everyone)
+        fitted = tracemalloc.get_traced_memory()[1]
+        dataset, batches = StayDataset(cohort, normalizer), epoch_batches(np.ones(stays), 8, 0, 0)[:20]
+        tracemalloc.reset_peak()
+        before = tracemalloc.get_traced_memory()[0]
+        for batch in batches:
+            dataset[everyone[batch]]
+        used = tracemalloc.get_traced_memory()[1] - before
+        tracemalloc.stop()
+        return used, fitted, len(cohort.event_value)
+    (small, _, _), (large, fitted, events) = peak(500), peak(4000)
+    assert large < 1.3 * small and fitted < 10e6 + 6 * events
 
 
 def test_the_order_of_an_epoch_depends_on_seed_and_epoch_alone():
@@ -679,6 +723,24 @@ def test_synthetic_cohort_is_deterministic():
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name))  # NaN (no given statistics) equals NaN
     assert a.fingerprint == b.fingerprint
     assert synthetic_cohort(24, seed=1).fingerprint != a.fingerprint and len(a) == 24 and set(a.label) == {0, 1}
+
+
+def test_a_large_synthetic_cohort_is_cached_part_by_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "_SYNTHETIC_BLOCK", 25)
+    parts, cached = list(data.synthetic_parts(60)), load_cohort(None, 60, cache_dir=tmp_path)
+    assert [len(part) for part in parts] == [20, 20, 20] and len({part.fingerprint for part in parts}) == 3
+    assert as_lists(cached) == {stay: sets for part in parts for stay, sets in as_lists(part).items()}
+    assert cached.label.tolist() == [label for part in parts for label in part.label] and cached.notes == parts[0].notes
+    whole = synthetic_cohort(60)
+    assert cached.fingerprint == whole.fingerprint == cached.digest() and cached.variables == whole.variables
+    for name in Cohort.ARRAYS:
+        np.testing.assert_array_equal(getattr(cached, name), getattr(whole, name))
+        assert isinstance(getattr(cached, name), np.memmap)
+
+
+def test_the_default_synthetic_cohort_stays_what_it_was():
+    cohort = synthetic_cohort()
+    assert (len(cohort.event_value), len(cohort.set_minute), (cohort.label == 1).sum()) == (272_973, 45_726, 169)
 
 
 def test_a_variable_has_the_same_unit_vector_in_every_vocabulary():
@@ -817,6 +879,13 @@ def tar_with(member: tarfile.TarInfo):
     return damage
 
 
+def archive_that_claims(kind):
+    """A tar header that promises a gigabyte, and nothing after it."""
+    member = tarfile.TarInfo("set-a/1.txt")
+    member.type, member.size = kind, 2**30
+    return lambda folder: (write_physionet(folder, archive=True) / "set-a.tar.gz").write_bytes(gzip.compress(member.tobuf()))
+
+
 def linked(name, target):
     member = tarfile.TarInfo(name)
     member.type, member.linkname = tarfile.SYMTYPE, target
@@ -852,6 +921,8 @@ BAD_DATA = {  # what is wrong: (make it at this folder, what the message names)
     "damaged archive": (partial(cut_archive, flip=True), "set-a.tar.gz"),
     "archive that leaves its folder": (tar_with(tarfile.TarInfo("../evil.txt")), "set-a.tar.gz: member ../evil.txt"),
     "archive with a link": (tar_with(linked("set-a/1.txt", "/etc/passwd")), "set-a.tar.gz: member set-a/1.txt"),
+    "archive with a huge record": (archive_that_claims(tarfile.REGTYPE), "set-a.tar.gz: member set-a/1.txt of 1,073,741,824 bytes"),
+    "archive with a huge header": (archive_that_claims(tarfile.XHDTYPE), "set-a.tar.gz: damaged archive (a header of 1,073,741,824 bytes)"),
     "too few stays to split": (write_physionet, "PhysioNet 2012"),
 }
 
@@ -1995,7 +2066,8 @@ def test_a_wrong_option_is_named(capsys, options):
 
 
 @pytest.mark.parametrize("options, named", [(["--device", "cuda:99"], "--device cuda:99"), (["--device", "meta"], "--device meta"),
-                                            (["--device", ""], "--device"), (["--synthetic_stays", "1"], "1 stays"), (["--data_dir", "/dev/null"], "/dev/null")])
+                                            (["--device", ""], "--device"), (["--synthetic_stays", "1"], "1 stays"),
+                                            (["--synthetic_stays", "1" + "0" * 15], "MB are free"), (["--data_dir", "/dev/null"], "/dev/null")])
 def test_an_option_that_cannot_be_met_is_one_line(tmp_path, capsys, options, named):
     one_error_line(capsys, train.main([*PRETRAIN, *options, "--run_dir", str(tmp_path / "run")]), named)
 
@@ -2498,7 +2570,7 @@ def write_predictions(path, content, cohort, probability) -> None:
 def embed_stays(model, dataset, stays) -> tuple[torch.Tensor, torch.Tensor]:
     """Of every stay the head input before standardisation [n, F] (as `train.encode_stays`) and h after its last set [n, d]."""
     features, end = torch.zeros(len(stays), sum(model._feature_sizes().values())), torch.zeros(len(stays), model.config.latent_dim)
-    batches = sorted_batches(np.diff(dataset.cohort.stay_start)[stays], EVALUATION_BATCH)
+    batches = sorted_batches(dataset.cohort, stays, EVALUATION_BATCH)
     for places, batch in zip(batches, progress(evaluation_loader(dataset, stays, CPU), len(batches), "encoding")):
         _, _, z, h = model.encode(batch)
         features[places], end[places] = model._head_input(z, h, batch), h[torch.arange(len(h)), batch.lengths - 1]

@@ -209,7 +209,7 @@ def leave_process_group(worker: int) -> None:
 
 def evaluation_batches(dataset: StayDataset, stays: np.ndarray) -> list[np.ndarray]:
     """This rank's batches of an evaluation pass, as positions into `stays`: every stay is in one batch of one rank."""
-    return sorted_batches(np.diff(dataset.cohort.stay_start)[stays], EVALUATION_BATCH)[RANK::WORLD]
+    return sorted_batches(dataset.cohort, stays, EVALUATION_BATCH)[RANK::WORLD]
 
 
 def evaluation_loader(dataset: StayDataset, stays: np.ndarray, device: torch.device):
@@ -601,14 +601,14 @@ def ranking(label: np.ndarray, probability: np.ndarray) -> dict:
 
 
 @torch.no_grad()
-def encode_stays(model: SeqSetVAE, dataset: StayDataset, stays: np.ndarray, device, dtype=torch.float32) -> torch.Tensor:
-    """Head input of these stays before standardisation, [n, F], in their order: one pass of the backbone over the data."""
+def encode_stays(model: SeqSetVAE, dataset: StayDataset, stays: np.ndarray, device) -> torch.Tensor:
+    """Head input of these stays before standardisation, [n, F], in their order: one pass of the backbone over the data, in float32 whatever
+    the precision of training, so that a score does not depend on the machine."""
     model.eval()
     features = torch.zeros(len(stays), sum(model._feature_sizes().values()), device=device)
     batches = evaluation_batches(dataset, stays)
     for places, batch in zip(batches, progress(loader(dataset, [stays[b] for b in batches], device), len(batches), "encoding")):
-        with torch.amp.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            features[torch.from_numpy(places).to(device)] = model.features(batch).float()
+        features[torch.from_numpy(places).to(device)] = model.features(batch)
     return summed(features)  # each rank filled in the stays of its batches
 
 
@@ -650,7 +650,7 @@ def train_head(arguments, config, settings, run, model, dataset, split, source, 
     """Frozen backbone: encode the cohort once, then train the head on the cached features. Equal to uncached training, since the
     backbone is deterministic in evaluation mode. Of several ranks each trains the same head on all features, from the same seed: that takes
     seconds, less than reducing the gradients of so small a model at every step."""
-    features, val_features = (encode_stays(model, dataset, stays, device, dtype) for stays in (train, valid))
+    features, val_features = (encode_stays(model, dataset, stays, device) for stays in (train, valid))
     label = torch.from_numpy(dataset.cohort.label[train].astype(np.int64)).to(device)
     prepare_head(model, features, label)
     optimizer, schedule = head_optimizer(model, config)
@@ -677,7 +677,7 @@ def train_everything(arguments, config, settings, run, model, dataset, split, so
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     parts, every = dict(optimizer=optimizer, schedule=schedule, scaler=scaler), 1 if device.type == "cpu" else 50
     if not run.last:
-        features = encode_stays(model, dataset, train, device, dtype)
+        features = encode_stays(model, dataset, train, device)
         label = torch.from_numpy(dataset.cohort.label[train].astype(np.int64)).to(device)
         prepare_head(model, features, label)
         warm_up, warm_schedule = head_optimizer(model, config)
@@ -713,7 +713,7 @@ def train_everything(arguments, config, settings, run, model, dataset, split, so
         schedule.step()
         (loss, reconstruction, kl), overflows = (totals[:3] / len(train)).tolist(), totals[3].item()
         row = {"epoch": epoch + 1, "loss": loss, "reconstruction": reconstruction, "kl": kl, **({"skipped_steps": overflows} if scaler.is_enabled() else {}),
-               **ranking(dataset.cohort.label[valid], predict(model, encode_stays(model, dataset, valid, device, dtype)))}
+               **ranking(dataset.cohort.label[valid], predict(model, encode_stays(model, dataset, valid, device)))}
         best = end_of_epoch(run, model, dataset, split, source, row, best, False, **parts)
     return best
 
