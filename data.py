@@ -1157,7 +1157,7 @@ class StayDataset(torch.utils.data.Dataset):
     Events of variables outside the normalizer's vocabulary are dropped here; `unknown_variables` names them.
     """
 
-    def __init__(self, cohort: Cohort, normalizer: Normalizer, max_groups: int = 6):
+    def __init__(self, cohort: Cohort, normalizer: Normalizer, max_groups: int = 8):
         self.cohort, self.normalizer = cohort, normalizer
         lookup = {name: i for i, name in enumerate(normalizer.variables)}
         self.variable = np.array([lookup.get(name, -1) for name in cohort.variables])  # [V of the data] -> the model's vocabulary

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from sklearn.ensemble import GradientBoostingClassifier
 
 from model import SeqSetVAE
 
@@ -14,12 +15,18 @@ class FinetuneConfig:
     features: str = "beliefs"        # of the frozen backbone: "stable", "beliefs" or "multiscale" (see ModelConfig)
     fuse: bool = True                # fused mu and logvar, or mu alone
     summaries: bool = True           # exact per-variable summaries of the stay beside the learned features
-    head_members: tuple = (((), 2), ((64,), 1))  # (hidden widths, weight) of the heads that are averaged: a linear one and a small one
+    head_widths: tuple = ()          # hidden widths of the head: none, it is linear
+    trees: int | None = 400          # boosted trees beside it; their logits and the head's are averaged
+    tree_depth: int = 4
+    tree_rate: float = 0.03          # shrinkage
+    tree_subsample: float = 0.5      # share of the stays that a tree sees
+    tree_features: float = 0.05      # share of the features that a split may choose from
+    tree_leaf: int = 20              # stays in a leaf, at least
     # Optimizer and schedule (cosine with restarts), of the head
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
     betas: tuple = (0.9, 0.999)
-    l2: float = 0.2                  # times half the squared norm of each member's first layer, in the loss
+    l2: float = 0.4                  # times half the squared norm of the head's first layer, in the loss
     restart_epochs: int = 20         # length of the first cosine cycle; the next is twice as long
     clip: float = 0.5
     accumulation: int = 1            # batches a step
@@ -39,21 +46,24 @@ class FinetuneConfig:
 
 
 def classification_loss(logits: torch.Tensor, label: torch.Tensor, config: FinetuneConfig) -> torch.Tensor:
-    """Focal loss (Lin et al. 2017, eq. 5) or label-smoothed cross-entropy: logits [..., B, classes], label [B] -> [], the mean over stays,
-    summed over averaged heads (each learns from its own logits)."""
-    members = logits.shape[:-1].numel() // len(label)
-    logits, label = logits.float().flatten(0, -2), label.repeat(members)
+    """Focal loss (Lin et al. 2017, eq. 5) or label-smoothed cross-entropy: logits [B, classes], label [B] -> [], the mean over stays."""
+    logits = logits.float()
     if config.loss == "cross_entropy":
-        return members * F.cross_entropy(logits, label, label_smoothing=config.label_smoothing)
+        return F.cross_entropy(logits, label, label_smoothing=config.label_smoothing)
     log_p = logits.log_softmax(-1).gather(1, label[:, None]).squeeze(1)                              # of the true class
     alpha = torch.where(label == 1, config.focal_alpha, 1 - config.focal_alpha)
-    return members * (-alpha * (1 - log_p.exp()) ** config.focal_gamma * log_p).mean()
+    return (-alpha * (1 - log_p.exp()) ** config.focal_gamma * log_p).mean()
 
 
 def head_penalty(model: SeqSetVAE, config: FinetuneConfig) -> torch.Tensor:
-    """L2 penalty on the first layer of each member of the head, whose standardised inputs outnumber the positive stays: -> []."""
-    first = [next(layer for layer in head if isinstance(layer, torch.nn.Linear)) for head in model.cls_head]
-    return 0.5 * config.l2 * sum(layer.weight.square().sum() for layer in first)
+    """L2 penalty on the head's first layer, whose standardised inputs outnumber the positive stays: -> []."""
+    return 0.5 * config.l2 * model.cls_head[0].weight.square().sum()
+
+
+def boosted_trees(config: FinetuneConfig, seed: int) -> GradientBoostingClassifier:
+    """What fits the trees beside the head: stochastic gradient boosting (Friedman 2002)."""
+    return GradientBoostingClassifier(n_estimators=config.trees, max_depth=config.tree_depth, learning_rate=config.tree_rate, random_state=seed,
+                                      subsample=config.tree_subsample, max_features=config.tree_features, min_samples_leaf=config.tree_leaf)
 
 
 def head_optimizer(model: SeqSetVAE, config: FinetuneConfig):

@@ -12,6 +12,7 @@ import zipfile
 from dataclasses import dataclass, fields, replace
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -57,21 +58,22 @@ class ModelConfig:
     fuse: bool = True               # mu and logvar fused, or mu alone
     features: str = "beliefs"       # "stable"; "beliefs": stable + the history that the latents tell; "multiscale": all pools + that history
     summaries: bool = False         # exact per-variable summaries of the stay beside the learned features
-    head_members: tuple | None = None  # (hidden widths, weight) of the heads that are averaged; None: a single head of d, d/2, d/4
+    head_widths: tuple | None = None  # hidden widths of the head; None: the original's d, d/2, d/4
+    head_trees: int | None = None   # boosted trees whose logits are averaged with the head's
+    tree_depth: int = 4
 
     def __post_init__(self):
         """Refuse what no model can be, before memory is allocated for it: a config may come from a stranger's checkpoint."""
-        fits = {int: lambda x: type(x) is int and 1 <= x <= 2**20, float: lambda x: type(x) in (int, float) and 0 <= x < math.inf,
+        fits = {int: lambda x: type(x) is int and 1 <= x <= 2**20, int | None: lambda x: x is None or type(x) is int and 1 <= x <= 2**12, float: lambda x: type(x) in (int, float) and 0 <= x < math.inf,
                 bool: lambda x: type(x) is bool, str: lambda x: x in ("readout", "slots", "stable", "beliefs", "multiscale")}
-        most = {"dropout": 1, "hide_sets": 1, "drop_events": 1, "layers": 256, "levels": 256}
+        most = {"dropout": 1, "hide_sets": 1, "drop_events": 1, "layers": 256, "levels": 256, "tree_depth": 8}
         for f in fields(self):
             value = getattr(self, f.name)
             if not fits.get(f.type, lambda x: True)(value) or f.name in most and value > most[f.name]:
                 raise InputError(f"model config: {f.name} is {str(value)[:40]!r}, which no model can have")
-        members = self.head_members or ()
-        if not (isinstance(members, tuple) and all(isinstance(widths, tuple) and all(type(w) is int and 0 < w <= 2**12 for w in widths)
-                                                   for widths, _ in members)):
-            raise InputError(f"model config: head_members is {str(members)[:40]!r}, which is no tuple of (hidden widths, weight)")
+        widths = self.head_widths
+        if not (widths is None or isinstance(widths, tuple) and all(type(w) is int and 0 < w <= 2**12 for w in widths)):
+            raise InputError(f"model config: head_widths is {str(widths)[:40]!r}, which is no tuple of hidden widths")
         if self.latent_dim % (2 * self.heads) or self.set_dim % self.set_heads or self.decoder == "slots" and self.latent_dim % self.set_heads:
             raise InputError(f"model config: latent_dim {self.latent_dim} is odd or no multiple of heads {self.heads}, or set_dim {self.set_dim} "
                              f"(slots: latent_dim too) of set_heads {self.set_heads}")
@@ -561,10 +563,10 @@ class SeqSetVAEPretrain(nn.Module):
 # Finetuning: a classification head on the same blocks
 # ----------------------------------------------------------------------------------------------------------------------------------
 
-def classification_head(features: int, widths: tuple, classes: int, input_dropout: float = 0.0, dropout: tuple = (0.2, 0.2, 0.1)) -> nn.Sequential:
+def classification_head(features: int, widths: tuple, classes: int) -> nn.Sequential:
     """Hidden layers of Linear, LayerNorm, ReLU, Dropout, then the classes; Xavier initialised, a linear head at zero (it is convex)."""
-    layers = [nn.Dropout(input_dropout)] if input_dropout else []
-    for width, share in zip(widths, dropout):
+    layers = []
+    for width, share in zip(widths, (0.2, 0.2, 0.1)):
         layers += [nn.Linear(features, width), nn.LayerNorm(width), nn.ReLU(), nn.Dropout(share)]
         features = width
     head = nn.Sequential(*layers, nn.Linear(features, classes))
@@ -575,18 +577,41 @@ def classification_head(features: int, widths: tuple, classes: int, input_dropou
     return head
 
 
-class AveragedHeads(nn.ModuleList):
-    """Small heads side by side, each trained on the loss of its own logits; their weighted mean predicts."""
+class BoostedTrees(nn.Module):
+    """Gradient-boosted trees for two classes (Friedman 2001), fitted by scikit-learn and kept as tensors: each a complete binary tree, whose
+    node n has the children 2n + 1 and 2n + 2. They see what a linear head cannot, such as a variable that matters beyond a threshold."""
 
-    def __init__(self, features: int, members: tuple, classes: int):
-        """members: (hidden widths, weight) of each; those with hidden layers see their input through dropout."""
-        super().__init__(classification_head(features, widths, classes, 0.3 if widths else 0.0, (0.5,) * len(widths)) for widths, _ in members)
-        self.register_buffer("weight", torch.tensor([float(weight) for _, weight in members]), persistent=False)
+    def __init__(self, trees: int, depth: int):
+        super().__init__()
+        self.depth = depth
+        self.register_buffer("feature", torch.zeros(trees, 2**depth - 1, dtype=torch.int64))
+        self.register_buffer("threshold", torch.full((trees, 2**depth - 1), math.inf))
+        self.register_buffer("value", torch.zeros(trees, 2**depth))  # of the leaves, in log odds
+        self.register_buffer("prior", torch.zeros(()))
+
+    def fit(self, x, label, classifier) -> None:
+        """x [n, F], label [n]; classifier: a GradientBoostingClassifier of as many trees, no deeper."""
+        classifier.fit(x.cpu().numpy(), label.cpu().numpy())
+        self.prior.copy_(label.float().mean().logit())
+        for i, tree in enumerate(estimator.tree_ for estimator in classifier.estimators_[:, 0]):
+            node = np.zeros(1, dtype=np.int64)
+            for level in range(self.depth):  # where a tree ends early, all go left, down to the same leaf
+                leaf, at = tree.children_left[node] < 0, slice(2**level - 1, 2**(level + 1) - 1)
+                threshold = tree.threshold[node].astype(np.float32)
+                threshold = np.where(threshold > tree.threshold[node], np.nextafter(threshold, np.float32(-np.inf)), threshold)  # x keeps its side
+                self.feature[i, at] = torch.from_numpy(np.where(leaf, 0, tree.feature[node]))
+                self.threshold[i, at] = torch.from_numpy(np.where(leaf, np.float32(np.inf), threshold))
+                node = np.stack([np.where(leaf, node, child[node]) for child in (tree.children_left, tree.children_right)], axis=1).ravel()
+            self.value[i] = torch.from_numpy(classifier.learning_rate * tree.value[node, 0, 0])
 
     def forward(self, x):
-        """x [B, F] -> logits [members, B, classes] in training, their mean [B, classes] in evaluation."""
-        logits = torch.stack([head(x) for head in self])
-        return logits if self.training else torch.tensordot(self.weight / self.weight.sum(), logits, dims=1)
+        """x [B, F] -> logits [B, 2]."""
+        tree = torch.arange(len(self.value), device=x.device)
+        node = torch.zeros(len(x), len(tree), dtype=torch.int64, device=x.device)                     # [B, trees]
+        for _ in range(self.depth):
+            node = 2 * node + 1 + (x.gather(1, self.feature[tree, node]) > self.threshold[tree, node])
+        odds = self.prior + self.value[tree, node - self.feature.shape[1]].sum(1)
+        return torch.stack([-odds / 2, odds / 2], dim=-1)
 
 
 class GatedFusion(nn.Module):
@@ -649,8 +674,8 @@ class SeqSetVAE(nn.Module):
         self.register_buffer("feature_mean", torch.zeros(features["standardised"]))
         self.register_buffer("feature_std", torch.ones(features["standardised"]))
         size = sum(features.values())
-        self.cls_head = (classification_head(size, (d, d // 2, d // 4), config.classes) if config.head_members is None
-                         else AveragedHeads(size, config.head_members, config.classes))
+        self.cls_head = classification_head(size, (d, d // 2, d // 4) if config.head_widths is None else config.head_widths, config.classes)
+        self.trees = BoostedTrees(config.head_trees, config.tree_depth) if config.head_trees else None
         if config.classification_only:
             for name, parameter in self.named_parameters():
                 parameter.requires_grad_(not name.startswith(self.BACKBONE))
@@ -723,11 +748,17 @@ class SeqSetVAE(nn.Module):
         _, _, z, h = self.encode(batch)
         return self._head_input(z, h, batch)
 
-    def classify(self, features: torch.Tensor) -> torch.Tensor:
-        """features [B, F], as `features` gives them, all but the plain ones to be standardised -> logits [B, classes] (in training
-        [members, B, classes] of averaged heads)."""
+    def standardise(self, features: torch.Tensor) -> torch.Tensor:
+        """features [B, F], as `features` gives them -> the input of the head and its trees, [B, F]."""
         plain, rest = features.split(list(self._feature_sizes().values()), dim=-1)
-        return self.cls_head(torch.cat([plain, ((rest - self.feature_mean) / self.feature_std).clamp(-5, 5)], dim=-1))
+        return torch.cat([plain, ((rest - self.feature_mean) / self.feature_std).clamp(-5, 5)], dim=-1)
+
+    def classify(self, features: torch.Tensor) -> torch.Tensor:
+        """features [B, F], as `features` gives them -> logits [B, classes]: in training the head's alone (no gradient passes a tree), in
+        evaluation the mean with its trees'."""
+        x = self.standardise(features)
+        logits = self.cls_head(x)
+        return logits if self.training or self.trees is None else (logits + self.trees(x)) / 2
 
     def forward(self, batch: EventBatch, losses: bool = False):
         """logits, see `classify`; or what full training needs, see `losses` (by way of `forward`, which DistributedDataParallel calls)."""
@@ -776,7 +807,7 @@ _ORIGINAL_NAMES = {
     "alibi_slope": "history.slope", "time_tau": "history.tau",
 }
 # Never loaded into a classifier: its own head, what only pretraining uses, and the original's second decoder, which never reached a loss.
-_SKIPPED = ("cls_head.", "feature_", "vae_feature_fusion.", "mask_token", "setvae.decoder_layers.", "setvae.out.")
+_SKIPPED = ("cls_head.", "trees.", "feature_", "vae_feature_fusion.", "mask_token", "setvae.decoder_layers.", "setvae.out.")
 
 
 def read_checkpoint(path, device="cpu") -> dict:
@@ -874,6 +905,8 @@ def load_weights(model: nn.Module, state: dict[str, torch.Tensor], path) -> None
     if wrong:
         raise InputError(f"{path}: weight {wrong[0]} is missing, unknown or of another shape than its model config says; use the version that wrote it")
     model.load_state_dict(state)
+    if getattr(model, "trees", None) is not None and not 0 <= model.trees.feature.min() <= model.trees.feature.max() < len(model.feature_mean):
+        raise InputError(f"{path}: its trees ask for features that the model does not have; it is damaged or forged")
 
 
 @dataclass

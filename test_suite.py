@@ -54,8 +54,8 @@ import train
 from data import (Cohort, EventBatch, InputError, Normalizer, StayDataset, balanced_parts, build_cohort, epoch_batches, group_widths, load_cohort,
                   make_splits, ranges, read_long_table, round_up, sorted_batches, stay_event_index, stays_of, synthetic_cohort, variable_vectors,
                   write_atomically)
-from finetune_config import FinetuneConfig, classification_loss
-from model import (_CHECKPOINT_ENTRIES, _CHECKPOINT_TYPES, History, ModelConfig, SeqSetVAE, SeqSetVAEPretrain, SetVAE, checkpoint_config,
+from finetune_config import FinetuneConfig, boosted_trees, classification_loss
+from model import (_CHECKPOINT_ENTRIES, _CHECKPOINT_TYPES, BoostedTrees, History, ModelConfig, SeqSetVAE, SeqSetVAEPretrain, SetVAE, checkpoint_config,
                    checkpoint_state, history_statistics, load_backbone, load_checkpoint_weights, load_weights, measurement_grid,
                    original_classifier, read_checkpoint)
 from train import (CHECKPOINTS, EVALUATION_BATCH, add_head_options, encode_stays, evaluation_loader, finetune, label_subset, labelled,
@@ -452,10 +452,22 @@ def test_cached_features_equal_uncached_ones(finetuned):
 
 def test_trainable_share_is_under_five_percent_at_default_size():
     settings = FinetuneConfig()
-    model = SeqSetVAE(ModelConfig(44, features=settings.features, fuse=settings.fuse, summaries=settings.summaries, head_members=settings.head_members),
+    model = SeqSetVAE(ModelConfig(44, features=settings.features, fuse=settings.fuse, summaries=settings.summaries, head_widths=settings.head_widths),
                       torch.zeros(44, 64))
     total, trainable = (sum(p.numel() for p in model.parameters() if p.requires_grad or not t) for t in (False, True))
     assert 0 < trainable < 0.05 * total
+
+
+def test_the_trees_of_the_head_predict_what_scikit_learn_fitted():
+    torch.manual_seed(0)
+    x = torch.randn(300, 9).mul(4).round().div(4)  # ties at the thresholds
+    label = ((x[:, 0] > 0.5) ^ (x[:, 3] < 0)).long()
+    classifier = boosted_trees(replace(FinetuneConfig(), trees=30, tree_features=1.0, tree_depth=3), seed=1)
+    trees = BoostedTrees(30, 3)
+    trees.fit(x[:200], label[:200], classifier)
+    logits = trees(x).double()
+    np.testing.assert_allclose(logits[:, 1] - logits[:, 0], classifier.decision_function(x.numpy()), atol=1e-5)
+    assert roc_auc_score(label[200:], logits[200:, 1]) > 0.9
 
 
 @pytest.mark.parametrize("decoder", ["readout", "slots"])
@@ -1638,7 +1650,7 @@ def test_an_original_finetuned_checkpoint_is_scored_with_its_data(tmp_path, caps
 
     # The probabilities are those of its weights on the data's values, vectors and statistics.
     model, _, cohort, dataset, _ = open_classifier(whole, original_data[1], original_data[3], original_data[5])
-    assert model.config.features == "stable" and model.config.head_members is None and model.config.classification_only
+    assert model.config.features == "stable" and model.config.head_widths is None and model.trees is None and model.config.classification_only
     assert dataset.normalizer.mean.tolist() == [5] * 7 and torch.equal(model.setvae.vocabulary, torch.from_numpy(np.array(cohort.vectors)))
     table = pd.read_csv(tmp_path / "whole.csv")
     with torch.no_grad():
@@ -1950,7 +1962,7 @@ FORGED = {  # of a finetuned checkpoint: its content, or its bytes
     **{f"{name} of {value!r}": lambda good, name=name, value=value: forged(good, model_config=lambda c: c | {name: value}) for name, value in [
         ("latent_dim", 10**9), ("latent_dim", -16), ("latent_dim", "16"), ("latent_dim", 17), ("latent_dim", 16.0), ("layers", 10**6), ("levels", 10**5),
         ("heads", 3), ("num_variables", 10**6), ("num_variables", 45), ("input_dim", 2**20), ("dropout", 2.0), ("max_beta", float("nan")),
-        ("presence", 1), ("decoder", "none"), ("features", [1]), ("head_members", (((10**9,), 1),)), ("head_members", 3), ("classes", 3), ("depth", 4)]},
+        ("presence", 1), ("decoder", "none"), ("features", [1]), ("head_widths", (10**9,)), ("head_widths", 3), ("head_trees", 0), ("tree_depth", 30), ("classes", 3), ("depth", 4)]},
     "a weight of another shape": lambda good: forged(good, model=lambda m: m | {"history.tau": torch.zeros(3)}),
     "a weight missing": lambda good: forged(good, model=lambda m: {n: t for n, t in m.items() if n != "history.tau"}),
     "a weight too many": lambda good: forged(good, model=lambda m: m | {"more": torch.zeros(3)}),

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from data import (SPLITS, Cohort, InputError, Normalizer, StayDataset, balanced_parts, epoch_batches, load_cohort, make_splits, sorted_batches,
                   stays_of, variable_vectors, write_atomically)
-from finetune_config import FinetuneConfig, classification_loss, full_optimizer, head_optimizer, head_penalty
+from finetune_config import FinetuneConfig, boosted_trees, classification_loss, full_optimizer, head_optimizer, head_penalty
 from model import (CHECKPOINT_FORMAT, ModelConfig, SeqSetVAE, SeqSetVAEPretrain, checkpoint_config, checkpoint_state, load_backbone,
                    read_checkpoint)
 
@@ -553,15 +553,11 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
     torch.manual_seed(arguments.seed), random.seed(arguments.seed)
     backbone = checkpoint_config(content, len(dataset.normalizer.variables), arguments.pretrained_ckpt, arguments.set_heads, arguments.transformer_heads)
     model_config = replace(backbone, classification_only=not full, fuse=config.fuse, features=config.features, summaries=config.summaries,
-                           head_members=config.head_members)
+                           head_widths=config.head_widths, head_trees=config.trees, tree_depth=config.tree_depth)
     vocabulary = content["vocabulary"] if "vocabulary" in content else variable_vectors(cohort.variables, backbone.input_dim, cohort.vectors)
     if "vocabulary" not in content and not cohort.vectors.shape[1]:
         print("warning: no cached.csv lies in the data: the original checkpoint was trained on other variable vectors than the hashed names used now")
     model = SeqSetVAE(model_config, vocabulary)
-    linear = tuple(member for member in config.head_members or () if not member[0])
-    if not full and linear and np.divide(*parameter_counts(model)) > config.max_trainable_ratio:
-        print(f"head: its linear member alone, as all would exceed {config.max_trainable_ratio:.0%} of the parameters of so small a backbone")
-        model = SeqSetVAE(replace(model_config, head_members=linear), vocabulary)
     if arguments.random_init:
         print("backbone: untrained (--random_init)")
     else:
@@ -575,7 +571,7 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
     print(f"model: SeqSetVAE, {'full training' if full else 'frozen backbone'}, {trainable:,} of {total:,} parameters trainable "
           f"({trainable / total:.2%}); {device}, {dtype}".replace("torch.", ""))
     if not full and trainable > config.max_trainable_ratio * total:
-        raise InputError(f"finetune_config.py: the head is {trainable / total:.1%} of all parameters; narrow head_members below {config.max_trainable_ratio:.0%}")
+        raise InputError(f"finetune_config.py: the head is {trainable / total:.1%} of all parameters; narrow head_widths below {config.max_trainable_ratio:.0%}")
     run = Run(arguments, cohort)
     print(f"split: {len(train):,} train ({(cohort.label[train] == 1).sum():,} positive), {len(valid):,} valid ({(cohort.label[valid] == 1).sum():,} positive), "
           f"{len(split['test']):,} test stays{' of the checkpoint' if not new else f' (seed {arguments.seed})'}; run folder {run.folder}")
@@ -620,14 +616,15 @@ def predict(model: SeqSetVAE, features: torch.Tensor) -> np.ndarray:
 
 
 @torch.no_grad()
-def prepare_head(model: SeqSetVAE, features: torch.Tensor, label: torch.Tensor) -> None:
-    """Standardise the head's untrained input with the training stays' statistics, and start its bias at the log prior of the classes;
-    features [n, F], label [n]."""
+def prepare_head(model: SeqSetVAE, features: torch.Tensor, label: torch.Tensor, config: FinetuneConfig, seed: int) -> None:
+    """Standardise the head's untrained input with the training stays' statistics, start its bias at the log prior of the classes, and fit
+    the trees beside it; features [n, F], label [n]."""
     untrained = features[:, features.shape[1] - len(model.feature_mean):]
     model.feature_mean.copy_(untrained.mean(0))
     model.feature_std.copy_(untrained.std(0).clamp(min=1e-6))
-    for head in model.cls_head:
-        head[-1].bias.copy_(torch.bincount(label, minlength=model.config.classes).div(len(label)).log())
+    model.cls_head[-1].bias.copy_(torch.bincount(label, minlength=model.config.classes).div(len(label)).log())
+    if model.trees is not None:
+        model.trees.fit(model.standardise(features), label, boosted_trees(config, seed))
 
 
 def head_epoch(model, features, label, optimizer, config: FinetuneConfig, batches) -> float:
@@ -638,7 +635,7 @@ def head_epoch(model, features, label, optimizer, config: FinetuneConfig, batche
         batch = torch.from_numpy(batch).to(features.device)
         loss = classification_loss(model.classify(features[batch]), label[batch], config)
         ((loss + head_penalty(model, config)) / config.accumulation).backward()
-        total += loss.detach() / len(model.cls_head) * len(batch)
+        total += loss.detach() * len(batch)
         if (i + 1) % config.accumulation == 0 or i + 1 == len(batches):
             torch.nn.utils.clip_grad_norm_(model.cls_head.parameters(), config.clip)
             optimizer.step()
@@ -652,7 +649,8 @@ def train_head(arguments, config, settings, run, model, dataset, split, source, 
     seconds, less than reducing the gradients of so small a model at every step."""
     features, val_features = (encode_stays(model, dataset, stays, device) for stays in (train, valid))
     label = torch.from_numpy(dataset.cohort.label[train].astype(np.int64)).to(device)
-    prepare_head(model, features, label)
+    if not run.last:
+        prepare_head(model, features, label, config, arguments.seed)
     optimizer, schedule = head_optimizer(model, config)
     parts = dict(optimizer=optimizer, schedule=schedule)
     best, (first, _), _ = run.restore(model, **parts) if run.last else UNTRAINED
@@ -679,7 +677,7 @@ def train_everything(arguments, config, settings, run, model, dataset, split, so
     if not run.last:
         features = encode_stays(model, dataset, train, device)
         label = torch.from_numpy(dataset.cohort.label[train].astype(np.int64)).to(device)
-        prepare_head(model, features, label)
+        prepare_head(model, features, label, config, arguments.seed)
         warm_up, warm_schedule = head_optimizer(model, config)
         for epoch in range(FINETUNE["max_epochs"]):
             head_epoch(model, features, label, warm_up, config, epoch_batches(np.ones(len(train)), FINETUNE["batch_size"], arguments.seed, epoch))
@@ -704,7 +702,7 @@ def train_everything(arguments, config, settings, run, model, dataset, split, so
             if done % every == 0 or stopping or done + 1 == len(batches):
                 finite_or_stop(norm, done, dataset.cohort.stay_id[train[batches[done]]], scaler, every)
                 bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-            means = torch.stack([classification / len(model.cls_head), losses["reconstruction"], losses["kl"]]).detach()
+            means = torch.stack([classification, losses["reconstruction"], losses["kl"]]).detach()
             totals += torch.cat([summed(means * counts[done]), ~torch.isfinite(norm)[None]])
             done += 1
             if stopping:
