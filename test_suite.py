@@ -148,13 +148,17 @@ def finetuned(pretrained):
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------
-# The model against a plain loop: one set, one stay, one head at a time; nothing padded, nothing grouped
+# The model against a plain loop: one set, one stay at a time, as the original implementation works; nothing padded, nothing grouped.
+# `--benchmark` times it.
 # ----------------------------------------------------------------------------------------------------------------------------------
 
+def plain_attention(attention, x, y, bias=None):
+    return F.multi_head_attention_forward(x, y, y, x.shape[1], attention.heads, attention.in_proj_weight, attention.in_proj_bias, None, None, False,
+                                          0.0, attention.out_proj.weight, attention.out_proj.bias, attn_mask=bias, need_weights=False)[0]
+
+
 def plain_mab(mab, x, y):
-    a = mab.multihead
-    h, _ = F.multi_head_attention_forward(x, y, y, x.shape[1], a.heads, a.in_proj_weight, a.in_proj_bias, None, None, False, 0.0,
-                                          a.out_proj.weight, a.out_proj.bias, training=False, need_weights=False)
+    h = plain_attention(mab.multihead, x, y)
     if not mab.residual:
         return mab.ln2(mab.ff(mab.ln1(h)))
     h = mab.ln1(x + h)
@@ -182,44 +186,39 @@ def plain_encode(setvae, events):
     return mu, logvar.clamp(-10, 10)
 
 
+def plain_sinusoids(n, d):
+    angle = torch.arange(n)[:, None] / 10000 ** (torch.arange(0, d, 2) / d)
+    return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)
+
+
 def plain_history(history, z, minutes):
     """z [n, d] of one stay -> h [n, d]."""
     n, d = z.shape
-    angle = torch.arange(n)[:, None] / 10000 ** (torch.arange(0, d, 2) / d)
-    code = torch.zeros(n, d)
-    code[:, 0::2], code[:, 1::2] = angle.sin(), angle.cos()
-    edges = [10 ** (np.log10(0.5) + k / 62 * (np.log10(1440) - np.log10(0.5))) for k in range(63)]
-    gaps = [0] + [b - a for a, b in zip(minutes, minutes[1:])]
-    bucket = [sum(edge < gap for edge in edges) for gap in gaps]
-    x = F.layer_norm(z + code + history.gap_embedding.weight[bucket], (d,))
+    edges = 10 ** np.linspace(np.log10(0.5), np.log10(1440), 63)
+    x = F.layer_norm(z + plain_sinusoids(n, d) + history.gap_embedding.weight[np.searchsorted(edges, np.diff(minutes, prepend=minutes[0]))], (d,))
+    minute = torch.tensor(minutes)
+    bias = -history.slope.abs().view(-1, 1, 1) * torch.log1p((minute[:, None] - minute).abs() / history.tau)
+    bias = bias.masked_fill(torch.ones(n, n).triu(1) > 0, -torch.inf)
     for layer in history.layers:
-        q, k, v = F.linear(layer.norm1(x), layer.self_attn.in_proj_weight, layer.self_attn.in_proj_bias).chunk(3, dim=1)
-        attended = torch.zeros(n, d)
-        for head, part in enumerate(torch.arange(d).chunk(layer.self_attn.heads)):
-            for i in range(n):
-                apart = torch.tensor([minutes[i] - minutes[j] for j in range(i + 1)])
-                slope = history.slope if history.slope.dim() == 0 else history.slope[head]
-                score = k[:i + 1, part] @ q[i, part] / len(part) ** 0.5 - slope.abs() * torch.log1p(apart / history.tau)
-                attended[i, part] = score.softmax(0) @ v[:i + 1, part]
-        x = x + layer.self_attn.out_proj(attended)
-        x = x + layer.linear2(F.gelu(layer.linear1(layer.norm2(x))))
+        y = layer.norm1(x)
+        x = x + layer.dropout(plain_attention(layer.self_attn, y, y, bias.expand(layer.self_attn.heads, n, n)))
+        x = x + layer.dropout(layer.linear2(layer.dropout(F.gelu(layer.linear1(layer.norm2(x))))))
     return history.norm(x)
 
 
 def plain_slots(decoder, code, n):
-    """n reconstructed points [n, r] from code [d], learned seeds without noise."""
+    """n reconstructed points [n, r] from code [d]: learned seeds without their noise, or pure noise."""
     d, x = len(code), code.expand(n, -1)
-    angle = torch.arange(n)[:, None] / 10000 ** (torch.arange(0, d, 2) / d)
-    seeds = decoder.seeds(torch.stack([angle.sin(), angle.cos()], -1).flatten(1))
     for level in decoder.decoder_layers:
+        seeds = decoder.seeds(plain_sinusoids(n, d)) if decoder.seeds else torch.randn(n, d)
         y = F.relu(level.pma.ff(x + plain_isab(level.isab, x)))
         x = x + seeds + level.pma.ln(plain_mab(level.pma.mab, seeds, y))
     return decoder.out(x)
 
 
 def plain_chamfer(a, b):
-    cost = torch.stack([torch.stack([1 - F.cosine_similarity(p, q, dim=0) + (p.norm() - q.norm()).abs() + 3 * (p - q).square().sum() for q in b])
-                        for p in a])
+    p, q = a[:, None], b[None]
+    cost = 1 - F.cosine_similarity(p, q, dim=2) + (p.norm(dim=2) - q.norm(dim=2)).abs() + 3 * (p - q).square().sum(2)
     return cost.min(1).values.mean() + cost.min(0).values.mean() - 0.1 * a.var(0, unbiased=False).mean()
 
 
@@ -248,12 +247,16 @@ def plain_readout_loss(setvae, code, events):
     return F.smooth_l1_loss(value[count > 0], mean[count > 0]) + F.binary_cross_entropy_with_logits(logit, (count > 0).float())
 
 
-@torch.no_grad()
+def plain_posterior(setvae, stay):
+    """mu, logvar [n, d] of one stay."""
+    return (torch.stack(x) for x in zip(*(plain_encode(setvae, events) for _, events in stay)))
+
+
 def plain_pass(model, stays):
     """Per stay: mu, logvar, h; and the mean reconstruction and KL over sets, then stays."""
     setvae, config, states, losses = model.setvae, model.config, [], []
     for stay in stays:
-        mu, logvar = (torch.stack(x) for x in zip(*(plain_encode(setvae, events) for _, events in stay)))
+        mu, logvar = plain_posterior(setvae, stay)
         h = plain_history(model.history, mu, [minute for minute, _ in stay])
         states.append((mu, logvar, h))
         normal = torch.distributions.Normal
@@ -271,6 +274,13 @@ def plain_pass(model, stays):
     return states, [torch.stack(x).mean() for x in zip(*losses)]
 
 
+def plain_features(model, stay):
+    """The stable head input [d] of one stay, from a frozen backbone."""
+    mu, logvar = plain_posterior(model.setvae, stay)
+    h = plain_history(model.history, model._fuse_vae_features(mu, logvar), [minute for minute, _ in stay])
+    return 0.7 * h[-1] + 0.3 * (h @ h[-1]).softmax(0) @ h
+
+
 @pytest.mark.parametrize("levels", [1, 2])
 @pytest.mark.parametrize("presence", [True, False])
 @pytest.mark.parametrize("mab_residual", [True, False])
@@ -278,7 +288,8 @@ def plain_pass(model, stays):
                          ids=lambda d: d["decoder"])
 def test_a_batch_equals_a_plain_loop_over_single_sets(decoder, mab_residual, presence, levels):
     model, stays = build(SeqSetVAEPretrain, tiny(mab_residual=mab_residual, presence=presence, levels=levels, **decoder)), random_stays()
-    states, (reconstruction, kl) = plain_pass(model, stays)
+    with torch.no_grad():
+        states, (reconstruction, kl) = plain_pass(model, stays)
     for mine, plain in zip(zip(*encoded(model, stays)), states):
         for batched, alone in zip(mine, plain):
             close(batched[:len(alone)], alone)
