@@ -4,6 +4,7 @@
     python test_suite.py --soak                runs the kill and damage tests at length (minutes) and prints their counts
     python test_suite.py --checkpoint C        analyses a finetuned checkpoint on its test split [--baselines]
     python test_suite.py --protocol --data_dir D   measures the tables of README.md: five splits, every method
+    python test_suite.py --benchmark [--data_dir D]   measures speed and memory beside a plain loop over single sets
 """
 
 import argparse
@@ -17,6 +18,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import platform
 import re
 import resource
 import shlex
@@ -48,18 +50,20 @@ from sklearn.metrics import (average_precision_score, brier_score_loss, confusio
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import train
 from data import (Cohort, EventBatch, InputError, Normalizer, StayDataset, balanced_parts, build_cohort, epoch_batches, group_widths, load_cohort,
                   make_splits, ranges, read_long_table, round_up, sorted_batches, stay_event_index, stays_of, synthetic_cohort, variable_vectors,
                   write_atomically)
-from finetune_config import FinetuneConfig, boosted_trees, classification_loss
+from finetune_config import FinetuneConfig, boosted_trees, classification_loss, head_optimizer
 from model import (_CHECKPOINT_ENTRIES, _CHECKPOINT_TYPES, BoostedTrees, History, ModelConfig, SeqSetVAE, SeqSetVAEPretrain, SetVAE, checkpoint_config,
                    checkpoint_state, history_statistics, load_backbone, load_checkpoint_weights, load_weights, measurement_grid,
                    original_classifier, read_checkpoint)
-from train import (CHECKPOINTS, EVALUATION_BATCH, add_head_options, encode_stays, evaluation_loader, finetune, label_subset, labelled,
-                   open_checkpoint, parse_arguments, predict, pretrain, progress)
+from train import (CHECKPOINTS, EVALUATION_BATCH, add_head_options, encode_stays, evaluation_loader, finetune, head_epoch, label_subset,
+                   labelled, open_checkpoint, parse_arguments, predict, prepare_head, pretrain, progress, update)
 
 SHARED = Path(train.__file__).resolve().parent.parent / "shared"
 CPU = torch.device("cpu")
@@ -151,13 +155,17 @@ def finetuned(pretrained):
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------
-# The model against a plain loop: one set, one stay, one head at a time; nothing padded, nothing grouped
+# The model against a plain loop: one set, one stay at a time, as the original implementation works; nothing padded, nothing grouped.
+# `--benchmark` times it.
 # ----------------------------------------------------------------------------------------------------------------------------------
 
+def plain_attention(attention, x, y, bias=None):
+    return F.multi_head_attention_forward(x, y, y, x.shape[1], attention.heads, attention.in_proj_weight, attention.in_proj_bias, None, None, False,
+                                          0.0, attention.out_proj.weight, attention.out_proj.bias, attn_mask=bias, need_weights=False)[0]
+
+
 def plain_mab(mab, x, y):
-    a = mab.multihead
-    h, _ = F.multi_head_attention_forward(x, y, y, x.shape[1], a.heads, a.in_proj_weight, a.in_proj_bias, None, None, False, 0.0,
-                                          a.out_proj.weight, a.out_proj.bias, training=False, need_weights=False)
+    h = plain_attention(mab.multihead, x, y)
     if not mab.residual:
         return mab.ln2(mab.ff(mab.ln1(h)))
     h = mab.ln1(x + h)
@@ -171,7 +179,7 @@ def plain_isab(isab, x):
 def plain_points(setvae, events):
     """u_v * value, [n, r], of one set."""
     u = setvae.dim_reducer(setvae.vocabulary[[v for v, _ in events]])
-    return u / u.norm(dim=1, keepdim=True) * torch.tensor([[x] for _, x in events])
+    return u / u.norm(dim=1, keepdim=True) * u.new_tensor([[x] for _, x in events])
 
 
 def plain_encode(setvae, events):
@@ -185,44 +193,41 @@ def plain_encode(setvae, events):
     return mu, logvar.clamp(-10, 10)
 
 
+def plain_sinusoids(x):
+    """Of every row's place in x [n, d]: [n, d]."""
+    n, d = x.shape
+    angle = torch.arange(n, device=x.device)[:, None] / 10000 ** (torch.arange(0, d, 2, device=x.device) / d)
+    return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)
+
+
 def plain_history(history, z, minutes):
     """z [n, d] of one stay -> h [n, d]."""
     n, d = z.shape
-    angle = torch.arange(n)[:, None] / 10000 ** (torch.arange(0, d, 2) / d)
-    code = torch.zeros(n, d)
-    code[:, 0::2], code[:, 1::2] = angle.sin(), angle.cos()
-    edges = [10 ** (np.log10(0.5) + k / 62 * (np.log10(1440) - np.log10(0.5))) for k in range(63)]
-    gaps = [0] + [b - a for a, b in zip(minutes, minutes[1:])]
-    bucket = [sum(edge < gap for edge in edges) for gap in gaps]
-    x = F.layer_norm(z + code + history.gap_embedding.weight[bucket], (d,))
+    edges = 10 ** np.linspace(np.log10(0.5), np.log10(1440), 63)
+    x = F.layer_norm(z + plain_sinusoids(z) + history.gap_embedding.weight[np.searchsorted(edges, np.diff(minutes, prepend=minutes[0]))], (d,))
+    minute = z.new_tensor(minutes)
+    bias = -history.slope.abs().view(-1, 1, 1) * torch.log1p((minute[:, None] - minute).abs() / history.tau)
+    bias = bias.masked_fill(z.new_ones(n, n).triu(1) > 0, -torch.inf)
     for layer in history.layers:
-        q, k, v = F.linear(layer.norm1(x), layer.self_attn.in_proj_weight, layer.self_attn.in_proj_bias).chunk(3, dim=1)
-        attended = torch.zeros(n, d)
-        for head, part in enumerate(torch.arange(d).chunk(layer.self_attn.heads)):
-            for i in range(n):
-                apart = torch.tensor([minutes[i] - minutes[j] for j in range(i + 1)])
-                slope = history.slope if history.slope.dim() == 0 else history.slope[head]
-                score = k[:i + 1, part] @ q[i, part] / len(part) ** 0.5 - slope.abs() * torch.log1p(apart / history.tau)
-                attended[i, part] = score.softmax(0) @ v[:i + 1, part]
-        x = x + layer.self_attn.out_proj(attended)
-        x = x + layer.linear2(F.gelu(layer.linear1(layer.norm2(x))))
+        y = layer.norm1(x)
+        x = x + layer.dropout(plain_attention(layer.self_attn, y, y, bias.expand(layer.self_attn.heads, n, n)))
+        x = x + layer.dropout(layer.linear2(layer.dropout(F.gelu(layer.linear1(layer.norm2(x))))))
     return history.norm(x)
 
 
 def plain_slots(decoder, code, n):
-    """n reconstructed points [n, r] from code [d], learned seeds without noise."""
-    d, x = len(code), code.expand(n, -1)
-    angle = torch.arange(n)[:, None] / 10000 ** (torch.arange(0, d, 2) / d)
-    seeds = decoder.seeds(torch.stack([angle.sin(), angle.cos()], -1).flatten(1))
+    """n reconstructed points [n, r] from code [d]: learned seeds without their noise, or pure noise."""
+    x = code.expand(n, -1)
     for level in decoder.decoder_layers:
+        seeds = decoder.seeds(plain_sinusoids(x)) if decoder.seeds else torch.randn(x.shape, device=x.device)
         y = F.relu(level.pma.ff(x + plain_isab(level.isab, x)))
         x = x + seeds + level.pma.ln(plain_mab(level.pma.mab, seeds, y))
     return decoder.out(x)
 
 
 def plain_chamfer(a, b):
-    cost = torch.stack([torch.stack([1 - F.cosine_similarity(p, q, dim=0) + (p.norm() - q.norm()).abs() + 3 * (p - q).square().sum() for q in b])
-                        for p in a])
+    p, q = a[:, None], b[None]
+    cost = 1 - F.cosine_similarity(p, q, dim=2) + (p.norm(dim=2) - q.norm(dim=2)).abs() + 3 * (p - q).square().sum(2)
     return cost.min(1).values.mean() + cost.min(0).values.mean() - 0.1 * a.var(0, unbiased=False).mean()
 
 
@@ -251,12 +256,16 @@ def plain_readout_loss(setvae, code, events):
     return F.smooth_l1_loss(value[count > 0], mean[count > 0]) + F.binary_cross_entropy_with_logits(logit, (count > 0).float())
 
 
-@torch.no_grad()
+def plain_posterior(setvae, stay):
+    """mu, logvar [n, d] of one stay."""
+    return (torch.stack(x) for x in zip(*(plain_encode(setvae, events) for _, events in stay)))
+
+
 def plain_pass(model, stays):
     """Per stay: mu, logvar, h; and the mean reconstruction and KL over sets, then stays."""
     setvae, config, states, losses = model.setvae, model.config, [], []
     for stay in stays:
-        mu, logvar = (torch.stack(x) for x in zip(*(plain_encode(setvae, events) for _, events in stay)))
+        mu, logvar = plain_posterior(setvae, stay)
         h = plain_history(model.history, mu, [minute for minute, _ in stay])
         states.append((mu, logvar, h))
         normal = torch.distributions.Normal
@@ -274,6 +283,13 @@ def plain_pass(model, stays):
     return states, [torch.stack(x).mean() for x in zip(*losses)]
 
 
+def plain_features(model, stay):
+    """The stable head input [d] of one stay, from a frozen backbone."""
+    mu, logvar = plain_posterior(model.setvae, stay)
+    h = plain_history(model.history, model._fuse_vae_features(mu, logvar), [minute for minute, _ in stay])
+    return 0.7 * h[-1] + 0.3 * (h @ h[-1]).softmax(0) @ h
+
+
 @pytest.mark.parametrize("levels", [1, 2])
 @pytest.mark.parametrize("presence", [True, False])
 @pytest.mark.parametrize("mab_residual", [True, False])
@@ -281,7 +297,8 @@ def plain_pass(model, stays):
                          ids=lambda d: d["decoder"])
 def test_a_batch_equals_a_plain_loop_over_single_sets(decoder, mab_residual, presence, levels):
     model, stays = build(SeqSetVAEPretrain, tiny(mab_residual=mab_residual, presence=presence, levels=levels, **decoder)), random_stays()
-    states, (reconstruction, kl) = plain_pass(model, stays)
+    with torch.no_grad():
+        states, (reconstruction, kl) = plain_pass(model, stays)
     for mine, plain in zip(zip(*encoded(model, stays)), states):
         for batched, alone in zip(mine, plain):
             close(batched[:len(alone)], alone)
@@ -1738,6 +1755,26 @@ def test_the_protocols_table_pairs_each_method_with_the_better_baseline(tmp_path
     assert rows[0][4].startswith("+0.") and rows[2][4].startswith("-0.") and rows[1][4].strip() == ""
 
 
+def test_the_benchmarks_plain_loop_agrees_with_the_batched_model():
+    config = ModelConfig.original(7, input_dim=12, reduced_dim=8, latent_dim=16, inducing=3, layers=2, heads=2, ff_dim=24)
+    assert_plain_loop_agrees(config, StayDataset(cohort_of(random_stays()), PLAIN), np.arange(4))
+
+
+def test_the_benchmark_prints_a_table_and_appends_to_its_csv(tmp_path, capsys, monkeypatch, processes):
+    sizes = dict(input_dim=12, reduced_dim=8, latent_dim=16, inducing=3, layers=2, heads=2, ff_dim=24)
+    for name, value in {"BENCHMARK": {"tiny": (partial(ModelConfig.original, **sizes), 1, 1, 3, (PLAIN_LOOP, "float32"))}, "ROUNDS": 1, "LOOPED": 2,
+                        "MATMUL": 64, "CHECKPOINTS": tmp_path}.items():
+        monkeypatch.setattr(sys.modules[__name__], name, value)
+    folder = write_long_table(tmp_path / "table", synthetic_cohort(24), labels=False)
+    for runs in (1, 2):
+        assert main(["--benchmark", "--data_dir", str(folder)]) == 0
+        out, written = capsys.readouterr().out, pd.read_csv(tmp_path / "benchmark.csv")
+        assert all(word in out for word in ("pretrain step", "3-epoch finetune", "inference", "plain loop", "x plain", "% of peak"))
+        assert (written.groupby(["what", "unit"]).size() == runs).all() and (written["value"] > 0).sum() > 40 * runs
+    faster = written[written["what"].eq("tiny, pretrain step, float32") & written["unit"].eq("x plain")]["value"]
+    assert len(faster) == 2 and (faster > 1).all()  # else the batches are worth nothing
+
+
 def readme_blocks(marker: str) -> list[tuple[str, str]]:
     """What README.md shows in a fenced block after <!-- marker: argument -->: (argument, text)."""
     text = Path(train.__file__).with_name("README.md").read_text()
@@ -2972,13 +3009,257 @@ def print_protocol(folder: Path) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------
+# Benchmark: our batched model beside the plain loop (above), in one run and on one number of threads
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+PLAIN_LOOP, PRETRAIN_STEP, INFERENCE, MATMUL_PEAK = "plain loop", "pretrain step", "inference", "matmul"
+BENCHMARK = {  # sizes: (config of so many variables, batches of pretraining and of evaluation, epochs of a finetuning, ways to run it)
+    "original's sizes": (ModelConfig.original, 4, 3, 15, (PLAIN_LOOP, "float32", "bf16")),
+    "our default": (ModelConfig, 16, 6, 20, ("float32", "bf16")),
+}
+ROUNDS, LOOPED, MATMUL = 3, 8, 3072  # passes timed; stays of the plain loop; width of the matrices whose product tells the peak
+
+
+def spread(items, n: int) -> list:
+    """n of the items at even distances, or all."""
+    return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, n + 2)[1:-1].round().astype(int))]
+
+
+def plain_stays(dataset, stays) -> list:
+    """Stays as the plain loop takes them: lists of (minute, events), an event being (variable, normalised value)."""
+    cohort, lists = dataset.cohort, []
+    for p in stays:
+        lists.append([])
+        for t in range(cohort.stay_start[p], cohort.stay_start[p + 1]):
+            events = slice(cohort.set_start[t], cohort.set_start[t + 1])
+            variable = dataset.variable[cohort.event_variable[events]]
+            value = dataset.normalizer(variable, cohort.event_value[events])
+            lists[-1].append((float(cohort.set_minute[t]), list(zip(variable.tolist(), value.tolist()))))
+    return lists
+
+
+def new_pretraining(config, dataset) -> SeqSetVAEPretrain:
+    return SeqSetVAEPretrain(config, variable_vectors(dataset.normalizer.variables, config.input_dim))
+
+
+def new_classifier(config, dataset) -> tuple[SeqSetVAE, FinetuneConfig]:
+    """With our default head; at the original's objective with its features, its head's widths and its loss."""
+    d, settings = config.latent_dim, FinetuneConfig()
+    if config.decoder == "slots":
+        settings = FinetuneConfig(features="stable", summaries=False, head_widths=(d, d // 2, d // 4), trees=None, loss="focal")
+    config = replace(config, head_trees=settings.trees, **{name: getattr(settings, name) for name in ("fuse", "features", "summaries", "head_widths")})
+    return SeqSetVAE(config, variable_vectors(dataset.normalizer.variables, config.input_dim)), settings
+
+
+def assert_plain_loop_agrees(config, dataset, stays) -> None:
+    """The plain loop's losses and features are the batched model's, to 1e-5 (with learned seeds, as noise is never drawn alike)."""
+    config, lists = replace(config, learned_seeds=True), plain_stays(dataset, stays)
+    model, head = new_pretraining(config, dataset).eval(), new_classifier(config, dataset)[0].eval()
+    with torch.no_grad():
+        losses, (_, plain) = model(dataset[stays], beta=1.0), plain_pass(model, lists)
+        close(torch.stack([losses["reconstruction"], losses["kl"]]), torch.stack(plain))
+        close(head.features(dataset[stays]), torch.stack([plain_features(head, stay) for stay in lists]))
+
+
+def pretrain_work(how, config, batches, dataset, device):
+    """Forward, backward and optimizer step of every batch. The plain loop goes backward after each stay, so it holds one stay in memory."""
+    model, clip = new_pretraining(config, dataset).to(device).train(), train.PRETRAIN["clip"]
+    optimizer, scaler = torch.optim.AdamW(model.parameters(), fused=True), torch.amp.GradScaler(device.type, enabled=False)
+    batches = [plain_stays(dataset, stays) if how == PLAIN_LOOP else dataset[stays].to(device) for stays in batches]
+
+    def plain():
+        for batch in batches:
+            for stay in batch:
+                _, (reconstruction, kl) = plain_pass(model, [stay])
+                ((reconstruction + config.max_beta * kl) / len(batch)).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step(), optimizer.zero_grad(set_to_none=True)
+
+    def batched():
+        for batch in batches:
+            with torch.amp.autocast(device.type, torch.bfloat16, enabled=how == "bf16"):
+                losses = model(batch, config.max_beta)
+            update(model, losses["loss"], optimizer, scaler, clip)
+    return plain if how == PLAIN_LOOP else batched
+
+
+def classifier_work(task, epochs, how, config, batches, dataset, device):
+    """Inference, or a finetuning on the frozen backbone, of which the plain loop runs one epoch: it encodes every stay at each."""
+    (model, settings), stays = new_classifier(config, dataset), np.concatenate(batches)
+    optimizer, _ = head_optimizer(model.to(device), settings)
+    label = torch.arange(len(stays), device=device) % 2  # any labels take the same time, and some data have none
+    lists = plain_stays(dataset, stays) if how == PLAIN_LOOP else None
+
+    @torch.no_grad()
+    def encode():
+        if how == PLAIN_LOOP:
+            model.eval()
+            return torch.stack([plain_features(model, stay) for stay in lists])
+        with torch.amp.autocast(device.type, torch.bfloat16, enabled=how == "bf16"):
+            return encode_stays(model, dataset, stays, device)
+
+    def finetuning():
+        features = encode()
+        prepare_head(model, features, label, settings, seed=0)
+        for epoch in range(1 if how == PLAIN_LOOP else epochs):
+            head_epoch(model, features, label, optimizer, settings, epoch_batches(np.ones(len(stays)), train.FINETUNE["batch_size"], 0, epoch))
+    return (lambda: predict(model, encode())) if task == INFERENCE else finetuning
+
+
+def matmul_work(width, dataset, device):
+    a = torch.randn(width, width, device=device)
+    return lambda: a @ a
+
+
+def pretrain_flops(config, batches, dataset) -> int:
+    """Of forward and backward, padding included, counted on the meta device, where nothing is computed. Attention counts as its matrix
+    products (the math kernel): `FlopCounterMode` does not know the CPU's flash kernel."""
+    model = new_pretraining(config, dataset).to("meta").train()
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        for stays in batches:
+            model(dataset[stays].to("meta"), config.max_beta)["loss"].backward()
+    return counter.get_total_flops()
+
+
+def peak_memory(device) -> float:
+    """MB: of PyTorch's tensors on a GPU, else of this process. The latter never falls, so each work has a process of its own."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def timed_process(pipe, threads, load, normalizer, device, work) -> None:
+    """Get ready, tell what memory was taken before; then at every message run a pass, tell its seconds and the peak memory."""
+    torch.set_num_threads(threads)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    imports, run = peak_memory(device), work(StayDataset(load(), normalizer), device)
+    pipe.send(imports)
+    with contextlib.suppress(EOFError):  # the other end was closed
+        while pipe.recv():
+            wait()
+            began = time.perf_counter()
+            run(), wait()
+            pipe.send((time.perf_counter() - began, peak_memory(device)))
+
+
+def take_turns(works: dict, *common) -> tuple[dict, float]:
+    """Of each work (dataset, device) -> pass, in a process of its own: (seconds of its fastest pass, peak memory in MB); and the memory of the
+    imports alone. The passes take turns, so that whatever else the machine does slows all alike."""
+    context, pipes, passes = multiprocessing.get_context("forkserver"), {}, {name: [] for name in works}
+    context.set_forkserver_preload([Path(__file__).stem, "torch._dynamo"])  # which every optimizer imports
+    with contextlib.ExitStack() as stack:
+        for name, work in works.items():
+            mine, theirs = context.Pipe()
+            pipes[name] = stack.enter_context(mine)
+            context.Process(target=timed_process, args=(theirs, torch.get_num_threads(), *common, work)).start()
+            theirs.close()
+        imports = [pipe.recv() for pipe in pipes.values()]
+        for _, (name, pipe) in itertools.product(range(ROUNDS), pipes.items()):
+            pipe.send("run")
+            passes[name].append(pipe.recv())
+    return {name: (min(done)[0], done[-1][1]) for name, done in passes.items()}, max(imports)
+
+
+def machine_name(device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return named[1] if named else platform.processor() or platform.machine()
+
+
+def padding(dataset, batches) -> list:
+    """Share of the cells of the groups of sets, and of the slots of the grid of stays, that hold nothing, in %."""
+    counts = np.zeros(4)
+    for batch in map(dataset.__getitem__, batches):
+        counts += len(batch.event_value), len(batch.token_event), batch.lengths.sum(), batch.minute.numel()
+    events, cells, sets, slots = counts
+    return [("padding of the groups of sets", 100 * (1 - events / cells), "% of the cells"),
+            ("padding of the grid of stays", 100 * (1 - sets / slots), "% of the slots")]
+
+
+def measure(dataset, load, device) -> tuple[pd.DataFrame, float]:
+    """One row a work: sizes, work, how -> seconds, stays, sets, FLOPs, MB; and the MB of the imports alone."""
+    bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    lengths, rows = np.diff(dataset.cohort.stay_start), {}
+    for sizes, (make_config, steps, passes, epochs, hows) in BENCHMARK.items():
+        config, finetune = make_config(len(dataset.normalizer.variables)), f"{epochs}-epoch finetune"
+        pretrained = epoch_batches(lengths, train.PRETRAIN["batch_size"], 0, 0)[:steps]
+        evaluated = spread(sorted_batches(dataset.cohort, np.arange(len(dataset.cohort)), EVALUATION_BATCH), passes)
+        if PLAIN_LOOP in hows:
+            assert_plain_loop_agrees(config, dataset, evaluated[-1][:2])
+        flops = {PRETRAIN_STEP: pretrain_flops(config, pretrained, dataset), MATMUL_PEAK: 2 * MATMUL**3}
+        for tasks, batches in (({PRETRAIN_STEP: pretrain_work}, pretrained),
+                               ({task: partial(classifier_work, task, epochs) for task in (finetune, INFERENCE)}, evaluated)):
+            print(f"measuring: {sizes}, {' and '.join(tasks)}", flush=True)
+            stays = np.concatenate(batches)
+            looped = spread(stays[np.argsort(lengths[stays])], LOOPED)
+            works = {(task, how): partial(work, how, config, [looped] if how == PLAIN_LOOP else batches)
+                     for task, work in tasks.items() for how in hows if bf16 or how != "bf16"}
+            if PRETRAIN_STEP in tasks:
+                works[MATMUL_PEAK, "float32"] = partial(matmul_work, MATMUL)
+            timed, imports = take_turns(works, load, dataset.normalizer, device)
+            for (task, how), (seconds, memory) in timed.items():
+                used = [] if task == MATMUL_PEAK else looped if how == PLAIN_LOOP else stays
+                rows[sizes, task, how] = {"seconds": seconds * (epochs if (task, how) == (finetune, PLAIN_LOOP) else 1),
+                                          "stays": len(used) or np.nan, "sets": lengths[used].sum() or np.nan,
+                                          "FLOPs": flops.get(task) if how != PLAIN_LOOP else np.nan, "MB": memory}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis(["sizes", "work", "how"]), imports
+
+
+def in_row(column: pd.Series, **changes) -> list:
+    """For every row the column's value in the row whose index has these `changes` (NaN: there is none)."""
+    return [column.get(tuple((dict(zip(column.index.names, key)) | changes).values()), np.nan) for key in column.index]
+
+
+def benchmark(arguments) -> None:
+    """Measure, print the table, and append it to checkpoints/benchmark.csv, a row a number."""
+    device, facts = torch.device("cuda" if torch.cuda.is_available() else "cpu"), []
+    with tempfile.TemporaryDirectory() as cache:
+        load = partial(load_cohort, arguments.data_dir, cache_dir=Path(cache), params_map=arguments.params_map, label_file=arguments.label_file)
+        for what in ("parsed" if arguments.data_dir else "generated", "from the cache"):
+            began, cohort = time.perf_counter(), load()
+            facts.append((f"data, {what}", time.perf_counter() - began, "s"))
+        print(cohort.describe())
+        dataset = StayDataset(cohort, Normalizer.fit(cohort, np.arange(len(cohort))))
+        facts += padding(dataset, epoch_batches(np.diff(cohort.stay_start), train.PRETRAIN["batch_size"], 0, 0)[:64])
+        rows, imports = measure(dataset, load, device)
+    facts.append(("memory of the imports alone", imports, "MB"))
+    a_set, flops = 1e3 * rows["seconds"] / rows["sets"], 1e-9 * rows["FLOPs"] / rows["seconds"]
+    table = pd.DataFrame({
+        "stays": rows["stays"], "stays/s": rows["stays"] / rows["seconds"], "ms a stay": 1e3 * rows["seconds"] / rows["stays"], "ms a set": a_set,
+        "MB": rows["MB"], "x plain": in_row(a_set, how=PLAIN_LOOP) / a_set, "x float32": (in_row(a_set, how="float32") / a_set).filter(like="bf16"),
+        "x inference": (a_set / in_row(a_set, work=INFERENCE)).filter(like="finetune"),
+        "GFLOP/s": flops, "% of peak": 100 * flops / in_row(flops, work=MATMUL_PEAK)}, index=rows.index)
+
+    machine, threads = machine_name(device), torch.get_num_threads()
+    print(f"""
+{machine}, {threads} thread{'s' * (threads > 1)}, torch {torch.__version__}, {cohort.reader}
+Times: the fastest of {ROUNDS} passes, taken in turns. MB: peak memory of {'the tensors' if device.type == 'cuda' else 'a process that does this alone'}.
+The plain loop runs {LOOPED} of the stays, and of a finetuning one epoch, whose time is multiplied. x plain, x float32: how many times
+faster a set is done; x inference: how many inferences it costs. FLOPs include padding; % of peak: of the float32 product of
+two {MATMUL} x {MATMUL} matrices that took turns with the steps.
+""")
+    show = lambda x: f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+    print(table.to_string(float_format=show, na_rep=""), *(f"{what}: {show(value)} {unit}" for what, value, unit in facts), sep="\n")
+    facts += [(", ".join(name), value, unit) for name, row in table.iterrows() for unit, value in row.dropna().items()]
+    common = {"date": time.strftime("%Y-%m-%d %H:%M"), "machine": machine, "threads": threads, "torch": str(torch.__version__),
+              "data": f"{cohort.reader}, {len(cohort)} stays"}
+    path = CHECKPOINTS / "benchmark.csv"
+    old = path.read_text() if path.exists() else ""
+    new = pd.DataFrame([common | {"what": what, "value": f"{value:.6g}", "unit": unit} for what, value, unit in facts])
+    write_atomically(path, lambda out: out.write_text(old + new.to_csv(index=False, header=not old)))
+    print(f"{len(new)} rows appended to {path}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
 # Command line
 # ----------------------------------------------------------------------------------------------------------------------------------
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description="Without options: run every test. With --checkpoint: analyse a finetuned checkpoint. "
-                                                 "With --protocol: the measured tables of README.md.", allow_abbrev=False,
-                                     usage="python test_suite.py [--checkpoint CKPT | --protocol [FOLDER]] [options]")
+                                                 "With --protocol: the measured tables of README.md. With --benchmark: speed and memory.",
+                                     allow_abbrev=False, usage="python test_suite.py [--checkpoint CKPT | --protocol [FOLDER] | --benchmark] [options]")
     add = parser.add_argument_group("analysis of a checkpoint").add_argument
     add("--checkpoint", metavar="CKPT", help="the finetuned checkpoint, of train.py or of the original implementation")
     add("--baselines", action="store_true", help="compare with hand-made baselines and an untrained backbone")
@@ -2990,7 +3271,7 @@ def main(argv=None) -> int:
     add_head_options(add)
 
     add = parser.add_argument_group("data (default: the checkpoint's, of which the recorded test split is scored)").add_argument
-    add("--data_dir", help="score all labelled stays of this data instead; the protocol's data")
+    add("--data_dir", help="score all labelled stays of this data instead; the protocol's or the benchmark's data")
     add("--params_map", "--params_map_path", metavar="FILE", help="original layout: statistics, CSV variable,mean,std or .pkl")
     add("--label_file", "--label_path", metavar="CSV", help="original layout: labels, ts_id,in_hospital_mortality")
 
@@ -2998,6 +3279,10 @@ def main(argv=None) -> int:
     add("--protocol", metavar="FOLDER", nargs="?", const=str(CHECKPOINTS / "protocol"),
         help="run the five-split protocol on --data_dir, keeping what is finished in FOLDER (default: checkpoints/protocol)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], metavar="N", help="splits of the protocol (default: 0 1 2 3 4)")
+    add = parser.add_argument_group("benchmark").add_argument
+    add("--benchmark", action="store_true", help="measure speed and memory on --data_dir or the embedded cohort (OMP_NUM_THREADS sets the threads)")
+
+    add = parser.add_argument_group("tests").add_argument
     add("--soak", action="store_true", help="run the tests of killed processes and damaged inputs at length: 60 kills, 2,000 inputs")
     arguments = parser.parse_args(argv)
     try:
@@ -3008,10 +3293,12 @@ def main(argv=None) -> int:
             if not arguments.data_dir:
                 raise InputError("--protocol needs --data_dir, for instance ../shared/data/physionet2012")
             protocol(arguments.data_dir, arguments.seeds, Path(arguments.protocol))
+        elif arguments.benchmark:
+            benchmark(arguments)
         elif arguments.checkpoint:
             performance(arguments)
         elif sys.argv[1:] if argv is None else argv:
-            raise InputError("these options need --checkpoint (or --protocol); the tests run without any option")
+            raise InputError("these options need --checkpoint (or --protocol, --benchmark); the tests run without any option")
         else:
             return pytest.main([__file__, "-q"])
     except InputError as error:
