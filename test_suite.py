@@ -2389,7 +2389,7 @@ def test_two_ranks_of_torchrun_learn_what_one_process_learns(ranks_home, mode):
     rank = [sys.executable, "-c", f"import sys, test_suite; test_suite.small_rank({str(ranks_home)!r}, sys.argv[1:])"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python", *rank]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parent)}
-    ended = subprocess.run([*torchrun, *RANKS[mode], "--run_dir", f"ranks {mode}"], env=environment, capture_output=True, text=True, timeout=120)
+    ended = subprocess.run([*torchrun, *RANKS[mode], "--run_dir", f"ranks {mode}"], env=environment, capture_output=True, text=True, timeout=300)
     printed = (ranks_home / "log").read_text()
     assert ended.returncode == 0, printed + ended.stderr
     one, two = ranks_home / mode, ranks_home / f"ranks {mode}"
