@@ -373,7 +373,7 @@ def _read_csv(paths, columns, optional, rest, separator) -> Table:
                 warnings.simplefilter("error", pd.errors.ParserWarning)
                 source.seek(0)
                 return pd.read_csv(source, header=None, names=places, sep=separator, na_values=missing, keep_default_na=False,
-                                   skip_blank_lines=False, index_col=False, low_memory=False,
+                                   skip_blank_lines=False, index_col=False,
                                    dtype={name: number if wanted.get(name) is float else object for name in places})
         try:
             frame = parse(float)
