@@ -2314,8 +2314,8 @@ def test_a_checkpoint_tells_where_it_comes_from(small_finetuned, capsys):
 # 4 validation stays, evaluated 3 at a time
 # ----------------------------------------------------------------------------------------------------------------------------------
 
-RANKS = {"pretrain": [*PRETRAIN, "--batch_size", "7", "--max_epochs", "3"], "head": [*FINETUNE, "pretrain/best.pt", "--max_epochs", "3"],
-         "full training": [*FINETUNE, "pretrain/best.pt", "--full_training", "--batch_size", "7", "--max_epochs", "2"]}
+RANKS = {"pretrain": [*PRETRAIN, "--precision", "fp32", "--batch_size", "7", "--max_epochs", "3"], "head": [*FINETUNE, "pretrain/best.pt", "--max_epochs", "3"],
+         "full training": [*FINETUNE, "pretrain/best.pt", "--full_training", "--precision", "fp32", "--batch_size", "7", "--max_epochs", "2"]}
 
 
 def small_rank(home: str, command: list, deterministic: bool = True, interrupted_at: int | None = None):
