@@ -552,8 +552,9 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
 
     torch.manual_seed(arguments.seed), random.seed(arguments.seed)
     backbone = checkpoint_config(content, len(dataset.normalizer.variables), arguments.pretrained_ckpt, arguments.set_heads, arguments.transformer_heads)
+    trees = None if full and arguments.random_init else config.trees  # they are fitted to the backbone as it is before full training
     model_config = replace(backbone, classification_only=not full, fuse=config.fuse, features=config.features, summaries=config.summaries,
-                           head_widths=config.head_widths, head_trees=config.trees, tree_depth=config.tree_depth)
+                           head_widths=config.head_widths, head_trees=trees, tree_depth=config.tree_depth)
     vocabulary = content["vocabulary"] if "vocabulary" in content else variable_vectors(cohort.variables, backbone.input_dim, cohort.vectors)
     if "vocabulary" not in content and not cohort.vectors.shape[1]:
         print("warning: no cached.csv lies in the data: the original checkpoint was trained on other variable vectors than the hashed names used now")
