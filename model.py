@@ -382,11 +382,36 @@ def history_statistics(x, n, minute):
     return statistics.masked_fill(~seen[..., None], 0), seen
 
 
-def history_loss(readout, grid, count, minute):
-    """Smooth L1 between readout [B, L, V * k] and the history's exact statistics, mean over the variables seen so far -> [B, L]."""
-    statistics, seen = history_statistics(grid, count, minute)
-    error = F.smooth_l1_loss(readout.float().view_as(statistics), statistics, reduction="none").mean(-1)
+FUTURE_STATISTICS = ("mean", "max", "min")
+
+
+def future_statistics(x, n):
+    """What the rest of the stay will show, after every set and for every variable: x, n [B, L, V], see `history_statistics` -> statistics
+    [B, L, V, 3] in the order of FUTURE_STATISTICS (0 where the variable is not measured again), and whether it is, [B, L, V] bool."""
+    here = (n > 0).float()
+    sums = [F.pad(t.flip(1).cumsum(1).flip(1)[:, 1:], (0, 0, 0, 1)) for t in (x * here, here)]       # over the later sets
+    largest, smallest = (F.pad(t.masked_fill(here == 0, -math.inf).flip(1).cummax(1).values.flip(1)[:, 1:], (0, 0, 0, 1)) for t in (x, -x))
+    total, times = sums
+    statistics = torch.stack([total / times.clamp(min=1), largest, -smallest], dim=-1)
+    return statistics.masked_fill(times[..., None] == 0, 0), times > 0
+
+
+def statistics_loss(told, statistics, seen):
+    """Smooth L1 of the statistics told by a readout, both [B, L, V, k], mean over the variables that have them, seen [B, L, V] -> [B, L]."""
+    error = F.smooth_l1_loss(told.float(), statistics, reduction="none").mean(-1)
     return (error * seen).sum(-1) / seen.sum(-1).clamp(min=1)
+
+
+class HistoryReadout(nn.Linear):
+    """What h_t must tell of every variable, linearly: the stay's history so far, and, as a forecast, its future."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config.latent_dim, config.num_variables * (len(HISTORY_STATISTICS) + len(FUTURE_STATISTICS)))
+
+    def losses(self, h, grid, minute) -> dict[str, torch.Tensor]:
+        """h [B, L, d], `grid`: the batch's `measurement_grid`, minute [B, L] -> name -> [B, L]."""
+        past, future = self(h).unflatten(-1, (grid[0].shape[-1], -1)).split((len(HISTORY_STATISTICS), len(FUTURE_STATISTICS)), dim=-1)
+        return {"history": statistics_loss(past, *history_statistics(*grid, minute)), "future": statistics_loss(future, *future_statistics(*grid))}
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------
@@ -520,7 +545,7 @@ class History(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------------------
 
 class SeqSetVAEPretrain(nn.Module):
-    """Set-VAE + history, trained to reconstruct every set (and, with the readout decoder, the history so far) from h_t.
+    """Set-VAE + history, trained to reconstruct every set (and, with the readout decoder, the history so far and the stay's future) from h_t.
 
     Only mu goes to the Transformer. In training some sets are hidden from it behind a learned mask token and some events from the encoder,
     while the loss still asks for them: h_t must then carry the history.
@@ -532,7 +557,7 @@ class SeqSetVAEPretrain(nn.Module):
         self.setvae = SetVAE(config, vocabulary)
         self.history = History(config)
         if config.decoder == "readout":
-            self.history_readout = nn.Linear(config.latent_dim, config.num_variables * len(HISTORY_STATISTICS))
+            self.history_readout = HistoryReadout(config)
         if config.hide_sets:
             self.mask_token = nn.Parameter(0.02 * torch.randn(config.latent_dim))
 
@@ -549,7 +574,7 @@ class SeqSetVAEPretrain(nn.Module):
         grid = measurement_grid(batch, config.num_variables)
         terms = setvae.reconstruction_losses(h, batch, grid)
         if config.decoder == "readout":
-            terms["history"] = history_loss(self.history_readout(h), *grid, batch.minute)
+            terms |= self.history_readout.losses(h, grid, batch.minute)
             if config.sample_z:
                 own = setvae.reconstruction_losses(setvae.sample(mu, logvar) if self.training else mu, batch, grid)
                 terms |= {f"set_{name}": term for name, term in own.items()}
@@ -663,7 +688,7 @@ class SeqSetVAE(nn.Module):
         self.setvae = SetVAE(config, vocabulary)
         self.history = History(config)
         if config.decoder == "readout":
-            self.history_readout = nn.Linear(d, config.num_variables * len(HISTORY_STATISTICS))
+            self.history_readout = HistoryReadout(config)
         if not config.classification_only:
             if config.fuse:
                 self.vae_feature_fusion = GatedFusion(d)
@@ -769,10 +794,10 @@ class SeqSetVAE(nn.Module):
         mu, logvar, z, h = self.encode(batch)
         logits = self.classify(self._head_input(z, h, batch))
         grid = measurement_grid(batch, self.config.num_variables)
-        terms = list(self.setvae.reconstruction_losses(h, batch, grid).values())
+        terms = self.setvae.reconstruction_losses(h, batch, grid)
         if self.config.decoder == "readout":
-            terms.append(history_loss(self.history_readout(h), *grid, batch.minute))
-        return {"logits": logits, "reconstruction": mean_over_stays(sum(terms), batch),
+            terms |= self.history_readout.losses(h, grid, batch.minute)
+        return {"logits": logits, "reconstruction": mean_over_stays(sum(terms.values()), batch),
                 "kl": mean_over_stays(kl_divergence(mu, logvar, self.config.free_bits, self.config.logvar_bonus), batch)}
 
 

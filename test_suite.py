@@ -250,6 +250,16 @@ def plain_statistics(stay):
     return out, seen
 
 
+def plain_future(stay):
+    """[n, 7, 3], [n, 7]: what each variable's means in the later sets are on average, at most and at least, and whether there is any."""
+    out, seen = np.zeros((len(stay), 7, 3)), np.zeros((len(stay), 7), bool)
+    for i, v in itertools.product(range(len(stay)), range(7)):
+        later = [mean[v] for mean, count in (plain_grid(events) for _, events in stay[i + 1:]) if count[v]]
+        if later:
+            out[i, v], seen[i, v] = (np.mean(later), max(later), min(later)), True
+    return out, seen
+
+
 def plain_readout_loss(setvae, code, events):
     value, logit = setvae.decoder.value(code), setvae.decoder.measured(code)
     mean, count = (torch.tensor(a, dtype=torch.float32) for a in plain_grid(events))
@@ -274,11 +284,11 @@ def plain_pass(model, stays):
         if config.decoder == "slots":
             terms = [plain_chamfer(plain_slots(setvae.decoder, h[i], len(events)), plain_points(setvae, events)) for i, (_, events) in enumerate(stay)]
         else:
-            statistics, seen = plain_statistics(stay)
-            told = model.history_readout(h).view(len(stay), 7, 10)
-            terms = [plain_readout_loss(setvae, h[i], events) + plain_readout_loss(setvae, mu[i], events)
-                     + F.smooth_l1_loss(told[i, seen[i]], torch.tensor(statistics[i, seen[i]], dtype=torch.float32))
-                     for i, (_, events) in enumerate(stay)]
+            terms = [plain_readout_loss(setvae, h[i], events) + plain_readout_loss(setvae, mu[i], events) for i, (_, events) in enumerate(stay)]
+            told = model.history_readout(h).view(len(stay), 7, 13).split((10, 3), dim=-1)
+            for mine, (statistics, seen) in zip(told, (plain_statistics(stay), plain_future(stay))):
+                for i in np.flatnonzero(seen.any(1)):
+                    terms[i] = terms[i] + F.smooth_l1_loss(mine[i, seen[i]], torch.tensor(statistics[i, seen[i]], dtype=torch.float32))
         losses.append((torch.stack(terms).mean(), kl.mean()))
     return states, [torch.stack(x).mean() for x in zip(*losses)]
 
