@@ -48,7 +48,7 @@ class ModelConfig:
     noise_std: float = 0.3          # noise on learned seeds, in training
     sample_z: bool = True           # readout decoder: each set is also decoded from its own sampled z, so that logvar means something
     hide_sets: float = 0.1          # share of sets hidden from the Transformer in pretraining
-    drop_events: float = 0.1        # share of events hidden from the encoder in pretraining
+    drop_events: float = 0.1        # share of events hidden from the encoder in pretraining and full training
     max_beta: float = 1e-4          # weight of the KL after its warm-up
     free_bits: float = 0.0          # KL below free_bits * d costs nothing
     logvar_bonus: float = 0.0       # the original's -0.1 * mean(logvar)
@@ -746,8 +746,8 @@ class SeqSetVAE(nn.Module):
         return torch.cat(features, dim=-1)
 
     def encode(self, batch: EventBatch):
-        """mu, logvar, fused z and h, each [B, L, d]."""
-        mu, logvar = self.setvae.encode(batch)
+        """mu, logvar, fused z and h, each [B, L, d]; in full training, as in pretraining, of stays with events dropped at random."""
+        mu, logvar = self.setvae.encode(batch, self.config.drop_events if self.setvae.training else 0.0)
         z = self._fuse_vae_features(mu, logvar)
         return mu, logvar, z, self.history(z, batch.minute)
 

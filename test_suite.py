@@ -1874,7 +1874,9 @@ def processes():
 
 def finished(process, seconds=120) -> int:
     process.join(seconds)
-    assert process.exitcode is not None, "a hang"
+    if process.exitcode is None:
+        process.kill()
+        raise AssertionError("a hang")
     return process.exitcode
 
 

@@ -42,7 +42,7 @@ EVALUATION_BATCH = 32  # stays
 PRETRAIN = dict(batch_size=16, max_epochs=15, learning_rate=1.5e-3, weight_decay=0.01, betas=(0.9, 0.98), clip=1.0, warmup_steps=100,
                 beta_warmup_steps=500, patience=5)
 FINETUNE = dict(batch_size=64, max_epochs=20)
-FULL_TRAINING = dict(batch_size=8, max_epochs=3)
+FULL_TRAINING = dict(batch_size=16, max_epochs=3)
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
