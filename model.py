@@ -118,6 +118,8 @@ class Attention(nn.Module):
     def attend(self, query, key_value, mask=None):
         """query [G, Nq, d], key_value [G, Nk, 2d], both projected; mask broadcastable to [G, heads, Nq, Nk] -> [G, Nq, d], not yet projected."""
         key, value = key_value.unflatten(-1, (2, self.heads, -1)).unbind(-3)         # [G, Nk, heads, d / heads]
+        if key.shape[1] == 1:  # softmax over one key is 1
+            return value.flatten(-2).expand(-1, query.shape[1], -1)
         query = query.unflatten(-1, (self.heads, -1))
         # The CPU's fused kernel is slower in bf16 than in float32 on sets this small.
         with torch.autocast("cpu", enabled=False):
