@@ -932,7 +932,8 @@ def load_weights(model: nn.Module, state: dict[str, torch.Tensor], path) -> None
     if wrong:
         raise InputError(f"{path}: weight {wrong[0]} is missing, unknown or of another shape than its model config says; use the version that wrote it")
     model.load_state_dict(state)
-    if getattr(model, "trees", None) is not None and not 0 <= model.trees.feature.min() <= model.trees.feature.max() < len(model.feature_mean):
+    trees = getattr(model, "trees", None)
+    if trees is not None and not 0 <= trees.feature.min() <= trees.feature.max() < sum(model._feature_sizes().values()):
         raise InputError(f"{path}: its trees ask for features that the model does not have; it is damaged or forged")
 
 
