@@ -40,7 +40,7 @@ class FinetuneConfig:
     patience: int = 0
     max_trainable_ratio: float = 0.05
     # Full training: the head is first trained on the frozen backbone (Kumar et al. 2022), then everything at these rates
-    full_learning_rate: float = 5e-5 # of a pretrained backbone
+    full_learning_rate: float = 3e-5 # of a pretrained backbone
     random_learning_rate: float = 5e-4  # of an untrained one
     reconstruction_weight: float = 1.0
 
