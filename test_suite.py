@@ -497,6 +497,18 @@ def test_the_trees_of_the_head_predict_what_scikit_learn_fitted():
     assert roc_auc_score(label[200:], logits[200:, 1]) > 0.9
 
 
+@pytest.mark.parametrize("classification_only", [True, False])
+def test_trees_may_ask_for_every_feature_and_for_no_other(classification_only):
+    model = build(SeqSetVAE, tiny(classification_only=classification_only, summaries=True, head_widths=(), head_trees=2))
+    state, size = {name: x.clone() for name, x in model.state_dict().items()}, sum(model._feature_sizes().values())
+    state["trees.feature"][0, 0] = size - 1
+    load_weights(model, state, "best.pt")
+    assert model(batch_of(random_stays())).shape == (4, 2)
+    state["trees.feature"][0, 0] = size
+    with pytest.raises(InputError, match="best.pt: its trees ask for features that the model does not have"):
+        load_weights(model, state, "best.pt")
+
+
 @pytest.mark.parametrize("decoder", ["readout", "slots"])
 def test_validation_is_deterministic(decoder):
     model = build(SeqSetVAEPretrain, tiny(decoder=decoder)).train()  # evaluation itself must leave training mode
