@@ -1256,7 +1256,7 @@ def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -
     for start in range(0, len(order), window):
         part = order[start:start + window]
         part = part[np.argsort(lengths[part], kind="stable")]
-        batches += [part[i:i + batch_size] for i in range(0, len(part), batch_size)]
+        batches += bounded_batches(part, lengths, lengths, batch_size)
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
@@ -1270,16 +1270,21 @@ def balanced_parts(events: np.ndarray, parts: int) -> list[np.ndarray]:
     return [np.flatnonzero(part == p) for p in range(parts)]
 
 
-# What one evaluation batch may cost, beyond which it takes fewer stays: its longest stay's sets squared, times its stays (attention), and
-# its events. 32 stays of 724 sets each; an ordinary cohort never comes near.
+def sorted_batches(cohort: Cohort, stays: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """The batches of an evaluation pass: positions in `stays` sorted by length, nothing random."""
+    sets = np.diff(cohort.stay_start)[stays]
+    return bounded_batches(np.argsort(sets, kind="stable"), sets, cohort.stay_events[stays], batch_size)
+
+
+# What one batch may cost, beyond which it takes fewer stays: its longest stay's sets squared, times its stays (attention), and its events.
+# 16 stays of 1,024 sets each, or 32 of 724; an ordinary cohort never comes near.
 _MOST_SETS_SQUARED, _MOST_EVENTS = 2**24, 2**17
 
 
-def sorted_batches(cohort: Cohort, stays: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    """The batches of an evaluation pass: positions in `stays` sorted by length, nothing random. A huge stay is a batch of its own."""
-    sets, events = np.diff(cohort.stay_start)[stays], cohort.stay_events[stays]
+def bounded_batches(order: np.ndarray, sets: np.ndarray, events: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """The stays of `order`, ascending in their number of sets, as batches of `batch_size`; a huge stay is a batch of its own."""
     batches, held = [], math.inf  # `held`: events of the last batch
-    for i in np.argsort(sets, kind="stable"):
+    for i in order:
         if held + events[i] <= _MOST_EVENTS and len(batches[-1]) < batch_size and (len(batches[-1]) + 1) * sets[i]**2 <= _MOST_SETS_SQUARED:
             batches[-1].append(i)
             held += events[i]

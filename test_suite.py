@@ -635,6 +635,14 @@ def test_evaluation_batches_are_bounded_by_their_cost(monkeypatch, limit, most):
     assert all(cost(b) <= most for b in batches[:-2]) and len(batches) <= 8
 
 
+def test_a_huge_stay_is_a_training_batch_of_its_own_and_the_others_batches_stay_full():
+    lengths = np.r_[np.full(70, 50), 20_000, 3_000]
+    batches = epoch_batches(lengths, 16, seed=0, epoch=0)
+    assert sorted(np.concatenate(batches)) == list(range(72))
+    assert [70] in [b.tolist() for b in batches] and all(len(b) * lengths[b].max()**2 <= 2**24 or len(b) == 1 for b in batches)
+    assert sum(len(b) == 16 for b in batches) == 4
+
+
 def test_a_batch_costs_as_much_memory_in_a_large_cohort(tmp_path):
     def peak(stays):
         cohort = load_cohort(None, stays, cache_dir=tmp_path)
