@@ -690,7 +690,7 @@ def train_everything(arguments, config, settings, run, model, dataset, split, so
         batches = epoch_batches(lengths, settings["batch_size"], arguments.seed, epoch)
         own, counts = own_parts(batches, events)
         done = start[1] if epoch == start[0] else 0
-        totals = totals if done else torch.zeros(4, device=device)
+        totals = totals.to(device) if done else torch.zeros(4, device=device)
         bar = progress(loader(dataset, [train[b] for b in own[done:]], device), len(batches) - done, f"epoch {epoch + 1}", settings["batch_size"])
         for batch in bar:
             with torch.amp.autocast(device.type, dtype, enabled=dtype != torch.float32):
