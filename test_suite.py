@@ -1717,7 +1717,7 @@ def test_the_risk_over_time_equals_scoring_the_truncated_stay(config):
     model, cohort = build(SeqSetVAE, tiny(**config)), cohort_of([random_stays([5])[0], stay])
     trajectory = risk_over_time(model, StayDataset(cohort, PLAIN), 1, together=8)
     truncated = StayDataset(cohort_of([stay[:end] for end in range(1, 38)]), PLAIN)
-    np.testing.assert_allclose(trajectory["risk"], predict(model, encode_stays(model, truncated, np.arange(37), CPU)), atol=1e-6)
+    np.testing.assert_allclose(trajectory["risk"], predict(model, encode_stays(model, truncated, np.arange(37), CPU)), atol=1e-5)  # float32, in other batches
     assert trajectory["minute"] == [minute for minute, _ in stay] and trajectory["events"] == [len(events) for _, events in stay]
 
 

@@ -274,6 +274,9 @@ class Run:
     def leave(self) -> None:
         """End the interrupted run, whose last.pt is written."""
         print(f"saved; go on with: {LAUNCHER} train.py --mode {self.arguments['mode']} --resume {self.folder}")
+        if WORLD > 1:  # DistributedDataParallel's destructor can wait forever for a thread of gloo that waits for Python's own lock
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(130)
         sys.exit(130)
 
     def log(self, row: dict) -> None:
