@@ -121,9 +121,9 @@ class Attention(nn.Module):
         if key.shape[1] == 1:  # softmax over one key is 1
             return value.flatten(-2).expand(-1, query.shape[1], -1)
         query = query.unflatten(-1, (self.heads, -1))
-        # The CPU's fused kernel is slower in bf16 than in float32 on sets this small.
+        if query.device.type == "cpu" and torch.is_grad_enabled():  # the fused kernel's backward pass is several times slower in bf16
+            query, key, value = query.float(), key.float(), value.float()
         with torch.autocast("cpu", enabled=False):
-            query, key, value = (x.float() if query.device.type == "cpu" else x for x in (query, key, value))
             out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value)), attn_mask=mask)
         return out.transpose(1, 2).flatten(-2)
 

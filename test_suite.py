@@ -62,8 +62,8 @@ from finetune_config import FinetuneConfig, boosted_trees, classification_loss, 
 from model import (_CHECKPOINT_ENTRIES, _CHECKPOINT_TYPES, BoostedTrees, History, ModelConfig, SeqSetVAE, SeqSetVAEPretrain, SetVAE, checkpoint_config,
                    checkpoint_state, history_statistics, load_backbone, load_checkpoint_weights, load_weights, measurement_grid,
                    original_classifier, read_checkpoint)
-from train import (CHECKPOINTS, EVALUATION_BATCH, add_head_options, encode_stays, evaluation_loader, finetune, head_epoch, label_subset,
-                   labelled, open_checkpoint, parse_arguments, predict, prepare_head, pretrain, progress, update)
+from train import (CHECKPOINTS, EVALUATION_BATCH, add_head_options, encode_stays, evaluation_loader, finetune, head_epoch, keep_freed_memory,
+                   label_subset, labelled, open_checkpoint, parse_arguments, predict, prepare_head, pretrain, progress, update)
 
 SHARED = Path(train.__file__).resolve().parent.parent / "shared"
 CPU = torch.device("cpu")
@@ -3162,7 +3162,7 @@ def peak_memory(device) -> float:
 
 def timed_process(pipe, threads, load, normalizer, device, work) -> None:
     """Get ready, tell what memory was taken before; then at every message run a pass, tell its seconds and the peak memory."""
-    torch.set_num_threads(threads)
+    keep_freed_memory(), torch.set_num_threads(threads)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     imports, run = peak_memory(device), work(StayDataset(load(), normalizer), device)
     pipe.send(imports)
@@ -3317,6 +3317,7 @@ def main(argv=None) -> int:
     add = parser.add_argument_group("tests").add_argument
     add("--soak", action="store_true", help="run the tests of killed processes and damaged inputs at length: 60 kills, 2,000 inputs")
     arguments = parser.parse_args(argv)
+    keep_freed_memory()
     try:
         if arguments.soak:
             os.environ["SEQSETVAE_SOAK"] = "1"
