@@ -439,10 +439,10 @@ class SetVAE(nn.Module):
     def embed_events(self, batch: EventBatch, presence: bool = True) -> torch.Tensor:
         """x = u_v * value (+ p_v) of every cell of the groups: [M, r], zeros in padding. The vocabulary is projected once."""
         direction = F.normalize(self.dim_reducer(self.vocabulary).float(), dim=-1)                   # [V, r]
-        x = direction[batch.event_variable] * batch.event_value[:, None]                             # [E, r]
+        x = F.embedding(batch.event_variable, direction) * batch.event_value[:, None]                # [E, r]
         if presence and self.presence is not None:
-            x = x + self.presence(self.vocabulary)[batch.event_variable]
-        return F.pad(x, (0, 0, 0, 1))[batch.token_event]                                             # row E is the padding
+            x = x + F.embedding(batch.event_variable, self.presence(self.vocabulary))
+        return F.embedding(batch.token_event, F.pad(x, (0, 0, 0, 1)))                                # row E is the padding
 
     def _pooled_levels(self, batch: EventBatch, drop_events: float = 0.0):
         """Yield the mean over its events of every set after each level, [S, w] in the groups' order."""
@@ -459,7 +459,7 @@ class SetVAE(nn.Module):
                              in zip(x.split([s * n for s, n in batch.groups]), weights, batch.groups)])
 
     def _posterior(self, pooled, batch):
-        mu_logvar = F.pad(self.mu_logvar(pooled).float(), (0, 0, 0, 1))[batch.slot_set]              # [B, L, 2d], zeros in padding
+        mu_logvar = F.embedding(batch.slot_set, F.pad(self.mu_logvar(pooled).float(), (0, 0, 0, 1)))  # [B, L, 2d], zeros in padding
         mu, logvar = mu_logvar.chunk(2, dim=-1)
         return mu, logvar.clamp(-10, 10)
 
@@ -477,7 +477,7 @@ class SetVAE(nn.Module):
         """code [B, L, d] -> values and measurement logits [B, L, V] (readout), or reconstructed cells [M, r] (slots)."""
         if self.config.decoder == "readout":
             return self.decoder(code)
-        return self.decoder(code.flatten(0, 1)[batch.group_slot], batch.groups, event_masks(batch))
+        return self.decoder(F.embedding(batch.group_slot, code.flatten(0, 1)), batch.groups, event_masks(batch))
 
     def reconstruction_losses(self, code, batch: EventBatch, grid) -> dict[str, torch.Tensor]:
         """The terms of each set's reconstruction from `code` [B, L, d]: name -> [B, L]. `grid`: the batch's `measurement_grid`."""
