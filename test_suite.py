@@ -682,6 +682,18 @@ def test_losses_and_gradients_are_the_same_whatever_the_padding(decoder):
     close(*seen)
 
 
+@pytest.mark.parametrize("decoder", ["readout", "slots"])
+@pytest.mark.parametrize("mode", ["pretrain", "full training"])
+def test_a_training_step_asks_the_device_for_no_value(mode, decoder):
+    """Tensors of the meta device have no values: `.item()`, a boolean index or a shape that depends on data fails there."""
+    model = build(SeqSetVAEPretrain if mode == "pretrain" else SeqSetVAE, tiny(decoder=decoder, classification_only=False, hide_sets=.1)).to("meta").train()
+    batch = batch_of(random_stays()).to("meta")
+    losses = model(batch, 1e-2) if mode == "pretrain" else model(batch, losses=True)
+    loss = losses["loss"] if mode == "pretrain" else losses["reconstruction"] + classification_loss(losses["logits"], batch.label, FinetuneConfig())
+    norm = update(model, loss, torch.optim.AdamW(model.parameters()), torch.amp.GradScaler("cpu", enabled=False), 1.0)
+    assert norm.device.type == "meta"
+
+
 def test_padding_between_sets_of_one_stay_is_under_fifteen_percent():
     cohort = synthetic_cohort(200)
     dataset, batches = StayDataset(cohort, Normalizer.fit(cohort, np.arange(200))), epoch_batches(np.diff(cohort.stay_start), 8, 0, 0)
