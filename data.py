@@ -538,8 +538,8 @@ def _records(path: Path):
                 if not (member.isfile() or member.isdir()) or inside.is_absolute() or ".." in inside.parts:
                     raise InputError(f"{path}: member {member.name} is a link, a device or leaves the folder; download the archive again")
                 if member.size > _RECORD_BYTES or member.offset > _ARCHIVE_BYTES:
-                    raise InputError(f"{path}: member {member.name} of {member.size:,} bytes, {member.offset:,} bytes into the archive, is too large for "
-                                     "a record; download the archive again, or pack records alone")
+                    raise InputError(f"{path}: member {member.name} of {member.size:,} bytes, {member.offset:,} bytes into the archive, is too large "
+                                     "for a record; download the archive again, or pack records alone")
                 if member.isfile() and inside.suffix == ".txt":
                     records.append((inside.stem, archive.extractfile(member).read()))
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
@@ -941,8 +941,8 @@ def load_cohort(data_dir: str | None = None, synthetic_stays: int = 1000, cache_
         with clear_write_error(cached):
             cached.parent.mkdir(parents=True, exist_ok=True)
         if folder is None and (size := synthetic_stays * _SYNTHETIC_BYTES) > (free := shutil.disk_usage(cached.parent).free):
-            raise InputError(f"--synthetic_stays {synthetic_stays}: takes {size // 10**6:,} MB in {cached.parent}, where {free // 10**6:,} MB are free; "
-                             "give fewer")
+            raise InputError(f"--synthetic_stays {synthetic_stays}: takes {size // 10**6:,} MB in {cached.parent}, where {free // 10**6:,} MB are "
+                             "free; give fewer")
         _write_cache(cached, [reader.read(folder, **options)] if folder else synthetic_parts(synthetic_stays))
         cohort = _open_cache(cached)
     return cohort
@@ -1163,6 +1163,9 @@ class StayDataset(torch.utils.data.Dataset):
         self.variable = np.array([lookup.get(name, -1) for name in cohort.variables])  # [V of the data] -> the model's vocabulary
         self.unknown_variables = [name for name in cohort.variables if name not in lookup]
         self.widths = group_widths(np.diff(cohort.set_start), max_groups)
+
+    def describe_unknown(self) -> str:
+        return f"data: dropped: events of {len(self.unknown_variables)} variables unknown to the checkpoint: {', '.join(self.unknown_variables)}"
 
     def __getitem__(self, stays: np.ndarray) -> EventBatch:
         cohort = self.cohort

@@ -68,7 +68,8 @@ def boosted_trees(config: FinetuneConfig, seed: int) -> GradientBoostingClassifi
 
 def head_optimizer(model: SeqSetVAE, config: FinetuneConfig):
     """AdamW over the head alone, and its schedule (cosine with restarts), stepped once an epoch."""
-    optimizer = torch.optim.AdamW(model.cls_head.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=config.betas, fused=True)
+    optimizer = torch.optim.AdamW(model.cls_head.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=config.betas,
+                                  fused=True)
     return optimizer, torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, config.restart_epochs, T_mult=2)
 
 

@@ -64,8 +64,9 @@ class ModelConfig:
 
     def __post_init__(self):
         """Refuse what no model can be, before memory is allocated for it: a config may come from a stranger's checkpoint."""
-        fits = {int: lambda x: type(x) is int and 1 <= x <= 2**20, int | None: lambda x: x is None or type(x) is int and 1 <= x <= 2**12, float: lambda x: type(x) in (int, float) and 0 <= x < math.inf,
-                bool: lambda x: type(x) is bool, str: lambda x: x in ("readout", "slots", "stable", "beliefs", "multiscale")}
+        fits = {int: lambda x: type(x) is int and 1 <= x <= 2**20, int | None: lambda x: x is None or type(x) is int and 1 <= x <= 2**12,
+                float: lambda x: type(x) in (int, float) and 0 <= x < math.inf, bool: lambda x: type(x) is bool,
+                str: lambda x: x in ("readout", "slots", "stable", "beliefs", "multiscale")}
         most = {"dropout": 1, "hide_sets": 1, "drop_events": 1, "layers": 256, "levels": 256, "tree_depth": 8}
         for f in fields(self):
             value = getattr(self, f.name)
@@ -78,8 +79,8 @@ class ModelConfig:
             raise InputError(f"model config: latent_dim {self.latent_dim} is odd or no multiple of heads {self.heads}, or set_dim {self.set_dim} "
                              f"(slots: latent_dim too) of set_heads {self.set_heads}")
         d, v, widest = self.latent_dim, self.num_variables, max(self.latent_dim, self.set_dim)
-        weights = (d * (self.layers * (4 * d + 2 * self.ff_dim) + 14 * v + self.reduced_dim) + self.levels * widest * (40 * widest + 2 * self.inducing)
-                   + self.input_dim * (2 * self.reduced_dim + v))
+        weights = (d * (self.layers * (4 * d + 2 * self.ff_dim) + 14 * v + self.reduced_dim)
+                   + self.levels * widest * (40 * widest + 2 * self.inducing) + self.input_dim * (2 * self.reduced_dim + v))
         if weights > 2**30:
             raise InputError(f"model config: sizes of about {weights:.0e} weights; 1e9 is the most")
 
@@ -87,8 +88,8 @@ class ModelConfig:
     def original(cls, num_variables: int, **sizes) -> "ModelConfig":
         """The original implementation's architecture and objective (section 5 of its description), for comparison and its checkpoints."""
         return cls(num_variables, **{**dict(
-            input_dim=768, reduced_dim=256, set_dim=256, latent_dim=256, levels=2, inducing=16, set_heads=2, layers=4, heads=8, ff_dim=512, dropout=0.1, mab_residual=False,
-            presence=False, slope_per_head=False, decoder="slots", learned_seeds=False, sample_z=False, hide_sets=0.0, drop_events=0.0,
+            input_dim=768, reduced_dim=256, set_dim=256, latent_dim=256, levels=2, inducing=16, set_heads=2, layers=4, heads=8, ff_dim=512,
+            dropout=0.1, mab_residual=False, presence=False, slope_per_head=False, decoder="slots", learned_seeds=False, sample_z=False, hide_sets=0.0, drop_events=0.0,
             max_beta=0.05, free_bits=0.1, logvar_bonus=0.1), **sizes})
 
 
@@ -379,8 +380,8 @@ def history_statistics(x, n, minute):
     day_mean = (day * here).cumsum(1) / times1
     day_spread = ((day.square() * here).cumsum(1) / times1 - day_mean.square()).clamp(min=0)
     slope = ((day * shifted).cumsum(1) / times1 - day_mean * shift) / (day_spread + 0.01)
-    statistics = torch.stack([last, first, mean, largest, smallest, spread.clamp(min=1e-12).sqrt(), slope, n.cumsum(1).log1p(), last.abs(), mean.abs()],
-                             dim=-1)
+    std, log_count = spread.clamp(min=1e-12).sqrt(), n.cumsum(1).log1p()
+    statistics = torch.stack([last, first, mean, largest, smallest, std, slope, log_count, last.abs(), mean.abs()], dim=-1)
     return statistics.masked_fill(~seen[..., None], 0), seen
 
 
@@ -488,7 +489,7 @@ class SetVAE(nn.Module):
         return {"chamfer": F.pad(chamfer, (0, 1))[batch.slot_set]}
 
     def forward(self, batch: EventBatch):
-        """(decoded, z_list): the reconstruction from z of the last level (sampled in training, mu in evaluation), and every level's (z, mu, logvar)."""
+        """(decoded, z_list): the reconstruction from z of the last level (sampled in training, mu in evaluation); (z, mu, logvar) of every level."""
         z_list = []
         for pooled in self._pooled_levels(batch):
             mu, logvar = self._posterior(pooled, batch)
@@ -897,7 +898,8 @@ def checkpoint_config(content: dict, num_variables: int, path, set_heads: int | 
         names = {"reduced": "setvae.dim_reducer.weight", "embed": "setvae.embed.0.weight", "inducing": "setvae.encoder_layers.0.inducing",
                  "ff": "history.layers.0.linear1.weight", "decoder": "setvae.decoder.out.weight"}
         if (lacking := [name for name in names.values() if name not in state]):
-            raise InputError(f"{path}: no {lacking[0]} in its state dict; give a checkpoint of train.py, or the original implementation's whole model")
+            raise InputError(f"{path}: no {lacking[0]} in its state dict; give a checkpoint of train.py, or the whole model of the original "
+                             "implementation")
         shape = {size: state[name].shape for size, name in names.items()}
         given = content.get("hyper_parameters")
         given = given if isinstance(given, dict) else {}
@@ -930,7 +932,8 @@ def load_weights(model: nn.Module, state: dict[str, torch.Tensor], path) -> None
     own = model.state_dict()
     wrong = sorted(own.keys() ^ state.keys()) + [name for name in own.keys() & state.keys() if own[name].shape != getattr(state[name], "shape", None)]
     if wrong:
-        raise InputError(f"{path}: weight {wrong[0]} is missing, unknown or of another shape than its model config says; use the version that wrote it")
+        raise InputError(f"{path}: weight {wrong[0]} is missing, unknown or of another shape than its model config says; use the version that "
+                         "wrote it")
     model.load_state_dict(state)
     trees = getattr(model, "trees", None)
     if trees is not None and not 0 <= trees.feature.min() <= trees.feature.max() < sum(model._feature_sizes().values()):

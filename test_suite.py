@@ -282,7 +282,8 @@ def plain_pass(model, stays):
         kl = torch.distributions.kl_divergence(normal(mu, (0.5 * logvar).exp()), normal(0, 1)).sum(1)
         kl = kl.clamp(min=config.free_bits * config.latent_dim) - config.logvar_bonus * logvar.mean(1)
         if config.decoder == "slots":
-            terms = [plain_chamfer(plain_slots(setvae.decoder, h[i], len(events)), plain_points(setvae, events)) for i, (_, events) in enumerate(stay)]
+            terms = [plain_chamfer(plain_slots(setvae.decoder, h[i], len(events)), plain_points(setvae, events))
+                     for i, (_, events) in enumerate(stay)]
         else:
             terms = [plain_readout_loss(setvae, h[i], events) + plain_readout_loss(setvae, mu[i], events) for i, (_, events) in enumerate(stay)]
             told = model.history_readout(h).view(len(stay), 7, 13).split((10, 3), dim=-1)
@@ -686,7 +687,8 @@ def test_losses_and_gradients_are_the_same_whatever_the_padding(decoder):
 @pytest.mark.parametrize("mode", ["pretrain", "full training"])
 def test_a_training_step_asks_the_device_for_no_value(mode, decoder):
     """Tensors of the meta device have no values: `.item()`, a boolean index or a shape that depends on data fails there."""
-    model = build(SeqSetVAEPretrain if mode == "pretrain" else SeqSetVAE, tiny(decoder=decoder, classification_only=False, hide_sets=.1)).to("meta").train()
+    kind, config = SeqSetVAEPretrain if mode == "pretrain" else SeqSetVAE, tiny(decoder=decoder, classification_only=False, hide_sets=.1)
+    model = build(kind, config).to("meta").train()
     batch = batch_of(random_stays()).to("meta")
     losses = model(batch, 1e-2) if mode == "pretrain" else model(batch, losses=True)
     loss = losses["loss"] if mode == "pretrain" else losses["reconstruction"] + classification_loss(losses["logits"], batch.label, FinetuneConfig())
@@ -2552,7 +2554,7 @@ def performance(arguments) -> None:
                "data": source["fingerprint"], "versions": source["versions"], "reader": cohort.reader, "scored": None}
     print(cohort.describe())
     if dataset.unknown_variables:
-        print(f"data: dropped: events of {len(dataset.unknown_variables)} variables unknown to the checkpoint: {', '.join(dataset.unknown_variables)}")
+        print(dataset.describe_unknown())
     print("checkpoint: {checkpoint}, epoch {epoch}, made by: {command}".format(**figures))
     versions = ", ".join(f"{name} {version}" for name, version in source["versions"].items())
     print(f"checkpoint: seed {source.get('seed', 'unknown')}, data {source['fingerprint']}, {versions}")
@@ -3091,7 +3093,8 @@ def new_classifier(config, dataset) -> tuple[SeqSetVAE, FinetuneConfig]:
     d, settings = config.latent_dim, FinetuneConfig()
     if config.decoder == "slots":
         settings = FinetuneConfig(features="stable", summaries=False, head_widths=(d, d // 2, d // 4), trees=None, loss="focal")
-    config = replace(config, head_trees=settings.trees, **{name: getattr(settings, name) for name in ("fuse", "features", "summaries", "head_widths")})
+    config = replace(config, head_trees=settings.trees, fuse=settings.fuse, features=settings.features, summaries=settings.summaries,
+                     head_widths=settings.head_widths)
     return SeqSetVAE(config, variable_vectors(dataset.normalizer.variables, config.input_dim)), settings
 
 
@@ -3277,9 +3280,10 @@ def benchmark(arguments) -> None:
         "GFLOP/s": flops, "% of peak": 100 * flops / in_row(flops, work=MATMUL_PEAK)}, index=rows.index)
 
     machine, threads = machine_name(device), torch.get_num_threads()
+    memory = "the tensors" if device.type == "cuda" else "a process that does this alone"
     print(f"""
 {machine}, {threads} thread{'s' * (threads > 1)}, torch {torch.__version__}, {cohort.reader}
-Times: the fastest of {ROUNDS} passes, taken in turns. MB: peak memory of {'the tensors' if device.type == 'cuda' else 'a process that does this alone'}.
+Times: the fastest of {ROUNDS} passes, taken in turns. MB: peak memory of {memory}.
 The plain loop runs {LOOPED} of the stays, and of a finetuning one epoch, whose time is multiplied. x plain, x float32: how many times
 faster a set is done; x inference: how many inferences it costs. FLOPs include padding; % of peak: of the float32 product of
 two {MATMUL} x {MATMUL} matrices that took turns with the steps.

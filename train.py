@@ -64,7 +64,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--max_epochs", type=positive, metavar="N", help=f"(default: {defaults['max_epochs']})")
     add("--seed", type=seed, default=0, metavar="N", help="of the split, the weights and the order of the batches (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
-    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: bf16 on CUDA and on CPUs with AMX, else fp32 (default: %(default)s)")
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
+        help="auto: bf16 on CUDA and on CPUs with AMX, else fp32 (default: %(default)s)")
     add("--run_dir", metavar="DIR", help="folder of this run (default: a new one under checkpoints/)")
     add("--resume", metavar="RUN_DIR", help="go on with the run in this folder, from its last.pt; its options are kept")
 
@@ -84,6 +85,11 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     if arguments.mode == "finetune" and not arguments.pretrained_ckpt:
         raise InputError("--mode finetune needs --pretrained_ckpt; make one with: python train.py --mode pretrain")
     return arguments
+
+
+def settings_of(defaults: dict, arguments: argparse.Namespace) -> dict:
+    """A mode's defaults, and what the command line says instead."""
+    return defaults | {name: value for name in ("batch_size", "max_epochs") if (value := getattr(arguments, name))}
 
 
 def add_head_options(add) -> None:
@@ -306,8 +312,8 @@ class Run:
     def save_last(self, content: dict, position: tuple, best: dict, totals=None, **parts) -> None:
         """Write last.pt: position is (epochs done, batches done in the next), totals its sums so far, parts what has a state_dict."""
         self.save("last.pt", content | {"trainer": {
-            "arguments": self.arguments, "position": list(position), "best": best, "totals": totals, "rows": self.rows, "random": gathered(random_states()),
-            "parts": {name: part.state_dict() for name, part in parts.items()}}})
+            "arguments": self.arguments, "position": list(position), "best": best, "totals": totals, "rows": self.rows,
+            "random": gathered(random_states()), "parts": {name: part.state_dict() for name, part in parts.items()}}})
 
     def restore(self, model, **parts) -> tuple[dict, tuple, object]:
         """Continue where last.pt was written: (best so far, position, totals)."""
@@ -358,7 +364,8 @@ def finite_or_stop(norm: torch.Tensor, step: int, batch_stays, scaler, every: in
     if not torch.isfinite(norm) and not (scaler.is_enabled() and scaler.get_scale() > 2**-4):
         cause = "it overflows fp16 again and again: use --precision bf16 or fp32" if scaler.is_enabled() else "lower the learning rate"
         raise InputError(f"step {step}{f' or up to {every - 1} before' if every > 1 else ''}: the loss or its gradient is not finite (stays "
-                         f"{', '.join(batch_stays[:4])} ...); look at these stays' values, or {cause}; best.pt and last.pt hold the last good weights")
+                         f"{', '.join(batch_stays[:4])} ...); look at these stays' values, or {cause}; best.pt and last.pt hold the last good "
+                         "weights")
 
 
 def skipped(row: dict) -> str:
@@ -381,7 +388,7 @@ def update(model, loss, optimizer, scaler, clip: float) -> torch.Tensor:
 # ----------------------------------------------------------------------------------------------------------------------------------
 
 def pretrain(arguments) -> Path:
-    settings = PRETRAIN | {k: v for k, v in (("batch_size", arguments.batch_size), ("max_epochs", arguments.max_epochs)) if v}
+    settings = settings_of(PRETRAIN, arguments)
     device, dtype = choose_device(arguments.device, arguments.precision)
     with rank_0_first():
         cohort = load_cohort(arguments.data_dir, arguments.synthetic_stays, params_map=arguments.params_map, label_file=arguments.label_file)
@@ -389,7 +396,8 @@ def pretrain(arguments) -> Path:
     split = make_splits(cohort, arguments.seed)
     train, valid = stays_of(cohort, split["train"]), stays_of(cohort, split["valid"])
     if not len(train) or not len(valid):
-        raise InputError(f"{cohort.reader}: its own split has {len(train)} train and {len(valid)} valid stays; give some to each, or leave the split out")
+        raise InputError(f"{cohort.reader}: its own split has {len(train)} train and {len(valid)} valid stays; "
+                         "give some to each, or leave the split out")
     dataset = StayDataset(cohort, Normalizer.fit(cohort, train))
     lengths, events = np.diff(cohort.stay_start)[train], cohort.stay_events[train]
 
@@ -406,7 +414,8 @@ def pretrain(arguments) -> Path:
                                                  * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1, step / steps)))))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     run = Run(arguments, cohort)
-    print(f"model: SeqSetVAEPretrain, {sum(p.numel() for p in model.parameters()):,} parameters, all trainable; {device}, {dtype}".replace("torch.", ""))
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"model: SeqSetVAEPretrain, {parameters:,} parameters, all trainable; {device}, {dtype}".replace("torch.", ""))
     print(f"split: {len(train):,} train, {len(valid):,} valid, {len(split['test']):,} test stays (seed {arguments.seed}); labels unused; "
           f"run folder {run.folder}")
 
@@ -532,7 +541,8 @@ def label_subset(cohort: Cohort, stays: np.ndarray, fraction: float, seed: int) 
     try:
         return np.sort(train_test_split(stays, train_size=fraction, stratify=cohort.label[stays], random_state=seed)[0])
     except ValueError as error:
-        raise InputError(f"--label_fraction {fraction}: no such share of {len(stays)} stays keeps both classes ({error}); give a larger one") from None
+        raise InputError(f"--label_fraction {fraction}: no such share of {len(stays)} stays keeps both classes ({error}); "
+                         "give a larger one") from None
 
 
 def parameter_counts(model) -> tuple[int, int]:
@@ -543,7 +553,7 @@ def parameter_counts(model) -> tuple[int, int]:
 
 def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
     full = arguments.full_training
-    settings = (FULL_TRAINING if full else FINETUNE) | {k: v for k, v in (("batch_size", arguments.batch_size), ("max_epochs", arguments.max_epochs)) if v}
+    settings = settings_of(FULL_TRAINING if full else FINETUNE, arguments)
     device, dtype = choose_device(arguments.device, arguments.precision)
     content, cohort, dataset, split, new = open_checkpoint(arguments.pretrained_ckpt, arguments.data_dir, arguments.synthetic_stays,
                                                            arguments.params_map, arguments.label_file)
@@ -561,10 +571,11 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
     if dataset is None:
         dataset = StayDataset(cohort, Normalizer.fit(cohort, train))
     elif dataset.unknown_variables:
-        print(f"data: dropped: events of {len(dataset.unknown_variables)} variables unknown to the checkpoint: {', '.join(dataset.unknown_variables)}")
+        print(dataset.describe_unknown())
 
     torch.manual_seed(arguments.seed), random.seed(arguments.seed)
-    backbone = checkpoint_config(content, len(dataset.normalizer.variables), arguments.pretrained_ckpt, arguments.set_heads, arguments.transformer_heads)
+    backbone = checkpoint_config(content, len(dataset.normalizer.variables), arguments.pretrained_ckpt, arguments.set_heads,
+                                 arguments.transformer_heads)
     trees = None if full and arguments.random_init else config.trees  # they are fitted to the backbone as it is before full training
     model_config = replace(backbone, classification_only=not full, fuse=config.fuse, features=config.features, summaries=config.summaries,
                            head_widths=config.head_widths, head_trees=trees, tree_depth=config.tree_depth)
@@ -585,10 +596,11 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
     print(f"model: SeqSetVAE, {'full training' if full else 'frozen backbone'}, {trainable:,} of {total:,} parameters trainable "
           f"({trainable / total:.2%}); {device}, {dtype}".replace("torch.", ""))
     if not full and trainable > config.max_trainable_ratio * total:
-        raise InputError(f"finetune_config.py: the head is {trainable / total:.1%} of all parameters; narrow head_widths below {config.max_trainable_ratio:.0%}")
+        raise InputError(f"finetune_config.py: the head is {trainable / total:.1%} of all parameters; "
+                         f"narrow head_widths below {config.max_trainable_ratio:.0%}")
     run = Run(arguments, cohort)
-    print(f"split: {len(train):,} train ({(cohort.label[train] == 1).sum():,} positive), {len(valid):,} valid ({(cohort.label[valid] == 1).sum():,} positive), "
-          f"{len(split['test']):,} test stays{' of the checkpoint' if not new else f' (seed {arguments.seed})'}; run folder {run.folder}")
+    print(f"split: {len(train):,} train ({(cohort.label[train] == 1).sum():,} positive), "
+          f"{len(valid):,} valid ({(cohort.label[valid] == 1).sum():,} positive), {len(split['test']):,} test stays{' of the checkpoint' if not new else f' (seed {arguments.seed})'}; run folder {run.folder}")
 
     source = source_of(arguments, cohort)
     if arguments.data_dir is None and "source" in content:  # the data are the checkpoint's
@@ -724,7 +736,8 @@ def train_everything(arguments, config, settings, run, model, dataset, split, so
                 run.leave()
         schedule.step()
         (loss, reconstruction, kl), overflows = (totals[:3] / len(train)).tolist(), totals[3].item()
-        row = {"epoch": epoch + 1, "loss": loss, "reconstruction": reconstruction, "kl": kl, **({"skipped_steps": overflows} if scaler.is_enabled() else {}),
+        row = {"epoch": epoch + 1, "loss": loss, "reconstruction": reconstruction, "kl": kl,
+               **({"skipped_steps": overflows} if scaler.is_enabled() else {}),
                **ranking(dataset.cohort.label[valid], predict(model, encode_stays(model, dataset, valid, device)))}
         best = end_of_epoch(run, model, dataset, split, source, row, best, False, **parts)
     return best
