@@ -89,8 +89,8 @@ class ModelConfig:
         """The original implementation's architecture and objective (section 5 of its description), for comparison and its checkpoints."""
         return cls(num_variables, **{**dict(
             input_dim=768, reduced_dim=256, set_dim=256, latent_dim=256, levels=2, inducing=16, set_heads=2, layers=4, heads=8, ff_dim=512,
-            dropout=0.1, mab_residual=False, presence=False, slope_per_head=False, decoder="slots", learned_seeds=False, sample_z=False, hide_sets=0.0, drop_events=0.0,
-            max_beta=0.05, free_bits=0.1, logvar_bonus=0.1), **sizes})
+            dropout=0.1, mab_residual=False, presence=False, slope_per_head=False, decoder="slots", learned_seeds=False, sample_z=False,
+            hide_sets=0.0, drop_events=0.0, max_beta=0.05, free_bits=0.1, logvar_bonus=0.1), **sizes})
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------

@@ -600,7 +600,8 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
                          f"narrow head_widths below {config.max_trainable_ratio:.0%}")
     run = Run(arguments, cohort)
     print(f"split: {len(train):,} train ({(cohort.label[train] == 1).sum():,} positive), "
-          f"{len(valid):,} valid ({(cohort.label[valid] == 1).sum():,} positive), {len(split['test']):,} test stays{' of the checkpoint' if not new else f' (seed {arguments.seed})'}; run folder {run.folder}")
+          f"{len(valid):,} valid ({(cohort.label[valid] == 1).sum():,} positive), {len(split['test']):,} test stays"
+          f"{f' (seed {arguments.seed})' if new else ' of the checkpoint'}; run folder {run.folder}")
 
     source = source_of(arguments, cohort)
     if arguments.data_dir is None and "source" in content:  # the data are the checkpoint's
