@@ -37,7 +37,7 @@ from data import (SPLITS, Cohort, InputError, Normalizer, StayDataset, balanced_
                   stays_of, variable_vectors, write_atomically)
 from finetune_config import FinetuneConfig, boosted_trees, classification_loss, full_optimizer, head_optimizer, head_penalty
 from model import (CHECKPOINT_FORMAT, ModelConfig, SeqSetVAE, SeqSetVAEPretrain, checkpoint_config, checkpoint_state, load_backbone,
-                   read_checkpoint)
+                   read_checkpoint, real_sets)
 
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
 EVALUATION_BATCH = 32  # stays
@@ -63,7 +63,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--batch_size", type=positive, metavar="N", help=f"stays a step, of all processes together (default: {defaults['batch_size']})")
     add("--max_epochs", type=positive, metavar="N", help=f"(default: {defaults['max_epochs']})")
     add("--seed", type=seed, default=0, metavar="N", help="of the split, the weights and the order of the batches (default: %(default)s)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
+    add("--device", default="auto", help="auto (cuda where there is one, else cpu), cpu, cuda, cuda:1, mps (never run so far) (default: %(default)s)")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
         help="auto: bf16 on CUDA and on CPUs with AMX, else fp32 (default: %(default)s)")
     add("--run_dir", metavar="DIR", help="folder of this run (default: a new one under checkpoints/)")
@@ -151,6 +151,14 @@ def gathered(value) -> list:
     return values
 
 
+def end_rank(code: int) -> None:
+    """Of several processes: leave without Python's teardown, in which a thread of gloo may still want Python's lock. The teardown then aborts
+    the finished process ("terminate called without an active exception"), or DistributedDataParallel's destructor waits for it forever."""
+    if WORLD > 1:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+
+
 @contextmanager
 def rank_0_first():
     """The others begin when rank 0 is done: they then find the cache that it wrote."""
@@ -185,7 +193,7 @@ def own_parts(batches: list, events: np.ndarray) -> tuple[list, list]:
 def choose_device(name: str, precision: str) -> tuple[torch.device, torch.dtype]:
     """The device and the autocast type (float32: no autocast). Raises InputError for a device that is not there."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and WORLD == 1 else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         if device.type == "cuda" and WORLD > 1:
@@ -290,9 +298,7 @@ class Run:
     def leave(self) -> None:
         """End the interrupted run, whose last.pt is written."""
         print(f"saved; go on with: {LAUNCHER} train.py --mode {self.arguments['mode']} --resume {self.folder}")
-        if WORLD > 1:  # DistributedDataParallel's destructor can wait forever for a thread of gloo that waits for Python's own lock
-            sys.stdout.flush(), sys.stderr.flush()
-            os._exit(130)
+        end_rank(130)
         sys.exit(130)
 
     def log(self, row: dict) -> None:
@@ -481,12 +487,11 @@ def evaluate_pretraining(model: SeqSetVAEPretrain, dataset: StayDataset, stays: 
     for batch in evaluation_loader(dataset, stays, device):
         with torch.amp.autocast(device.type, dtype, enabled=dtype != torch.float32):
             losses = model(batch, model.config.max_beta)
-        real = batch.slot_set < len(batch.group_slot)
-        mu = (losses.pop("mu").double() * real[..., None]).flatten(0, 1)
-        current = {name: value.double() * len(batch) for name, value in losses.items()}
-        current |= {"sets": batch.lengths.sum(), "first": mu.sum(0), "second": mu.square().sum(0)}
+        mu = losses.pop("mu")[real_sets(batch)].cpu().double()                                       # [sets, d]; float64 is not on every device
+        current = {name: value.cpu().double() * len(batch) for name, value in losses.items()}
+        current |= {"sets": len(mu), "first": mu.sum(0), "second": mu.square().sum(0)}
         totals = {name: totals.get(name, 0) + value for name, value in current.items()}
-    ranks = [part for part in gathered({name: value.cpu() for name, value in totals.items()}) if part]  # one may have had no batch
+    ranks = [part for part in gathered(totals) if part]  # one may have had no batch
     totals = {name: sum(part[name] for part in ranks) for name in ranks[0]}
     sets, first, second = (totals.pop(name) for name in ("sets", "first", "second"))
     active = int((second / sets - (first / sets).square() > 0.01).sum())
@@ -639,7 +644,7 @@ def encode_stays(model: SeqSetVAE, dataset: StayDataset, stays: np.ndarray, devi
 def predict(model: SeqSetVAE, features: torch.Tensor) -> np.ndarray:
     """Probability of the positive class of every stay, [n] float64, from `encode_stays`."""
     model.eval()
-    return model.classify(features).float().softmax(-1)[:, 1].double().cpu().numpy()
+    return model.classify(features).float().softmax(-1)[:, 1].cpu().double().numpy()
 
 
 @torch.no_grad()
@@ -770,6 +775,7 @@ def main(argv=None) -> int:
         dist.init_process_group()  # gloo for what lies on a CPU, nccl on CUDA
     if RANK:
         sys.stdout = open(os.devnull, "w")
+    code = 0
     try:
         arguments = parse_arguments(argv)
         (pretrain if arguments.mode == "pretrain" else finetune)(arguments)
@@ -778,15 +784,13 @@ def main(argv=None) -> int:
             print(f"error: {error}", file=sys.stderr)
         with suppress(InputError, RuntimeError):  # where the others told it, they have left
             gathered(error)
-        return 2
+        code = 2
     except KeyboardInterrupt:  # before the run's folder exists; from then on see `Run`
         if RANK == 0:
             print("interrupted: nothing was trained yet", file=sys.stderr)
-        return 130
-    finally:
-        if WORLD > 1:
-            dist.destroy_process_group()
-    return 0
+        code = 130
+    end_rank(code)
+    return code
 
 
 if __name__ == "__main__":
