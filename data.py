@@ -1165,6 +1165,7 @@ class StayDataset(torch.utils.data.Dataset):
         self.widths = group_widths(np.diff(cohort.set_start), max_groups)
 
     def describe_unknown(self) -> str:
+        """The line that tells what was dropped, see `Cohort.describe`."""
         return f"data: dropped: events of {len(self.unknown_variables)} variables unknown to the checkpoint: {', '.join(self.unknown_variables)}"
 
     def __getitem__(self, stays: np.ndarray) -> EventBatch:

@@ -687,11 +687,14 @@ def test_losses_and_gradients_are_the_same_whatever_the_padding(decoder):
 @pytest.mark.parametrize("mode", ["pretrain", "full training"])
 def test_a_training_step_asks_the_device_for_no_value(mode, decoder):
     """Tensors of the meta device have no values: `.item()`, a boolean index or a shape that depends on data fails there."""
-    kind, config = SeqSetVAEPretrain if mode == "pretrain" else SeqSetVAE, tiny(decoder=decoder, classification_only=False, hide_sets=.1)
-    model = build(kind, config).to("meta").train()
-    batch = batch_of(random_stays()).to("meta")
-    losses = model(batch, 1e-2) if mode == "pretrain" else model(batch, losses=True)
-    loss = losses["loss"] if mode == "pretrain" else losses["reconstruction"] + classification_loss(losses["logits"], batch.label, FinetuneConfig())
+    config, batch = tiny(decoder=decoder, classification_only=False, hide_sets=.1), batch_of(random_stays()).to("meta")
+    if mode == "pretrain":
+        model = build(SeqSetVAEPretrain, config).to("meta").train()
+        loss = model(batch, 1e-2)["loss"]
+    else:
+        model = build(SeqSetVAE, config).to("meta").train()
+        losses = model(batch, losses=True)
+        loss = losses["reconstruction"] + classification_loss(losses["logits"], batch.label, FinetuneConfig())
     norm = update(model, loss, torch.optim.AdamW(model.parameters()), torch.amp.GradScaler("cpu", enabled=False), 1.0)
     assert norm.device.type == "meta"
 
