@@ -33,8 +33,9 @@ from sklearn.model_selection import train_test_split
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import (SPLITS, Cohort, InputError, Normalizer, StayDataset, balanced_parts, epoch_batches, load_cohort, make_splits, sorted_batches,
-                  stays_of, variable_vectors, write_atomically)
+from data import (SPLITS, Cohort, InputError, Normalizer, StayDataset, balanced_parts, epoch_batches, make_splits, sorted_batches, stays_of,
+                  variable_vectors, write_atomically)
+from readers import load_cohort
 from finetune_config import FinetuneConfig, boosted_trees, classification_loss, full_optimizer, head_optimizer, head_penalty
 from model import (CHECKPOINT_FORMAT, ModelConfig, SeqSetVAE, SeqSetVAEPretrain, checkpoint_config, checkpoint_state, load_backbone,
                    read_checkpoint, real_sets)

@@ -1,0 +1,279 @@
+"""The benchmark."""
+
+import contextlib
+import itertools
+import multiprocessing
+import platform
+import re
+import resource
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch.nn.attention import sdpa_kernel, SDPBackend
+from torch.utils.flop_counter import FlopCounterMode
+
+import train
+from data import epoch_batches, Normalizer, sorted_batches, StayDataset, variable_vectors, write_atomically
+from readers import load_cohort
+from model import ModelConfig, SeqSetVAE, SeqSetVAEPretrain
+from finetune_config import FinetuneConfig, head_optimizer
+from train import (CHECKPOINTS, encode_stays, EVALUATION_BATCH, head_epoch, keep_freed_memory, predict, prepare_head,
+                   update)
+from tests.plain_loop import close, plain_features, plain_pass
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# Benchmark: our batched model beside the plain loop (above), in one run and on one number of threads
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+PLAIN_LOOP, PRETRAIN_STEP, INFERENCE, MATMUL_PEAK = "plain loop", "pretrain step", "inference", "matmul"
+BENCHMARK = {  # sizes: (config of so many variables, batches of pretraining and of evaluation, epochs of a finetuning, ways to run it)
+    "original's sizes": (ModelConfig.original, 4, 3, 15, (PLAIN_LOOP, "float32", "bf16")),
+    "our default": (ModelConfig, 16, 6, 20, ("float32", "bf16")),
+}
+ROUNDS, LOOPED = 3, 8  # passes timed; stays of the plain loop
+MATMUL, PRODUCTS = 3072, 8  # width of the matrices whose product tells the peak, and products a pass: one alone would time the threads' waking
+
+
+def spread(items, n: int) -> list:
+    """n of the items at even distances, or all."""
+    return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, n + 2)[1:-1].round().astype(int))]
+
+
+def plain_stays(dataset, stays) -> list:
+    """Stays as the plain loop takes them: lists of (minute, events), an event being (variable, normalised value)."""
+    cohort, lists = dataset.cohort, []
+    for p in stays:
+        lists.append([])
+        for t in range(cohort.stay_start[p], cohort.stay_start[p + 1]):
+            events = slice(cohort.set_start[t], cohort.set_start[t + 1])
+            variable = dataset.variable[cohort.event_variable[events]]
+            value = dataset.normalizer(variable, cohort.event_value[events])
+            lists[-1].append((float(cohort.set_minute[t]), list(zip(variable.tolist(), value.tolist()))))
+    return lists
+
+
+def new_pretraining(config, dataset) -> SeqSetVAEPretrain:
+    return SeqSetVAEPretrain(config, variable_vectors(dataset.normalizer.variables, config.input_dim))
+
+
+def new_classifier(config, dataset) -> tuple[SeqSetVAE, FinetuneConfig]:
+    """With our default head; at the original's objective with its features, its head's widths and its loss."""
+    d, settings = config.latent_dim, FinetuneConfig()
+    if config.decoder == "slots":
+        settings = FinetuneConfig(features="stable", summaries=False, head_widths=(d, d // 2, d // 4), trees=None, loss="focal")
+    config = replace(config, head_trees=settings.trees, fuse=settings.fuse, features=settings.features, summaries=settings.summaries,
+                     head_widths=settings.head_widths)
+    return SeqSetVAE(config, variable_vectors(dataset.normalizer.variables, config.input_dim)), settings
+
+
+def assert_plain_loop_agrees(config, dataset, stays) -> None:
+    """The plain loop's losses and features are the batched model's, to 1e-5 (with learned seeds, as noise is never drawn alike)."""
+    config, lists = replace(config, learned_seeds=True), plain_stays(dataset, stays)
+    model, head = new_pretraining(config, dataset).eval(), new_classifier(config, dataset)[0].eval()
+    with torch.no_grad():
+        losses, (_, plain) = model(dataset[stays], beta=1.0), plain_pass(model, lists)
+        close(torch.stack([losses["reconstruction"], losses["kl"]]), torch.stack(plain))
+        close(head.features(dataset[stays]), torch.stack([plain_features(head, stay) for stay in lists]))
+
+
+def pretrain_work(how, config, batches, dataset, device):
+    """Forward, backward and optimizer step of every batch. The plain loop goes backward after each stay, so it holds one stay in memory."""
+    model, clip = new_pretraining(config, dataset).to(device).train(), train.PRETRAIN["clip"]
+    optimizer, scaler = torch.optim.AdamW(model.parameters(), fused=True), torch.amp.GradScaler(device.type, enabled=False)
+    batches = [plain_stays(dataset, stays) if how == PLAIN_LOOP else dataset[stays].to(device) for stays in batches]
+
+    def plain():
+        for batch in batches:
+            for stay in batch:
+                _, (reconstruction, kl) = plain_pass(model, [stay])
+                ((reconstruction + config.max_beta * kl) / len(batch)).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step(), optimizer.zero_grad(set_to_none=True)
+
+    def batched():
+        for batch in batches:
+            with torch.amp.autocast(device.type, torch.bfloat16, enabled=how == "bf16"):
+                losses = model(batch, config.max_beta)
+            update(model, losses["loss"], optimizer, scaler, clip)
+    return plain if how == PLAIN_LOOP else batched
+
+
+def classifier_work(task, epochs, how, config, batches, dataset, device):
+    """Inference, or a finetuning on the frozen backbone, of which the plain loop runs one epoch: it encodes every stay at each."""
+    (model, settings), stays = new_classifier(config, dataset), np.concatenate(batches)
+    optimizer, _ = head_optimizer(model.to(device), settings)
+    label = torch.arange(len(stays), device=device) % 2  # any labels take the same time, and some data have none
+    lists = plain_stays(dataset, stays) if how == PLAIN_LOOP else None
+
+    @torch.no_grad()
+    def encode():
+        if how == PLAIN_LOOP:
+            model.eval()
+            return torch.stack([plain_features(model, stay) for stay in lists])
+        with torch.amp.autocast(device.type, torch.bfloat16, enabled=how == "bf16"):
+            return encode_stays(model, dataset, stays, device)
+
+    def finetuning():
+        features = encode()
+        prepare_head(model, features, label, settings, seed=0)
+        for epoch in range(1 if how == PLAIN_LOOP else epochs):
+            head_epoch(model, features, label, optimizer, settings, epoch_batches(np.ones(len(stays)), train.FINETUNE["batch_size"], 0, epoch))
+    return (lambda: predict(model, encode())) if task == INFERENCE else finetuning
+
+
+def matmul_work(width, dataset, device):
+    a = torch.randn(width, width, device=device)
+
+    def products():
+        for _ in range(PRODUCTS):
+            a @ a
+    return products
+
+
+def pretrain_flops(config, batches, dataset) -> int:
+    """Of forward and backward, padding included, counted on the meta device, where nothing is computed. Attention counts as its matrix
+    products (the math kernel): `FlopCounterMode` does not know the CPU's flash kernel."""
+    model = new_pretraining(config, dataset).to("meta").train()
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        for stays in batches:
+            model(dataset[stays].to("meta"), config.max_beta)["loss"].backward()
+    return counter.get_total_flops()
+
+
+def peak_memory(device) -> float:
+    """MB: of PyTorch's tensors on a GPU, else of this process. The latter never falls, so each work has a process of its own."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def timed_process(pipe, threads, load, normalizer, device, work) -> None:
+    """Get ready, tell what memory was taken before; then at every message run a pass, tell its seconds and the peak memory."""
+    keep_freed_memory(), torch.set_num_threads(threads)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    imports, run = peak_memory(device), work(StayDataset(load(), normalizer), device)
+    pipe.send(imports)
+    with contextlib.suppress(EOFError):  # the other end was closed
+        while pipe.recv():
+            wait()
+            began = time.perf_counter()
+            run(), wait()
+            pipe.send((time.perf_counter() - began, peak_memory(device)))
+
+
+def take_turns(works: dict, *common) -> tuple[dict, float]:
+    """Of each work (dataset, device) -> pass, in a process of its own: (seconds of its fastest pass, peak memory in MB); and the memory of the
+    imports alone. The passes take turns, so that whatever else the machine does slows all alike."""
+    context, pipes, passes = multiprocessing.get_context("forkserver"), {}, {name: [] for name in works}
+    context.set_forkserver_preload([Path(__file__).stem, "torch._dynamo"])  # which every optimizer imports
+    with contextlib.ExitStack() as stack:
+        for name, work in works.items():
+            mine, theirs = context.Pipe()
+            pipes[name] = stack.enter_context(mine)
+            context.Process(target=timed_process, args=(theirs, torch.get_num_threads(), *common, work)).start()
+            theirs.close()
+        imports = [pipe.recv() for pipe in pipes.values()]
+        for _, (name, pipe) in itertools.product(range(ROUNDS), pipes.items()):
+            pipe.send("run")
+            passes[name].append(pipe.recv())
+    return {name: (min(done)[0], done[-1][1]) for name, done in passes.items()}, max(imports)
+
+
+def machine_name(device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return named[1] if named else platform.processor() or platform.machine()
+
+
+def padding(dataset, batches) -> list:
+    """Share of the cells of the groups of sets, and of the slots of the grid of stays, that hold nothing, in %."""
+    counts = np.zeros(4)
+    for batch in map(dataset.__getitem__, batches):
+        counts += len(batch.event_value), len(batch.token_event), batch.lengths.sum(), batch.minute.numel()
+    events, cells, sets, slots = counts
+    return [("padding of the groups of sets", 100 * (1 - events / cells), "% of the cells"),
+            ("padding of the grid of stays", 100 * (1 - sets / slots), "% of the slots")]
+
+
+def measure(dataset, load, device) -> tuple[pd.DataFrame, float]:
+    """One row a work: sizes, work, how -> seconds, stays, sets, FLOPs, MB; and the MB of the imports alone."""
+    bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    lengths, rows = np.diff(dataset.cohort.stay_start), {}
+    for sizes, (make_config, steps, passes, epochs, hows) in BENCHMARK.items():
+        config, finetune = make_config(len(dataset.normalizer.variables)), f"{epochs}-epoch finetune"
+        pretrained = epoch_batches(lengths, train.PRETRAIN["batch_size"], 0, 0)[:steps]
+        evaluated = spread(sorted_batches(dataset.cohort, np.arange(len(dataset.cohort)), EVALUATION_BATCH), passes)
+        if PLAIN_LOOP in hows:
+            assert_plain_loop_agrees(config, dataset, evaluated[-1][:2])
+        flops = {PRETRAIN_STEP: pretrain_flops(config, pretrained, dataset), MATMUL_PEAK: PRODUCTS * 2 * MATMUL**3}
+        for tasks, batches in (({PRETRAIN_STEP: pretrain_work}, pretrained),
+                               ({task: partial(classifier_work, task, epochs) for task in (finetune, INFERENCE)}, evaluated)):
+            print(f"measuring: {sizes}, {' and '.join(tasks)}", flush=True)
+            stays = np.concatenate(batches)
+            looped = spread(stays[np.argsort(lengths[stays])], LOOPED)
+            works = {(task, how): partial(work, how, config, [looped] if how == PLAIN_LOOP else batches)
+                     for task, work in tasks.items() for how in hows if bf16 or how != "bf16"}
+            if PRETRAIN_STEP in tasks:
+                works[MATMUL_PEAK, "float32"] = partial(matmul_work, MATMUL)
+            timed, imports = take_turns(works, load, dataset.normalizer, device)
+            for (task, how), (seconds, memory) in timed.items():
+                used = [] if task == MATMUL_PEAK else looped if how == PLAIN_LOOP else stays
+                rows[sizes, task, how] = {"seconds": seconds * (epochs if (task, how) == (finetune, PLAIN_LOOP) else 1),
+                                          "stays": len(used) or np.nan, "sets": lengths[used].sum() or np.nan,
+                                          "FLOPs": flops.get(task) if how != PLAIN_LOOP else np.nan, "MB": memory}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis(["sizes", "work", "how"]), imports
+
+
+def in_row(column: pd.Series, **changes) -> list:
+    """For every row the column's value in the row whose index has these `changes` (NaN: there is none)."""
+    return [column.get(tuple((dict(zip(column.index.names, key)) | changes).values()), np.nan) for key in column.index]
+
+
+def benchmark(arguments) -> None:
+    """Measure, print the table, and append it to checkpoints/benchmark.csv, a row a number."""
+    device, facts = torch.device("cuda" if torch.cuda.is_available() else "cpu"), []
+    with tempfile.TemporaryDirectory() as cache:
+        load = partial(load_cohort, arguments.data_dir, cache_dir=Path(cache), params_map=arguments.params_map, label_file=arguments.label_file)
+        for what in ("parsed" if arguments.data_dir else "generated", "from the cache"):
+            began, cohort = time.perf_counter(), load()
+            facts.append((f"data, {what}", time.perf_counter() - began, "s"))
+        print(cohort.describe())
+        dataset = StayDataset(cohort, Normalizer.fit(cohort, np.arange(len(cohort))))
+        facts += padding(dataset, epoch_batches(np.diff(cohort.stay_start), train.PRETRAIN["batch_size"], 0, 0)[:64])
+        rows, imports = measure(dataset, load, device)
+    facts.append(("memory of the imports alone", imports, "MB"))
+    a_set, flops = 1e3 * rows["seconds"] / rows["sets"], 1e-9 * rows["FLOPs"] / rows["seconds"]
+    table = pd.DataFrame({
+        "stays": rows["stays"], "stays/s": rows["stays"] / rows["seconds"], "ms a stay": 1e3 * rows["seconds"] / rows["stays"], "ms a set": a_set,
+        "MB": rows["MB"], "x plain": in_row(a_set, how=PLAIN_LOOP) / a_set, "x float32": (in_row(a_set, how="float32") / a_set).filter(like="bf16"),
+        "x inference": (a_set / in_row(a_set, work=INFERENCE)).filter(like="finetune"),
+        "GFLOP/s": flops, "% of peak": 100 * flops / in_row(flops, work=MATMUL_PEAK)}, index=rows.index)
+
+    machine, threads = machine_name(device), torch.get_num_threads()
+    memory = "the tensors" if device.type == "cuda" else "a process that does this alone"
+    print(f"""
+{machine}, {threads} thread{'s' * (threads > 1)}, torch {torch.__version__}, {cohort.reader}
+Times: the fastest of {ROUNDS} passes, taken in turns. MB: peak memory of {memory}.
+The plain loop runs {LOOPED} of the stays, and of a finetuning one epoch, whose time is multiplied. x plain, x float32: how many times
+faster a set is done; x inference: how many inferences it costs. FLOPs include padding; % of peak: of the float32 product of
+two {MATMUL} x {MATMUL} matrices that took turns with the steps.
+""")
+    show = lambda x: f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+    print(table.to_string(float_format=show, na_rep=""), *(f"{what}: {show(value)} {unit}" for what, value, unit in facts), sep="\n")
+    facts += [(", ".join(name), value, unit) for name, row in table.iterrows() for unit, value in row.dropna().items()]
+    common = {"date": time.strftime("%Y-%m-%d %H:%M"), "machine": machine, "threads": threads, "torch": str(torch.__version__),
+              "data": f"{cohort.reader}, {len(cohort)} stays"}
+    path = CHECKPOINTS / "benchmark.csv"
+    old = path.read_text() if path.exists() else ""
+    new = pd.DataFrame([common | {"what": what, "value": f"{value:.6g}", "unit": unit} for what, value, unit in facts])
+    write_atomically(path, lambda out: out.write_text(old + new.to_csv(index=False, header=not old)))
+    print(f"{len(new)} rows appended to {path}")

@@ -1,0 +1,157 @@
+"""The model as a plain loop."""
+
+import itertools
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# The model against a plain loop: one set, one stay at a time, as the original implementation works; nothing padded, nothing grouped.
+# `--benchmark` times it.
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+def plain_attention(attention, x, y, bias=None):
+    return F.multi_head_attention_forward(x, y, y, x.shape[1], attention.heads, attention.in_proj_weight, attention.in_proj_bias, None, None, False,
+                                          0.0, attention.out_proj.weight, attention.out_proj.bias, attn_mask=bias, need_weights=False)[0]
+
+
+def plain_mab(mab, x, y):
+    h = plain_attention(mab.multihead, x, y)
+    if not mab.residual:
+        return mab.ln2(mab.ff(mab.ln1(h)))
+    h = mab.ln1(x + h)
+    return mab.ln2(h + mab.ff(h))
+
+
+def plain_isab(isab, x):
+    return plain_mab(isab.mab2, x, plain_mab(isab.mab1, isab.inducing, x))
+
+
+def plain_points(setvae, events):
+    """u_v * value, [n, r], of one set."""
+    u = setvae.dim_reducer(setvae.vocabulary[[v for v, _ in events]])
+    return u / u.norm(dim=1, keepdim=True) * u.new_tensor([[x] for _, x in events])
+
+
+def plain_encode(setvae, events):
+    x = plain_points(setvae, events)
+    if setvae.config.presence:
+        x = x + setvae.presence(setvae.vocabulary[[v for v, _ in events]])
+    x = setvae.embed(x)
+    for isab in setvae.encoder_layers:
+        x = x + plain_isab(isab, x)
+    mu, logvar = setvae.mu_logvar(x.mean(0)).chunk(2)
+    return mu, logvar.clamp(-10, 10)
+
+
+def plain_sinusoids(x):
+    """Of every row's place in x [n, d]: [n, d]."""
+    n, d = x.shape
+    angle = torch.arange(n, device=x.device)[:, None] / 10000 ** (torch.arange(0, d, 2, device=x.device) / d)
+    return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)
+
+
+def plain_history(history, z, minutes):
+    """z [n, d] of one stay -> h [n, d]."""
+    n, d = z.shape
+    edges = 10 ** np.linspace(np.log10(0.5), np.log10(1440), 63)
+    x = F.layer_norm(z + plain_sinusoids(z) + history.gap_embedding.weight[np.searchsorted(edges, np.diff(minutes, prepend=minutes[0]))], (d,))
+    minute = z.new_tensor(minutes)
+    bias = -history.slope.abs().view(-1, 1, 1) * torch.log1p((minute[:, None] - minute).abs() / history.tau)
+    bias = bias.masked_fill(z.new_ones(n, n).triu(1) > 0, -torch.inf)
+    for layer in history.layers:
+        y = layer.norm1(x)
+        x = x + layer.dropout(plain_attention(layer.self_attn, y, y, bias.expand(layer.self_attn.heads, n, n)))
+        x = x + layer.dropout(layer.linear2(layer.dropout(F.gelu(layer.linear1(layer.norm2(x))))))
+    return history.norm(x)
+
+
+def plain_slots(decoder, code, n):
+    """n reconstructed points [n, r] from code [d]: learned seeds without their noise, or pure noise."""
+    x = code.expand(n, -1)
+    for level in decoder.decoder_layers:
+        seeds = decoder.seeds(plain_sinusoids(x)) if decoder.seeds else torch.randn(x.shape, device=x.device)
+        y = F.relu(level.pma.ff(x + plain_isab(level.isab, x)))
+        x = x + seeds + level.pma.ln(plain_mab(level.pma.mab, seeds, y))
+    return decoder.out(x)
+
+
+def plain_chamfer(a, b):
+    p, q = a[:, None], b[None]
+    cost = 1 - F.cosine_similarity(p, q, dim=2) + (p.norm(dim=2) - q.norm(dim=2)).abs() + 3 * (p - q).square().sum(2)
+    return cost.min(1).values.mean() + cost.min(0).values.mean() - 0.1 * a.var(0, unbiased=False).mean()
+
+
+def plain_grid(events):
+    """Means and counts [7] of one set."""
+    values = [[x for v, x in events if v == variable] for variable in range(7)]
+    return np.array([np.mean(x) if x else 0 for x in values]), np.array([len(x) for x in values])
+
+
+def plain_statistics(stay):
+    """[n, 7, 10], [n, 7]: what each prefix of the stay has shown, by the definition of each statistic."""
+    out, seen = np.zeros((len(stay), 7, 10)), np.zeros((len(stay), 7), bool)
+    for i, v in itertools.product(range(len(stay)), range(7)):
+        shown = [(minute / 1440, *(a[v] for a in plain_grid(events))) for minute, events in stay[:i + 1]]
+        shown = np.array([row for row in shown if row[2]])
+        if len(shown):
+            (day, x, n), seen[i, v] = shown.T, True
+            slope = ((day - day.mean()) * (x - x.mean())).mean() / (day.var() + 0.1 ** 2)  # ridge of (0.1 day)^2
+            out[i, v] = x[-1], x[0], x.mean(), x.max(), x.min(), x.std(), slope, np.log1p(n.sum()), abs(x[-1]), abs(x.mean())
+    return out, seen
+
+
+def plain_future(stay):
+    """[n, 7, 3], [n, 7]: what each variable's means in the later sets are on average, at most and at least, and whether there is any."""
+    out, seen = np.zeros((len(stay), 7, 3)), np.zeros((len(stay), 7), bool)
+    for i, v in itertools.product(range(len(stay)), range(7)):
+        later = [mean[v] for mean, count in (plain_grid(events) for _, events in stay[i + 1:]) if count[v]]
+        if later:
+            out[i, v], seen[i, v] = (np.mean(later), max(later), min(later)), True
+    return out, seen
+
+
+def plain_readout_loss(setvae, code, events):
+    value, logit = setvae.decoder.value(code), setvae.decoder.measured(code)
+    mean, count = (torch.tensor(a, dtype=torch.float32) for a in plain_grid(events))
+    return F.smooth_l1_loss(value[count > 0], mean[count > 0]) + F.binary_cross_entropy_with_logits(logit, (count > 0).float())
+
+
+def plain_posterior(setvae, stay):
+    """mu, logvar [n, d] of one stay."""
+    return (torch.stack(x) for x in zip(*(plain_encode(setvae, events) for _, events in stay)))
+
+
+def plain_pass(model, stays):
+    """Per stay: mu, logvar, h; and the mean reconstruction and KL over sets, then stays."""
+    setvae, config, states, losses = model.setvae, model.config, [], []
+    for stay in stays:
+        mu, logvar = plain_posterior(setvae, stay)
+        h = plain_history(model.history, mu, [minute for minute, _ in stay])
+        states.append((mu, logvar, h))
+        normal = torch.distributions.Normal
+        kl = torch.distributions.kl_divergence(normal(mu, (0.5 * logvar).exp()), normal(0, 1)).sum(1)
+        kl = kl.clamp(min=config.free_bits * config.latent_dim) - config.logvar_bonus * logvar.mean(1)
+        if config.decoder == "slots":
+            terms = [plain_chamfer(plain_slots(setvae.decoder, h[i], len(events)), plain_points(setvae, events))
+                     for i, (_, events) in enumerate(stay)]
+        else:
+            terms = [plain_readout_loss(setvae, h[i], events) + plain_readout_loss(setvae, mu[i], events) for i, (_, events) in enumerate(stay)]
+            told = model.history_readout(h).view(len(stay), 7, 13).split((10, 3), dim=-1)
+            for mine, (statistics, seen) in zip(told, (plain_statistics(stay), plain_future(stay))):
+                for i in np.flatnonzero(seen.any(1)):
+                    terms[i] = terms[i] + F.smooth_l1_loss(mine[i, seen[i]], torch.tensor(statistics[i, seen[i]], dtype=torch.float32))
+        losses.append((torch.stack(terms).mean(), kl.mean()))
+    return states, [torch.stack(x).mean() for x in zip(*losses)]
+
+
+def plain_features(model, stay):
+    """The stable head input [d] of one stay, from a frozen backbone."""
+    mu, logvar = plain_posterior(model.setvae, stay)
+    h = plain_history(model.history, model._fuse_vae_features(mu, logvar), [minute for minute, _ in stay])
+    return 0.7 * h[-1] + 0.3 * (h @ h[-1]).softmax(0) @ h

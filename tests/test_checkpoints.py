@@ -1,0 +1,94 @@
+"""Checkpoints."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from data import EventBatch
+from model import (
+    _CHECKPOINT_ENTRIES,
+    _CHECKPOINT_TYPES,
+    SeqSetVAE,
+    SeqSetVAEPretrain,
+    checkpoint_config,
+    checkpoint_state,
+    load_backbone,
+    load_checkpoint_weights,
+    read_checkpoint,
+)
+from tests.plain_loop import close
+from tests.tiny import FINETUNE, SHARED, build, tiny
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# Checkpoints: any wrapper, nothing missing in silence, the original's outputs
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("container", ["ours", "bare", "state_dict"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "model.", "module._orig_mod."])
+def test_a_pretrained_backbone_loads_whole_behind_any_prefix(tmp_path, prefix, container):
+    model, classifier = build(SeqSetVAEPretrain, tiny()), build(SeqSetVAE, tiny(), seed=2)
+    state = {prefix + name: tensor for name, tensor in model.state_dict().items()}
+    rest = {name: dict.fromkeys(_CHECKPOINT_ENTRIES.get(name, ())) if kind is dict else kind() for name, kind in _CHECKPOINT_TYPES.items()}
+    torch.save({"ours": rest | {"format": 1, "model": state}, "bare": state, "state_dict": {"state_dict": state}}[container], tmp_path / "some.pt")
+    report = load_backbone(classifier, load_checkpoint_weights(tmp_path / "some.pt"))
+    assert report.complete and not report.unexpected and report.skipped == ["mask_token"]
+    for name, tensor in classifier.state_dict().items():
+        if name.startswith(SeqSetVAE.BACKBONE):
+            assert torch.equal(tensor, model.state_dict()[name]), name
+
+
+def test_a_missing_backbone_tensor_stops_finetuning_unless_allowed(tmp_path, capsys, pretrained):
+    content = torch.load(pretrained, weights_only=True)
+    del content["model"]["history.tau"]
+    content["model"]["setvae.embed.0.bias"] = torch.zeros(3)
+    torch.save(content, tmp_path / "partial.pt")
+    capsys.readouterr()
+    command = [*FINETUNE, str(tmp_path / "partial.pt"), "--run_dir", str(tmp_path / "run")]
+    assert train.main(command) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and "history.tau" in error and "setvae.embed.0.bias" in error
+    assert train.main([*command, "--allow_partial"]) == 0
+
+
+def fixture_of_the_original(name):
+    """(content of a checkpoint of the original implementation, its expected outputs, its five sets as a batch, their vectors, the path).
+    Every event is a variable of its own, because the original takes a vector an event."""
+    path = SHARED / "fixtures" / f"{name}.ckpt"
+    if not path.exists():
+        pytest.skip(f"{path} is absent: compatibility with the original implementation was not tried")
+    expected = {key: torch.from_numpy(x) for key, x in np.load(path.with_name(f"{name}_expected.npz")).items()}
+    vectors, values = (torch.cat([expected[f"{kind}_{i}"] for i in range(5)]) for kind in ("var", "val"))
+    sizes = torch.tensor([len(expected[f"val_{i}"]) for i in range(5)])
+    events, width, column = len(values), int(sizes.max()), torch.arange(int(sizes.max()))
+    cells = torch.where(column < sizes[:, None], (sizes.cumsum(0) - sizes)[:, None] + column, events)
+    batch = EventBatch(event_variable=torch.arange(events), event_value=values, event_slot=torch.arange(5).repeat_interleave(sizes),
+                       groups=[(5, width)], token_event=cells.flatten(), group_slot=torch.arange(5), slot_set=torch.arange(5)[None],
+                       minute=expected["minutes"].float()[None], lengths=torch.tensor([5]), label=torch.tensor([0]), stay=torch.tensor([0]))
+    return read_checkpoint(path), expected, batch, vectors, path
+
+
+def test_an_original_pretraining_checkpoint_gives_its_outputs():
+    content, expected, batch, vectors, path = fixture_of_the_original("original_small")
+    model = SeqSetVAE(checkpoint_config(content, len(vectors), path), vectors).eval()
+    report = load_backbone(model, checkpoint_state(content, path))
+    assert report.complete and not report.unexpected
+    with torch.no_grad():
+        mu, logvar = model.setvae.encode(batch)
+        h = model.history(mu, batch.minute)
+    for mine, name in ((mu, "mu"), (logvar, "logvar"), (h, "h")):
+        close(mine[0], expected[name])
+
+
+def test_an_original_finetuned_checkpoint_gives_its_features_and_logits():
+    content, expected, batch, vectors, path = fixture_of_the_original("original_finetuned_small")
+    model = SeqSetVAE(replace(checkpoint_config(content, len(vectors), path), features="stable"), vectors).eval()
+    state = checkpoint_state(content, path)
+    report = load_backbone(model, state)
+    assert report.complete and not report.unexpected
+    model.cls_head.load_state_dict({name.removeprefix("cls_head."): x for name, x in state.items() if name.startswith("cls_head.")})
+    with torch.no_grad():
+        close(model.features(batch)[0], expected["features"])
+        close(model(batch)[0], expected["logits"])

@@ -1,0 +1,269 @@
+"""Cohorts, splits, normalisation, the cache, batches."""
+
+import itertools
+import tracemalloc
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import readers
+from data import (
+    Cohort,
+    InputError,
+    Normalizer,
+    StayDataset,
+    build_cohort,
+    epoch_batches,
+    group_widths,
+    make_splits,
+    ranges,
+    round_up,
+    sorted_batches,
+    stays_of,
+    variable_vectors,
+)
+from finetune_config import FinetuneConfig, classification_loss
+from model import SeqSetVAE, SeqSetVAEPretrain, measurement_grid
+from readers import load_cohort, synthetic_cohort
+from tests.plain_loop import close, plain_grid
+from tests.tiny import NAMES, as_lists, batch_of, build, cohort_of, random_stays, tiny
+from train import update
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# Batches: nothing forgotten, nothing twice, padding never counts
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_measurement_grid_equals_a_plain_loop():
+    stays = random_stays()
+    mean, count = measurement_grid(batch_of(stays), 7)
+    assert count.sum() == sum(len(events) for stay in stays for _, events in stay)
+    for p, stay in enumerate(stays):
+        for i, (_, events) in enumerate(stay):
+            plain_mean, plain_count = plain_grid(events)
+            close(mean[p, i].double(), torch.from_numpy(plain_mean))
+            assert count[p, i].tolist() == plain_count.tolist()
+        assert not count[p, len(stay):].any() and not mean[p, len(stay):].any()
+
+
+def test_no_event_and_no_set_is_forgotten():
+    cohort = synthetic_cohort(24)
+    dataset, events, sets = StayDataset(cohort, Normalizer.fit(cohort, np.arange(24))), 0, 0
+    for stays in epoch_batches(np.diff(cohort.stay_start), 5, seed=0, epoch=0):
+        batch = dataset[stays]
+        cells = batch.token_event[batch.token_event < len(batch.event_value)]
+        assert cells.sort().values.tolist() == list(range(len(batch.event_value)))      # every event in exactly one cell
+        assert sorted(batch.slot_set[batch.slot_set < len(batch.group_slot)].tolist()) == list(range(int(batch.lengths.sum())))
+        assert measurement_grid(batch, 44)[1].sum() == len(batch.event_value) == cohort.stay_events[stays].sum()
+        events, sets = events + len(batch.event_value), sets + int(batch.lengths.sum())
+    assert events == len(cohort.event_value) and sets == len(cohort.set_minute)
+
+
+@pytest.mark.parametrize("batches", [lambda cohort: epoch_batches(np.diff(cohort.stay_start), 8, seed=1, epoch=2),
+                                     lambda cohort: sorted_batches(cohort, np.arange(len(cohort)), 8)], ids=["epoch", "sorted"])
+def test_every_stay_is_visited_once(batches):
+    visited = batches(cohort_of(random_stays(np.random.default_rng(0).integers(1, 90, 297))))
+    assert sorted(np.concatenate(visited)) == list(range(297)) and max(map(len, visited)) == 8
+
+
+@pytest.mark.parametrize("limit, most", [("_MOST_SETS_SQUARED", 6 * 9**2), ("_MOST_EVENTS", 270)])
+def test_evaluation_batches_are_bounded_by_their_cost(monkeypatch, limit, most):
+    cohort = cohort_of(random_stays((9,) * 20 + (90, 80)))
+    monkeypatch.setattr(data, limit, most)
+    batches = sorted_batches(cohort, np.arange(22), 32)
+    cost = {"_MOST_SETS_SQUARED": lambda b: len(b) * 9**2, "_MOST_EVENTS": lambda b: cohort.stay_events[b].sum()}[limit]
+    assert np.concatenate(batches).tolist() == [*range(20), 21, 20] and [len(b) for b in batches[-2:]] == [1, 1]
+    assert all(cost(b) <= most for b in batches[:-2]) and len(batches) <= 8
+
+
+def test_a_huge_stay_is_a_training_batch_of_its_own_and_the_others_batches_stay_full():
+    lengths = np.r_[np.full(70, 50), 20_000, 3_000]
+    batches = epoch_batches(lengths, 16, seed=0, epoch=0)
+    assert sorted(np.concatenate(batches)) == list(range(72))
+    assert [70] in [b.tolist() for b in batches] and all(len(b) * lengths[b].max()**2 <= 2**24 or len(b) == 1 for b in batches)
+    assert sum(len(b) == 16 for b in batches) == 4
+
+
+def test_a_batch_costs_as_much_memory_in_a_large_cohort(tmp_path):
+    def peak(stays):
+        cohort = load_cohort(None, stays, cache_dir=tmp_path)
+        everyone = np.arange(stays)
+        tracemalloc.start()
+        normalizer = Normalizer.fit(cohort, everyone)
+        fitted = tracemalloc.get_traced_memory()[1]
+        dataset, batches = StayDataset(cohort, normalizer), epoch_batches(np.ones(stays), 8, 0, 0)[:20]
+        tracemalloc.reset_peak()
+        before = tracemalloc.get_traced_memory()[0]
+        for batch in batches:
+            dataset[everyone[batch]]
+        used = tracemalloc.get_traced_memory()[1] - before
+        tracemalloc.stop()
+        return used, fitted, len(cohort.event_value)
+    (small, _, _), (large, fitted, events) = peak(500), peak(4000)
+    assert large < 1.3 * small and fitted < 10e6 + 6 * events
+
+
+def test_the_order_of_an_epoch_depends_on_seed_and_epoch_alone():
+    order = lambda seed, epoch: np.concatenate(epoch_batches(np.arange(100) % 7, 8, seed, epoch)).tolist()
+    first = order(3, 1)
+    np.random.seed(9), torch.manual_seed(9)
+    assert order(3, 1) == first and order(3, 2) != first and order(4, 1) != first
+
+
+@pytest.mark.parametrize("decoder", ["readout", "slots"])
+def test_losses_and_gradients_are_the_same_whatever_the_padding(decoder):
+    model, stays, seen = build(SeqSetVAEPretrain, tiny(decoder=decoder)), random_stays(), []
+    for batch in (batch_of(stays, max_groups=1), batch_of(stays, max_groups=6)):
+        model.zero_grad()
+        losses = model(batch, 1e-2)
+        losses["loss"].backward()
+        seen.append({name: x for name, x in losses.items() if name != "mu"} | {name: p.grad.clone() for name, p in model.named_parameters()
+                                                                            if p.grad is not None})
+    assert len(batch_of(stays, 1).groups) != len(batch_of(stays, 6).groups)
+    close(*seen)
+
+
+@pytest.mark.parametrize("decoder", ["readout", "slots"])
+@pytest.mark.parametrize("mode", ["pretrain", "full training"])
+def test_a_training_step_asks_the_device_for_no_value(mode, decoder):
+    """Tensors of the meta device have no values: `.item()`, a boolean index or a shape that depends on data fails there."""
+    config, batch = tiny(decoder=decoder, classification_only=False, hide_sets=.1), batch_of(random_stays()).to("meta")
+    if mode == "pretrain":
+        model = build(SeqSetVAEPretrain, config).to("meta").train()
+        loss = model(batch, 1e-2)["loss"]
+    else:
+        model = build(SeqSetVAE, config).to("meta").train()
+        losses = model(batch, losses=True)
+        loss = losses["reconstruction"] + classification_loss(losses["logits"], batch.label, FinetuneConfig())
+    norm = update(model, loss, torch.optim.AdamW(model.parameters()), torch.amp.GradScaler("cpu", enabled=False), 1.0)
+    assert norm.device.type == "meta"
+
+
+def test_padding_between_sets_of_one_stay_is_under_fifteen_percent():
+    cohort = synthetic_cohort(200)
+    dataset, batches = StayDataset(cohort, Normalizer.fit(cohort, np.arange(200))), epoch_batches(np.diff(cohort.stay_start), 8, 0, 0)
+    cells = sum(len(dataset[stays].token_event) for stays in batches)
+    assert 1 < cells / len(cohort.event_value) < 1.15
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3, 9])
+def test_group_widths_are_optimal(groups):
+    rng = np.random.default_rng(groups)
+    for _ in range(20):
+        sizes = rng.integers(1, 12, rng.integers(1, 15))
+        cost = lambda bounds: sum(min(b for b in bounds if b >= s) for s in sizes)
+        best = min(cost((*some, sizes.max())) for k in range(groups) for some in itertools.combinations(np.unique(sizes), k))
+        widths = group_widths(sizes, groups)
+        assert len(widths) <= groups and cost(widths) == best
+
+
+def test_round_up_is_tight_and_leaves_few_sizes():
+    rounded = [round_up(n) for n in range(1, 5000)]
+    assert all(n <= r <= 1.125 * n + 1e-9 for n, r in enumerate(rounded, start=1)) and rounded == sorted(rounded)
+    assert all(len({r for r in rounded if low < r <= 2 * low}) <= 8 for low in (16, 64, 1024)) and [round_up(r) for r in rounded] == rounded
+
+
+def test_ranges_concatenate():
+    assert ranges(np.array([5, 0, 9]), np.array([2, 0, 3])).tolist() == [5, 6, 9, 10, 11]
+    assert ranges(np.array([], int), np.array([], int)).tolist() == []
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# Data: cohorts, splits, normalisation, the cache
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_cohort_sorts_events_into_sets():
+    events = [(2, 30, 1, 5.0), (0, 9, 2, 1.0), (2, 30, 0, 6.0), (0, 3, 2, 2.0), (2, 30, 1, 5.0), (0, 9, 1, 3.0)]  # stay 1 has none
+    cohort = build_cohort("handmade", ["z", "b", "a", "never"], *map(np.array, zip(*events)), stay_id=["p", "q", "r"], label=[1, 0, -1])
+    assert as_lists(cohort) == {"p": [(3, [("a", 2)]), (9, [("a", 1), ("b", 3)])], "r": [(30, [("b", 5), ("z", 6), ("b", 5)])]}
+    assert cohort.variables == ["a", "b", "z"] and cohort.label.tolist() == [1, -1] and cohort.notes["stays without a usable event"] == 1
+
+
+def test_a_stay_id_that_occurs_twice_is_refused():
+    with pytest.raises(InputError, match="stay p occurs more than once"):
+        build_cohort("x", ["a"], np.array([0, 1]), np.array([0, 0]), np.array([0, 0]), np.array([1, 1]), stay_id=["p", "p"], label=[0, 0])
+
+
+def test_normalizer_is_fitted_on_training_stays_only():
+    cohort, training = synthetic_cohort(24), np.arange(12)
+    changed = replace(cohort, event_value=np.where(np.arange(len(cohort.event_value)) < cohort.set_start[cohort.stay_start[12]],
+                                                   cohort.event_value, 1e6).astype(np.float32))
+    a, b = (Normalizer.fit(c, training) for c in (cohort, changed))
+    assert all(np.array_equal(getattr(a, name), getattr(b, name)) for name in ("mean", "std", "log_scale"))
+    assert not np.array_equal(a.mean, Normalizer.fit(changed, np.arange(24)).mean)
+
+
+def test_normalised_values_are_standard_clipped_and_finite():
+    cohort = synthetic_cohort(60)
+    normalizer = Normalizer.fit(cohort, np.arange(60))
+    z, hr = normalizer(cohort.event_variable, cohort.event_value), cohort.variables.index("HR")
+    assert np.abs(z).max() <= 5 and np.isfinite(normalizer(np.arange(44), np.full(44, 1e30))).all()
+    assert abs(z[cohort.event_variable == hr].mean()) < 0.02 and abs(z[cohort.event_variable == hr].std() - 1) < 0.05
+    assert normalizer(np.array([hr]), np.array([1e9])) == 5 and normalizer(np.array([hr]), np.array([-1e9])) == -5
+    again = Normalizer.from_state(normalizer.state_dict(), "a.pt")
+    assert np.array_equal(again(cohort.event_variable, cohort.event_value), z)
+
+
+def test_a_constant_variable_stays_visible():
+    normalizer = Normalizer.fit(cohort_of([[(0, [(0, 1.0)])], [(0, [(0, 1.0)])]]), np.arange(2))
+    assert normalizer(np.array([0]), np.array([1.0])) == 1
+
+
+def test_splits_are_seeded_stratified_disjoint_and_complete():
+    cohort = synthetic_cohort(300)
+    split = make_splits(cohort, 0)
+    assert sorted(sum(split.values(), [])) == sorted(cohort.stay_id) and [len(split[s]) for s in ("train", "valid", "test")] == [192, 48, 60]
+    rates = [cohort.label[stays_of(cohort, ids)].mean() for ids in split.values()]
+    assert max(rates) - min(rates) < 0.02
+    assert make_splits(cohort, 0) == split != make_splits(cohort, 1)
+
+
+def test_the_data_sets_own_split_is_kept():
+    cohort = replace(cohort_of(random_stays()), split=np.array([2, 0, 1, 0], dtype=np.int8))
+    assert make_splits(cohort, 0) == {"train": ["stay1", "stay3"], "valid": ["stay2"], "test": ["stay0"]}
+
+
+def test_synthetic_cohort_is_deterministic():
+    a, b = synthetic_cohort(24), synthetic_cohort(24)
+    for name in Cohort.ARRAYS:
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name))  # NaN (no given statistics) equals NaN
+    assert a.fingerprint == b.fingerprint
+    assert synthetic_cohort(24, seed=1).fingerprint != a.fingerprint and len(a) == 24 and set(a.label) == {0, 1}
+
+
+def test_a_large_synthetic_cohort_is_cached_part_by_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "_SYNTHETIC_BLOCK", 25)
+    parts, cached = list(readers.synthetic_parts(60)), load_cohort(None, 60, cache_dir=tmp_path)
+    assert [len(part) for part in parts] == [20, 20, 20] and len({part.fingerprint for part in parts}) == 3
+    assert as_lists(cached) == {stay: sets for part in parts for stay, sets in as_lists(part).items()}
+    assert cached.label.tolist() == [label for part in parts for label in part.label] and cached.notes == parts[0].notes
+    whole = synthetic_cohort(60)
+    assert cached.fingerprint == whole.fingerprint == cached.digest() and cached.variables == whole.variables
+    for name in Cohort.ARRAYS:
+        np.testing.assert_array_equal(getattr(cached, name), getattr(whole, name))
+        assert isinstance(getattr(cached, name), np.memmap)
+
+
+def test_the_default_synthetic_cohort_stays_what_it_was():
+    cohort = synthetic_cohort()
+    assert (len(cohort.event_value), len(cohort.set_minute), (cohort.label == 1).sum()) == (272_973, 45_726, 169)
+
+
+def test_a_variable_has_the_same_unit_vector_in_every_vocabulary():
+    few, many = variable_vectors(["HR", "Na"], 12), variable_vectors(["Age", "Na", "K", "HR"], 12)
+    assert torch.equal(few[0], many[3]) and torch.equal(few[1], many[1]) and not torch.equal(few[0], few[1])
+    close(many.norm(dim=1), torch.ones(4))
+
+
+def test_an_event_of_an_unknown_variable_is_dropped_and_named():
+    stays = random_stays()
+    known = [[(minute, [(v, x) for v, x in events if v < 5]) for minute, events in stay] for stay in stays]
+    dataset = StayDataset(cohort_of(stays), Normalizer(NAMES[:5], *np.array([[0] * 5, [1] * 5, [0] * 5], dtype=np.float32)))
+    batch, model = dataset[np.arange(4)], build(SeqSetVAEPretrain, tiny(num_variables=5))
+    assert dataset.unknown_variables == NAMES[5:] and len(batch.event_value) == sum(len(e) for s in known for _, e in s)
+    with torch.no_grad():
+        assert all(x.isfinite().all() for x in model(batch, 1.0).values())

@@ -1,0 +1,325 @@
+"""The model."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+from sklearn.metrics import roc_auc_score
+
+import train
+from data import InputError, StayDataset, stays_of
+from evaluate import CPU
+from finetune_config import FinetuneConfig, boosted_trees, classification_loss
+from model import (
+    BoostedTrees,
+    History,
+    ModelConfig,
+    SeqSetVAE,
+    SeqSetVAEPretrain,
+    SetVAE,
+    history_statistics,
+    load_weights,
+    measurement_grid,
+)
+from tests.plain_loop import close, plain_pass, plain_statistics
+from tests.tiny import (
+    NAMES,
+    PLAIN,
+    batch_of,
+    build,
+    cohort_of,
+    encoded,
+    random_stays,
+    tiny,
+)
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+@pytest.mark.parametrize("presence", [True, False])
+@pytest.mark.parametrize("mab_residual", [True, False])
+@pytest.mark.parametrize("decoder", [dict(decoder="readout"), dict(decoder="slots", slope_per_head=False, free_bits=0.6, logvar_bonus=0.1)],
+                         ids=lambda d: d["decoder"])
+def test_a_batch_equals_a_plain_loop_over_single_sets(decoder, mab_residual, presence, levels):
+    model, stays = build(SeqSetVAEPretrain, tiny(mab_residual=mab_residual, presence=presence, levels=levels, **decoder)), random_stays()
+    with torch.no_grad():
+        states, (reconstruction, kl) = plain_pass(model, stays)
+    for mine, plain in zip(zip(*encoded(model, stays)), states):
+        for batched, alone in zip(mine, plain):
+            close(batched[:len(alone)], alone)
+    with torch.no_grad():
+        losses = model(batch_of(stays), beta=0.25)
+    close(losses["reconstruction"], reconstruction)
+    close(losses["kl"], kl)
+    close(losses["loss"], reconstruction + 0.25 * kl)
+
+
+@pytest.mark.parametrize("decoder", ["readout", "slots"])
+def test_the_set_vae_stands_alone(decoder):
+    model, batch = build(SetVAE, tiny(decoder=decoder, levels=2)), batch_of(random_stays())
+    with torch.no_grad():
+        (mu, logvar), (decoded, z_list), losses = model.encode(batch), model(batch), model.elbo_loss(batch, beta=0.5)
+        close(losses["loss"], losses["reconstruction"] + 0.5 * losses["kl"])
+        close(decoded, model.decode(mu, batch))
+        assert len(z_list) == 2 and torch.equal(z_list[-1][1], mu) and torch.equal(z_list[-1][2], logvar)
+        assert all(torch.equal(z, mean) for z, mean, _ in z_list)                    # evaluation: z is mu
+        assert all(not torch.equal(z, mean) for z, mean, _ in model.train()(batch)[1])  # training: z is sampled
+    torch.manual_seed(0)
+    z = SetVAE.sample(torch.full((20_000,), 2.0), torch.full((20_000,), -1.0))
+    assert abs(z.mean() - 2) < 0.02 and abs(z.std() - np.exp(-0.5)) < 0.02
+
+
+@pytest.mark.parametrize("full_training", [False, True])
+def test_a_stay_alone_and_in_any_batch_gets_the_same_logits(full_training):
+    model, stays = build(SeqSetVAE, tiny(classification_only=not full_training, summaries=True)), random_stays((5, 1, 12, 3, 7))
+    with torch.no_grad():
+        together, turned = model(batch_of(stays)), model(batch_of(stays[::-1])).flip(0)
+        alone = torch.cat([model(batch_of([stay])) for stay in stays])
+    close(alone, together)
+    close(turned, together)
+    assert together.std(0).min() > 1e-3  # else equality says nothing
+
+
+@pytest.mark.parametrize("mab_residual", [True, False])
+def test_permuting_the_events_of_a_set_changes_nothing(mab_residual):
+    model, stays = build(SeqSetVAEPretrain, tiny(mab_residual=mab_residual)), random_stays()
+    for a, b in zip(encoded(model, stays), encoded(model, [[(minute, events[::-1]) for minute, events in stay] for stay in stays])):
+        close(a, b)
+
+
+def test_a_duplicate_counts_because_a_set_is_a_multiset():
+    model = build(SeqSetVAEPretrain, tiny())
+    once, twice = ([[(0, [(0, 1.0)] * n + [(1, -2.0)])]] for n in (1, 2))
+    assert (encoded(model, once)[0] - encoded(model, twice)[0]).abs().max() > 1e-3
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# History: causal, aware of time, the same in evaluation and in training
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("change", ["values", "minutes", "appended"])
+def test_the_future_never_reaches_the_past(change):
+    model, (stay,) = build(SeqSetVAEPretrain, tiny()), random_stays((8,))
+    minute, events = stay[-1]
+    other = {"values": stay[:-1] + [(minute, [(v, x + 3) for v, x in events])], "minutes": stay[:-1] + [(minute + 700, events)],
+             "appended": stay + random_stays((9,), seed=5)[0]}[change]
+    if change == "appended":
+        other[8:] = [(minute + 10 + m, e) for m, e in other[8:]]
+    (h,), (changed,) = encoded(model, [stay])[2], encoded(model, [other])[2]
+    close(changed[:7], h[:7])
+    if change != "appended":
+        assert (changed[7] - h[7]).abs().max() > 1e-3  # the change is one that the model sees
+
+
+def test_the_time_bias_falls_with_distance_and_hides_the_future():
+    history = History(tiny())
+    bias = history.time_bias(torch.tensor([[0.0, 10, 60, 600, 2000]]))[0]  # [heads, 5, 5]
+    future = torch.ones(5, 5).triu(1).bool()
+    assert (bias[:, future] == -np.inf).all() and (bias.diagonal(dim1=1, dim2=2) == 0).all()
+    assert (bias[:, torch.ones(5, 5).tril(-1).bool()] < 0).all()
+    assert all((bias[:, i, :i + 1].diff(dim=1) > 0).all() for i in range(1, 5))  # nearer sets weigh more
+    close(bias[1, 3, 0], -history.slope[1] * np.log1p(600 / 60), check_dtype=False)
+
+
+def test_the_time_bias_learns_in_pretraining():
+    model = build(SeqSetVAEPretrain, tiny())
+    model(batch_of(random_stays()), 1e-3)["loss"].backward()
+    assert (model.history.slope.grad != 0).all() and model.history.tau.grad != 0
+
+
+def test_long_stays_in_blocks_of_queries_equal_the_whole(monkeypatch):
+    model, seen = build(SeqSetVAEPretrain, tiny()), []
+    for longest in (1024, 4):
+        monkeypatch.setattr("model.LONG_STAY", longest), monkeypatch.setattr("model.QUERY_BLOCK", 3)
+        batch, first = batch_of(random_stays()), model(batch_of(random_stays()), 1e-3)
+        model.zero_grad()
+        first["loss"].backward()
+        with torch.no_grad():
+            h = model.history(first["mu"], batch.minute)
+        seen.append({"h": h, "loss": first["loss"]} | {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    close(*seen)
+    assert "history.slope" in seen[0] and "history.tau" in seen[0]
+
+
+def test_history_in_evaluation_equals_history_in_training_without_dropout():
+    """The fast path of nn.TransformerEncoder misreads a float mask, in evaluation only: ours must have no such second path."""
+    history = build(lambda config, _: History(config), tiny(dropout=0.0))
+    z, minute = torch.randn(3, 9, 16), torch.rand(3, 9).mul(2000).sort(1).values
+    with torch.no_grad():
+        assert torch.equal(history.eval()(z, minute), history.train()(z, minute))
+
+
+def test_history_layer_equals_torch_encoder_layer_with_the_same_weights():
+    history = build(lambda config, _: History(config), tiny(dropout=0.0))
+    theirs = nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, activation="gelu", batch_first=True, norm_first=True).train()
+    theirs.load_state_dict(history.layers[0].state_dict())
+    x, bias = torch.randn(3, 9, 16), history.time_bias(torch.rand(3, 9).mul(2000).sort(1).values)
+    close(history.layers[0](x, bias), theirs(x, src_mask=bias.flatten(0, 1)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# What trains and what stays frozen
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+def without_gradient(model):
+    return {name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any() or not p.grad.isfinite().all())}
+
+
+@pytest.mark.parametrize("objective", [dict(), dict(decoder="slots"), dict(decoder="slots", learned_seeds=False, mab_residual=False)],
+                         ids=["readout", "learned seeds", "original"])
+def test_gradients_reach_every_parameter_in_pretraining(objective):
+    model = build(SeqSetVAEPretrain, tiny(hide_sets=0.3, **objective)).train()
+    model(batch_of(random_stays()), 1e-3)["loss"].backward()
+    assert without_gradient(model) == set()
+
+
+@pytest.mark.parametrize("decoder", ["readout", "slots"])
+def test_gradients_reach_every_parameter_in_full_training(decoder):
+    model = build(SeqSetVAE, tiny(classification_only=False, decoder=decoder), seed=3).train()  # a seed with a living ReLU among the gate's 4
+    losses = model.losses(batch := batch_of(random_stays((4, 6, 9, 5))))
+    (classification_loss(losses["logits"], batch.label, FinetuneConfig()) + losses["reconstruction"] + losses["kl"]).backward()
+    assert without_gradient(model) == set()
+
+
+def test_frozen_backbone_stays_in_evaluation_mode_and_only_the_head_trains():
+    model = build(SeqSetVAE, tiny()).train()
+    assert model.cls_head.training and not any(m.training for m in [*model.setvae.modules(), *model.history.modules()])
+    assert all(p.requires_grad == name.startswith("cls_head.") for name, p in model.named_parameters())
+    batch = batch_of(random_stays())
+    classification_loss(model(batch), batch.label, FinetuneConfig()).backward()
+    assert without_gradient(model) == set() and all(p.grad is None for name, p in model.named_parameters() if not name.startswith("cls_head."))
+
+
+def test_frozen_finetuning_leaves_the_backbone_bit_equal(pretrained, finetuned):
+    before, after = (torch.load(path, weights_only=True)["model"] for path in (pretrained, finetuned.with_name("last.pt")))
+    backbone = [name for name in before if name.startswith(SeqSetVAE.BACKBONE)]
+    assert set(before) - set(backbone) == {"mask_token"}
+    assert all(torch.equal(before[name], after[name]) for name in backbone)
+
+
+def test_cached_features_equal_uncached_ones(finetuned):
+    content, cohort, dataset, split, new = train.open_checkpoint(finetuned)
+    assert not new
+    model = SeqSetVAE(ModelConfig(**content["model_config"]), content["vocabulary"])
+    model.load_state_dict(content["model"])
+    stays = stays_of(cohort, split["train"])
+    cached = train.encode_stays(model, dataset, stays, CPU)
+    model.train()
+    with torch.no_grad():
+        uncached = torch.cat([model.features(dataset[stays[i:i + 4]]) for i in range(0, len(stays), 4)])
+    close(uncached, cached)
+    close(model.feature_mean, cached.mean(0))  # the standardisation knows the training stays alone
+    close(model.feature_std, cached.std(0).clamp(min=1e-6))
+
+
+def test_trainable_share_is_under_five_percent_at_default_size():
+    settings = FinetuneConfig()
+    model = SeqSetVAE(ModelConfig(44, features=settings.features, fuse=settings.fuse, summaries=settings.summaries, head_widths=settings.head_widths),
+                      torch.zeros(44, 64))
+    total, trainable = (sum(p.numel() for p in model.parameters() if p.requires_grad or not t) for t in (False, True))
+    assert 0 < trainable < 0.05 * total
+
+
+def test_the_trees_of_the_head_predict_what_scikit_learn_fitted():
+    torch.manual_seed(0)
+    x = torch.randn(300, 9).mul(4).round().div(4)  # ties at the thresholds
+    label = ((x[:, 0] > 0.5) ^ (x[:, 3] < 0)).long()
+    classifier = boosted_trees(replace(FinetuneConfig(), trees=30, tree_features=1.0, tree_depth=3), seed=1)
+    trees = BoostedTrees(30, 3)
+    trees.fit(x[:200], label[:200], classifier)
+    logits = trees(x).double()
+    np.testing.assert_allclose(logits[:, 1] - logits[:, 0], classifier.decision_function(x.numpy()), atol=1e-5)
+    assert roc_auc_score(label[200:], logits[200:, 1]) > 0.9
+
+
+@pytest.mark.parametrize("classification_only", [True, False])
+def test_trees_may_ask_for_every_feature_and_for_no_other(classification_only):
+    model = build(SeqSetVAE, tiny(classification_only=classification_only, summaries=True, head_widths=(), head_trees=2))
+    state, size = {name: x.clone() for name, x in model.state_dict().items()}, sum(model._feature_sizes().values())
+    state["trees.feature"][0, 0] = size - 1
+    load_weights(model, state, "best.pt")
+    assert model(batch_of(random_stays())).shape == (4, 2)
+    state["trees.feature"][0, 0] = size
+    with pytest.raises(InputError, match="best.pt: its trees ask for features that the model does not have"):
+        load_weights(model, state, "best.pt")
+
+
+@pytest.mark.parametrize("decoder", ["readout", "slots"])
+def test_validation_is_deterministic(decoder):
+    model = build(SeqSetVAEPretrain, tiny(decoder=decoder)).train()  # evaluation itself must leave training mode
+    dataset = StayDataset(cohort_of(random_stays()), PLAIN)
+    first, second = (train.evaluate_pretraining(model, dataset, np.arange(4), CPU, torch.float32) for _ in range(2))
+    assert first == second and np.isfinite(first["val_loss"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# Fusion, features, loss
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+def test_fusion_without_parameters_equals_its_formula():
+    model, (mu, logvar) = build(SeqSetVAE, tiny()), torch.randn(2, 3, 5, 16)
+    m, std = mu.double().numpy(), np.exp(0.5 * logvar.double().numpy())
+    w = 1 / (1 + np.exp(-(1 - std.mean(-1, keepdims=True))))
+    close(model._fuse_vae_features(mu, logvar).double(), torch.from_numpy(w * m * (1 + 0.05 * np.tanh(std)) + (1 - w) * m))
+    assert build(SeqSetVAE, tiny(fuse=False))._fuse_vae_features(mu, logvar) is mu
+
+
+def test_gated_fusion_starts_near_mu():
+    torch.manual_seed(0)
+    model = SeqSetVAE(tiny(classification_only=False), torch.zeros(7, 12))
+    mu, logvar = torch.randn(2, 50, 16)
+    assert (model._fuse_vae_features(mu, logvar) - mu).norm() < 0.1 * mu.norm()
+
+
+def test_focal_loss_equals_its_formula():
+    logits, label = torch.randn(6, 2), torch.tensor([0, 1, 1, 0, 0, 1])
+    p = np.exp(logits.double().numpy()) / np.exp(logits.double().numpy()).sum(1, keepdims=True)
+    p = p[np.arange(6), label]
+    expected = -np.where(label == 1, 0.25, 0.75) * (1 - p) ** 2 * np.log(p)  # Lin et al. 2017, eq. 5
+    close(classification_loss(logits, label, FinetuneConfig(loss="focal", focal_alpha=0.25, focal_gamma=2.0)).double(), torch.tensor(expected.mean()))
+
+
+@pytest.mark.parametrize("features", ["stable", "multiscale"])
+@pytest.mark.parametrize("decoder", ["readout", "slots"])
+@pytest.mark.parametrize("summaries", [True, False])
+def test_feature_sizes_agree_with_the_features(features, decoder, summaries):
+    model = build(SeqSetVAE, tiny(features=features, decoder=decoder, summaries=summaries))
+    with torch.no_grad():
+        assert model.features(batch_of(random_stays())).shape == (4, sum(model._feature_sizes().values())) == (4, model.cls_head[0].in_features)
+
+
+def test_stable_features_are_the_last_state_and_attention_to_it():
+    model, stays = build(SeqSetVAE, tiny(features="stable")), random_stays()
+    with torch.no_grad():
+        features, h = model.features(batch_of(stays)), model.encode(batch_of(stays))[3]
+    for stay, feature, states in zip(stays, features, h):
+        states = states[:len(stay)]
+        close(feature, 0.7 * states[-1] + 0.3 * (states @ states[-1]).softmax(0) @ states)
+
+
+def test_summaries_are_the_exact_statistics_of_the_whole_stay():
+    model, stays = build(SeqSetVAE, tiny(summaries=True)), random_stays()
+    with torch.no_grad():
+        exact = model.features(batch_of(stays))[:, -11 * len(NAMES):]  # 10 statistics and whether it was seen, a variable each
+    for stay, row in zip(stays, exact.double()):
+        statistics, seen = plain_statistics(stay)
+        close(row, torch.from_numpy(np.append(statistics[-1].ravel(), seen[-1])))
+
+
+def test_statistics_of_the_history_equal_a_plain_loop():
+    stays = random_stays((1, 7, 12))
+    batch = batch_of(stays)
+    statistics, seen = history_statistics(*measurement_grid(batch, 7), batch.minute)
+    for p, stay in enumerate(stays):
+        plain, shown = plain_statistics(stay)
+        close(statistics[p, :len(stay)].double(), torch.from_numpy(plain))
+        assert np.array_equal(seen[p, :len(stay)], shown)
+
+
+def test_statistics_of_a_nearly_constant_variable_are_exact():
+    """Running sums of squares lose what a long stay far from zero varies by: E[x^2] - E[x]^2 cancels in float32."""
+    stay = [(60 * i, [(0, 4.9 if i % 40 else 4.8)]) for i in range(120)]
+    batch = batch_of([stay])
+    statistics, _ = history_statistics(*measurement_grid(batch, 7), batch.minute)
+    close(statistics[0, :120].double(), torch.from_numpy(plain_statistics(stay)[0]))

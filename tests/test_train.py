@@ -1,0 +1,208 @@
+"""Training."""
+
+import itertools
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train
+from data import balanced_parts, make_splits
+from readers import synthetic_cohort
+from tests.plain_loop import close
+from tests.tiny import FINETUNE, PRETRAIN, finished, same_run, small_process, tiny
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# Resuming
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [1, 4, 6])  # in the first epoch, at its last step, in the second
+def test_pretraining_interrupted_and_resumed_ends_with_equal_bits(tmp_path, monkeypatch, step):
+    monkeypatch.setattr(train, "ModelConfig", lambda v: tiny(num_variables=v))
+    command, check = ["--mode", "pretrain", "--synthetic_stays", "24", "--device", "cpu", "--max_epochs", "2", "--batch_size", "3"], train.finite_or_stop
+    assert train.main([*command, "--run_dir", str(tmp_path / "whole")]) == 0
+    assert len(pd.read_csv(tmp_path / "whole" / "metrics.csv")) == 2
+
+    def interrupting(norm, at, *rest):
+        check(norm, at, *rest)
+        if at == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+    monkeypatch.setattr(train, "finite_or_stop", interrupting)
+    with pytest.raises(SystemExit, match="130"):
+        train.main([*command, "--run_dir", str(tmp_path / "cut")])
+    monkeypatch.setattr(train, "finite_or_stop", check)
+    assert train.main([*command, "--resume", str(tmp_path / "cut")]) == 0
+    same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_the_command_printed_at_an_interruption_goes_on_with_the_run(tmp_path, monkeypatch, capsys):
+    """It names the run folder alone: data, epochs and batch size must come from the run, or other stays are trained on in silence."""
+    monkeypatch.setattr(train, "ModelConfig", lambda v: tiny(num_variables=v))
+    assert train.main([*PRETRAIN, "--max_epochs", "2", "--run_dir", str(tmp_path / "whole")]) == 0
+    check = train.finite_or_stop
+    monkeypatch.setattr(train, "finite_or_stop", lambda norm, at, *a: at == 0 and os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit, match="130"):
+        train.main([*PRETRAIN, "--max_epochs", "2", "--run_dir", str(tmp_path / "cut")])
+    monkeypatch.setattr(train, "finite_or_stop", check)
+    cohort, load = synthetic_cohort(24), train.load_cohort
+    monkeypatch.setattr(train, "load_cohort", lambda *a, **k: cohort if load(*a, **k).fingerprint == cohort.fingerprint else pytest.fail("other data"))
+    command = next(line for line in capsys.readouterr().out.splitlines() if "python train.py" in line and "--resume" in line)
+    assert train.main(command.split("train.py ")[1].split()) == 0
+    same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_stay_that_the_checkpoint_knows_keeps_its_part_in_other_data():
+    """Else a stay pretrained on could be tested on after more data are put beside the old."""
+    cohort = synthetic_cohort(60)
+    known = {"train": cohort.stay_id[:30].tolist(), "valid": cohort.stay_id[30:34].tolist(), "test": cohort.stay_id[34:40].tolist()}
+    split = train.splits_beside(known, cohort, seed=3)
+    assert all(set(ids) <= set(split[part]) for part, ids in known.items())
+    assert sorted(sum(split.values(), [])) == sorted(cohort.stay_id) and train.splits_beside({}, cohort, 3) == make_splits(cohort, 3)
+
+
+@pytest.mark.parametrize("full_training", [False, True])
+def test_finetuning_interrupted_and_resumed_ends_with_equal_bits(tmp_path, monkeypatch, full_training):
+    tiny_run = tmp_path / "pretrain"
+    monkeypatch.setattr(train.finetune.__defaults__[0], "max_trainable_ratio", 1.0)  # of a tiny backbone the head is more than 5%
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "ModelConfig", lambda v: tiny(num_variables=v))
+        assert train.main([*PRETRAIN, "--run_dir", str(tiny_run)]) == 0
+    command = ["--mode", "finetune", "--device", "cpu", "--max_epochs", "2", "--pretrained_ckpt", str(tiny_run / "best.pt")]
+    command += ["--full_training"] * full_training
+    assert train.main([*command, "--run_dir", str(tmp_path / "whole")]) == 0
+    with monkeypatch.context() as patch:  # a signal in the first epoch is obeyed at its end
+        patch.setattr(train, "ranking", lambda *a, rank=train.ranking: os.kill(os.getpid(), signal.SIGTERM) or rank(*a))
+        with pytest.raises(SystemExit, match="130"):
+            train.main([*command, "--run_dir", str(tmp_path / "cut")])
+    assert train.main([*command, "--resume", str(tmp_path / "cut")]) == 0
+    same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# Several processes: two ranks of torchrun against one process. 15 training stays in batches of 7: the last one has fewer stays than ranks;
+# 4 validation stays, evaluated 3 at a time
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+RANKS = {"pretrain": [*PRETRAIN, "--precision", "fp32", "--batch_size", "7", "--max_epochs", "3"], "head": [*FINETUNE, "pretrain/best.pt", "--max_epochs", "3"],
+         "full training": [*FINETUNE, "pretrain/best.pt", "--full_training", "--precision", "fp32", "--batch_size", "7", "--max_epochs", "2"]}
+
+
+def small_rank(home: str, command: list, deterministic: bool = True, interrupted_at: int | None = None):
+    """What a rank, or the single process that it is compared with, does. `deterministic`: nothing is hidden, dropped or sampled.
+    `interrupted_at`: the step, or the epoch of the head, in which SIGTERM reaches the last rank alone."""
+    def interrupting(steps, function):
+        def call(*a):
+            if next(steps) == interrupted_at and train.RANK == train.WORLD - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return function(*a)
+        return call
+    train.EVALUATION_BATCH = 3
+    train.update, train.ranking = (interrupting(itertools.count(), function) for function in (train.update, train.ranking))
+    train.PRETRAIN |= dict(warmup_steps=1, beta_warmup_steps=1)  # at full speed from the first step
+    if deterministic:
+        F.dropout = lambda x, *_: x
+    small_process(home, command, **dict(hide_sets=0.0, drop_events=0.0, sample_z=False) if deterministic else {})
+
+
+def forked_rank(rank: int, port: int, home: str, command: list, options: dict):
+    """`small_rank` as one of two, without torchrun: it starts at once, and nobody ends a rank that waits forever."""
+    os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+    train.RANK, train.WORLD = rank, 2
+    small_rank(home, command, **options)
+
+
+@pytest.fixture
+def exit_codes(processes, ranks_home):
+    """Runs two forked ranks: their exit codes, and what they printed."""
+    def run(*command, **options):
+        (ranks_home / "log").unlink(missing_ok=True)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        ranks = [processes(target=forked_rank, args=(rank, port, str(ranks_home), command, options), daemon=True) for rank in range(2)]
+        for process in ranks:
+            process.start()
+        return [finished(process) for process in ranks], (ranks_home / "log").read_text()
+    return run
+
+
+@pytest.fixture(scope="module")
+def ranks_home(tmp_path_factory, processes):
+    """The runs of one process with the deterministic objective: pretrain, head, full training."""
+    home = tmp_path_factory.mktemp("ranks")
+    for mode, command in RANKS.items():
+        process = processes(target=small_rank, args=(str(home), [*command, "--run_dir", mode]))
+        process.start()
+        assert finished(process) == 0, (home / "log").read_text()
+    return home
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_a_batch_is_divided_by_events_and_every_stay_is_in_one_part(ranks):
+    rng = np.random.default_rng(ranks)
+    for stays in [*range(1, 12), 64]:
+        events = rng.integers(1, 2000, stays)
+        parts = balanced_parts(events, ranks)
+        assert sorted(np.concatenate(parts)) == list(range(stays)) and len(parts) == ranks
+        assert all((np.diff(part) > 0).all() for part in parts)  # one rank: the batch as it is
+        sums = np.array([events[part].sum() for part in parts])
+        assert (sums > 0).sum() == min(stays, ranks)
+        fullest = parts[sums.argmax()]
+        assert len(fullest) == 1 or sums.max() - events[fullest].min() <= sums.min()  # no stay can move and make the fullest less full
+
+
+@pytest.mark.parametrize("mode", RANKS)
+def test_two_ranks_of_torchrun_learn_what_one_process_learns(ranks_home, mode):
+    """The same losses, validation figures and weights, and one set of files."""
+    (ranks_home / "log").unlink(missing_ok=True)
+    rank = [sys.executable, "-c", f"import sys; from tests.test_train import small_rank; small_rank({str(ranks_home)!r}, sys.argv[1:])"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python", *rank]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(train.__file__).resolve().parent)}
+    ended = subprocess.run([*torchrun, *RANKS[mode], "--run_dir", f"ranks {mode}"], env=environment, capture_output=True, text=True, timeout=300)
+    printed = (ranks_home / "log").read_text()
+    assert ended.returncode == 0, printed + ended.stderr
+    one, two = ranks_home / mode, ranks_home / f"ranks {mode}"
+    if mode == "head":  # the features are the same bits, and so is the head that every rank trains on them
+        same_run(one, two)
+    else:
+        pd.testing.assert_frame_equal(*(pd.read_csv(run / "metrics.csv") for run in (one, two)), rtol=0, atol=1e-5)
+    for name in ("best.pt", "last.pt"):
+        a, b = (torch.load(run / name, weights_only=True)["model"] for run in (one, two))
+        assert list(a) == list(b)
+        for weight in a:
+            if weight.endswith("in_proj_bias"):  # what is added to every key cancels in the softmax: its gradient is rounding, which Adam scales up
+                (a[weight], b[weight]) = (torch.cat([x.chunk(3)[0], x.chunk(3)[2]]) for x in (a[weight], b[weight]))
+            close(a[weight], b[weight])
+    assert sorted(path.name for path in two.iterdir()) == [".lock", "best.pt", "last.pt", "metrics.csv"]
+    assert printed.count("run folder") == printed.count("best checkpoint") == 1
+
+
+@pytest.mark.parametrize("mode", RANKS)
+def test_a_signal_to_one_rank_saves_and_the_resumed_run_ends_with_equal_bits(ranks_home, exit_codes, mode):
+    whole, cut = f"random {mode}", f"cut {mode}"
+    assert exit_codes(*RANKS[mode], "--run_dir", whole, deterministic=False)[0] == [0, 0]
+    codes, printed = exit_codes(*RANKS[mode], "--run_dir", cut, deterministic=False, interrupted_at=1)
+    assert codes == [130, 130] and printed.count("saved; go on with:") == 1, printed
+    states = torch.load(ranks_home / cut / "last.pt", weights_only=True)["trainer"]["random"]
+    assert torch.equal(*(state["torch"] for state in states)) == (mode == "head")  # each rank draws masks of its own; the head is the same on all
+    assert exit_codes(*RANKS[mode], "--resume", cut, deterministic=False)[0] == [0, 0]
+    same_run(ranks_home / whole, ranks_home / cut)
+
+
+@pytest.mark.parametrize("option, error", [
+    (["--run_dir", "pretrain"], "pretrain: exists already; choose another --run_dir, or continue it with --resume pretrain"),    # of rank 0 alone
+    (["--data_dir", "nowhere"], "nowhere: no such folder; --data_dir takes the folder that holds the data"),                     # of each
+])
+def test_an_error_is_one_line_and_no_rank_waits(exit_codes, option, error):
+    codes, printed = exit_codes(*RANKS["pretrain"], *option)
+    assert codes == [2, 2] and "Traceback" not in printed
+    assert [line for line in printed.splitlines() if line.startswith("error:")] == [f"error: {error}"]
