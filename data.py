@@ -22,7 +22,7 @@ import pandas as pd
 import torch
 from sklearn.model_selection import train_test_split
 
-READER_VERSION = 3  # raise it when a reader's output changes: older caches are then rebuilt
+READER_VERSION = 4  # raise it when a reader's output changes: older caches are then rebuilt
 CACHE_DIR = Path(__file__).resolve().parent / ".cache"
 SPLITS = ("train", "valid", "test")  # codes 0, 1, 2 in `Cohort.split`; -1 is unassigned
 
@@ -64,28 +64,44 @@ def sync(path) -> None:
 
 @dataclass
 class Cohort:
-    """P stays, T sets, E events, V variables, as flat arrays; `*_start` are offsets into the next finer level."""
+    """P stays, T sets, E events, V variables, Q prediction points, as flat arrays; `*_start` are offsets into the next finer level.
+
+    A prediction point asks for a stay's risk at a minute, from every event up to and including that minute. One label a stay, without a
+    time, is a point at the minute of its last set."""
 
     reader: str
     variables: list[str]        # [V] vocabulary, sorted
     event_variable: np.ndarray  # [E] int16, or int32 for V > 32,767
-    event_value: np.ndarray     # [E] float32, raw units
+    event_value: np.ndarray     # [E] float32, raw units; NaN: an event without a value, which says that something happened
+    event_offset: np.ndarray    # [E] int32, microseconds since its set's minute; [0] where no source knows less than a minute
     set_start: np.ndarray       # [T+1] int64, in events
-    set_minute: np.ndarray      # [T] float32, minutes since admission, rising within a stay
+    set_minute: np.ndarray      # [T] float64, minutes since admission, rising within a stay; may be negative
     stay_start: np.ndarray      # [P+1] int64, in sets
     stay_id: np.ndarray         # [P] str
-    label: np.ndarray           # [P] int8, -1: none
+    subject: np.ndarray         # [P] str, whose stay it is: splits, folds and leaks go by subject
+    origin: np.ndarray          # [P] datetime64[us], clock time of minute 0; NaT: unknown
     split: np.ndarray           # [P] int8, index into SPLITS, -1: unassigned
+    point_start: np.ndarray     # [P+1] int64, in points
+    point_minute: np.ndarray    # [Q] float64, rising within a stay
+    label: np.ndarray           # [Q] int8, -1: none
     statistics: np.ndarray      # [V, 2] float32, mean and standard deviation given with the data, NaN: none
     vectors: np.ndarray         # [V, D] float32, vectors given with the data, NaN: none; D is 0 where no variable has one
     notes: dict = field(default_factory=dict)  # what the reader skipped: reason -> count
     fingerprint: str = ""       # digest of the stays, not of their labels: a split holds when labels come later
 
-    STAYS = ("event_variable", "event_value", "set_start", "set_minute", "stay_start", "stay_id", "split")
-    ARRAYS = STAYS + ("label", "statistics", "vectors")
+    STAYS = ("event_variable", "event_value", "event_offset", "set_start", "set_minute", "stay_start", "stay_id", "subject", "origin",
+             "split")
+    ARRAYS = STAYS + ("point_start", "point_minute", "label", "statistics", "vectors")
 
     def __len__(self) -> int:
         return len(self.stay_id)
+
+    @property
+    def stay_label(self) -> np.ndarray:
+        """[P] the largest label of the stay's points, -1 where none has one: what a split is stratified by."""
+        label = np.full(len(self), -1, dtype=np.int8)
+        np.maximum.at(label, np.repeat(np.arange(len(self)), np.diff(self.point_start)), self.label)
+        return label
 
     @property
     def stay_events(self) -> np.ndarray:
@@ -108,13 +124,14 @@ class Cohort:
         return "\n".join(lines)
 
 
-def build_cohort(reader, variables, stay, minute, variable, value, stay_id, label, split=None, notes=None, set_key=None, statistics=None,
-                 vectors=None) -> Cohort:
+def build_cohort(reader, variables, stay, minute, variable, value, stay_id, label=None, split=None, notes=None, set_key=None,
+                 statistics=None, vectors=None, subject=None, origin=None, offset=None) -> Cohort:
     """Sort flat events into a `Cohort`. A set is all events of one stay at one minute; duplicates are kept (a set is a multiset).
 
     Args:
         variables: [V] names; stay, minute, variable, value: [E] stay index, minutes, variable index, raw value of each event.
-        stay_id, label, split: [P]; split may be None (all unassigned).
+        stay_id, label, split, subject, origin: [P]; None: no label, unassigned, each stay a subject of its own, clock time unknown.
+        offset: [E] microseconds since the minute (None: none).
         set_key: [E] number by which the source tells sets of one minute apart (None: it does not).
         statistics, vectors: what the data give for variables, as DataFrames indexed by name (None: nothing).
     Stays without any event are left out and counted in `notes`; the vocabulary keeps only variables that occur, sorted by name.
@@ -142,6 +159,7 @@ def build_cohort(reader, variables, stay, minute, variable, value, stay_id, labe
     keys = [key[sequence] for key in keys]
     minute, stay = keys[-2:]
     set_first = np.append(0, 1 + np.flatnonzero(np.any([key[1:] != key[:-1] for key in keys], axis=0)))
+    stay_start = np.searchsorted(stay[set_first], np.arange(len(used) + 1)).astype(np.int64)
     names = [str(variables[i]) for i in present[order]]
     cohort = Cohort(
         reader=reader,
@@ -149,11 +167,16 @@ def build_cohort(reader, variables, stay, minute, variable, value, stay_id, labe
         event_variable=rank[variable[sequence]].astype(np.int16 if len(present) < 2**15 else np.int32),
         event_value=np.asarray(value, dtype=np.float32)[sequence],
         set_start=np.append(set_first, len(stay)).astype(np.int64),
-        set_minute=minute[set_first].astype(np.float32),
-        stay_start=np.searchsorted(stay[set_first], np.arange(len(used) + 1)).astype(np.int64),
+        set_minute=minute[set_first].astype(np.float64),
+        event_offset=np.zeros(0, dtype=np.int32) if offset is None else np.asarray(offset, dtype=np.int32)[sequence],
+        stay_start=stay_start,
         stay_id=stay_id[used],
-        label=np.asarray(label)[used].astype(np.int8),
+        subject=(stay_id if subject is None else np.asarray(subject, dtype=str))[used],
+        origin=(np.full(len(stay_id), "NaT") if origin is None else np.asarray(origin)).astype("datetime64[us]")[used],
         split=split[used].astype(np.int8),
+        point_start=np.arange(len(used) + 1),
+        point_minute=minute[set_first][stay_start[1:] - 1].astype(np.float64),
+        label=(np.full(len(stay_id), -1) if label is None else np.asarray(label))[used].astype(np.int8),
         statistics=(pd.DataFrame(columns=["mean", "std"]) if statistics is None else statistics).reindex(names).to_numpy(np.float32),
         vectors=(pd.DataFrame() if vectors is None else vectors).reindex(names).to_numpy(np.float32),
         notes=notes,
@@ -165,13 +188,14 @@ def build_cohort(reader, variables, stay, minute, variable, value, stay_id, labe
 def pieces(parts: Iterable[Cohort]):
     """Yield (part, {name of array: rows}), such that the rows of all parts, one after another, are the whole's. The parts agree in their
     variables and in the arrays' types."""
-    sets = events = 0
+    sets = events = points = 0
     for part in parts:
-        rows = {name: getattr(part, name) for name in Cohort.ARRAYS} | {"set_start": part.set_start + events, "stay_start": part.stay_start + sets}
+        rows = {name: getattr(part, name) for name in Cohort.ARRAYS} | {
+            "set_start": part.set_start + events, "stay_start": part.stay_start + sets, "point_start": part.point_start + points}
         if sets:
             rows = {name: x[name.endswith("_start"):] for name, x in rows.items() if name not in ("statistics", "vectors")}
         yield part, rows
-        sets, events = sets + len(part.set_minute), events + len(part.event_value)
+        sets, events, points = sets + len(part.set_minute), events + len(part.event_value), points + len(part.label)
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------
@@ -238,8 +262,8 @@ def make_splits(cohort: Cohort, seed: int) -> dict[str, list[str]]:
         return {name: cohort.stay_id[cohort.split == code].tolist() for code, name in enumerate(SPLITS)}
     everyone = np.arange(len(cohort))
     try:
-        rest, test = train_test_split(everyone, test_size=.2, stratify=cohort.label, random_state=seed)
-        train, valid = train_test_split(rest, test_size=.2, stratify=cohort.label[rest], random_state=seed)
+        rest, test = train_test_split(everyone, test_size=.2, stratify=cohort.stay_label, random_state=seed)
+        train, valid = train_test_split(rest, test_size=.2, stratify=cohort.stay_label[rest], random_state=seed)
     except ValueError as error:
         raise InputError(f"{cohort.reader}: {len(cohort)} stays cannot be split into train, valid and test ({error}); "
                          "give more stays or a split of your own") from None
