@@ -504,6 +504,13 @@ def balanced_parts(events: np.ndarray, parts: int) -> list[np.ndarray]:
     return [np.flatnonzero(part == p) for p in range(parts)]
 
 
+def split_batch(cohort: Cohort, stays: np.ndarray, batch: np.ndarray, parts: int) -> list[np.ndarray]:
+    """The parts of one step's batch (positions into `stays` [n]), a multiple of `parts`, balanced by events; some may be empty."""
+    stays = stays[batch]
+    events = cohort.set_start[cohort.stay_start[stays + 1]] - cohort.set_start[cohort.stay_start[stays]]
+    return [batch[part] for part in balanced_parts(events, parts)]
+
+
 def sorted_batches(cohort: Cohort, stays: np.ndarray, batch_size: int) -> list[np.ndarray]:
     """The batches of an evaluation pass: positions in `stays` sorted by length, nothing random."""
     sets = np.diff(cohort.stay_start)[stays]
