@@ -85,7 +85,7 @@ def assert_plain_loop_agrees(config, dataset, stays) -> None:
 
 def pretrain_work(how, config, batches, dataset, device):
     """Forward, backward and optimizer step of every batch. The plain loop goes backward after each stay, so it holds one stay in memory."""
-    model, clip = new_pretraining(config, dataset).to(device).train(), train.PRETRAIN["clip"]
+    model, clip = new_pretraining(config, dataset).to(device).train(), train.PretrainConfig.clip
     optimizer, scaler = torch.optim.AdamW(model.parameters(), fused=True), torch.amp.GradScaler(device.type, enabled=False)
     batches = [plain_stays(dataset, stays) if how == PLAIN_LOOP else dataset[stays].to(device) for stays in batches]
 
@@ -108,7 +108,7 @@ def pretrain_work(how, config, batches, dataset, device):
 def classifier_work(task, epochs, how, config, batches, dataset, device):
     """Inference, or a finetuning on the frozen backbone, of which the plain loop runs one epoch: it encodes every stay at each."""
     (model, settings), stays = new_classifier(config, dataset), np.concatenate(batches)
-    optimizer, _ = head_optimizer(model.to(device), settings)
+    optimizer = head_optimizer(model.to(device), settings)
     label = torch.arange(len(stays), device=device) % 2  # any labels take the same time, and some data have none
     lists = plain_stays(dataset, stays) if how == PLAIN_LOOP else None
 
@@ -124,7 +124,7 @@ def classifier_work(task, epochs, how, config, batches, dataset, device):
         features = encode()
         prepare_head(model, features, label, settings, seed=0)
         for epoch in range(1 if how == PLAIN_LOOP else epochs):
-            head_epoch(model, features, label, optimizer, settings, epoch_batches(np.ones(len(stays)), train.FINETUNE["batch_size"], 0, epoch))
+            head_epoch(model, features, label, optimizer, settings, epoch_batches(np.ones(len(stays)), settings.batch_size, 0, epoch))
     return (lambda: predict(model, encode())) if task == INFERENCE else finetuning
 
 
@@ -210,7 +210,7 @@ def measure(dataset, load, device) -> tuple[pd.DataFrame, float]:
     lengths, rows = np.diff(dataset.cohort.stay_start), {}
     for sizes, (make_config, steps, passes, epochs, hows) in BENCHMARK.items():
         config, finetune = make_config(len(dataset.normalizer.variables)), f"{epochs}-epoch finetune"
-        pretrained = epoch_batches(lengths, train.PRETRAIN["batch_size"], 0, 0)[:steps]
+        pretrained = epoch_batches(lengths, train.PretrainConfig.batch_size, 0, 0)[:steps]
         evaluated = spread(sorted_batches(dataset.cohort, np.arange(len(dataset.cohort)), EVALUATION_BATCH), passes)
         if PLAIN_LOOP in hows:
             assert_plain_loop_agrees(config, dataset, evaluated[-1][:2])
@@ -248,7 +248,7 @@ def benchmark(arguments) -> None:
             facts.append((f"data, {what}", time.perf_counter() - began, "s"))
         print(cohort.describe())
         dataset = StayDataset(cohort, Normalizer.fit(cohort, np.arange(len(cohort))))
-        facts += padding(dataset, epoch_batches(np.diff(cohort.stay_start), train.PRETRAIN["batch_size"], 0, 0)[:64])
+        facts += padding(dataset, epoch_batches(np.diff(cohort.stay_start), train.PretrainConfig.batch_size, 0, 0)[:64])
         rows, imports = measure(dataset, load, device)
     facts.append(("memory of the imports alone", imports, "MB"))
     a_set, flops = 1e3 * rows["seconds"] / rows["sets"], 1e-9 * rows["FLOPs"] / rows["seconds"]

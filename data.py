@@ -5,6 +5,7 @@ flat arrays plus offsets, and a batch is the same layout for a few stays, with t
 similar size. Nothing here knows of models, losses or devices (beyond `EventBatch.to`).
 """
 
+import copy
 import hashlib
 import itertools
 import json
@@ -486,6 +487,7 @@ class EventBatch:
     point_slot: torch.Tensor       # [B, Q] int64, position of the last set not after the point (0 in padding)
     point_hours: torch.Tensor      # [B, Q] float32, hours from that set to the point
     label: torch.Tensor            # [B, Q] int64, -1: none, or padding
+    weight: torch.Tensor           # [B, Q] float32, of the point in the loss; 0 without a label
     stay: torch.Tensor             # [B] int64, index in the cohort
 
     def __len__(self) -> int:
@@ -515,12 +517,22 @@ class StayDataset(torch.utils.data.Dataset):
         self.variable = np.array([lookup.get(name, -1) for name in cohort.variables])  # [V of the data] -> the model's
         self.unknown_variables = [name for name in cohort.variables if name not in lookup]
         self.widths = group_widths(*set_sizes(cohort), max_groups)
-        self.points = points
+        self.points, self.weight = points, None
 
     def describe_unknown(self) -> str:
         """The line that tells what was dropped, see `Cohort.describe`."""
         return (f"data: dropped: events of {len(self.unknown_variables)} variables unknown to the checkpoint: "
                 f"{', '.join(self.unknown_variables)}")
+
+    def asking(self, points: np.ndarray, weight: np.ndarray | None = None) -> "StayDataset":
+        """The same data with these prediction points alone (indices in the cohort, ascending), and their weights in the loss
+        (None: 1): a batch's `point` is then the place of each in `points`."""
+        other = copy.copy(self)
+        other.weight = weight
+        stay_points = np.searchsorted(points, self.cohort.point_start)
+        other.cohort = replace(self.cohort, point_start=stay_points, point_minute=self.cohort.point_minute[points],
+                               label=self.cohort.label[points])
+        return other
 
     def sizes(self, stays: np.ndarray) -> "StaySizes":
         """What these stays cost in a batch."""
@@ -635,11 +647,12 @@ class StayDataset(torch.utils.data.Dataset):
         width = round_up(max(1, counts.max())) if self.points else 0
         place = stay * width + ranges(np.zeros(len(stays), dtype=np.int64), counts)
         point, point_slot, label = np.zeros((3, len(stays) * width), dtype=np.int64)
-        hours = np.zeros(len(stays) * width, dtype=np.float32)
+        hours, weight = np.zeros((2, len(stays) * width), dtype=np.float32)
         point[:], label[:] = -1, -1
         point[place], point_slot[place], label[place] = index, slot, cohort.label[index]
         hours[place] = (cohort.point_minute[index] - cohort.set_minute[cohort.stay_start[stays][stay] + slot]) / 60
-        grids = dict(point=point, point_slot=point_slot, point_hours=hours, label=label)
+        weight[place] = (label[place] >= 0) * (1 if self.weight is None else self.weight[index])
+        grids = dict(point=point, point_slot=point_slot, point_hours=hours, label=label, weight=weight)
         return {name: array.reshape(len(stays), width) for name, array in grids.items()}
 
 
@@ -654,6 +667,17 @@ def point_slots(cohort: Cohort, stays: np.ndarray) -> tuple[np.ndarray, np.ndarr
     order = np.lexsort((is_point, minute, stay))  # a set comes before a point of its minute
     before = np.cumsum(~is_point[order])[is_point[order]]  # sets before each point, of all stays
     return index, before - (np.cumsum(sets) - sets)[stay[len(set_index):]] - 1
+
+
+def labelled_points(cohort: Cohort, stays: np.ndarray) -> np.ndarray:
+    """Indices [n] of the points of these stays that have a label and an answer: a set at or before them."""
+    index, slot = point_slots(cohort, stays)
+    return index[(slot >= 0) & (cohort.label[index] >= 0)]
+
+
+def stays_with(cohort: Cohort, points: np.ndarray) -> np.ndarray:
+    """The stays [n] to which these points (ascending) belong, each once."""
+    return np.unique(np.searchsorted(cohort.point_start, points, side="right") - 1)
 
 
 def round_up(n: int) -> int:

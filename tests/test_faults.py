@@ -198,7 +198,8 @@ def test_a_process_killed_at_random_moments_and_resumed_ends_with_equal_bits(tmp
         ended["finished before" if code == 0 else number.name] += 1
         assert finished(start([*SMALL[mode], "--resume", "cut"])) == 0, (tmp_path / "log").read_text()
         same_run(tmp_path / mode, tmp_path / "cut")
-        assert sorted(p.name for p in (tmp_path / "cut").iterdir()) == [".lock", "best.pt", "last.pt", "metrics.csv"]
+        assert sorted(p.name for p in (tmp_path / "cut").iterdir()) == [
+            ".lock", "best.pt", "config.json", "last.pt", "metrics.csv"]
         shutil.rmtree(tmp_path / "cut")
     print(f"\n{mode}: killed at random moments of {duration:.1f} s: {dict(ended)}")
 

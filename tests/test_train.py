@@ -92,8 +92,11 @@ def test_finetuning_interrupted_and_resumed_ends_with_equal_bits(tmp_path, monke
 # 4 validation stays, evaluated 3 at a time
 # ----------------------------------------------------------------------------------------------------------------------------------
 
-RANKS = {"pretrain": [*PRETRAIN, "--precision", "fp32", "--batch_size", "7", "--max_epochs", "3"], "head": [*FINETUNE, "pretrain/best.pt", "--max_epochs", "3"],
-         "full training": [*FINETUNE, "pretrain/best.pt", "--full_training", "--precision", "fp32", "--batch_size", "7", "--max_epochs", "2"]}
+RANKS = {"pretrain": [*PRETRAIN, "--precision", "fp32", "--batch_size", "7", "--max_epochs", "3",
+                      "--set", "warmup_steps=1", "--set", "beta_warmup_steps=1"],  # at full speed from the first step
+         "head": [*FINETUNE, "pretrain/best.pt", "--max_epochs", "3"],
+         "full training": [*FINETUNE, "pretrain/best.pt", "--full_training", "--precision", "fp32", "--batch_size", "7",
+                           "--max_epochs", "2"]}
 
 
 def small_rank(home: str, command: list, deterministic: bool = True, interrupted_at: int | None = None):
@@ -107,7 +110,6 @@ def small_rank(home: str, command: list, deterministic: bool = True, interrupted
         return call
     train.EVALUATION_BATCH = 3
     train.update, train.ranking = (interrupting(itertools.count(), function) for function in (train.update, train.ranking))
-    train.PRETRAIN |= dict(warmup_steps=1, beta_warmup_steps=1)  # at full speed from the first step
     if deterministic:
         F.dropout = lambda x, *_: x
     small_process(home, command, **dict(hide_sets=0.0, drop_events=0.0, sample_z=False) if deterministic else {})
@@ -116,7 +118,7 @@ def small_rank(home: str, command: list, deterministic: bool = True, interrupted
 def forked_rank(rank: int, port: int, home: str, command: list, options: dict):
     """`small_rank` as one of two, without torchrun: it starts at once, and nobody ends a rank that waits forever."""
     os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
-    train.RANK, train.WORLD = rank, 2
+    train.RANK, train.LOCAL_RANK, train.WORLD = rank, rank, 2
     small_rank(home, command, **options)
 
 
@@ -182,7 +184,7 @@ def test_two_ranks_of_torchrun_learn_what_one_process_learns(ranks_home, mode):
             if weight.endswith("in_proj_bias"):  # what is added to every key cancels in the softmax: its gradient is rounding, which Adam scales up
                 (a[weight], b[weight]) = (torch.cat([x.chunk(3)[0], x.chunk(3)[2]]) for x in (a[weight], b[weight]))
             close(a[weight], b[weight])
-    assert sorted(path.name for path in two.iterdir()) == [".lock", "best.pt", "last.pt", "metrics.csv"]
+    assert sorted(path.name for path in two.iterdir()) == [".lock", "best.pt", "config.json", "last.pt", "metrics.csv"]
     assert printed.count("run folder") == printed.count("best checkpoint") == 1
 
 
