@@ -1,4 +1,7 @@
-"""The model as a plain loop."""
+"""The model once more, written as the original implementation works: one stay, one set, one event at a time.
+
+tests/test_model.py compares the batched model's numbers with these, and benchmark.py its speed.
+"""
 
 import itertools
 from functools import partial
@@ -10,14 +13,15 @@ import torch.nn.functional as F
 close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
-# The model against a plain loop: one set, one stay at a time, as the original implementation works; nothing padded, nothing grouped.
-# `--benchmark` times it.
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
+# The model against a plain loop: one set, one stay at a time, as the original implementation works; nothing padded,
+# nothing grouped. `--benchmark` times it.
+# ----------------------------------------------------------------------------------------------------------------------
 
 def plain_attention(attention, x, y, bias=None):
-    return F.multi_head_attention_forward(x, y, y, x.shape[1], attention.heads, attention.in_proj_weight, attention.in_proj_bias, None, None, False,
-                                          0.0, attention.out_proj.weight, attention.out_proj.bias, attn_mask=bias, need_weights=False)[0]
+    return F.multi_head_attention_forward(
+        x, y, y, x.shape[1], attention.heads, attention.in_proj_weight, attention.in_proj_bias, None, None, False, 0.0,
+        attention.out_proj.weight, attention.out_proj.bias, attn_mask=bias, need_weights=False)[0]
 
 
 def plain_mab(mab, x, y):
@@ -60,7 +64,8 @@ def plain_history(history, z, minutes):
     """z [n, d] of one stay -> h [n, d]."""
     n, d = z.shape
     edges = 10 ** np.linspace(np.log10(0.5), np.log10(1440), 63)
-    x = F.layer_norm(z + plain_sinusoids(z) + history.gap_embedding.weight[np.searchsorted(edges, np.diff(minutes, prepend=minutes[0]))], (d,))
+    x = F.layer_norm(z + plain_sinusoids(z)
+                     + history.gap_embedding.weight[np.searchsorted(edges, np.diff(minutes, prepend=minutes[0]))], (d,))
     minute = z.new_tensor(minutes)
     bias = -history.slope.abs().view(-1, 1, 1) * torch.log1p((minute[:, None] - minute).abs() / history.tau)
     bias = bias.masked_fill(z.new_ones(n, n).triu(1) > 0, -torch.inf)
@@ -102,12 +107,14 @@ def plain_statistics(stay):
         if len(shown):
             (day, x, n), seen[i, v] = shown.T, True
             slope = ((day - day.mean()) * (x - x.mean())).mean() / (day.var() + 0.1 ** 2)  # ridge of (0.1 day)^2
-            out[i, v] = x[-1], x[0], x.mean(), x.max(), x.min(), x.std(), slope, np.log1p(n.sum()), abs(x[-1]), abs(x.mean())
+            out[i, v] = (x[-1], x[0], x.mean(), x.max(), x.min(), x.std(), slope, np.log1p(n.sum()),
+                         abs(x[-1]), abs(x.mean()))
     return out, seen
 
 
 def plain_future(stay):
-    """[n, 7, 3], [n, 7]: what each variable's means in the later sets are on average, at most and at least, and whether there is any."""
+    """[n, 7, 3], [n, 7]: what each variable's means in the later sets are on average, at most and at least, and whether
+    there is any."""
     out, seen = np.zeros((len(stay), 7, 3)), np.zeros((len(stay), 7), bool)
     for i, v in itertools.product(range(len(stay)), range(7)):
         later = [mean[v] for mean, count in (plain_grid(events) for _, events in stay[i + 1:]) if count[v]]
@@ -119,7 +126,8 @@ def plain_future(stay):
 def plain_readout_loss(setvae, code, events):
     value, logit = setvae.decoder.value(code), setvae.decoder.measured(code)
     mean, count = (torch.tensor(a, dtype=torch.float32) for a in plain_grid(events))
-    return F.smooth_l1_loss(value[count > 0], mean[count > 0]) + F.binary_cross_entropy_with_logits(logit, (count > 0).float())
+    return (F.smooth_l1_loss(value[count > 0], mean[count > 0])
+            + F.binary_cross_entropy_with_logits(logit, (count > 0).float()))
 
 
 def plain_posterior(setvae, stay):
@@ -141,11 +149,13 @@ def plain_pass(model, stays):
             terms = [plain_chamfer(plain_slots(setvae.decoder, h[i], len(events)), plain_points(setvae, events))
                      for i, (_, events) in enumerate(stay)]
         else:
-            terms = [plain_readout_loss(setvae, h[i], events) + plain_readout_loss(setvae, mu[i], events) for i, (_, events) in enumerate(stay)]
+            terms = [plain_readout_loss(setvae, h[i], events) + plain_readout_loss(setvae, mu[i], events)
+                     for i, (_, events) in enumerate(stay)]
             told = model.history_readout(h).view(len(stay), 7, 13).split((10, 3), dim=-1)
             for mine, (statistics, seen) in zip(told, (plain_statistics(stay), plain_future(stay))):
                 for i in np.flatnonzero(seen.any(1)):
-                    terms[i] = terms[i] + F.smooth_l1_loss(mine[i, seen[i]], torch.tensor(statistics[i, seen[i]], dtype=torch.float32))
+                    terms[i] = terms[i] + F.smooth_l1_loss(mine[i, seen[i]],
+                                                           torch.tensor(statistics[i, seen[i]], dtype=torch.float32))
         losses.append((torch.stack(terms).mean(), kl.mean()))
     return states, [torch.stack(x).mean() for x in zip(*losses)]
 
