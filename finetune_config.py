@@ -15,6 +15,7 @@ class FinetuneConfig:
     features: str = "beliefs"        # of the frozen backbone: "stable", "beliefs" or "multiscale" (see ModelConfig)
     fuse: bool = True                # fused mu and logvar, or mu alone
     summaries: bool = True           # exact per-variable summaries of the stay beside the learned features
+    head_variables: int = 128        # of which both speak, at most: the most common of the training stays
     head_widths: tuple = ()          # hidden widths of the head: none, it is linear
     trees: int | None = 400          # boosted trees beside it; their logits and the head's are averaged
     tree_depth: int = 4
@@ -46,13 +47,14 @@ class FinetuneConfig:
 
 
 def classification_loss(logits: torch.Tensor, label: torch.Tensor, config: FinetuneConfig) -> torch.Tensor:
-    """Focal loss (Lin et al. 2017, eq. 5) or label-smoothed cross-entropy: logits [B, classes], label [B] -> [], the mean over stays."""
-    logits = logits.float()
+    """Focal loss (Lin et al. 2017, eq. 5) or label-smoothed cross-entropy: logits [..., classes], label [...] -> [], the mean over the
+    prediction points that have a label (others: -1)."""
+    logits, label = logits.float().flatten(0, -2), label.flatten()
     if config.loss == "cross_entropy":
-        return F.cross_entropy(logits, label, label_smoothing=config.label_smoothing)
-    log_p = logits.log_softmax(-1).gather(1, label[:, None]).squeeze(1)                              # of the true class
-    alpha = torch.where(label == 1, config.focal_alpha, 1 - config.focal_alpha)
-    return (-alpha * (1 - log_p.exp()) ** config.focal_gamma * log_p).mean()
+        return F.cross_entropy(logits, label, label_smoothing=config.label_smoothing, ignore_index=-1)
+    log_p = logits.log_softmax(-1).gather(1, label.clamp(min=0)[:, None]).squeeze(1)                 # of the true class
+    alpha = torch.where(label == 1, config.focal_alpha, 1 - config.focal_alpha) * (label >= 0)
+    return (-alpha * (1 - log_p.exp()) ** config.focal_gamma * log_p).sum() / (label >= 0).sum()
 
 
 def head_penalty(model: SeqSetVAE, config: FinetuneConfig) -> torch.Tensor:

@@ -33,7 +33,7 @@ from sklearn.model_selection import train_test_split
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import (SPLITS, Cohort, InputError, Normalizer, StayDataset, balanced_parts, epoch_batches, make_splits, sorted_batches, stays_of,
+from data import (SPLITS, common_variables, Cohort, InputError, Normalizer, StayDataset, balanced_parts, epoch_batches, make_splits, sorted_batches, split_batch, stays_of,
                   variable_vectors, write_atomically)
 from readers import load_cohort
 from finetune_config import FinetuneConfig, boosted_trees, classification_loss, full_optimizer, head_optimizer, head_penalty
@@ -234,7 +234,7 @@ def leave_process_group(worker: int) -> None:
 
 def evaluation_batches(dataset: StayDataset, stays: np.ndarray) -> list[np.ndarray]:
     """This rank's batches of an evaluation pass, as positions into `stays`: every stay is in one batch of one rank."""
-    return sorted_batches(dataset.cohort, stays, EVALUATION_BATCH)[RANK::WORLD]
+    return sorted_batches(dataset.sizes(stays))[RANK::WORLD]
 
 
 def evaluation_loader(dataset: StayDataset, stays: np.ndarray, device: torch.device):
@@ -518,7 +518,7 @@ def open_checkpoint(path, data_dir=None, synthetic_stays=None, params_map=None, 
         cohort = load_cohort(data_dir, synthetic_stays or 1000, params_map=params_map, label_file=label_file)
     if "format" not in content:
         return content, cohort, None, None, True
-    dataset = StayDataset(cohort, Normalizer.from_state(content["normalizer"], path))
+    dataset = StayDataset(cohort, Normalizer.from_state(content["normalizer"], path), points=True)
     if len(dataset.unknown_variables) == len(cohort.variables):
         raise InputError(f"{path}: its vocabulary holds none of the data's variables ({', '.join(cohort.variables[:5])} ...); "
                          "pretrain on this data, or rename its variables")
@@ -537,7 +537,7 @@ def splits_beside(known: dict, cohort: Cohort, seed: int) -> dict[str, list[str]
 
 def labelled(cohort: Cohort, ids: list) -> np.ndarray:
     stays = stays_of(cohort, ids)
-    return stays[cohort.label[stays] >= 0]
+    return stays[cohort.stay_label[stays] >= 0]
 
 
 def label_subset(cohort: Cohort, stays: np.ndarray, fraction: float, seed: int) -> np.ndarray:
@@ -545,7 +545,7 @@ def label_subset(cohort: Cohort, stays: np.ndarray, fraction: float, seed: int) 
     if fraction == 1:
         return stays
     try:
-        return np.sort(train_test_split(stays, train_size=fraction, stratify=cohort.label[stays], random_state=seed)[0])
+        return np.sort(train_test_split(stays, train_size=fraction, stratify=cohort.stay_label[stays], random_state=seed)[0])
     except ValueError as error:
         raise InputError(f"--label_fraction {fraction}: no such share of {len(stays)} stays keeps both classes ({error}); "
                          "give a larger one") from None
@@ -570,12 +570,12 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
         split = splits_beside(split or {}, cohort, arguments.seed)
     train, valid = labelled(cohort, split["train"]), labelled(cohort, split["valid"])
     for name, stays in (("train", train), ("valid", valid)):
-        if len(np.unique(cohort.label[stays])) < 2:
+        if len(np.unique(cohort.stay_label[stays])) < 2:
             raise InputError(f"{cohort.reader}: the labelled {name} stays hold {'one class only' if len(stays) else 'no label at all'}; "
                              "finetuning needs both classes: check the outcome or label file")
     train = label_subset(cohort, train, arguments.label_fraction, arguments.seed)
     if dataset is None:
-        dataset = StayDataset(cohort, Normalizer.fit(cohort, train))
+        dataset = StayDataset(cohort, Normalizer.fit(cohort, train), points=True)
     elif dataset.unknown_variables:
         print(dataset.describe_unknown())
 
@@ -583,12 +583,15 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
     backbone = checkpoint_config(content, len(dataset.normalizer.variables), arguments.pretrained_ckpt, arguments.set_heads,
                                  arguments.transformer_heads)
     trees = None if full and arguments.random_init else config.trees  # they are fitted to the backbone as it is before full training
+    listed = common_variables(cohort, dataset, stays_of(cohort, split["train"]), config.head_variables)
     model_config = replace(backbone, classification_only=not full, fuse=config.fuse, features=config.features, summaries=config.summaries,
-                           head_widths=config.head_widths, head_trees=trees, tree_depth=config.tree_depth)
+                           head_widths=config.head_widths, head_trees=trees, tree_depth=config.tree_depth,
+                           head_variables=len(listed))
     vocabulary = content["vocabulary"] if "vocabulary" in content else variable_vectors(cohort.variables, backbone.input_dim, cohort.vectors)
     if "vocabulary" not in content and not cohort.vectors.shape[1]:
         print("warning: no cached.csv lies in the data: the original checkpoint was trained on other variable vectors than the hashed names used now")
     model = SeqSetVAE(model_config, vocabulary)
+    model.head_variables.copy_(torch.from_numpy(listed))
     if arguments.random_init:
         print("backbone: untrained (--random_init)")
     else:
@@ -605,8 +608,8 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
         raise InputError(f"finetune_config.py: the head is {trainable / total:.1%} of all parameters; "
                          f"narrow head_widths below {config.max_trainable_ratio:.0%}")
     run = Run(arguments, cohort)
-    print(f"split: {len(train):,} train ({(cohort.label[train] == 1).sum():,} positive), "
-          f"{len(valid):,} valid ({(cohort.label[valid] == 1).sum():,} positive), {len(split['test']):,} test stays"
+    print(f"split: {len(train):,} train ({(cohort.stay_label[train] == 1).sum():,} positive), "
+          f"{len(valid):,} valid ({(cohort.stay_label[valid] == 1).sum():,} positive), {len(split['test']):,} test stays"
           f"{f' (seed {arguments.seed})' if new else ' of the checkpoint'}; run folder {run.folder}")
 
     source = source_of(arguments, cohort)
@@ -637,7 +640,7 @@ def encode_stays(model: SeqSetVAE, dataset: StayDataset, stays: np.ndarray, devi
     features = torch.zeros(len(stays), sum(model._feature_sizes().values()), device=device)
     batches = evaluation_batches(dataset, stays)
     for places, batch in zip(batches, progress(loader(dataset, [stays[b] for b in batches], device), len(batches), "encoding")):
-        features[torch.from_numpy(places).to(device)] = model.features(batch)
+        features[torch.from_numpy(places).to(device)] = model.features(batch)[:, 0]
     return summed(features)  # each rank filled in the stays of its batches
 
 
@@ -681,7 +684,7 @@ def train_head(arguments, config, settings, run, model, dataset, split, source, 
     backbone is deterministic in evaluation mode. Of several ranks each trains the same head on all features, from the same seed: that takes
     seconds, less than reducing the gradients of so small a model at every step."""
     features, val_features = (encode_stays(model, dataset, stays, device) for stays in (train, valid))
-    label = torch.from_numpy(dataset.cohort.label[train].astype(np.int64)).to(device)
+    label = torch.from_numpy(dataset.cohort.stay_label[train].astype(np.int64)).to(device)
     if not run.last:
         prepare_head(model, features, label, config, arguments.seed)
     optimizer, schedule = head_optimizer(model, config)
@@ -696,7 +699,7 @@ def train_head(arguments, config, settings, run, model, dataset, split, source, 
         if not math.isfinite(loss):
             raise InputError(f"epoch {epoch + 1}: the loss is not finite; lower the learning rate in finetune_config.py")
         schedule.step()
-        row = {"epoch": epoch + 1, "loss": loss, **ranking(dataset.cohort.label[valid], predict(model, val_features))}
+        row = {"epoch": epoch + 1, "loss": loss, **ranking(dataset.cohort.stay_label[valid], predict(model, val_features))}
         best = end_of_epoch(run, model, dataset, split, source, row, best, not config.patience, **parts)
     return best
 
@@ -709,7 +712,7 @@ def train_everything(arguments, config, settings, run, model, dataset, split, so
     parts, every = dict(optimizer=optimizer, schedule=schedule, scaler=scaler), 1 if device.type == "cpu" else 50
     if not run.last:
         features = encode_stays(model, dataset, train, device)
-        label = torch.from_numpy(dataset.cohort.label[train].astype(np.int64)).to(device)
+        label = torch.from_numpy(dataset.cohort.stay_label[train].astype(np.int64)).to(device)
         prepare_head(model, features, label, config, arguments.seed)
         warm_up, warm_schedule = head_optimizer(model, config)
         for epoch in range(FINETUNE["max_epochs"]):
@@ -745,7 +748,7 @@ def train_everything(arguments, config, settings, run, model, dataset, split, so
         (loss, reconstruction, kl), overflows = (totals[:3] / len(train)).tolist(), totals[3].item()
         row = {"epoch": epoch + 1, "loss": loss, "reconstruction": reconstruction, "kl": kl,
                **({"skipped_steps": overflows} if scaler.is_enabled() else {}),
-               **ranking(dataset.cohort.label[valid], predict(model, encode_stays(model, dataset, valid, device)))}
+               **ranking(dataset.cohort.stay_label[valid], predict(model, encode_stays(model, dataset, valid, device)))}
         best = end_of_epoch(run, model, dataset, split, source, row, best, False, **parts)
     return best
 
