@@ -1,9 +1,13 @@
 """Tests of readers.py: each layout gives the exact cohort or one line that says what is wrong; no stale cache."""
 
+import itertools
 import os
 import pickle
+import shutil
 import sys
+import tarfile
 import time
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -75,7 +79,7 @@ def test_a_stay_without_an_outcome_is_unlabelled_not_a_survivor(tmp_path):
 def test_cached_cohort_equals_the_parsed_one_and_is_not_parsed_again(tmp_path, monkeypatch):
     folder = write_physionet(tmp_path / "data")
     first = load_cohort(folder, cache_dir=tmp_path / "cache")
-    monkeypatch.setattr("readers._records", lambda path: pytest.fail("parsed again"))
+    monkeypatch.setattr("readers._records", lambda *_: pytest.fail("parsed again"))
     second = load_cohort(folder, cache_dir=tmp_path / "cache")
     assert as_lists(first) == as_lists(second) and first.fingerprint == second.fingerprint
     assert first.notes == second.notes
@@ -133,23 +137,23 @@ def test_long_table_gives_the_exact_cohort(tmp_path, load):
     write(tmp_path / "d/events.csv", EVENTS)
     write(tmp_path / "d/labels.csv", "stay_id,label,split\n7,1,train\n8,,test\n9,0,valid\n12,1,test\n")
     cohort = load(tmp_path / "d")
-    assert events_of(cohort) == {"007": [(0, [("NA", 139)])], "7": [(0, [("HR", 90)]), (60, [("HR", 80), ("HR", 82)])],
-                                 "8": [(5, [("Na, serum", 140)])]}
-    assert cohort.variables == ["HR", "NA", "Na, serum"]
-    assert labels_of(cohort) == {"007": -1, "7": 1, "8": -1} and splits_of(cohort) == {"007": -1, "7": 0, "8": 2}
-    assert counted(cohort) == {"rows with an empty variable": 1, "rows without a finite value": 3,
-                               "outcomes of no stay": 1,
+    assert events_of(cohort) == {
+        "007": [(0, [("NA", 139)])], "7": [(0, [("HR", 90)]), (60, [("HR", 80), ("HR", 82)]), (61, [("pH", None)])],
+        "8": [(5, [("Na, serum", 140)])], "9": [(5, [("K", None)])]}
+    assert cohort.variables == ["HR", "K", "NA", "Na, serum", "pH"]
+    assert labels_of(cohort) == {"007": -1, "7": 1, "8": -1, "9": 0}
+    assert splits_of(cohort) == {"007": -1, "7": 0, "8": 2, "9": 1}
+    assert counted(cohort) == {"rows with an empty variable": 1, "rows without a finite value": 1,
+                               "outcomes of no stay with a usable event": 1, "splits of no stay with a usable event": 1,
                                "stays without an outcome (unlabelled)": 2,
-                               "stays without a split (neither trained on nor scored)": 1,
-                               "stays without a usable event": 1}
-    assert make_splits(cohort, 0) == {"train": ["7"], "valid": [], "test": ["8"]}
+                               "stays without a split (neither trained on nor scored)": 1}
+    assert make_splits(cohort, 0) == {"train": ["7"], "valid": ["9"], "test": ["8"]}
 
 
 def test_long_table_needs_no_labels_and_labels_leave_the_stays_identity_alone(tmp_path, load):
     write(tmp_path / "d/events.csv", EVENTS)
     bare = load(tmp_path / "d")
-    assert (bare.label == -1).all() and (bare.split == -1).all() and bare.vectors.shape == (3, 0)
-    assert np.isnan(bare.statistics).all()
+    assert (bare.label == -1).all() and (bare.split == -1).all() and bare.vectors.shape == (5, 0) and np.isnan(bare.statistics).all()
     write(tmp_path / "d/labels.csv", "stay_id,label\n7,1\n")
     labelled = load(tmp_path / "d")
     assert labels_of(labelled)["7"] == 1 and labelled.fingerprint == bare.fingerprint
@@ -178,7 +182,7 @@ def test_parquet_and_csv_of_one_table_are_one_cohort(tmp_path, load):
     ("stay_id,minute,variable,value,value\n1,2,a,3,3\n", None, r"column value occurs twice"),
     ("stay_id,minute,variable,value\n1,2,a,3\n1,2,a,high\n", None, r"events.csv line 3: value is 'high', not a number"),
     ("stay_id,minute,variable,value\n1,00:30,a,3\n", None, r"line 2: minute is '00:30', not a number"),
-    ("stay_id,minute,variable,value\n1,2,a,3\n1,-5,a,3\n", None, r"line 3: minute is -5; give minutes since admission"),
+    ("stay_id,minute,variable,value\n1,2,a,3\n1,1e9,a,3\n", None, r"line 3: minute is 1e\+09; give minutes since admission"),
     ("stay_id,minute,variable,value\n1,,a,3\n", None, r"line 2: minute is missing; give minutes"),
     ("stay_id,minute,variable,value\n1,inf,a,3\n", None, r"line 2: minute is inf; give minutes"),
     ("stay_id,minute,variable,value\n,1,a,3\n", None, r"line 2: stay_id is missing"),
@@ -188,10 +192,16 @@ def test_parquet_and_csv_of_one_table_are_one_cohort(tmp_path, load):
     ("stay_id,minute,variable,value\n1,2,\"a,3\n", None, r"events.csv"),
     ("stay_id,minute,variable,value\n1,2,température,3\n".encode("latin1"), None, r"events.csv: not UTF-8"),
     ("stay_id,minute,variable,value\n1,2,a,3\n".encode("utf-16"), None, r"events.csv: not UTF-8"),
-    ("stay_id,minute,variable,value\n1,2,a,nan\n", None, r"no usable event"),
+    ("stay_id,minute,variable,value\n1,2,a,inf\n", None, r"no usable event"),
     (EVENTS, "stay_id,label\n7,2\n", r"labels.csv line 2: label is 2, not 0 or 1"),
     (EVENTS, "stay_id,label\n8,0\n7,dead\n", r"labels.csv line 3: label is 'dead', not a number"),
-    (EVENTS, "stay_id,label\n7,1\n8,0\n7.0,1\n", r"labels.csv line 4: stay_id is '7.0', which occurs twice"),
+    (EVENTS, "stay_id,label\n7,1\n8,0\n7.0,0\n",
+     r"labels.csv line 4: stay_id is '7.0', labelled twice and not alike \(7\); keep one line of each"),
+    (EVENTS, "stay_id,label,time\n7,1,3\n", r"labels.csv: its column time has no unit; name it minute or hour"),
+    (EVENTS, "stay_id,label,minute\n7,1,3\n8,1,\n", r"labels.csv line 3: minute is missing; give the time of the question"),
+    (EVENTS, "stay_id,label,prediction_time\n7,1,2020-01-01\n", r"prediction_time is a clock time, which these data do not know"),
+    (EVENTS, "stay_id,label,minute,split\n7,1,3,train\n7,1,4,test\n",
+     r"line 2: split is 'train', and another elsewhere for the same stay \(7\)"),
     (EVENTS, "stay_id,label\n,1\n", r"labels.csv line 2: stay_id is missing"),
     (EVENTS, "stay_id,label,split\n7,1,train\n8,1,holdout\n",
      r"labels.csv line 3: split is 'holdout'; it is one of train, valid, test"),
@@ -216,7 +226,7 @@ def test_windows_text_reads_the_same(tmp_path, load):
 @pytest.mark.parametrize("columns, message", [
     ({"value": ["high"]}, "column value holds (large_)?string where numbers belong"),
     ({"stay_id": [pd.Timestamp(0)]}, "column stay_id holds timestamp.* where text or whole numbers belong"),
-    ({"minute": [-1]}, "events.parquet row 1: minute is -1"),
+    ({"minute": [1e8]}, "events.parquet row 1: minute is 1e\\+08"),
 ])
 def test_long_table_bad_parquet(tmp_path, load, columns, message):
     pytest.importorskip("pyarrow")
@@ -274,8 +284,8 @@ def test_original_layout_gives_the_exact_cohort(original, load):
     assert splits_of(cohort) == {"200001.0": 0, "200002.0": 1, "200003.0": 2}
     np.testing.assert_array_equal(cohort.statistics, np.array([[85, 10], [np.nan] * 2, [np.nan] * 2], dtype=np.float32))
     np.testing.assert_array_equal(cohort.vectors, np.array([[1, 0, .5], [0, 2, 0], [np.nan] * 3], dtype=np.float32))
-    assert counted(cohort) == {"rows without a finite value": 1, "stays without an outcome (unlabelled)": 2,
-                               "outcomes of no stay": 1,
+    assert counted(cohort) == {"rows without a finite value": 1, "stays without an outcome (unlabelled)": 1,
+                               "outcomes of no stay with a usable event": 1,
                                "stays without a usable event": 1, "variables without given statistics (fitted)": 2,
                                "given statistics of no variable": 1,
                                "variables without given vectors (hashed from the name)": 1,
@@ -320,21 +330,15 @@ def test_original_layout_in_parquet_equals_csv(original, tmp_path, load):
 
 @pytest.mark.parametrize("name, text, message", [
     ("patient_ehr/valid/200002.0.csv", "", "200002.0.csv: an empty file"),
-    ("patient_ehr/valid/200002.0.csv", "value,minute\n1,2\n",
-     "200002.0.csv line 1: other columns than in 200001.0.csv"),
-    ("patient_ehr/valid/200002.0.csv", "variable,value,minute\nHR,80,1\nHR,x,2\n",
-     "200002.0.csv line 3: value is 'x', not a number"),
-    ("patient_ehr/valid/200002.0.csv", "variable,value,minute\nHR,80,1\nHR,80,-2\n",
-     "200002.0.csv line 3: minute is -2"),
-    ("patient_ehr/valid/200002.0.csv", "variable,value,minute\nHR,80,1,3\n",
-     "200002.0.csv line 2: 4 cells where the columns are 3"),
+    ("patient_ehr/valid/200002.0.csv", "value,minute\n1,2\n", "200002.0.csv line 1: other columns than in 200001.0.csv"),
+    ("patient_ehr/valid/200002.0.csv", "variable,value,minute\nHR,80,1\nHR,x,2\n", "200002.0.csv line 3: value is 'x', not a number"),
+    ("patient_ehr/valid/200002.0.csv", "variable,value,minute\nHR,80,1\nHR,80,-2e8\n", "200002.0.csv line 3: minute is -2e\\+08"),
+    ("patient_ehr/valid/200002.0.csv", "variable,value,minute\nHR,80,1,3\n", "200002.0.csv line 2: 4 cells where the columns are 3"),
     ("patient_ehr/valid/200001.0.csv", "variable,value,minute\nHR,80,1\n", "stay 200001.0 occurs more than once"),
     ("oc.csv", "ts_id,in_hospital_mortality\n200001,3\n", "oc.csv line 2: in_hospital_mortality is 3, not 0 or 1"),
-    ("oc.csv", "ts_id,in_hospital_mortality\n200001,1\n200001,1\n",
-     "oc.csv line 3: ts_id is '200001', which occurs twice"),
-    ("oc.csv", "id,in_hospital_mortality\n200001,1\n", "oc.csv: no column ts_id"),
-    ("stats.csv", "variable,mean,std\nHR,1,1\nHR,1,1\n",
-     "stats.csv line 3: variable is 'HR', where each line names another one"),
+    ("oc.csv", "ts_id,in_hospital_mortality\n200001,1\n200001,0\n", "oc.csv line 3: ts_id is '200001', labelled twice"),
+    ("oc.csv", "id,in_hospital_mortality\n200001,1\n", "oc.csv: no column stay_id or ts_id or RecordID or subject_id"),
+    ("stats.csv", "variable,mean,std\nHR,1,1\nHR,1,1\n", "stats.csv line 3: variable is 'HR', where each line names another one"),
     ("stats.csv", "variable,mean,std\nHR,1,-1\n", "stats.csv line 2: std is -1, below 0"),
     ("stats.csv", "variable,mean,std\nHR,one,1\n", "stats.csv line 2: mean is 'one', not a number"),
     ("cached.csv", "Key,0,1\nHR,1,2\nHR,1,2\n", "cached.csv line 3: Key is 'HR', where each line names another"),
@@ -381,8 +385,8 @@ def test_params_map_bad_pickle(original, load, content):
 
 def test_options_are_refused_where_nothing_reads_them(original, tmp_path, load):
     write(tmp_path / "d/events.csv", EVENTS)
-    with pytest.raises(InputError, match="--label_file .*oc.csv: not read with a long table"):
-        load(tmp_path / "d", label_file=str(original / "oc.csv"))
+    with pytest.raises(InputError, match="--task death: not read with a long table"):
+        load(tmp_path / "d", task="death")
     with pytest.raises(InputError, match="--params_map .*: not read with the embedded cohort"):
         load_cohort(None, cache_dir=tmp_path / "cache", params_map=str(original / "stats.csv"))
     with pytest.raises(InputError, match="--label_file .*nowhere.csv: no such file"):
@@ -426,63 +430,149 @@ def meds_folder(tmp_path):
     return folder
 
 
-def test_meds_without_labels_is_one_sample_a_subject(meds_folder, load):
+def test_meds_without_labels_is_one_unlabelled_point_at_the_end_of_each_subject(meds_folder, load):
     cohort = load(meds_folder)
-    assert events_of(cohort) == {"5": [(0, [("GENDER//F", 1), ("HR", 70)]), (1, [("HR", 80)]), (121, [("K", 4)])],
-                                 "6": [(0, [("ADMIT", 1)]), (5, [("K", 1)])], "7": [(0, [("GENDER//M", 1)])]}
+    assert events_of(cohort) == {
+        "5": [(0, [("GENDER//F", None), ("HR", 70)]), (1, [("HR", 80)]), (121, [("K", 4)])],
+        "6": [(0, [("ADMIT", None)]), (5, [("K", None)])], "7": [(0, [("GENDER//M", None)])]}
     assert splits_of(cohort) == {"5": 0, "6": 2, "7": 1} and (cohort.label == -1).all()
     assert counted(cohort) == {"events without a code": 1, "MEDS_DEATH events": 1}
     assert "MEDS_DEATH" not in cohort.variables
 
 
-def test_meds_sample_holds_events_up_to_and_including_the_prediction_time(meds_folder, load):
-    meds(meds_folder, "labels/death/0.parquet", subject_id=[5, 5, 5, 6, 99, 6],
-         prediction_time=[at("01 12:00"), at("01 10:00:29"), at("05 00:00"), at("03 00:04"), at("01 00:00"),
-                          at("02 00:00")],
+def points_of(cohort) -> dict:
+    """{stay: [(minute, label)...]}"""
+    return {str(stay): [(float(m), int(y)) for m, y in zip(cohort.point_minute[a:b], cohort.label[a:b])]
+            for stay, a, b in zip(cohort.stay_id, cohort.point_start, cohort.point_start[1:])}
+
+
+def test_meds_subject_is_one_stay_of_many_points_and_no_set_straddles_one(meds_folder, load):
+    bare = load(meds_folder)
+    times = [at("01 12:00"), at("01 10:00:29"), at("05 00:00"), at("03 00:04"), at("01 00:00"), at("02 00:00")]
+    meds(meds_folder, "data/train/1.parquet", subject_id=[5, 5], code=["Na", "K"], numeric_value=[1.0, 2],
+         time=[at("01 10:00:29"), at("01 10:00:59")])
+    meds(meds_folder, "labels/death/0.parquet", subject_id=[5, 5, 5, 6, 99, 6], prediction_time=times,
          boolean_value=[True, False, True, False, True, False])
     cohort = load(meds_folder)
     assert events_of(cohort) == {
-        "5@2020-01-01T12:00": [(0, [("GENDER//F", 1), ("HR", 70)]), (1, [("HR", 80)]), (121, [("K", 4)])],
-        # the event one second later shares the minute, yet is the future
-        "5@2020-01-01T10:00:29": [(0, [("GENDER//F", 1), ("HR", 70)])],
-        "5@2020-01-05": [(0, [("GENDER//F", 1), ("HR", 70)]), (1, [("HR", 80)]), (121, [("K", 4)])],
-        "6@2020-01-03T00:04": [(0, [("ADMIT", 1)])]}
-    assert cohort.label.tolist() == [1, 0, 1, 0] and cohort.split.tolist() == [0, 0, 0, 2]
-    assert counted(cohort) == {"events without a code": 1, "MEDS_DEATH events": 1, "labels of no subject": 1,
-                               "stays without a usable event": 1}
-    (meds_folder / "metadata/subject_splits.parquet").unlink()
-    with pytest.raises(InputError, match="subjects with several samples and no metadata/subject_splits.parquet"):
+        "5": [(0, [("GENDER//F", None), ("HR", 70)]), (1, [("Na", 1)]), (1.5, [("HR", 80), ("K", 2)]), (121, [("K", 4)])],
+        "6": [(0, [("ADMIT", None)]), (5, [("K", None)])], "7": [(0, [("GENDER//M", None)])]}
+    assert points_of(cohort) == {"5": [(1 + 29 / 60, 0), (121, 1), (5161, 1)], "6": [(-1440, 0), (4, 0)], "7": []}
+    assert splits_of(cohort) == {"5": 0, "6": 2, "7": 1}
+    assert counted(cohort) == {
+        "events without a code": 1, "MEDS_DEATH events": 1, "outcomes of no stay with a usable event": 1,
+        "stays without a question": 1, "prediction points before the first set of their stay (no answer)": 1}
+    shutil.rmtree(meds_folder / "labels")
+    assert load(meds_folder).fingerprint == cohort.fingerprint != bare.fingerprint and isinstance(cohort.event_value, np.memmap)
+    assert sorted(cohort.clock(cohort.point_stay, cohort.point_minute)) == sorted(np.delete(np.array(times, "datetime64[us]"), 4))
+
+
+def test_a_clock_time_of_any_microsecond_of_a_long_life_can_be_written_back(tmp_path, load):
+    rng, birth = np.random.default_rng(0), np.datetime64("1931-05-06T07:08:09.000001", "us")
+    times = birth + np.sort(rng.choice(2**51 + 2**50, 500)).astype("timedelta64[us]")  # 107 years
+    meds(tmp_path, "data/0.parquet", subject_id=[1, 1], time=[birth, times[100]], code=["MEDS_BIRTH", "a"])
+    meds(tmp_path, "labels/0.parquet", subject_id=[1] * 500, prediction_time=times, boolean_value=[False] * 500)
+    cohort = load(tmp_path)
+    assert np.array_equal(cohort.clock(cohort.point_stay, cohort.point_minute), times)
+
+
+def test_a_meds_task_is_chosen_among_several_and_shards_are_one(meds_folder, load):
+    at_noon = dict(subject_id=[5], prediction_time=[at("01 12:00")])
+    for shard, label in enumerate((True, False)):
+        meds(meds_folder, f"labels/death/{shard}.parquet", **at_noon | {"subject_id": [5 + shard]}, boolean_value=[label])
+    assert points_of(load(meds_folder)) == {"5": [(121, 1)], "6": [(-2160, 0)], "7": []}
+    meds(meds_folder, "labels/aki.parquet", **at_noon, boolean_value=[False])
+    with pytest.raises(InputError, match="labels: holds the tasks aki, death; choose one with --task NAME"):
         load(meds_folder)
+    with pytest.raises(InputError, match="holds the tasks aki, death"):
+        load(meds_folder, task="sepsis")
+    assert points_of(load(meds_folder, task="aki"))["5"] == [(121, 0)] and points_of(load(meds_folder, task="death"))["5"] == [(121, 1)]
+    elsewhere = load(meds_folder, label_file=str(meds_folder / "labels/aki.parquet"))
+    assert points_of(elsewhere)["5"] == [(121, 0)] and elsewhere.fingerprint == load(meds_folder, task="death").fingerprint
+
+
+def test_labels_at_times_are_points_in_minutes_or_hours(tmp_path, load):
+    write(tmp_path / "d/events.csv", EVENTS)
+    write(tmp_path / "d/labels.csv", "stay_id,label,hour,subject_id\n7,1,1.5,x\n7,0,0,x\n8,,-1,x\n7,1,1.5,\n")
+    cohort = load(tmp_path / "d")
+    assert points_of(cohort) == {"007": [], "7": [(0, 0), (90, 1)], "8": [(-60, -1)], "9": []}
+    assert cohort.subject.tolist() == ["007", "x", "x", "9"] and cohort.stay_label.tolist() == [-1, 1, -1, -1]
+    assert counted(cohort) == {
+        "rows with an empty variable": 1, "rows without a finite value": 1, "labels given more than once": 1,
+        "stays without a question": 2, "prediction points before the first set of their stay (no answer)": 1}
+    assert "data: 3 prediction points in 2 stays" in cohort.describe()
+    write(tmp_path / "d/labels.csv", "stay_id,label,minute\n7,1,90\n7,0,0\n8,,-60\n")
+    assert points_of(load(tmp_path / "d")) == points_of(cohort)
+    with pytest.raises(InputError, match="--hours 48: these labels have times of their own"):
+        load(tmp_path / "d", hours=48)
+
+
+def test_one_question_a_stay_after_some_hours_or_at_its_end(tmp_path, load):
+    write(tmp_path / "events.csv", "stay_id,minute,variable,value\n1,-10,a,1\n1,50,a,1\n1,51,a,1\n2,5,a,1\n2,9,a,1\n")
+    write(tmp_path / "labels.csv", "stay_id,label\n1,1\n")
+    assert points_of(load(tmp_path)) == {"1": [(51, 1)], "2": [(9, -1)]}
+    assert points_of(load(tmp_path, hours=1)) == {"1": [(50, 1)], "2": [(9, -1)]}
+
+
+@pytest.mark.parametrize("name, columns", [("o.csv", "RecordID,In-hospital_death"), ("o/0.csv", "subject_id,boolean_value"),
+                                           ("o/0.csv", "ts_id,in_hospital_mortality"), ("o.csv", "stay_id,label")])
+def test_labels_that_lie_elsewhere_replace_the_datas_own_whatever_their_columns(tmp_path, load, name, columns):
+    folder = write_physionet(tmp_path / "data")
+    before = load(folder)
+    write(tmp_path / name, f"{columns}\n132539,1\n132540.0,0\n")
+    cohort = load(folder, label_file=str((tmp_path / name).parents[name.count("/") - 1] if "/" in name else tmp_path / name))
+    assert labels_of(cohort) == {"132539": 1, "132540": 0} and labels_of(before) == {"132539": 0, "132540": 1}
+    assert cohort.fingerprint == before.fingerprint and len(list((tmp_path / "cache").iterdir())) == 1  # parsed once
+
+
+def test_a_split_file_overrides_the_datas_own_and_leaves_its_identity_alone(meds_folder, load):
+    write(meds_folder / "split.csv", "stay_id,split\n5,Heldout\n6.0,VALIDATION\n8,dev\n")
+    before, cohort = load(meds_folder), load(meds_folder, split_file=str(meds_folder / "split.csv"))
+    assert splits_of(cohort) == {"5": 2, "6": 1, "7": -1} and cohort.fingerprint == before.fingerprint
+    assert {"stays without a split (neither trained on nor scored)": 1, "splits of no stay with a usable event": 1}.items() <= counted(cohort).items()
+    write(meds_folder / "split.csv", "stay_id,split\n5,train\n5,test\n")
+    with pytest.raises(InputError, match=r"split.csv line 2: split is 'train', and another elsewhere for the same stay \(5\)"):
+        load(meds_folder, split_file=str(meds_folder / "split.csv"))
+
+
+def test_physionet_2012_without_outcomes_is_unlabelled(tmp_path, load):
+    (write_physionet(tmp_path / "data") / "Outcomes-a.txt").unlink()
+    cohort = load(tmp_path / "data")
+    assert cohort.label.tolist() == [-1, -1] and "0 labelled" in cohort.describe()
 
 
 def test_meds_agrees_with_a_plain_loop(tmp_path, load):
     pytest.importorskip("pyarrow")
     rng = np.random.default_rng(3)
     n, start = 400, np.datetime64("2021-03-04T05:06:07", "us")
-    subject, time = rng.integers(0, 12, n) * 10**17, start + rng.integers(0, 5000, n) * np.timedelta64(20, "s")
+    subject, time = rng.integers(0, 12, n) * 10**17, start + rng.integers(0, 400, n) * np.timedelta64(20, "s")
     time[rng.random(n) < .1] = np.datetime64("NaT")
     code = rng.choice(["a", "b", "c", "MEDS_DEATH"], n)
     value = np.where(rng.random(n) < .3, np.nan, rng.normal(size=n)).astype(np.float32)
     meds(tmp_path, "data/0.parquet", subject_id=subject, time=time, code=code, numeric_value=value)
-    asked = pd.DataFrame({"s": rng.integers(0, 12, 30) * 10**17,
-                          "t": start + rng.integers(0, 5000, 30) * np.timedelta64(20, "s")}).drop_duplicates()
-    meds(tmp_path, "labels/0.parquet", subject_id=asked.s, prediction_time=asked.t,
-         boolean_value=rng.random(len(asked)) < .5)
+    asked = pd.DataFrame({"s": rng.integers(0, 12, 900) * 10**17, "t": start + rng.integers(0, 800, 900) * np.timedelta64(10, "s")}).drop_duplicates()
+    meds(tmp_path, "labels/0.parquet", subject_id=asked.s, prediction_time=asked.t, boolean_value=rng.random(len(asked)) < .5)
     meds(tmp_path, "metadata/subject_splits.parquet", subject_id=np.arange(12) * 10**17, split=["train"] * 12)
-    found = events_of(load(tmp_path))
-    expected = {}
-    for s, t in asked.itertuples(index=False):
+    cohort, expected, known = load(tmp_path), {}, {}
+    for s in np.unique(subject):
         mine = (subject == s) & (code != "MEDS_DEATH")
         origin = np.nanmin(time[mine & ~np.isnat(time)]).astype("datetime64[m]")
         sets = {}
-        for i in np.flatnonzero(mine & (np.isnat(time) | (time <= np.datetime64(t)))):
+        for i in np.flatnonzero(mine):
             minute = 0 if np.isnat(time[i]) else (time[i].astype("datetime64[m]") - origin).astype(int)
-            number = 1.0 if np.isnan(value[i]) else round(float(value[i]), 4)
-            sets.setdefault(float(minute), []).append((str(code[i]), number))
-        if sets:
-            stay = f"{s}@{np.datetime_as_string(np.datetime64(t, 'us'), unit='auto')}"
-            expected[stay] = sorted((m, sorted(e)) for m, e in sets.items())
-    assert {stay: [(m, sorted(e)) for m, e in sets] for stay, sets in found.items()} == expected
+            sets.setdefault(float(minute), []).append((str(code[i]), None if np.isnan(value[i]) else round(float(value[i]), 4)))
+        expected[str(s)] = sorted((m, sorted(e, key=str)) for m, e in sets.items())
+        for t in asked.t[asked.s == s]:
+            known[str(s), t] = (mine & (np.isnat(time) | (time <= np.datetime64(t)))).sum()
+    whole = replace(cohort, set_minute=np.floor(cohort.set_minute))
+    found = {stay: [(m, sorted((e for _, events in group for e in events), key=str))
+                    for m, group in itertools.groupby(sets, key=lambda s: s[0])] for stay, sets in events_of(whole).items()}
+    assert found == expected and len(cohort.set_minute) > sum(map(len, expected.values()))  # some minutes are cut
+    for p, minute, t in zip(cohort.point_stay, cohort.point_minute, cohort.clock(cohort.point_stay, cohort.point_minute)):
+        sets = slice(*cohort.stay_start[p:p + 2])
+        seen = np.searchsorted(cohort.set_minute[sets], minute, side="right")
+        events = cohort.set_start[cohort.stay_start[p] + seen] - cohort.set_start[cohort.stay_start[p]]
+        assert events == (known[cohort.stay_id[p], pd.Timestamp(t)] if seen else 0)
 
 
 def test_meds_keeps_distinct_minutes_apart_decades_after_birth(tmp_path, load):
@@ -496,20 +586,13 @@ def test_meds_keeps_distinct_minutes_apart_decades_after_birth(tmp_path, load):
 
 @pytest.mark.parametrize("name, columns, message", [
     ("data/1.parquet", {"subject_id": [5], "time": [at("01 00:00")]}, "1.parquet: no column code"),
-    ("data/1.parquet", {"subject_id": [5], "time": [at("01 00:00")], "code": [3.5], "numeric_value": ["x"]},
-     "the files' columns differ in type"),
-    ("data/1.parquet", {"subject_id": [None], "time": [at("01 00:00")], "code": ["a"]},
-     "data/1.parquet row 1: subject_id is missing"),
-    ("metadata/subject_splits.parquet", {"subject_id": [5], "split": ["dev"]},
-     "row 1: split is 'dev'; it is one of train, tuning, held_out"),
-    ("metadata/subject_splits.parquet", {"subject_id": [5, 5], "split": ["train", "train"]},
-     "row 2: subject_id is '5', where each row"),
-    ("labels/0.parquet", {"subject_id": [5], "prediction_time": [at(None)], "boolean_value": [True]},
-     "row 1: prediction_time is missing"),
-    ("labels/0.parquet", {"subject_id": [5, 5], "prediction_time": [at("01 00:00")] * 2, "boolean_value": [True, True]},
-     "row 2: prediction_time is '2020-01-01.*', twice for one subject"),
-    ("labels/0.parquet", {"subject_id": [99], "prediction_time": [at("01 00:00")], "boolean_value": [True]},
-     "no usable event"),
+    ("data/1.parquet", {"subject_id": [5], "time": [at("01 00:00")], "code": [3.5], "numeric_value": ["x"]}, "the files' columns differ in type"),
+    ("data/1.parquet", {"subject_id": [None], "time": [at("01 00:00")], "code": ["a"]}, "data/1.parquet row 1: subject_id is missing"),
+    ("metadata/subject_splits.parquet", {"subject_id": [5], "split": ["holdout"]}, "row 1: split is 'holdout'; it is one of train"),
+    ("metadata/subject_splits.parquet", {"subject_id": [5, 5], "split": ["train", "tuning"]}, "row 1: split is 'train', and another"),
+    ("labels/0.parquet", {"subject_id": [5], "prediction_time": [at(None)], "boolean_value": [True]}, "row 1: prediction_time is missing"),
+    ("labels/0.parquet", {"subject_id": [5, 5], "prediction_time": [at("01 00:00")] * 2, "boolean_value": [True, False]},
+     "row 2: subject_id is '5', labelled twice and not alike"),
 ])
 def test_meds_bad_input(meds_folder, load, name, columns, message):
     meds(meds_folder, name, **columns)
@@ -525,20 +608,28 @@ def test_physionet2019_gives_the_exact_cohort(tmp_path, load):
     write(tmp_path / "training_setB/p100001.psv",
           "HR|Temp|Age|ICULOS|SepsisLabel\n90|inf|NaN|4|0\nNaN|NaN|50|5|0\nNaN|37|50|6|0\n")
     cohort = load(tmp_path)
-    assert events_of(cohort) == {"p000001": [(0, [("Age", 70.5), ("ICULOS", 1)]), (60, [("HR", 80), ("Temp", 36.6)]),
-                                             (120, [("HR", 82)])],
-                                 "p100001": [(0, [("HR", 90), ("ICULOS", 4)]), (60, [("Age", 50)]),
-                                             (120, [("Temp", 37)])]}
-    assert cohort.variables == ["Age", "HR", "ICULOS", "Temp"] and labels_of(cohort) == {"p000001": 1, "p100001": 0}
+    assert events_of(cohort) == {"p000001": [(0, [("Age", 70.5), ("ICULOS", 1)]), (60, [("HR", 80), ("Temp", 36.6)]), (120, [("HR", 82)])],
+                                 "p100001": [(0, [("HR", 90), ("ICULOS", 4)]), (60, [("Age", 50)]), (120, [("Temp", 37)])]}
+    assert cohort.variables == ["Age", "HR", "ICULOS", "Temp"] and points_of(cohort) == {
+        "p000001": [(0, 0), (60, 0), (120, 1)], "p100001": [(0, 0), (60, 0), (120, 0)]}
     assert counted(cohort) == {"repeated descriptors": 7, "infinite values": 1}
+    for letter in "AB":
+        with tarfile.open(tmp_path / f"training_set{letter}.tar.gz", "w:gz") as archive:
+            archive.add(tmp_path / f"training_set{letter}", arcname=f"training_set{letter}")
+        shutil.rmtree(tmp_path / f"training_set{letter}")
+    packed = load(tmp_path)
+    assert packed.fingerprint == cohort.fingerprint and points_of(packed) == points_of(cohort)
+
+
+def test_physionet2019_without_labels_is_asked_every_hour(tmp_path, load):
+    write(tmp_path / "training_setA/p1.psv", "HR|Temp\n80|37\nNaN|NaN\n")
+    assert points_of(load(tmp_path)) == {"p1": [(0, -1), (60, -1)]}
 
 
 @pytest.mark.parametrize("text, message", [
     ("HR|SepsisLabel\n80|0\n81|2\n", r"p1.psv line 3: SepsisLabel is 2, not 0 or 1"),
     ("HR|SepsisLabel\n80|\n", r"p1.psv line 2: SepsisLabel is missing, not 0 or 1"),
     ("HR|SepsisLabel\nfast|0\n", r"p1.psv line 2: HR is 'fast', not a number"),
-    ("HR|Temp\n80|37\n", r"p1.psv: no column SepsisLabel"),
-    ("HR,SepsisLabel\n80,0\n", r"p1.psv: no column SepsisLabel"),
     ("", r"p1.psv: an empty file"),
     ("HR|SepsisLabel\n", r"a header and no row"),
 ])

@@ -150,15 +150,14 @@ def same_run(whole: Path, resumed: Path):
 
 
 def events_of(cohort) -> dict:
-    """{stay: [(minute, {variable: values of the set in order})...]}: a cohort spelled out."""
+    """{stay: [(minute, [(variable, value or None), ...])...]}: a cohort spelled out."""
     stays = {}
     for p, stay in enumerate(cohort.stay_id):
         sets = []
         for t in range(cohort.stay_start[p], cohort.stay_start[p + 1]):
             events = slice(cohort.set_start[t], cohort.set_start[t + 1])
-            sets.append((float(cohort.set_minute[t]), [(cohort.variables[v], round(float(x), 4))
-                                                       for v, x in zip(cohort.event_variable[events],
-                                                                       cohort.event_value[events])]))
+            sets.append((float(cohort.set_minute[t]), [(cohort.variables[v], None if np.isnan(x) else round(float(x), 4))
+                                                       for v, x in zip(cohort.event_variable[events], cohort.event_value[events])]))
         stays[str(stay)] = sets
     return stays
 
