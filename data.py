@@ -616,11 +616,14 @@ class StayDataset(torch.utils.data.Dataset):
     def asking(self, points: np.ndarray, weight: np.ndarray | None = None) -> "StayDataset":
         """The same data with these prediction points alone (indices in the cohort, ascending), and their weights in the loss
         (None: 1): a batch's `point` is then the place of each in `points`."""
+        cohort = self.cohort
+        return self.of(replace(cohort, point_start=np.searchsorted(points, cohort.point_start), label=cohort.label[points],
+                               point_minute=cohort.point_minute[points]), weight)
+
+    def of(self, cohort: Cohort, weight: np.ndarray | None = None) -> "StayDataset":
+        """The same stays, asked at the points of another cohort."""
         other = copy.copy(self)
-        other.weight = weight
-        stay_points = np.searchsorted(points, self.cohort.point_start)
-        other.cohort = replace(self.cohort, point_start=stay_points, point_minute=self.cohort.point_minute[points],
-                               label=self.cohort.label[points])
+        other.cohort, other.weight = cohort, weight
         return other
 
     def sizes(self, stays: np.ndarray) -> "StaySizes":
@@ -748,14 +751,10 @@ class StayDataset(torch.utils.data.Dataset):
 def point_slots(cohort: Cohort, stays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Indices [n] of all points of these stays, stay after stay, and of each the position [n] of its stay's last set not after
     it (-1: it lies before the first)."""
-    sets, points = np.diff(cohort.stay_start)[stays], np.diff(cohort.point_start)[stays]
-    set_index, index = ranges(cohort.stay_start[stays], sets), ranges(cohort.point_start[stays], points)
-    is_point = np.repeat([False, True], [len(set_index), len(index)])
-    stay = np.concatenate([np.repeat(np.arange(len(stays)), n) for n in (sets, points)])
-    minute = np.concatenate([cohort.set_minute[set_index], cohort.point_minute[index]])
-    order = np.lexsort((is_point, minute, stay))  # a set comes before a point of its minute
-    before = np.cumsum(~is_point[order])[is_point[order]]  # sets before each point, of all stays
-    return index, before - (np.cumsum(sets) - sets)[stay[len(set_index):]] - 1
+    count = np.diff(cohort.point_start)[stays]
+    index = ranges(cohort.point_start[stays], count)
+    first, end = (np.repeat(cohort.stay_start[stays + i], count) for i in (0, 1))
+    return index, search_after(cohort.set_minute, cohort.point_minute[index], first, end) - first - 1
 
 
 def labelled_points(cohort: Cohort, stays: np.ndarray) -> np.ndarray:

@@ -57,7 +57,6 @@ from model import (CHECKPOINT_FORMAT, ModelConfig, SeqSetVAE, SeqSetVAEPretrain,
                    load_backbone, read_checkpoint, real_sets)
 
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
-EVALUATION_BATCH = 32  # stays
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -506,10 +505,10 @@ def evaluation_loader(dataset: StayDataset, stays: np.ndarray, device: torch.dev
     return loader(dataset, [stays[b] for b in evaluation_batches(dataset, stays)], device)
 
 
-def progress(iterable, total: int, what: str, batch_size: int = EVALUATION_BATCH):
-    """tqdm over `total` batches, counted in stays, on a terminal; silent where the output goes elsewhere."""
+def progress(iterable, total: int, what: str):
+    """tqdm over `total` batches on a terminal; silent where the output goes elsewhere."""
     silent = True if RANK or not sys.stdout.isatty() else None
-    return tqdm(iterable, total=total, desc=what, leave=False, disable=silent, unit=" stays", unit_scale=batch_size)
+    return tqdm(iterable, total=total, desc=what, leave=False, disable=silent, unit=" batches")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -634,7 +633,7 @@ class Run:
         """What every checkpoint holds: enough to score new data, and to know which stays it has seen."""
         return {"format": CHECKPOINT_FORMAT, **self.record, "model": self.model.state_dict(),
                 "vocabulary": self.model.setvae.vocabulary, "normalizer": self.dataset.normalizer.state_dict(),
-                "split": self.split, "metrics": metrics}
+                "split": self.split, "subjects": subjects_of(self.dataset.cohort, self.split), "metrics": metrics}
 
     def save(self, name: str, content: dict) -> None:
         if RANK == 0:
@@ -766,7 +765,7 @@ class Training:
         # A part without a stay takes the batch's first one, which counts nothing: the other ranks wait for its gradient.
         own = [stays[part if len(part) else batch[:1]] for batch, some in zip(left, parts) for part in some]
         stream = loader(dataset, own, self.device)
-        bar = progress(zip(left, parts), len(left), f"epoch {run.epoch + 1}", self.batch_size)
+        bar = progress(zip(left, parts), len(left), f"epoch {run.epoch + 1}")
         for batch, some in bar:
             step = first + run.done
             norm, terms = self.step(itertools.islice(stream, len(some)), [len(part) for part in some], len(batch), step)
@@ -939,14 +938,20 @@ def open_checkpoint(path, data_dir=None, synthetic_stays=None, params_map=None, 
 
 
 def splits_beside(known: dict, cohort: Cohort, seed: int) -> dict[str, list[str]]:
-    """The split of other data than the checkpoint's: a stay that the checkpoint knows keeps its part, so that no test
-    stay was ever trained on."""
-    part_of = {stay: part for part, ids in known.items() for stay in ids}
+    """The split of other data than the checkpoint's, whose subjects by part are `known`: one that it knows keeps its part,
+    so that nobody is tested on who was ever trained on."""
+    part_of = {subject: part for part, subjects in known.items() for subject in subjects}
     split = {name: [] for name in SPLITS}
     for name, ids in make_splits(cohort, seed).items():
-        for stay in ids:
-            split[part_of.get(stay, name)].append(stay)
+        stays = stays_of(cohort, ids)
+        for stay, subject in zip(cohort.stay_id[stays].tolist(), cohort.subject[stays].tolist()):
+            split[part_of.get(subject, name)].append(stay)
     return split
+
+
+def subjects_of(cohort: Cohort, split: dict[str, list[str]]) -> dict[str, list[str]]:
+    """The subjects whose stays the parts of a split hold."""
+    return {name: np.unique(cohort.subject[stays_of(cohort, ids)]).tolist() for name, ids in split.items()}
 
 
 def labelled(cohort: Cohort, ids: list) -> np.ndarray:
@@ -986,7 +991,7 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
                          "one of --mode pretrain")
     print(cohort.describe())
     if new:
-        split = splits_beside(split or {}, cohort, arguments.seed)
+        split = splits_beside(content.get("subjects", {}), cohort, arguments.seed)
     train, valid = labelled(cohort, split["train"]), labelled(cohort, split["valid"])
     for name, stays in (("train", train), ("valid", valid)):
         if len(np.unique(cohort.label[labelled_points(cohort, stays)])) < 2:
@@ -1168,7 +1173,7 @@ class HeadTraining:
         """The mean loss of an epoch."""
         self.optimizer.param_groups[0]["lr"] = head_rate(self.config, epoch)
         batches = epoch_batches(np.ones(len(self.label)), self.config.batch_size, self.seed, epoch)
-        bar = progress(batches, len(batches), f"epoch {epoch + 1}", self.config.batch_size)
+        bar = progress(batches, len(batches), f"epoch {epoch + 1}")
         return head_epoch(self.run.model, self.features, self.label, self.weight, self.optimizer, self.config, bar)
 
 
