@@ -1,11 +1,13 @@
-"""The frozen-backbone settings of finetuning, in one place: what trains, the head, its optimizer, schedule, loss and early stopping."""
+"""The settings of finetuning, in one place: what trains, the head, its optimizer, schedule, loss and early stopping."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
-from sklearn.ensemble import GradientBoostingClassifier
+from sklearn.ensemble import GradientBoostingClassifier, HistGradientBoostingClassifier
 
+from data import InputError
 from model import SeqSetVAE
 
 
@@ -15,6 +17,7 @@ class FinetuneConfig:
     features: str = "beliefs"        # of the frozen backbone: "stable", "beliefs" or "multiscale" (see ModelConfig)
     fuse: bool = True                # fused mu and logvar, or mu alone
     summaries: bool = True           # exact per-variable summaries of the stay beside the learned features
+    most_variables: int = 128        # of which both speak, at most: the most common of the training stays
     head_widths: tuple = ()          # hidden widths of the head: none, it is linear
     trees: int | None = 400          # boosted trees beside it; their logits and the head's are averaged
     tree_depth: int = 4
@@ -22,37 +25,71 @@ class FinetuneConfig:
     tree_subsample: float = 0.5      # share of the stays that a tree sees
     tree_features: float = 0.05      # share of the features that a split may choose from
     tree_leaf: int = 20              # stays in a leaf, at least
-    # Optimizer and schedule (cosine with restarts), of the head
+    # Training of the head, its optimizer and schedule (cosine with restarts)
+    batch_size: int = 64             # stays a step
+    max_epochs: int = 20
+    accumulation: int = 1            # batches a step of the optimizer
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
     betas: tuple = (0.9, 0.999)
     l2: float = 0.4                  # times half the squared norm of the head's first layer, in the loss
     restart_epochs: int = 20         # length of the first cosine cycle; the next is twice as long
-    clip: float = 0.5
-    accumulation: int = 1            # batches a step
+    clip: float = 0.5                # largest norm of the gradient
+    # Points that are learned from: all with the outcome, and of the others so many for each (another sample an epoch in
+    # full training), but all of a cohort of fewer than `few_points`; what is left out is weighed for
+    negatives: float = 10.0
+    few_points: int = 65_536
     # Loss
     loss: str = "cross_entropy"      # or "focal"
     focal_alpha: float = 0.25
     focal_gamma: float = 2.0
     label_smoothing: float = 0.0     # of the cross-entropy
-    # Early stopping of the head on the validation AUROC, in epochs. 0: none, the last epoch is kept: on a few hundred validation stays the
-    # best epoch is mostly luck, and the regularised head does not overfit (cross-validated: 0.851/0.528 kept last, 0.848/0.522 picked)
+    # Early stopping of the head on the validation AUROC, in epochs. 0: none, the last epoch is kept: on a few hundred
+    # validation stays the best epoch is mostly luck, and the regularised head does not overfit (cross-validated:
+    # 0.851/0.528 kept last, 0.848/0.522 picked)
     patience: int = 0
-    max_trainable_ratio: float = 0.05
-    # Full training: the head is first trained on the frozen backbone (Kumar et al. 2022), then everything at these rates
-    full_learning_rate: float = 3e-5 # of a pretrained backbone
+    max_trainable_ratio: float = 0.05  # of all parameters, where the backbone is frozen
+    # Full training: the head is first trained on the frozen backbone, as above (Kumar et al. 2022), then everything
+    full_batch_size: int = 16        # stays a step, of all processes together
+    full_max_epochs: int = 3
+    full_learning_rate: float = 3e-5  # of a pretrained backbone
     random_learning_rate: float = 5e-4  # of an untrained one
     reconstruction_weight: float = 1.0
 
+    def __post_init__(self):
+        counts = ("batch_size", "max_epochs", "accumulation", "restart_epochs", "full_batch_size", "full_max_epochs",
+                  "trees", "tree_depth", "tree_leaf", "few_points")
+        check_settings(self, dict.fromkeys(counts, (1, math.inf))
+                       | dict.fromkeys(("tree_subsample", "tree_features"), (1e-9, 1))
+                       | dict.fromkeys(("focal_alpha", "label_smoothing", "max_trainable_ratio"), (0, 1)))
+        if self.loss not in ("cross_entropy", "focal"):
+            raise InputError(f"loss is {self.loss!r}; it is cross_entropy or focal")
 
-def classification_loss(logits: torch.Tensor, label: torch.Tensor, config: FinetuneConfig) -> torch.Tensor:
-    """Focal loss (Lin et al. 2017, eq. 5) or label-smoothed cross-entropy: logits [B, classes], label [B] -> [], the mean over stays."""
-    logits = logits.float()
+
+def check_settings(settings, bounds: dict) -> None:
+    """Raises InputError where a number among the settings is not finite or outside its bounds (by default negative)."""
+    for name, value in asdict(settings).items():
+        low, high = bounds.get(name, (0, math.inf))
+        numbers = value if isinstance(value, tuple) else () if value is None or isinstance(value, str) else (value,)
+        if not all(isinstance(x, (int, float)) and math.isfinite(x) and low <= x <= high for x in numbers):
+            raise InputError(f"{name} is {value}; it takes numbers from {low} to {high}")
+    if len(settings.betas) != 2 or max(settings.betas) >= 1:
+        raise InputError(f"betas is {settings.betas}; it takes two numbers below 1, such as (0.9, 0.999)")
+
+
+def classification_loss(logits, label, config: FinetuneConfig, weight=None, total=None) -> torch.Tensor:
+    """Focal loss (Lin et al. 2017, eq. 5) or label-smoothed cross-entropy: logits [..., classes], label [...], weight [...]
+    (None: 1 where there is a label, which is not -1) -> [], the mean over points: their sum over `total` (None: that of the
+    weights)."""
+    logits, label = logits.float().flatten(0, -2), label.flatten()
+    weight = (label >= 0).float() if weight is None else weight.flatten()
     if config.loss == "cross_entropy":
-        return F.cross_entropy(logits, label, label_smoothing=config.label_smoothing)
-    log_p = logits.log_softmax(-1).gather(1, label[:, None]).squeeze(1)                              # of the true class
-    alpha = torch.where(label == 1, config.focal_alpha, 1 - config.focal_alpha)
-    return (-alpha * (1 - log_p.exp()) ** config.focal_gamma * log_p).mean()
+        loss = F.cross_entropy(logits, label, label_smoothing=config.label_smoothing, ignore_index=-1, reduction="none")
+    else:
+        log_p = logits.log_softmax(-1).gather(1, label.clamp(min=0)[:, None]).squeeze(1)   # of the true class
+        alpha = torch.where(label == 1, config.focal_alpha, 1 - config.focal_alpha)
+        loss = -alpha * (1 - log_p.exp()) ** config.focal_gamma * log_p
+    return (weight * loss).sum() / (weight.sum() if total is None else total)
 
 
 def head_penalty(model: SeqSetVAE, config: FinetuneConfig) -> torch.Tensor:
@@ -60,21 +97,46 @@ def head_penalty(model: SeqSetVAE, config: FinetuneConfig) -> torch.Tensor:
     return 0.5 * config.l2 * model.cls_head[0].weight.square().sum()
 
 
-def boosted_trees(config: FinetuneConfig, seed: int) -> GradientBoostingClassifier:
-    """What fits the trees beside the head: stochastic gradient boosting (Friedman 2002)."""
-    return GradientBoostingClassifier(n_estimators=config.trees, max_depth=config.tree_depth, learning_rate=config.tree_rate, random_state=seed,
-                                      subsample=config.tree_subsample, max_features=config.tree_features, min_samples_leaf=config.tree_leaf)
+MANY_POINTS, MOST_TREES = 20_000, 150  # beyond so many points exact boosting takes hours: histograms, and fewer trees
 
 
-def head_optimizer(model: SeqSetVAE, config: FinetuneConfig):
-    """AdamW over the head alone, and its schedule (cosine with restarts), stepped once an epoch."""
-    optimizer = torch.optim.AdamW(model.cls_head.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=config.betas,
-                                  fused=True)
-    return optimizer, torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, config.restart_epochs, T_mult=2)
+def number_of_trees(config: FinetuneConfig, points: int) -> int | None:
+    return min(config.trees, MOST_TREES) if config.trees and points > MANY_POINTS else config.trees
 
 
-def full_optimizer(model: SeqSetVAE, config: FinetuneConfig, epochs: int, pretrained: bool):
-    """AdamW over all parameters and one cosine to zero, stepped once an epoch."""
+def boosted_trees(config: FinetuneConfig, points: int, seed: int):
+    """What fits the trees beside the head to so many points: stochastic gradient boosting (Friedman 2002), or boosting on
+    histograms (Ke et al. 2017)."""
+    shared = dict(max_depth=config.tree_depth, max_features=config.tree_features, min_samples_leaf=config.tree_leaf,
+                  random_state=seed)
+    if points > MANY_POINTS:
+        rate = config.tree_rate * config.trees / number_of_trees(config, points)
+        return HistGradientBoostingClassifier(max_iter=number_of_trees(config, points), learning_rate=rate,
+                                              early_stopping=False, **shared)
+    return GradientBoostingClassifier(n_estimators=config.trees, learning_rate=config.tree_rate,
+                                      subsample=config.tree_subsample, **shared)
+
+
+def head_optimizer(model: SeqSetVAE, config: FinetuneConfig) -> torch.optim.Optimizer:
+    """AdamW over the head alone."""
+    return torch.optim.AdamW(model.cls_head.parameters(), lr=config.learning_rate, betas=config.betas,
+                             weight_decay=config.weight_decay, fused=True)
+
+
+def head_rate(config: FinetuneConfig, epoch: int) -> float:
+    """The head's learning rate in this epoch: cosines to zero, each twice as long as the last (SGDR, Loshchilov & Hutter)."""
+    cycle = (epoch // config.restart_epochs + 1).bit_length() - 1
+    first, length = config.restart_epochs * (2**cycle - 1), config.restart_epochs * 2**cycle
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (epoch - first) / length))
+
+
+def full_optimizer(model: SeqSetVAE, config: FinetuneConfig) -> torch.optim.Optimizer:
+    """AdamW over all parameters."""
+    return torch.optim.AdamW(model.parameters(), lr=config.full_learning_rate, betas=config.betas,
+                             weight_decay=config.weight_decay, fused=True)
+
+
+def full_rate(config: FinetuneConfig, epoch: int, pretrained: bool) -> float:
+    """The learning rate of full training in this epoch: one cosine to zero."""
     rate = config.full_learning_rate if pretrained else config.random_learning_rate
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=config.weight_decay, betas=config.betas, fused=True)
-    return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    return rate * 0.5 * (1 + math.cos(math.pi * epoch / config.full_max_epochs))

@@ -3,25 +3,40 @@
     python train.py --mode pretrain [--data_dir D]
     python train.py --mode finetune --pretrained_ckpt checkpoints/.../best.pt [--full_training]
     torchrun --standalone --nproc_per_node=2 train.py ...   the same on several GPUs, or several processes of a CPU
+    torchrun --nnodes=2 --nproc_per_node=2 --rdzv-backend=c10d --rdzv-endpoint=HOST:PORT train.py ...   several machines
 
-A run has a folder under checkpoints/: best.pt (the best validation epoch), last.pt (to --resume from), metrics.csv (one row an epoch).
+A run has a folder under checkpoints/: config.json (all its settings; --config gives them to another run), metrics.csv
+(one row an epoch), best.pt (the best validation epoch), last.pt (to --resume from).
 """
 
 import argparse
+import ast
 import ctypes
-import fcntl
+import difflib
+import errno
+import hashlib
 import io
+import itertools
+import json
 import math
 import os
 import platform
 import random
 import shlex
+import shutil
 import signal
+import subprocess
 import sys
 import time
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Callable
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows: a run's folder is then not locked
+    fcntl = None
 
 import numpy as np
 import pandas as pd
@@ -33,79 +48,122 @@ from sklearn.model_selection import train_test_split
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import (SPLITS, Cohort, InputError, Normalizer, StayDataset, balanced_parts, epoch_batches, make_splits, sorted_batches, stays_of,
-                  variable_vectors, write_atomically)
+from data import (SPLITS, Cohort, InputError, Normalizer, StayDataset, common_variables, epoch_batches, labelled_points,
+                  make_splits, sorted_batches, split_batch, stays_of, stays_with, variable_vectors, write_atomically)
 from readers import load_cohort
-from finetune_config import FinetuneConfig, boosted_trees, classification_loss, full_optimizer, head_optimizer, head_penalty
-from model import (CHECKPOINT_FORMAT, ModelConfig, SeqSetVAE, SeqSetVAEPretrain, checkpoint_config, checkpoint_state, load_backbone,
-                   read_checkpoint, real_sets)
+from finetune_config import (FinetuneConfig, boosted_trees, check_settings, classification_loss, full_optimizer,
+                             full_rate, head_optimizer, head_penalty, head_rate, number_of_trees)
+from model import (CHECKPOINT_FORMAT, ModelConfig, SeqSetVAE, SeqSetVAEPretrain, checkpoint_config, checkpoint_state,
+                   load_backbone, read_checkpoint, real_sets)
 
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
-EVALUATION_BATCH = 32  # stays
-PRETRAIN = dict(batch_size=16, max_epochs=15, learning_rate=1.5e-3, weight_decay=0.01, betas=(0.9, 0.98), clip=1.0, warmup_steps=100,
-                beta_warmup_steps=500, patience=5)
-FINETUNE = dict(batch_size=64, max_epochs=20)
-FULL_TRAINING = dict(batch_size=16, max_epochs=3)
 
 
-def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Pretrain SeqSetVAE without labels, or finetune a pretrained one.", allow_abbrev=False,
-                                     usage="python train.py --mode {pretrain,finetune} [options]")
-    parser.add_argument("--mode", choices=("pretrain", "finetune"), required=True)
-    defaults = {name: f"pretrain {PRETRAIN[name]}, finetune {FINETUNE[name]}, full training {FULL_TRAINING[name]}" for name in FULL_TRAINING}
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings, and the command line that changes them
+# ----------------------------------------------------------------------------------------------------------------------
 
-    add = parser.add_argument_group("data (default: the embedded synthetic cohort; finetune: the checkpoint's)").add_argument
+@dataclass
+class PretrainConfig:
+    batch_size: int = 16           # stays a step, of all processes together
+    max_epochs: int = 15
+    learning_rate: float = 1.5e-3  # after its warm-up; a cosine takes it to a hundredth
+    weight_decay: float = 0.01     # of matrices
+    betas: tuple = (0.9, 0.98)
+    clip: float = 1.0              # largest norm of the gradient
+    warmup_steps: int = 100        # of the learning rate
+    beta_warmup_steps: int = 500   # of the KL's weight, up to ModelConfig.max_beta
+    patience: int = 5              # epochs that may go by without a better val_loss
+
+    def __post_init__(self):
+        counts = ("batch_size", "max_epochs", "warmup_steps", "beta_warmup_steps")
+        check_settings(self, dict.fromkeys(counts, (1, math.inf)))
+
+
+FOLLOWING = ("num_variables", "classes", "classification_only", "head_trees", "head_variables")  # from the data and other settings
+MODEL_FIELDS = {f.name: f for f in fields(ModelConfig) if f.name not in FOLLOWING}
+FINETUNE_FIELDS = {f.name: f for f in fields(FinetuneConfig)}  # what ModelConfig calls alike is the same thing
+# Of the model's settings those that a backbone can be finetuned with, whatever it was pretrained with.
+LOOSE = ("dropout", "noise_std", "drop_events", "max_beta", "free_bits", "logvar_bonus")
+
+
+def settable(mode: str, random_init: bool) -> dict:
+    """The settings that --set can change: name -> dataclass field."""
+    if mode == "pretrain":
+        own = {f.name: f for f in fields(PretrainConfig)}
+        return own | {name: f for name, f in MODEL_FIELDS.items() if name not in FINETUNE_FIELDS}
+    return {name: f for name, f in MODEL_FIELDS.items() if random_init or name in LOOSE} | FINETUNE_FIELDS
+
+
+EXAMPLES = """examples:
+  python train.py --mode pretrain --data_dir my_table --run_dir checkpoints/mine --set latent_dim=96 --set patience=3
+  python train.py --mode finetune --pretrained_ckpt checkpoints/mine/best.pt --full_training --max_epochs 5
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Pretrain SeqSetVAE without labels, or finetune a pretrained one.", allow_abbrev=False,
+        usage="python train.py --mode {pretrain,finetune} [options]", epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    data = parser.add_argument_group("data (default: the embedded synthetic cohort; finetune: the checkpoint's)")
+    add = data.add_argument
     add("--data_dir", help="folder of the data, of any layout that README.md lists")
-    add("--params_map", "--params_map_path", dest="params_map", metavar="FILE", help="original layout: statistics, CSV variable,mean,std or .pkl")
-    add("--label_file", "--label_path", dest="label_file", metavar="CSV", help="original layout: labels, ts_id,in_hospital_mortality")
-    add("--synthetic_stays", type=positive, default=1000, metavar="N", help="size of the embedded cohort (default: %(default)s)")
+    add("--synthetic_stays", type=positive, default=1000, metavar="N",
+        help="size of the embedded cohort (default: %(default)s)")
+    add("--label_fraction", type=fraction, default=1.0, metavar="X",
+        help="finetune: share of the training labels used (default: %(default)s)")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--objective", choices=("readout", "original"), default="readout",
+        help="pretrain: our objective, or the original's (default: %(default)s)")
+    add("--pretrained_ckpt", metavar="CKPT",
+        help="finetune: the pretrained checkpoint (needed); the original implementation's will do")
+    add("--random_init", action="store_true",
+        help="finetune: the checkpoint's architecture, data and split, but an untrained backbone")
+    add("--allow_partial", action="store_true",
+        help="finetune: go on although backbone weights are missing in the checkpoint")
 
     add = parser.add_argument_group("training").add_argument
-    add("--batch_size", type=positive, metavar="N", help=f"stays a step, of all processes together (default: {defaults['batch_size']})")
-    add("--max_epochs", type=positive, metavar="N", help=f"(default: {defaults['max_epochs']})")
-    add("--seed", type=seed, default=0, metavar="N", help="of the split, the weights and the order of the batches (default: %(default)s)")
-    add("--device", default="auto", help="auto (cuda where there is one, else cpu), cpu, cuda, cuda:1, mps (never run so far) (default: %(default)s)")
-    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
-        help="auto: bf16 on CUDA and on CPUs with AMX, else fp32 (default: %(default)s)")
+    add("--mode", choices=("pretrain", "finetune"))
+    add("--full_training", action="store_true", help="finetune: train everything, not the head alone")
+    for name, what in (("batch_size", "stays a step, of all processes together"), ("max_epochs", "passes over them")):
+        defaults = (f"pretrain {getattr(PretrainConfig, name)}, finetune {getattr(FinetuneConfig, name)}, "
+                    f"full training {getattr(FinetuneConfig, f'full_{name}')}")
+        add(f"--{name}", dest="set", action="append", type=shorthand(name), metavar="N",
+            help=f"{what} (default: {defaults})")
+    add("--set", action="append", metavar="NAME=VALUE",
+        help="any field of PretrainConfig (train.py), FinetuneConfig (finetune_config.py) or ModelConfig (model.py); "
+             "may be repeated")
+    add("--seed", type=seed, default=0, metavar="N",
+        help="of the split, the weights and the order of the batches (default: %(default)s)")
+
+    add = parser.add_argument_group("run").add_argument
     add("--run_dir", metavar="DIR", help="folder of this run (default: a new one under checkpoints/)")
-    add("--resume", metavar="RUN_DIR", help="go on with the run in this folder, from its last.pt; its options are kept")
+    add("--config", metavar="JSON",
+        help="take all settings from another run's config.json; what the command line says besides goes before it")
+    add("--resume", metavar="RUN_DIR",
+        help="go on with the run in this folder, from its last.pt, with its settings; auto: with the one in --run_dir, or "
+             "start it there")
+    add("--device", default="auto",
+        help="auto (cuda if there is one, else cpu), cpu, cuda, cuda:1, mps (never run so far) (default: %(default)s)")
+    add("--precision", choices=("auto", *PRECISIONS), default="auto",
+        help="auto: bf16 on CUDA and on CPUs with AMX, else fp32 (default: %(default)s)")
 
-    add = parser.add_argument_group("pretrain").add_argument
-    add("--objective", choices=("readout", "original"), default="readout", help="our objective, or the original's (default: %(default)s)")
-
-    add = parser.add_argument_group("finetune").add_argument
-    add("--pretrained_ckpt", metavar="CKPT", help="the pretrained checkpoint (needed); the original implementation's will do")
-    add("--full_training", action="store_true", help="train everything, not the head alone")
-    add("--label_fraction", type=fraction, default=1.0, metavar="X", help="share of the training labels used (default: %(default)s)")
-    add("--random_init", action="store_true", help="the checkpoint's architecture, data and split, but an untrained backbone")
-    add("--allow_partial", action="store_true", help="go on although backbone weights are missing in the checkpoint")
+    add = parser.add_argument_group("original implementation").add_argument
+    add("--params_map", "--params_map_path", dest="params_map", metavar="FILE",
+        help="statistics of its data, CSV variable,mean,std or .pkl")
+    add("--label_file", "--label_path", dest="label_file", metavar="CSV",
+        help="labels of its data, ts_id,in_hospital_mortality")
     add_head_options(add)
-    arguments = parser.parse_args(argv)
-    if arguments.resume:
-        return resumed_arguments(arguments)
-    if arguments.mode == "finetune" and not arguments.pretrained_ckpt:
-        raise InputError("--mode finetune needs --pretrained_ckpt; make one with: python train.py --mode pretrain")
-    return arguments
-
-
-def settings_of(defaults: dict, arguments: argparse.Namespace) -> dict:
-    """A mode's defaults, and what the command line says instead."""
-    return defaults | {name: value for name in ("batch_size", "max_epochs") if (value := getattr(arguments, name))}
+    return parser
 
 
 def add_head_options(add) -> None:
     """What the shapes in a bare state dict of the original implementation do not tell."""
     for option, of in (("--set_heads", "set encoder"), ("--transformer_heads", "Transformer")):
-        add(option, type=positive, metavar="N", help=f"attention heads of the {of}, for a bare state dict of the original implementation")
-
-
-def resumed_arguments(arguments: argparse.Namespace) -> argparse.Namespace:
-    """The options with which the run to be resumed was started."""
-    path = Path(arguments.resume) / "last.pt"
-    content = read_checkpoint(path)
-    if "trainer" not in content or content["trainer"]["arguments"]["mode"] != arguments.mode:
-        raise InputError(f"{path}: not the last.pt of a run with --mode {arguments.mode}; resume it with its own mode")
-    return argparse.Namespace(**{**vars(arguments), **content["trainer"]["arguments"], "resume": arguments.resume})
+        add(option, type=positive, metavar="N", help=f"attention heads of the {of}, for a bare state dict")
 
 
 def positive(text: str) -> int:
@@ -126,12 +184,185 @@ def fraction(text: str) -> float:
     return float(text)
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
-# Several processes: each trains on its part of every batch and evaluates its part of the stays; rank 0 alone prints and writes
-# ----------------------------------------------------------------------------------------------------------------------------------
+def shorthand(name: str):
+    """The type of an option --NAME N that stands for a --set (of the setting that full training has of its own, there)."""
+    def number(text: str) -> str:
+        return f"--{name}={positive(text)}"
+    return number
 
-RANK, LOCAL_RANK, WORLD = (int(os.environ.get(name, alone)) for name, alone in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))  # by torchrun
-LAUNCHER = "python" if WORLD == 1 else f"torchrun --standalone --nproc_per_node={WORLD}"
+
+def parse_arguments(argv=None) -> argparse.Namespace:
+    """The options, and: `changes`, the settings that --set and its shorthands give; `last`, the last.pt to go on from, or
+    None; `origin`, the `source` (see `source_of`) of the run whose settings these are, or None.
+
+    What a run recorded stands for a command line, which is put before the one given."""
+    argv, parser = sys.argv[1:] if argv is None else argv, make_parser()
+    given = parser.parse_args(argv)
+    folder = folder_to_resume(given)
+    last = folder and from_rank_0(lambda: read_last(folder, given.mode))
+    record = last or given.config and read_config(given.config, given.mode)
+    words = command_line_of(record) if record else []
+    arguments = parser.parse_args([*words, *argv])
+    if not arguments.mode:
+        parser.error("--mode pretrain or --mode finetune is needed")
+    if arguments.mode == "finetune" and not arguments.pretrained_ckpt:
+        raise InputError("--mode finetune needs --pretrained_ckpt; make one with: python train.py --mode pretrain")
+    for name in OPTIONS_OF["finetune" if arguments.mode == "pretrain" else "pretrain"]:
+        if getattr(arguments, name) != parser.get_default(name):
+            raise InputError(f"--{name}: no option of --mode {arguments.mode}; leave it out")
+    arguments.changes = changed_settings(arguments)
+    if last:
+        refuse_changes(parser.parse_args(words), arguments, folder)
+        arguments.resume = folder
+    arguments.last, arguments.origin = last, record and record["source"]
+    return arguments
+
+
+def changed_settings(arguments) -> dict:
+    """What --set, --batch_size and --max_epochs say: name -> value, of the setting's type; the last one counts."""
+    known, changes = settable(arguments.mode, arguments.random_init), {}
+    for text in arguments.set or []:
+        name, _, value = text.partition("=")
+        if name.startswith("--"):
+            name = f"full_{name[2:]}" if arguments.full_training else name[2:]
+        if name not in known:
+            raise InputError(f"--set {name}: {why_unknown(name, known, arguments.mode)}")
+        changes[name] = setting(name, value, known[name])
+    return changes
+
+
+def why_unknown(name: str, known: dict, mode: str) -> str:
+    if mode == "finetune" and name in MODEL_FIELDS:
+        return "the pretrained checkpoint decides it; set it when pretraining, or add --random_init"
+    near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
+    return f"--mode {mode} has no such setting; " + (f"near: {', '.join(near)}" if near else "--help tells what lists them")
+
+
+def setting(name: str, text: str, field):
+    """The value that `text` means to a dataclass's field."""
+    kind, value = field.type, text
+    if kind is not str:
+        with suppress(ValueError, SyntaxError):
+            value = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text.lower(), text))
+        if isinstance(value, list):  # of a config.json
+            value = tuple(value)
+        if kind is float and type(value) is int:
+            value = float(value)
+    if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+        raise InputError(f"--set {name}={text}: takes {getattr(kind, '__name__', kind)}, such as {field.default}")
+    return value
+
+
+def changed(config, changes: dict):
+    """A dataclass of settings with those changes that are its own."""
+    own = {f.name for f in fields(config)}
+    return replace(config, **{name: value for name, value in changes.items() if name in own})
+
+
+# ---- what a run recorded, fed back -----------------------------------------------------------------------------------
+
+PATHS = ("data_dir", "params_map", "label_file", "pretrained_ckpt")
+# Options that a resumed run takes anew, and what is no setting of a run.
+OBEYED = ("device", "precision", "data_dir", "params_map", "label_file")
+OPTIONS_OF = {"pretrain": ("objective",), "finetune": ("pretrained_ckpt", "label_fraction", "full_training", "random_init",
+                                                       "allow_partial", "set_heads", "transformer_heads")}
+NO_OPTION = ("mode", "set", "config", "resume", "run_dir", "changes", "last", "origin")
+
+
+def options_of(arguments) -> dict:
+    """The options of a run, as config.json records them: paths whole, so that they hold in another working folder."""
+    options = {name: value for name, value in vars(arguments).items() if name not in NO_OPTION}
+    return options | {name: str(Path(options[name]).resolve()) for name in PATHS if options[name]}
+
+
+def command_line_of(record: dict) -> list[str]:
+    """The words that a config.json, or a checkpoint, stands for."""
+    words = [f"--mode={record['mode']}"]
+    for name, value in record["run"]["options"].items():
+        if value is True:
+            words.append(f"--{name}")
+        elif value not in (None, False):
+            words.append(f"--{name}={value}")
+    known = settable(record["mode"], record["run"]["options"].get("random_init"))
+    settings = record["model_config"] | record["run"]["settings"]
+    return words + [f"--set={name}={value}" for name, value in settings.items() if name in known]
+
+
+def folder_to_resume(given) -> str | None:
+    """The folder of --resume; of --resume auto the --run_dir, where it holds a last.pt."""
+    if given.resume != "auto":
+        if given.resume and given.run_dir and Path(given.resume).resolve() != Path(given.run_dir).resolve():
+            raise InputError(f"--run_dir {given.run_dir}: a resumed run stays in {given.resume}; leave the option out")
+        return given.resume
+    if not given.run_dir:
+        raise InputError("--resume auto needs --run_dir, the folder of the run that is started or gone on with")
+    ranks = gathered(((Path(given.run_dir) / "last.pt").exists(), platform.node()))
+    holders = [host for holds, host in ranks if holds]
+    if holders and not ranks[0][0]:
+        raise InputError(f"{given.run_dir}/last.pt: lies on {holders[0]}, but rank 0, which needs it, is on "
+                         f"{ranks[0][1]}; copy the folder there, or start the machines in the order that they had")
+    return given.run_dir if holders else None
+
+
+def read_last(folder: str, mode: str | None) -> dict:
+    """The last.pt of a run. Raises InputError where it is none, or of another mode."""
+    path = Path(folder) / "last.pt"
+    content = read_checkpoint(path)
+    if "run" not in content or mode not in (None, content["mode"]):
+        raise InputError(f"{path}: not the last.pt of a run with --mode {mode or 'pretrain or finetune'}; resume it with "
+                         "its own mode, and with the version that started it")
+    return content
+
+
+def read_config(path: str, mode: str | None) -> dict:
+    """A run's config.json. Raises InputError where it is none, or of another mode."""
+    try:
+        record = json.loads(Path(path).read_text())
+        lacking = [name for name in ("mode", "run", "model_config", "source") if name not in record]
+    except (OSError, ValueError) as error:
+        raise InputError(f"--config {path}: no readable JSON file ({error}); give the config.json of a run") from None
+    if lacking or not {"options", "settings"} <= set(record["run"]):
+        raise InputError(f"--config {path}: not the config.json of a run; give one that train.py wrote")
+    if mode not in (None, record["mode"]):
+        raise InputError(f"--config {path}: of a run with --mode {record['mode']}; leave --mode out, or give another")
+    return record
+
+
+def refuse_changes(before, after, folder: str) -> None:
+    """Raises InputError where the command line asks a resumed run for what it cannot become."""
+    old, new = (options_of(arguments) | changed_settings(arguments) for arguments in (before, after))
+    obeyed = *OBEYED, "full_max_epochs" if after.full_training else "max_epochs"
+    for name in new:
+        if new[name] != old.get(name) and name not in obeyed:
+            raise InputError(f"--resume {folder}: {name} is {old.get(name)} in this run and cannot become {new[name]}; leave "
+                             f"it out, or start a new run with --config {folder}/config.json")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Several processes: each trains on its part of every batch and evaluates its part of the stays; rank 0 alone prints and
+# writes, and reads what it wrote, for the machines need not share a disk
+# ----------------------------------------------------------------------------------------------------------------------
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun, as the following
+LOCAL_RANK, LOCAL_WORLD = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", WORLD))
+MACHINE, MACHINES = int(os.environ.get("GROUP_RANK", 0)), int(os.environ.get("GROUP_WORLD_SIZE", 1))
+
+
+def launcher() -> list[str]:
+    """The words of the command line before the script: torchrun's as they were given, where the system tells them (Linux;
+    it is the parent process), else ones of the same meaning."""
+    if WORLD == 1:
+        return ["python"]
+    with suppress(OSError):
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")[:-1]
+        for i, word in enumerate(words):
+            if Path(word).name in ("torchrun", "torch.distributed.run") and len(words) - len(sys.argv) > i:
+                return ["torchrun", *words[i + 1:len(words) - len(sys.argv)]]
+    if MACHINES == 1:
+        return ["torchrun", "--standalone", f"--nproc_per_node={WORLD}"]
+    rendezvous = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    return ["torchrun", f"--nnodes={MACHINES}", f"--nproc_per_node={LOCAL_WORLD}", "--rdzv-backend=c10d",
+            f"--rdzv-endpoint={rendezvous}"]
 
 
 def summed(x: torch.Tensor) -> torch.Tensor:
@@ -142,7 +373,8 @@ def summed(x: torch.Tensor) -> torch.Tensor:
 
 
 def gathered(value) -> list:
-    """`value` of every rank. Raises the InputError of a rank that failed meanwhile (see `main`), so that none waits for it forever."""
+    """`value` of every rank. Raises the InputError of a rank that failed meanwhile (see `main`), so that none waits for it
+    forever."""
     values = [value] * WORLD
     if WORLD > 1:
         dist.all_gather_object(values, value)
@@ -152,44 +384,53 @@ def gathered(value) -> list:
     return values
 
 
+def from_rank_0(make: Callable):
+    """What `make()` gives on rank 0, on every rank."""
+    value = [make() if RANK == 0 else None]
+    if WORLD > 1:
+        gathered(None)  # it may have raised
+        dist.broadcast_object_list(value)
+    return value[0]
+
+
 def end_rank(code: int) -> None:
-    """Of several processes: leave without Python's teardown, in which a thread of gloo may still want Python's lock. The teardown then aborts
-    the finished process ("terminate called without an active exception"), or DistributedDataParallel's destructor waits for it forever."""
+    """Of several processes: leave without Python's teardown, in which a thread of gloo may still want Python's lock: it
+    then aborts the finished process ("terminate called without an active exception"), or DistributedDataParallel's
+    destructor waits for it forever."""
     if WORLD > 1:
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(code)
 
 
 @contextmanager
-def rank_0_first():
-    """The others begin when rank 0 is done: they then find the cache that it wrote."""
-    if RANK:
+def in_turn():
+    """One process of each machine goes before its neighbours, who then find the cache that it wrote; rank 0 goes before
+    those of the other machines, who find it too where the machines share a disk."""
+    turn = 2 if LOCAL_RANK else 1 if RANK else 0
+    for _ in range(turn):
         gathered(None)
     yield
-    if not RANK:
+    for _ in range(turn, 2):
         gathered(None)
 
 
 def data_parallel(model, seed: int):
-    """The model to call in training: its backward pass averages the gradients over ranks. (Every parameter takes part in every step:
-    DistributedDataParallel need not look for unused ones.) From here on each rank draws masks, dropout and z of its own, so that a run of
-    several ranks equals one of a single process where these are off: the objective itself is the same mean over the batch's stays."""
+    """The model to call in training: its backward pass averages the gradients over ranks. (Every parameter takes part in
+    every step, so none is looked for that does not; no buffer changes.) From here on each rank draws
+    masks, dropout and z of its own, so that a run of several ranks equals one of a single process where these are off:
+    the objective itself is the same mean over the batch's stays."""
     if WORLD == 1:
         return model
     torch.manual_seed(seed + RANK)
-    return DistributedDataParallel(model)
+    return DistributedDataParallel(model, broadcast_buffers=False)
 
 
-def own_parts(batches: list, events: np.ndarray) -> tuple[list, list]:
-    """This rank's part of every batch, balanced by events, and the number of stays in each that count. A rank without a part, in a batch of
-    fewer stays than ranks, takes the batch's first stay and counts 0: the backward pass of the others waits for it."""
-    parts = [batch[balanced_parts(events[batch], WORLD)[RANK]] for batch in batches]
-    return [part if len(part) else batch[:1] for part, batch in zip(parts, batches)], [len(part) for part in parts]
+# ----------------------------------------------------------------------------------------------------------------------
+# Device, data, batches
+# ----------------------------------------------------------------------------------------------------------------------
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# ----------------------------------------------------------------------------------------------------------------------------------
-# What both loops need: device, run folder, checkpoints
-# ----------------------------------------------------------------------------------------------------------------------------------
 
 def choose_device(name: str, precision: str) -> tuple[torch.device, torch.dtype]:
     """The device and the autocast type (float32: no autocast). Raises InputError for a device that is not there."""
@@ -201,88 +442,136 @@ def choose_device(name: str, precision: str) -> tuple[torch.device, torch.dtype]
             device = torch.device("cuda", LOCAL_RANK)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError):
-        raise InputError(f"--device {name}: not available here{' for each process' if WORLD > 1 else ''}; use --device auto") from None
+        each = " for each process" if WORLD > 1 else ""
+        raise InputError(f"--device {name}: not available here{each}; use --device auto") from None
     if device.type == "cuda" and WORLD > 1:
         torch.cuda.set_device(device)
-    if precision == "auto":
-        native = device.type == "cpu" and torch.cpu._is_amx_tile_supported()  # elsewhere a CPU emulates bf16, or gains little by it
-        precision = ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if device.type == "cuda" else "bf16" if native else "fp32"
-    return device, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    if precision == "auto" and device.type == "cuda":
+        precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    elif precision == "auto":  # where a CPU has no AMX it emulates bf16, or gains little by it
+        precision = "bf16" if device.type == "cpu" and torch.cpu._is_amx_tile_supported() else "fp32"
+    return device, PRECISIONS[precision]
 
 
 def keep_freed_memory() -> None:
-    """glibc returns every freed block of over 32 MB to the system, and each page of the next one then costs a fault, a quarter of the time of
-    an evaluation pass of a large model on a CPU: keep freed blocks for the next batch."""
+    """glibc returns every freed block of over 32 MB to the system, and each page of the next one then costs a fault, a
+    quarter of the time of an evaluation pass of a large model on a CPU: keep freed blocks for the next batch."""
     if platform.libc_ver()[0] == "glibc":
         mallopt, trim_threshold, mmap_max = ctypes.CDLL(None).mallopt, -1, -4  # parameters' numbers: malloc.h
         mallopt(trim_threshold, -1), mallopt(mmap_max, 0)
 
 
+def read_cohort(data_dir, synthetic_stays, params_map, label_file) -> Cohort:
+    """The cohort of `load_cohort`, the same on all ranks. Raises InputError where machines hold different data."""
+    with in_turn():
+        cohort = load_cohort(data_dir, synthetic_stays, params_map=params_map, label_file=label_file)
+    machines = gathered((cohort.fingerprint, label_digest(cohort), platform.node()))
+    for rank, machine in enumerate(machines):
+        if machine[:2] != machines[0][:2]:
+            raise InputError(f"{cohort.reader}: rank {rank} on {machine[2]} read other data ({machine[0]}) than rank 0 on "
+                             f"{machines[0][2]} ({machines[0][0]}); give every machine the same data and labels")
+    return cohort
+
+
+def label_digest(cohort: Cohort) -> str:
+    """Of what is asked of the data: the prediction points and their labels."""
+    digest = hashlib.sha256()
+    for array in (cohort.point_start, cohort.point_minute, cohort.label):
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()[:16]
+
+
 def loader(dataset: StayDataset, batches: list, device: torch.device):
-    """Batches of stay indices -> EventBatches on the device. On CUDA a worker prepares them and the copies are asynchronous."""
+    """Batches of stay indices -> EventBatches on the device. On CUDA a worker prepares them; copies are asynchronous."""
     cuda = device.type == "cuda"
-    batches = torch.utils.data.DataLoader(dataset, sampler=batches, batch_size=None, num_workers=2 if cuda else 0, pin_memory=cuda,
-                                          worker_init_fn=leave_process_group,
+    batches = torch.utils.data.DataLoader(dataset, sampler=batches, batch_size=None, num_workers=2 if cuda else 0,
+                                          pin_memory=cuda, worker_init_fn=leave_process_group,
                                           generator=torch.Generator())  # its own: the global one must not advance
     return (batch.to(device, non_blocking=cuda) for batch in batches)
 
 
 def leave_process_group(worker: int) -> None:
-    """torchrun signals a whole group of processes; a loader's worker that it ended would bring the run down before it has saved."""
-    os.setpgrp()
+    """torchrun signals a whole group of processes; a loader's worker that it ended would end the run before it saved."""
+    if hasattr(os, "setpgrp"):  # Windows has no such groups
+        os.setpgrp()
 
 
 def evaluation_batches(dataset: StayDataset, stays: np.ndarray) -> list[np.ndarray]:
     """This rank's batches of an evaluation pass, as positions into `stays`: every stay is in one batch of one rank."""
-    return sorted_batches(dataset.cohort, stays, EVALUATION_BATCH)[RANK::WORLD]
+    return sorted_batches(dataset.sizes(stays))[RANK::WORLD]
 
 
 def evaluation_loader(dataset: StayDataset, stays: np.ndarray, device: torch.device):
     return loader(dataset, [stays[b] for b in evaluation_batches(dataset, stays)], device)
 
 
-def progress(iterable, total: int, what: str, batch_size: int = EVALUATION_BATCH):
-    """tqdm over `total` batches, counted in stays, on a terminal; silent when piped."""
-    return tqdm(iterable, total=total, desc=what, leave=False, disable=True if RANK else None, unit=" stays", unit_scale=batch_size)
+def progress(iterable, total: int, what: str):
+    """tqdm over `total` batches on a terminal; silent where the output goes elsewhere."""
+    silent = True if RANK or not sys.stdout.isatty() else None
+    return tqdm(iterable, total=total, desc=what, leave=False, disable=silent, unit=" batches")
 
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The run: its folder, its checkpoints, where it stands, and what a signal asks of it
+# ----------------------------------------------------------------------------------------------------------------------
 
 class Run:
-    """The folder of one training run, its checkpoints and metrics.csv, and what a signal asks of it. All ranks call its methods."""
+    """One training run. All ranks call its methods; rank 0 alone has the folder.
 
-    def __init__(self, arguments, cohort: Cohort):
-        self.arguments, self.last = vars(arguments), None
-        self.folder = Path(arguments.resume or arguments.run_dir or CHECKPOINTS / f"{arguments.mode}-{time.strftime('%Y%m%d-%H%M%S')}")
-        if arguments.resume:
-            last = read_checkpoint(self.folder / "last.pt")
-            if last["source"]["fingerprint"] != cohort.fingerprint:
-                raise InputError(f"{self.folder}/last.pt: the data changed since this run was started; start a new run")
-            self.last = last if "model" in last else None  # killed before its first save, a run starts afresh
+    best: figures of the best epoch; epoch: epochs done; done: steps done in the next one, of which totals are the sums."""
+
+    def __init__(self, arguments, config, model, dataset: StayDataset, split: dict, source: dict, best: dict):
+        self.model, self.dataset, self.split, self.best = model, dataset, split, best
+        self.epoch, self.done, self.totals, self.rows = 0, 0, {}, []
+        options = options_of(arguments) | {name: source[name] for name in ("device", "precision")}
+        self.record = {"mode": arguments.mode, "run": {"options": options, "settings": asdict(config)},
+                       "model_config": asdict(model.config), "source": source}
+        last = arguments.last
+        if last:
+            self._refuse_other_data(Path(arguments.resume) / "last.pt", last)
+        self.last = last if last and "model" in last else None  # killed before its first save, a run starts afresh
+        if arguments.origin and (differing := difference(arguments.origin, source)):
+            print(f"{'resume' if last else 'config'}: not as it was then: {differing}: the figures may differ")
+        self.folder = from_rank_0(lambda: self._take_folder(arguments))
+        if not last:
+            self.save("last.pt", self.record)
         if RANK == 0:
-            self._take_folder(new=not arguments.resume)
-        gathered(None)
-        if not arguments.resume:
-            self.save("last.pt", {"trainer": {"arguments": self.arguments}, "source": {"fingerprint": cohort.fingerprint}})
-        self.rows = self.last["trainer"]["rows"] if self.last else []
+            text = json.dumps(self.record, indent=1)
+            write_atomically(self.folder / "config.json", lambda path: path.write_text(text))
         self.stop = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._interrupt)
+        self.handlers = {number: signal.signal(number, self._interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def _take_folder(self, new: bool) -> None:
-        """Make the run's folder where it is new, and lock it."""
-        if new:
-            try:
-                self.folder.mkdir(parents=True)
-            except FileExistsError:
-                raise InputError(f"{self.folder}: exists already; choose another --run_dir, or continue it with --resume {self.folder}") from None
-            except OSError as error:
-                raise InputError(f"{self.folder}: cannot be made ({error.strerror}); choose another --run_dir") from None
+    def _refuse_other_data(self, path: Path, last: dict) -> None:
+        source, then = self.record["source"], last["source"]
+        where = source["data_dir"] or source["reader"]
+        if source["fingerprint"] != then["fingerprint"]:
+            raise InputError(f"{path}: {where} holds other stays than this run was started with; give the folder where "
+                             "the same data lie now by --data_dir, or start a new run")
+        relabelled = self.record["mode"] == "finetune" and source["labels"] != then["labels"]
+        if relabelled or last.get("split", self.split) != self.split:
+            raise InputError(f"{path}: {where} holds other labels, or another split, than this run was started with; "
+                             "restore them, or start a new run")
+
+    def _take_folder(self, arguments) -> Path:
+        """The run's folder, made where it is new, and locked."""
+        folder = Path(arguments.resume) if arguments.last else new_folder(arguments)
         try:
-            self.lock = open(self.folder / ".lock", "w")
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system releases it, however the process ends
-        except OSError:
-            raise InputError(f"{self.folder}: another process is training in it, or it cannot be written; wait for it, or start a new run") from None
-        for leftover in self.folder.glob(".*.*.*"):  # of a process that was killed while saving
+            self.lock = open(folder / ".lock", "w")
+        except OSError as error:
+            raise InputError(f"{folder}: cannot be written ({error.strerror}); start a new run elsewhere") from None
+        if fcntl is None:
+            print("note: this system has no file locks: keep other processes out of the run folder")
+        else:
+            try:  # the system releases it, however the process ends
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+                    raise InputError(f"{folder}: another process is training in it; wait for it, or start a new run"
+                                     ) from None
+                print(f"note: {folder} lies on a file system without locks: keep other processes out of it")
+        for leftover in folder.glob(".*.*.*"):  # of a process that was killed while saving
             leftover.unlink()
+        return folder
 
     def _interrupt(self, number, frame):
         if self.stop and WORLD == 1:  # torchrun repeats the signal once the first rank has left
@@ -298,16 +587,53 @@ class Run:
 
     def leave(self) -> None:
         """End the interrupted run, whose last.pt is written."""
-        print(f"saved; go on with: {LAUNCHER} train.py --mode {self.arguments['mode']} --resume {self.folder}")
+        again = [*launcher(), "train.py", "--mode", self.record["mode"], "--resume", str(self.folder)]
+        print(f"saved; go on with: {shlex.join(again)}")
         end_rank(130)
         sys.exit(130)
+
+    def finish(self, figures: str, following: list) -> Path:
+        """Say where the best checkpoint lies, its figures, the command that follows; give up the folder and the signals."""
+        best = self.folder / "best.pt"
+        print(f"best checkpoint: {best} (epoch {self.best['epoch']}, {figures})")
+        print(f"next: {shlex.join(['python', *following, str(best)])}")
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if RANK == 0:
+            self.lock.close()
+        return best
+
+    def epochs(self, most: int):
+        """Yields the epochs still to be trained; obeys a signal after each."""
+        if self.epoch >= most:
+            print(f"nothing left to train: {self.epoch} epochs are done; a larger --max_epochs goes on")
+        for epoch in range(self.epoch, most):
+            yield epoch
+            if self.stopping():
+                self.leave()
+
+    def end_of_epoch(self, row: dict, improved: bool) -> None:
+        """Log the epoch, save best.pt where it improved, and last.pt."""
+        self.log(row)
+        if improved:
+            self.best = {name: row[name] for name in self.best}
+            self.save("best.pt", self.content(row))
+        self.epoch, self.done, self.totals = row["epoch"], 0, {}
+        self.save_last(row)
 
     def log(self, row: dict) -> None:
         """Append an epoch's figures to metrics.csv."""
         self.rows.append(row)
         if RANK == 0:
-            write_atomically(self.folder / "metrics.csv", lambda path: pd.DataFrame(self.rows).to_csv(path, index=False))
+            table = pd.DataFrame(self.rows)
+            write_atomically(self.folder / "metrics.csv", lambda path: table.to_csv(path, index=False))
         gathered(None)
+
+    def content(self, metrics: dict) -> dict:
+        """What every checkpoint holds: enough to score new data, and to know which stays it has seen."""
+        return {"format": CHECKPOINT_FORMAT, **self.record, "model": self.model.state_dict(),
+                "vocabulary": self.model.setvae.vocabulary, "normalizer": self.dataset.normalizer.state_dict(),
+                "split": self.split, "subjects": subjects_of(self.dataset.cohort, self.split), "metrics": metrics}
 
     def save(self, name: str, content: dict) -> None:
         if RANK == 0:
@@ -316,68 +642,163 @@ class Run:
             write_atomically(self.folder / name, lambda path: path.write_bytes(buffer.getbuffer()))
         gathered(None)
 
-    def save_last(self, content: dict, position: tuple, best: dict, totals=None, **parts) -> None:
-        """Write last.pt: position is (epochs done, batches done in the next), totals its sums so far, parts what has a state_dict."""
-        self.save("last.pt", content | {"trainer": {
-            "arguments": self.arguments, "position": list(position), "best": best, "totals": totals, "rows": self.rows,
-            "random": gathered(random_states()), "parts": {name: part.state_dict() for name, part in parts.items()}}})
+    def save_last(self, metrics: dict) -> None:
+        """Write last.pt: a checkpoint, and all that `restore` needs."""
+        self.save("last.pt", self.content(metrics) | {"trainer": {
+            "best": self.best, "position": [self.epoch, self.done], "totals": self.totals, "rows": self.rows,
+            "random": gathered(random_states(self.device)),
+            "parts": {name: part.state_dict() for name, part in self.parts.items()}}})
 
-    def restore(self, model, **parts) -> tuple[dict, tuple, object]:
-        """Continue where last.pt was written: (best so far, position, totals)."""
+    def restore(self, device: torch.device, **parts) -> None:
+        """Go on where last.pt was written, if it was; parts: what else has a state_dict, and is saved from now on."""
+        self.device, self.parts = device, parts
+        if not self.last:
+            return
         state = self.last["trainer"]
-        model.load_state_dict(self.last["model"])
+        self.model.load_state_dict(self.last["model"])
         for name, part in parts.items():
-            part.load_state_dict(state["parts"][name])
-        states = state["random"] if isinstance(state["random"], list) else [state["random"]]  # of each rank; of a run begun before there were ranks
-        if len(states) != WORLD:
-            print(f"resume: a run of {len(states)} processes goes on with {WORLD}: its random masks will be others")
-        if RANK < len(states):
-            restore_random_states(states[RANK])
-        return state["best"], tuple(state["position"]), state["totals"]
+            if state["parts"][name]:  # a scaler is empty where the precision needs none
+                part.load_state_dict(state["parts"][name])
+        self.best, (self.epoch, self.done), self.rows = state["best"], state["position"], state["rows"]
+        self.totals = {name: total.to(device) for name, total in state["totals"].items()}
+        if RANK < len(state["random"]):
+            restore_random_states(state["random"][RANK], device)
 
 
-def random_states() -> dict:
+def new_folder(arguments) -> Path:
+    """Make the folder of a new run: the one asked for, or one named after the mode and the time (and a number, where several
+    start in one second)."""
+    started = CHECKPOINTS / f"{arguments.mode}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for number in itertools.count(1):
+        folder = Path(arguments.run_dir or (started if number == 1 else f"{started}-{number}"))
+        try:
+            folder.mkdir(parents=True, exist_ok=arguments.resume == "auto")  # which may have died before its first save
+            return folder
+        except FileExistsError:
+            if arguments.run_dir:
+                raise InputError(f"{folder}: exists already; choose another --run_dir, or continue it with --resume "
+                                 f"{folder}") from None
+        except OSError as error:
+            raise InputError(f"{folder}: cannot be made ({error.strerror}); choose another --run_dir") from None
+
+
+def random_states(device: torch.device) -> dict:
+    """Of this process and its own device."""
     states = {"torch": torch.get_rng_state(), "python": random.getstate()}
-    return states | ({"cuda": torch.cuda.get_rng_state_all()} if torch.cuda.is_available() else {})
+    return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
-def restore_random_states(states: dict) -> None:
+def restore_random_states(states: dict, device: torch.device) -> None:
     torch.set_rng_state(states["torch"].cpu())
     random.setstate((states["python"][0], tuple(states["python"][1]), states["python"][2]))
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([s.cpu() for s in states["cuda"]])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"].cpu(), device)
 
 
-def model_content(mode, model, dataset: StayDataset, split: dict, source: dict, metrics: dict) -> dict:
-    """What every checkpoint holds: enough to score new data, and to know which stays it has seen."""
-    return {
-        "format": CHECKPOINT_FORMAT, "mode": mode, "model_config": asdict(model.config), "model": model.state_dict(),
-        "vocabulary": model.setvae.vocabulary, "normalizer": dataset.normalizer.state_dict(), "split": split, "source": source, "metrics": metrics,
-    }
-
-
-def source_of(arguments, cohort: Cohort) -> dict:
+def source_of(arguments, cohort: Cohort, device: torch.device, dtype: torch.dtype) -> dict:
     """Where a checkpoint comes from, for whoever must reproduce it."""
-    paths = {name: (path := getattr(arguments, name)) and str(Path(path).resolve()) for name in ("data_dir", "params_map", "label_file")}
-    return {**paths, "synthetic_stays": arguments.synthetic_stays,
-            "reader": cohort.reader, "fingerprint": cohort.fingerprint, "seed": arguments.seed,
-            "command": shlex.join([*LAUNCHER.split(), Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "versions": {"torch": str(torch.__version__), "numpy": np.__version__, "scikit-learn": sklearn.__version__}}
+    options = options_of(arguments)
+    libraries = (("torch", torch), ("numpy", np), ("pandas", pd), ("scikit-learn", sklearn))
+    return {**{name: options[name] for name in ("data_dir", "params_map", "label_file", "synthetic_stays", "seed")},
+            "reader": cohort.reader, "fingerprint": cohort.fingerprint, "labels": label_digest(cohort),
+            "command": shlex.join([*launcher(), Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": git_commit(),
+            "versions": {"python": platform.python_version(), **{name: str(it.__version__) for name, it in libraries}},
+            "device": str(device) if WORLD == 1 else device.type,
+            "precision": next(name for name, kind in PRECISIONS.items() if kind == dtype),
+            "threads": torch.get_num_threads(), "processes": WORLD}
 
 
-def finite_or_stop(norm: torch.Tensor, step: int, batch_stays, scaler, every: int = 1) -> None:
-    """Stop at a gradient that is not finite, looked at `every` so many steps: the last good checkpoint stays. In fp16 the scaler skips such
-    a step and halves its scale, as it must at first; from 2^16 to 2^-4 are 20 in a row."""
-    if not torch.isfinite(norm) and not (scaler.is_enabled() and scaler.get_scale() > 2**-4):
-        cause = "it overflows fp16 again and again: use --precision bf16 or fp32" if scaler.is_enabled() else "lower the learning rate"
-        raise InputError(f"step {step}{f' or up to {every - 1} before' if every > 1 else ''}: the loss or its gradient is not finite (stays "
-                         f"{', '.join(batch_stays[:4])} ...); look at these stays' values, or {cause}; best.pt and last.pt hold the last good "
-                         "weights")
+def git_commit() -> str | None:
+    """The commit of this code, and whether files differ from it; None where it is no git checkout."""
+    home = Path(__file__).resolve().parent
+    if not (home / ".git").exists() or not shutil.which("git"):
+        return None
+    commit, changes = (subprocess.run(["git", "-C", home, *words], capture_output=True, text=True).stdout.strip()
+                       for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no")))
+    return f"{commit}{' + changes' if changes else ''}" or None
 
 
-def skipped(row: dict) -> str:
-    """What an epoch's line says of steps that overflowed fp16."""
-    return f", {row['skipped_steps']:.0f} steps skipped (fp16 overflow)" if row.get("skipped_steps") else ""
+def difference(then: dict, now: dict) -> str:
+    """What of the circumstances that decide a run's last bits is not as it was."""
+    names = ("fingerprint", "commit", "device", "precision", "threads", "processes")
+    then, now = ({name: source.get(name) for name in names} | source.get("versions", {}) for source in (then, now))
+    return ", ".join(f"{name} {now[name]} (then {then.get(name)})" for name in now if now[name] != then.get(name))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The optimisation that pretraining and full training share
+# ----------------------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Training:
+    """Epochs of optimisation steps. `objective(model, batch, step)` gives a batch's loss and the terms to report, means
+    over its stays; `rate(epoch, step)` the learning rate. Steps are counted from the first epoch's first."""
+
+    run: Run
+    data: Callable  # of an epoch: its dataset, and its stays [n]
+    objective: Callable
+    rate: Callable
+    optimizer: torch.optim.Optimizer
+    batch_size: int
+    clip: float
+    seed: int
+    device: torch.device
+    dtype: torch.dtype
+
+    def __post_init__(self):
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.parallel = data_parallel(self.run.model, self.seed)
+        self.every = 1 if self.device.type == "cpu" else 50  # on an accelerator every look costs a synchronisation
+        self.run.restore(self.device, optimizer=self.optimizer, scaler=self.scaler)
+
+    def epoch(self) -> dict[str, float]:
+        """The run's next epoch, or what is left of it: the means of the reported terms over its stays. A signal is obeyed
+        at the end of the step."""
+        run, cohort = self.run, self.run.dataset.cohort
+        dataset, stays = self.data(run.epoch)
+        run.model.train()
+        sizes = dataset.sizes(stays)
+        batches = epoch_batches(sizes.sets, self.batch_size, self.seed, run.epoch)
+        first = run.epoch * len(batches)
+        left = batches[run.done:]
+        parts = [split_batch(sizes, batch, WORLD)[RANK::WORLD] for batch in left]
+        # A part without a stay takes the batch's first one, which counts nothing: the other ranks wait for its gradient.
+        own = [stays[part if len(part) else batch[:1]] for batch, some in zip(left, parts) for part in some]
+        stream = loader(dataset, own, self.device)
+        bar = progress(zip(left, parts), len(left), f"epoch {run.epoch + 1}")
+        for batch, some in bar:
+            step = first + run.done
+            norm, terms = self.step(itertools.islice(stream, len(some)), [len(part) for part in some], len(batch), step)
+            stopping = run.stopping()
+            run.done += 1
+            if step % self.every == 0 or stopping or run.done == len(batches):
+                finite_or_stop(norm, step, cohort.stay_id[stays[batch]], self.scaler, self.every)
+                bar.set_postfix(loss=f"{terms['loss'].item() / len(batch):.3f}", refresh=False)
+            if self.scaler.is_enabled():
+                terms["skipped_steps"] = ~torch.isfinite(norm) * len(stays)  # a count, where the others are means
+            run.totals = {name: run.totals[name] + term if run.totals else term for name, term in terms.items()}
+            if stopping:
+                run.save_last(run.best)
+                run.leave()
+        return {name: total.item() / len(stays) for name, total in run.totals.items()}
+
+    def step(self, micro_batches, counts: list[int], stays: int, step: int) -> tuple[torch.Tensor, dict]:
+        """One step of the optimizer on the mean loss of `stays` stays, of which this rank has `counts` in its
+        micro-batches: the gradient's norm, and the terms summed over all stays."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate(self.run.epoch, step)
+        sums = 0
+        for i, (batch, count) in enumerate(zip(micro_batches, counts)):
+            last = i + 1 == len(counts)
+            with nullcontext() if last or WORLD == 1 else self.parallel.no_sync():  # the last averages over ranks
+                with torch.amp.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                    loss, terms = self.objective(self.parallel, batch, step)
+                loss = loss * (WORLD * count / stays)  # the mean over ranks is then the mean over all stays
+                if not last:
+                    self.scaler.scale(loss).backward()
+            sums = sums + torch.stack(list(terms.values())).detach() * count
+        norm = update(self.run.model, loss, self.optimizer, self.scaler, self.clip)
+        return norm, dict(zip(terms, summed(sums)))
 
 
 def update(model, loss, optimizer, scaler, clip: float) -> torch.Tensor:
@@ -390,15 +811,33 @@ def update(model, loss, optimizer, scaler, clip: float) -> torch.Tensor:
     return norm
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
+def finite_or_stop(norm: torch.Tensor, step: int, batch_stays, scaler, every: int = 1) -> None:
+    """Stop at a gradient that is not finite, looked at `every` so many steps: the last good checkpoint stays. In fp16
+    the scaler skips such a step and halves its scale, as it must at first; from 2^16 to 2^-4 are 20 in a row."""
+    if torch.isfinite(norm) or scaler.is_enabled() and scaler.get_scale() > 2**-4:
+        return
+    cause = "lower the learning rate"
+    if scaler.is_enabled():
+        cause = "it overflows fp16 again and again: use --precision bf16 or fp32"
+    before = f" or up to {every - 1} before" if every > 1 else ""
+    named = ", ".join(batch_stays[:4])
+    raise InputError(f"step {step}{before}: the loss or its gradient is not finite (stays {named} ...); look at these "
+                     f"stays' values, or {cause}; best.pt and last.pt hold the last good weights")
+
+
+def skipped(row: dict) -> str:
+    """What an epoch's line says of steps that overflowed fp16."""
+    return f", {row['skipped_steps']:.0f} steps skipped (fp16 overflow)" if row.get("skipped_steps") else ""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Pretraining
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 def pretrain(arguments) -> Path:
-    settings = settings_of(PRETRAIN, arguments)
+    config = changed(PretrainConfig(), arguments.changes)
     device, dtype = choose_device(arguments.device, arguments.precision)
-    with rank_0_first():
-        cohort = load_cohort(arguments.data_dir, arguments.synthetic_stays, params_map=arguments.params_map, label_file=arguments.label_file)
+    cohort = read_cohort(arguments.data_dir, arguments.synthetic_stays, arguments.params_map, arguments.label_file)
     print(cohort.describe())
     split = make_splits(cohort, arguments.seed)
     train, valid = stays_of(cohort, split["train"]), stays_of(cohort, split["valid"])
@@ -406,89 +845,63 @@ def pretrain(arguments) -> Path:
         raise InputError(f"{cohort.reader}: its own split has {len(train)} train and {len(valid)} valid stays; "
                          "give some to each, or leave the split out")
     dataset = StayDataset(cohort, Normalizer.fit(cohort, train))
-    lengths, events = np.diff(cohort.stay_start)[train], cohort.stay_events[train]
 
     torch.manual_seed(arguments.seed), random.seed(arguments.seed)
-    config = (ModelConfig.original if arguments.objective == "original" else ModelConfig)(len(cohort.variables))
-    config = replace(config, input_dim=cohort.vectors.shape[1] or config.input_dim)
-    model = SeqSetVAEPretrain(config, variable_vectors(cohort.variables, config.input_dim, cohort.vectors)).to(device)
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    plain = [p for p in model.parameters() if p.dim() <= 1]
-    optimizer = torch.optim.AdamW([{"params": decayed}, {"params": plain, "weight_decay": 0.0}], lr=settings["learning_rate"],
-                                  betas=settings["betas"], weight_decay=settings["weight_decay"], fused=True)
-    steps = settings["max_epochs"] * math.ceil(len(train) / settings["batch_size"])
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / settings["warmup_steps"])
-                                                 * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1, step / steps)))))
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    run = Run(arguments, cohort)
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"model: SeqSetVAEPretrain, {parameters:,} parameters, all trainable; {device}, {dtype}".replace("torch.", ""))
-    print(f"split: {len(train):,} train, {len(valid):,} valid, {len(split['test']):,} test stays (seed {arguments.seed}); labels unused; "
-          f"run folder {run.folder}")
+    model_config = (ModelConfig.original if arguments.objective == "original" else ModelConfig)(len(cohort.variables))
+    model_config = replace(model_config, input_dim=cohort.vectors.shape[1] or model_config.input_dim)
+    model_config = changed(model_config, arguments.changes)
+    vectors = variable_vectors(cohort.variables, model_config.input_dim, cohort.vectors)
+    model = SeqSetVAEPretrain(model_config, vectors).to(device)
+    source = source_of(arguments, cohort, device, dtype)
+    run = Run(arguments, config, model, dataset, split, source, best={"val_loss": math.inf, "epoch": 0})
+    print(f"model: SeqSetVAEPretrain, {parameter_counts(model)[1]:,} parameters, all trainable; "
+          f"{device}, {dtype}".replace("torch.", ""))
+    print(f"split: {len(train):,} train, {len(valid):,} valid, {len(split['test']):,} test stays "
+          f"(seed {arguments.seed}); labels unused; run folder {run.folder}")
 
-    parallel = data_parallel(model, arguments.seed)
-    source, parts = source_of(arguments, cohort), dict(optimizer=optimizer, schedule=schedule, scaler=scaler)
-    best, start, totals = run.restore(model, **parts) if run.last else ({"val_loss": math.inf, "epoch": 0}, (0, 0), None)
-    step, every = schedule.last_epoch, 1 if device.type == "cpu" else 50  # on an accelerator every look costs a synchronisation
-    for epoch in range(start[0], settings["max_epochs"]):
-        if epoch + 1 - best["epoch"] > settings["patience"] + 1:
-            print(f"early stop: val_loss has not improved for {settings['patience']} epochs")
+    steps = config.max_epochs * math.ceil(len(train) / config.batch_size)
+
+    def rate(epoch, step):
+        cosine = 0.5 * (1 + math.cos(math.pi * min(1, step / steps)))
+        return config.learning_rate * min(1, (step + 1) / config.warmup_steps) * (0.01 + 0.99 * cosine)
+
+    def objective(model, batch, step):
+        losses = model(batch, model_config.max_beta * min(1, step / config.beta_warmup_steps))
+        return losses["loss"], {name: term for name, term in losses.items() if name != "mu"}
+
+    decayed, plain = ([p for p in model.parameters() if (p.dim() > 1) == matrix] for matrix in (True, False))
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+    training = Training(run, lambda epoch: (dataset, train), objective, rate, optimizer, config.batch_size, config.clip, arguments.seed, device,
+                        dtype)
+    for epoch in run.epochs(config.max_epochs):
+        if epoch - run.best["epoch"] > config.patience:
+            print(f"early stop: val_loss has not improved for {config.patience} epochs")
             break
-        began, model = time.time(), model.train()
-        batches = epoch_batches(lengths, settings["batch_size"], arguments.seed, epoch)
-        own, counts = own_parts(batches, events)
-        done = start[1] if epoch == start[0] else 0
-        bar = progress(loader(dataset, [train[b] for b in own[done:]], device), len(batches) - done, f"epoch {epoch + 1}", settings["batch_size"])
-        for batch in bar:
-            beta = config.max_beta * min(1, step / settings["beta_warmup_steps"])
-            with torch.amp.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                losses = parallel(batch, beta)
-            weight = WORLD * counts[done] / len(batches[done])  # the mean over ranks is then the mean over the whole batch's stays
-            norm, stopping = update(model, weight * losses["loss"], optimizer, scaler, settings["clip"]), run.stopping()
-            if step % every == 0 or stopping or done + 1 == len(batches):
-                finite_or_stop(norm, step, cohort.stay_id[train[batches[done]]], scaler, every)
-                bar.set_postfix(loss=f"{losses['loss'].item():.3f}", refresh=False)
-            schedule.step()
-            names = [name for name in losses if name != "mu"]
-            current = dict(zip(names, summed(torch.stack([losses[name].detach() for name in names]) * counts[done])))
-            step, done = step + 1, done + 1
-            if scaler.is_enabled():
-                current["skipped_steps"] = ~torch.isfinite(norm) * len(train)  # a count, where the others are means
-            totals = {name: totals[name] + value for name, value in current.items()} if totals else current
-            if stopping:
-                run.save_last(model_content("pretrain", model, dataset, split, source, best), (epoch, done), best, totals, **parts)
-                run.leave()
-
-        row = {"epoch": epoch + 1, **{name: value.item() / len(train) for name, value in totals.items()},
-               **evaluate_pretraining(model, dataset, valid, device, dtype), "learning_rate": schedule.get_last_lr()[0]}
-        totals = None
-        run.log(row)
-        improved = row["val_loss"] < best["val_loss"]
-        content = model_content("pretrain", model, dataset, split, source, row)
-        if improved:
-            best = {"val_loss": row["val_loss"], "epoch": epoch + 1}
-            run.save("best.pt", content)
-        run.save_last(content, (epoch + 1, 0), best, **parts)
+        began = time.time()
+        row = {"epoch": epoch + 1, **training.epoch(), **evaluate_pretraining(model, dataset, valid, device, dtype),
+               "learning_rate": optimizer.param_groups[0]["lr"]}
+        improved = row["val_loss"] < run.best["val_loss"]
+        run.end_of_epoch(row, improved)
         print(f"epoch {epoch + 1:3d}: loss {row['loss']:.4f}, val_loss {row['val_loss']:.4f}{' *' if improved else ''}, "
-              f"val_reconstruction {row['val_reconstruction']:.4f}, KL {row['val_kl']:.1f} a set, "
-              f"active units {row['active_units']}/{config.latent_dim}, {time.time() - began:.0f} s{skipped(row)}")
-        if row["active_units"] < config.latent_dim // 20:
-            print("warning: the posterior has collapsed (hardly a unit of mu varies over the data); lower max_beta or raise free_bits")
-    print(f"best checkpoint: {run.folder / 'best.pt'} (epoch {best['epoch']}, val_loss {best['val_loss']:.4f})")
-    print(f"next: python train.py --mode finetune --pretrained_ckpt {run.folder / 'best.pt'}")
-    return run.folder / "best.pt"
+              f"val_reconstruction {row['val_reconstruction']:.4f}, KL {row['val_kl']:.1f} a set, active units "
+              f"{row['active_units']}/{model_config.latent_dim}, {time.time() - began:.0f} s{skipped(row)}")
+        if row["active_units"] < model_config.latent_dim // 20:
+            print("warning: the posterior has collapsed (hardly a unit of mu varies over the data); lower max_beta or "
+                  "raise free_bits")
+    return run.finish(f"val_loss {run.best['val_loss']:.4f}", ["train.py", "--mode", "finetune", "--pretrained_ckpt"])
 
 
 @torch.no_grad()
 def evaluate_pretraining(model: SeqSetVAEPretrain, dataset: StayDataset, stays: np.ndarray, device, dtype) -> dict:
-    """Validation loss (nothing hidden, nothing sampled: deterministic), its parts, and the active units of mu: variance over the sets of
-    the data above 0.01 (Burda et al. 2016, section 5.2)."""
+    """Validation loss (nothing hidden, nothing sampled: deterministic), its parts, and the active units of mu: variance
+    over the sets of the data above 0.01 (Burda et al. 2016, section 5.2)."""
     model.eval()
     totals = {}
     for batch in evaluation_loader(dataset, stays, device):
         with torch.amp.autocast(device.type, dtype, enabled=dtype != torch.float32):
             losses = model(batch, model.config.max_beta)
-        mu = losses.pop("mu")[real_sets(batch)].cpu().double()                                       # [sets, d]; float64 is not on every device
+        mu = losses.pop("mu")[real_sets(batch)].cpu().double()        # [sets, d]; float64 is not on every device
         current = {name: value.cpu().double() * len(batch) for name, value in losses.items()}
         current |= {"sets": len(mu), "first": mu.sum(0), "second": mu.square().sum(0)}
         totals = {name: totals.get(name, 0) + value for name, value in current.items()}
@@ -499,56 +912,66 @@ def evaluate_pretraining(model: SeqSetVAEPretrain, dataset: StayDataset, stays: 
     return {**{f"val_{name}": value.item() / len(stays) for name, value in totals.items()}, "active_units": active}
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Finetuning
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 def open_checkpoint(path, data_dir=None, synthetic_stays=None, params_map=None, label_file=None):
     """A checkpoint and its data, or the data given: (content, cohort, dataset, split, new).
 
-    `new`: the cohort is not the one that the checkpoint was trained on (by content). An original checkpoint holds no vocabulary,
-    normalizer or split: they are then the data's own.
+    `new`: the cohort is not the one that the checkpoint was trained on (by content). An original checkpoint holds no
+    vocabulary, normalizer or split: they are then the data's own.
     """
-    content = read_checkpoint(path)
+    content = from_rank_0(lambda: read_checkpoint(path))
     source = content.get("source", {})
     if data_dir is None and "format" in content:
         data_dir, synthetic_stays = source["data_dir"], source["synthetic_stays"]
         params_map, label_file = params_map or source.get("params_map"), label_file or source.get("label_file")
-    with rank_0_first():
-        cohort = load_cohort(data_dir, synthetic_stays or 1000, params_map=params_map, label_file=label_file)
+    cohort = read_cohort(data_dir, synthetic_stays or 1000, params_map, label_file)
     if "format" not in content:
         return content, cohort, None, None, True
-    dataset = StayDataset(cohort, Normalizer.from_state(content["normalizer"], path))
+    dataset = StayDataset(cohort, Normalizer.from_state(content["normalizer"], path), points=True)
     if len(dataset.unknown_variables) == len(cohort.variables):
-        raise InputError(f"{path}: its vocabulary holds none of the data's variables ({', '.join(cohort.variables[:5])} ...); "
-                         "pretrain on this data, or rename its variables")
+        raise InputError(f"{path}: its vocabulary holds none of the data's variables ({', '.join(cohort.variables[:5])} "
+                         "...); pretrain on this data, or rename its variables")
     return content, cohort, dataset, content["split"], cohort.fingerprint != source["fingerprint"]
 
 
 def splits_beside(known: dict, cohort: Cohort, seed: int) -> dict[str, list[str]]:
-    """The split of other data than the checkpoint's: a stay that the checkpoint knows keeps its part, so that no test stay was ever trained on."""
-    part_of = {stay: part for part, ids in known.items() for stay in ids}
+    """The split of other data than the checkpoint's, whose subjects by part are `known`: one that it knows keeps its part,
+    so that nobody is tested on who was ever trained on."""
+    part_of = {subject: part for part, subjects in known.items() for subject in subjects}
     split = {name: [] for name in SPLITS}
     for name, ids in make_splits(cohort, seed).items():
-        for stay in ids:
-            split[part_of.get(stay, name)].append(stay)
+        stays = stays_of(cohort, ids)
+        for stay, subject in zip(cohort.stay_id[stays].tolist(), cohort.subject[stays].tolist()):
+            split[part_of.get(subject, name)].append(stay)
     return split
 
 
+def subjects_of(cohort: Cohort, split: dict[str, list[str]]) -> dict[str, list[str]]:
+    """The subjects whose stays the parts of a split hold."""
+    return {name: np.unique(cohort.subject[stays_of(cohort, ids)]).tolist() for name, ids in split.items()}
+
+
 def labelled(cohort: Cohort, ids: list) -> np.ndarray:
-    stays = stays_of(cohort, ids)
-    return stays[cohort.label[stays] >= 0]
+    """The stays [n] with these ids that have a labelled point."""
+    return stays_with(cohort, labelled_points(cohort, stays_of(cohort, ids)))
 
 
 def label_subset(cohort: Cohort, stays: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """A stratified, seeded share of labelled stays, as if only these had a label."""
+    """The stays of a stratified, seeded share of the subjects of labelled stays, as if only these had a label."""
     if fraction == 1:
         return stays
+    subjects, which = np.unique(cohort.subject[stays], return_inverse=True)
+    label = np.zeros(len(subjects), dtype=int)
+    np.maximum.at(label, which, cohort.stay_label[stays])
     try:
-        return np.sort(train_test_split(stays, train_size=fraction, stratify=cohort.label[stays], random_state=seed)[0])
+        part, _ = train_test_split(np.arange(len(subjects)), train_size=fraction, stratify=label, random_state=seed)
     except ValueError as error:
-        raise InputError(f"--label_fraction {fraction}: no such share of {len(stays)} stays keeps both classes ({error}); "
-                         "give a larger one") from None
+        raise InputError(f"--label_fraction {fraction}: no such share of {len(subjects)} subjects keeps both classes "
+                         f"({error}); give a larger one") from None
+    return stays[np.isin(which, part)]
 
 
 def parameter_counts(model) -> tuple[int, int]:
@@ -558,115 +981,164 @@ def parameter_counts(model) -> tuple[int, int]:
 
 
 def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
-    full = arguments.full_training
-    settings = settings_of(FULL_TRAINING if full else FINETUNE, arguments)
+    config, full = changed(config, arguments.changes), arguments.full_training
     device, dtype = choose_device(arguments.device, arguments.precision)
-    content, cohort, dataset, split, new = open_checkpoint(arguments.pretrained_ckpt, arguments.data_dir, arguments.synthetic_stays,
-                                                           arguments.params_map, arguments.label_file)
+    content, cohort, dataset, split, new = open_checkpoint(
+        arguments.pretrained_ckpt, arguments.data_dir, arguments.synthetic_stays, arguments.params_map,
+        arguments.label_file)
     if content.get("mode", "pretrain") != "pretrain":
-        raise InputError(f"{arguments.pretrained_ckpt}: a checkpoint of --mode {content['mode']}; --pretrained_ckpt takes one of --mode pretrain")
+        raise InputError(f"{arguments.pretrained_ckpt}: a checkpoint of --mode {content['mode']}; --pretrained_ckpt takes "
+                         "one of --mode pretrain")
     print(cohort.describe())
     if new:
-        split = splits_beside(split or {}, cohort, arguments.seed)
+        split = splits_beside(content.get("subjects", {}), cohort, arguments.seed)
     train, valid = labelled(cohort, split["train"]), labelled(cohort, split["valid"])
     for name, stays in (("train", train), ("valid", valid)):
-        if len(np.unique(cohort.label[stays])) < 2:
-            raise InputError(f"{cohort.reader}: the labelled {name} stays hold {'one class only' if len(stays) else 'no label at all'}; "
-                             "finetuning needs both classes: check the outcome or label file")
+        if len(np.unique(cohort.label[labelled_points(cohort, stays)])) < 2:
+            hold = "one class only" if len(stays) else "no label at all"
+            raise InputError(f"{cohort.reader}: the labelled {name} stays hold {hold}; finetuning needs both classes: "
+                             "check the outcome or label file")
     train = label_subset(cohort, train, arguments.label_fraction, arguments.seed)
     if dataset is None:
-        dataset = StayDataset(cohort, Normalizer.fit(cohort, train))
+        dataset = StayDataset(cohort, Normalizer.fit(cohort, train), points=True)
     elif dataset.unknown_variables:
         print(dataset.describe_unknown())
 
     torch.manual_seed(arguments.seed), random.seed(arguments.seed)
-    backbone = checkpoint_config(content, len(dataset.normalizer.variables), arguments.pretrained_ckpt, arguments.set_heads,
-                                 arguments.transformer_heads)
-    trees = None if full and arguments.random_init else config.trees  # they are fitted to the backbone as it is before full training
-    model_config = replace(backbone, classification_only=not full, fuse=config.fuse, features=config.features, summaries=config.summaries,
-                           head_widths=config.head_widths, head_trees=trees, tree_depth=config.tree_depth)
-    vocabulary = content["vocabulary"] if "vocabulary" in content else variable_vectors(cohort.variables, backbone.input_dim, cohort.vectors)
-    if "vocabulary" not in content and not cohort.vectors.shape[1]:
-        print("warning: no cached.csv lies in the data: the original checkpoint was trained on other variable vectors than the hashed names used now")
-    model = SeqSetVAE(model_config, vocabulary)
-    if arguments.random_init:
-        print("backbone: untrained (--random_init)")
-    else:
-        report = load_backbone(model, checkpoint_state(content, arguments.pretrained_ckpt))
-        if not report.complete and not arguments.allow_partial:
-            raise InputError(f"{arguments.pretrained_ckpt}: {len(report.missing)} backbone weights missing, {len(report.mismatched)} of another "
-                             f"shape ({', '.join((report.missing + report.mismatched)[:3])} ...); give a matching checkpoint, or --allow_partial")
-        print(f"✅ Loaded pretrained weights: {len(report.loaded)} tensors\n{report}")
-    model.to(device)
+    learned, _ = training_points(cohort, train, config, arguments.seed, 0)
+    listed = common_variables(cohort, dataset, stays_of(cohort, split["train"]), config.most_variables)
+    model = new_classifier(arguments, config, content, dataset, listed, len(learned)).to(device)
     trainable, total = parameter_counts(model)
-    print(f"model: SeqSetVAE, {'full training' if full else 'frozen backbone'}, {trainable:,} of {total:,} parameters trainable "
-          f"({trainable / total:.2%}); {device}, {dtype}".replace("torch.", ""))
+    print(f"model: SeqSetVAE, {'full training' if full else 'frozen backbone'}, {trainable:,} of {total:,} parameters "
+          f"trainable ({trainable / total:.2%}); {device}, {dtype}".replace("torch.", ""))
     if not full and trainable > config.max_trainable_ratio * total:
         raise InputError(f"finetune_config.py: the head is {trainable / total:.1%} of all parameters; "
                          f"narrow head_widths below {config.max_trainable_ratio:.0%}")
-    run = Run(arguments, cohort)
-    print(f"split: {len(train):,} train ({(cohort.label[train] == 1).sum():,} positive), "
-          f"{len(valid):,} valid ({(cohort.label[valid] == 1).sum():,} positive), {len(split['test']):,} test stays"
+    source = source_of(arguments, cohort, device, dtype)
+    if arguments.data_dir is None and "source" in content:  # the data are the checkpoint's
+        theirs = {name: content["source"].get(name) for name in ("data_dir", "params_map", "label_file")}
+        source |= {name: source[name] or path for name, path in theirs.items()}
+        source["synthetic_stays"] = content["source"]["synthetic_stays"]
+    source["pretrained_ckpt"] = str(arguments.pretrained_ckpt)
+    untrained = {"val_auc": -1.0, "val_auprc": -1.0, "epoch": 0, "threshold": 0.5}
+    run = Run(arguments, config, model, dataset, split, source, best=untrained)
+    counts = [f"{len(stays):,} {name} ({(cohort.stay_label[stays] == 1).sum():,} positive)"
+              for name, stays in (("train", train), ("valid", valid))]
+    print(f"split: {', '.join(counts)}, {len(split['test']):,} test stays"
           f"{f' (seed {arguments.seed})' if new else ' of the checkpoint'}; run folder {run.folder}")
 
-    source = source_of(arguments, cohort)
-    if arguments.data_dir is None and "source" in content:  # the data are the checkpoint's
-        source |= {key: content["source"].get(key) for key in ("data_dir", "synthetic_stays", "params_map", "label_file")
-                   if key == "synthetic_stays" or source[key] is None}
-    source["pretrained_ckpt"] = str(arguments.pretrained_ckpt)
-    trainer = (train_everything if full else train_head)
-    best = trainer(arguments, config, settings, run, model, dataset, split, source, train, valid, device, dtype)
-    print(f"best checkpoint: {run.folder / 'best.pt'} (epoch {best['epoch']}, validation AUROC {best['val_auc']:.4f}, AUPRC {best['val_auprc']:.4f})")
-    print(f"next: python test_suite.py --checkpoint {run.folder / 'best.pt'}")
-    return run.folder / "best.pt"
+    (train_everything if full else train_head)(arguments, config, run, train, labelled_points(cohort, valid), device, dtype)
+    return run.finish(f"validation AUROC {run.best['val_auc']:.4f}, AUPRC {run.best['val_auprc']:.4f}",
+                      ["test_suite.py", "--checkpoint"])
+
+
+def new_classifier(arguments, config: FinetuneConfig, content: dict, dataset: StayDataset, listed, points: int) -> SeqSetVAE:
+    """The model to be finetuned, with the checkpoint's backbone or an untrained one of its sizes; listed [K]: the variables
+    of which its head is told; points: from how many it learns. Raises InputError where weights of the backbone are
+    missing."""
+    path, full, cohort = arguments.pretrained_ckpt, arguments.full_training, dataset.cohort
+    backbone = checkpoint_config(content, len(dataset.normalizer.variables), path, arguments.set_heads,
+                                 arguments.transformer_heads)
+    # The trees are fitted to the backbone as it is before full training: to an untrained one that says nothing.
+    trees = None if full and arguments.random_init else number_of_trees(config, points)
+    model_config = replace(changed(backbone, arguments.changes), classification_only=not full, head_trees=trees,
+                           head_variables=len(listed),
+                           **{name: value for name, value in asdict(config).items() if name in MODEL_FIELDS})
+    vocabulary = content.get("vocabulary")
+    if vocabulary is None:
+        vocabulary = variable_vectors(cohort.variables, backbone.input_dim, cohort.vectors)
+        if not cohort.vectors.shape[1]:
+            print("warning: no cached.csv lies in the data: the original checkpoint was trained on other variable "
+                  "vectors than the hashed names used now")
+    model = SeqSetVAE(model_config, vocabulary)
+    model.head_variables.copy_(torch.from_numpy(listed))
+    if arguments.random_init:
+        print("backbone: untrained (--random_init)")
+        return model
+    report = load_backbone(model, checkpoint_state(content, path))
+    if not report.complete and not arguments.allow_partial:
+        named = ", ".join((report.missing + report.mismatched)[:3])
+        raise InputError(f"{path}: {len(report.missing)} backbone weights missing, {len(report.mismatched)} of another "
+                         f"shape ({named} ...); give a matching checkpoint, or --allow_partial")
+    print(f"✅ Loaded pretrained weights: {len(report.loaded)} tensors\n{report}")
+    return model
 
 
 def ranking(label: np.ndarray, probability: np.ndarray) -> dict:
-    """AUROC, AUPRC and the probability from which a stay counts as positive (best F1) of the validation stays."""
+    """AUROC, AUPRC and the probability from which a point counts as positive (best F1) of the validation points."""
     precision, recall, thresholds = precision_recall_curve(label, probability)
     f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
-    return {"val_auc": float(roc_auc_score(label, probability)), "val_auprc": float(average_precision_score(label, probability)),
+    return {"val_auc": float(roc_auc_score(label, probability)),
+            "val_auprc": float(average_precision_score(label, probability)),
             "threshold": float(thresholds[f1[:-1].argmax()])}
 
 
+def training_points(cohort: Cohort, stays: np.ndarray, config: FinetuneConfig, seed: int, epoch: int):
+    """The labelled points [n] of these stays from which an epoch learns: all of class 1 and, where points are many, a seeded
+    sample of the others; and their weights [n], so that a sampled one stands for those left out."""
+    points = labelled_points(cohort, stays)
+    negative = points[cohort.label[points] == 0]
+    positives = len(points) - len(negative)
+    most = int(max(config.negatives * positives, config.few_points - positives))
+    if len(negative) > most:
+        sample = np.random.default_rng([seed, epoch]).choice(negative, most, replace=False)
+        points = np.sort(np.concatenate([points[cohort.label[points] != 0], sample]))
+    weight = np.where(cohort.label[points] == 0, max(1, len(negative) / most), 1)
+    return points, weight.astype(np.float32)
+
+
 @torch.no_grad()
-def encode_stays(model: SeqSetVAE, dataset: StayDataset, stays: np.ndarray, device) -> torch.Tensor:
-    """Head input of these stays before standardisation, [n, F], in their order: one pass of the backbone over the data, in float32 whatever
-    the precision of training, so that a score does not depend on the machine."""
+def encode_points(model: SeqSetVAE, dataset: StayDataset, points: np.ndarray, device, through=None) -> torch.Tensor:
+    """Head input of these prediction points before standardisation, [n, F], or `through` it (a function of [m, F] that gives
+    [m, c]): one pass of the backbone over their stays, in float32 whatever the precision of training, so that a score does
+    not depend on the machine."""
     model.eval()
-    features = torch.zeros(len(stays), sum(model._feature_sizes().values()), device=device)
-    batches = evaluation_batches(dataset, stays)
-    for places, batch in zip(batches, progress(loader(dataset, [stays[b] for b in batches], device), len(batches), "encoding")):
-        features[torch.from_numpy(places).to(device)] = model.features(batch)
-    return summed(features)  # each rank filled in the stays of its batches
+    dataset, stays = dataset.asking(points), stays_with(dataset.cohort, points)
+    batches, result = evaluation_batches(dataset, stays), None
+    stream = loader(dataset, [stays[b] for b in batches], device)
+    for batch in progress(stream, len(batches), "encoding"):
+        features = model.features(batch)[batch.point >= 0]                                   # [m, F]
+        features = features if through is None else through(features)
+        if result is None:
+            result = torch.zeros(len(points), features.shape[1], device=device)
+        result[batch.point[batch.point >= 0]] = features
+    if WORLD > 1:  # each rank filled in the points of its batches; one may have had none
+        width = max(gathered(0 if result is None else result.shape[1]))
+        result = summed(torch.zeros(len(points), width, device=device) if result is None else result)
+    return result
+
+
+def predict(model: SeqSetVAE, dataset: StayDataset, points: np.ndarray, device) -> np.ndarray:
+    """Probability of the positive class at every point, [n] float64."""
+    logits = encode_points(model, dataset, points, device, through=model.classify)
+    return probability_of(logits)
+
+
+def probability_of(logits: torch.Tensor) -> np.ndarray:
+    """logits [n, 2] -> [n] float64."""
+    return logits.float().softmax(-1)[:, 1].cpu().double().numpy()
 
 
 @torch.no_grad()
-def predict(model: SeqSetVAE, features: torch.Tensor) -> np.ndarray:
-    """Probability of the positive class of every stay, [n] float64, from `encode_stays`."""
-    model.eval()
-    return model.classify(features).float().softmax(-1)[:, 1].cpu().double().numpy()
-
-
-@torch.no_grad()
-def prepare_head(model: SeqSetVAE, features: torch.Tensor, label: torch.Tensor, config: FinetuneConfig, seed: int) -> None:
-    """Standardise the head's untrained input with the training stays' statistics, start its bias at the log prior of the classes, and fit
-    the trees beside it; features [n, F], label [n]."""
+def prepare_head(model: SeqSetVAE, features, label, weight, config: FinetuneConfig, seed: int) -> None:
+    """Standardise the head's untrained input with the training points' statistics, start its bias at the log prior of
+    the classes, and fit the trees beside it; features [n, F], label, weight [n]."""
     untrained = features[:, features.shape[1] - len(model.feature_mean):]
     model.feature_mean.copy_(untrained.mean(0))
     model.feature_std.copy_(untrained.std(0).clamp(min=1e-6))
-    model.cls_head[-1].bias.copy_(torch.bincount(label, minlength=model.config.classes).div(len(label)).log())
+    prior = torch.bincount(label, weights=weight, minlength=model.config.classes) / weight.sum()
+    model.cls_head[-1].bias.copy_(prior.log())
     if model.trees is not None:
-        model.trees.fit(model.standardise(features), label, boosted_trees(config, seed))
+        model.trees.fit(model.standardise(features), label, weight, boosted_trees(config, len(label), seed))
 
 
-def head_epoch(model, features, label, optimizer, config: FinetuneConfig, batches) -> float:
-    """One epoch of the head on cached features [n, F], label [n]: the mean loss."""
+def head_epoch(model, features, label, weight, optimizer, config: FinetuneConfig, batches) -> float:
+    """One epoch of the head on cached features [n, F], label, weight [n]: the mean loss."""
     model.train()
     total = torch.zeros((), device=features.device)
     for i, batch in enumerate(batches):
         batch = torch.from_numpy(batch).to(features.device)
-        loss = classification_loss(model.classify(features[batch]), label[batch], config)
+        loss = classification_loss(model.classify(features[batch]), label[batch], config, weight[batch])
         ((loss + head_penalty(model, config)) / config.accumulation).backward()
         total += loss.detach() * len(batch)
         if (i + 1) % config.accumulation == 0 or i + 1 == len(batches):
@@ -676,102 +1148,106 @@ def head_epoch(model, features, label, optimizer, config: FinetuneConfig, batche
     return total.item() / len(label)
 
 
-def train_head(arguments, config, settings, run, model, dataset, split, source, train, valid, device, dtype) -> dict:
-    """Frozen backbone: encode the cohort once, then train the head on the cached features. Equal to uncached training, since the
-    backbone is deterministic in evaluation mode. Of several ranks each trains the same head on all features, from the same seed: that takes
-    seconds, less than reducing the gradients of so small a model at every step."""
-    features, val_features = (encode_stays(model, dataset, stays, device) for stays in (train, valid))
-    label = torch.from_numpy(dataset.cohort.label[train].astype(np.int64)).to(device)
-    if not run.last:
-        prepare_head(model, features, label, config, arguments.seed)
-    optimizer, schedule = head_optimizer(model, config)
-    parts = dict(optimizer=optimizer, schedule=schedule)
-    best, (first, _), _ = run.restore(model, **parts) if run.last else UNTRAINED
-    for epoch in range(first, settings["max_epochs"]):
-        if config.patience and epoch - best["epoch"] >= config.patience:
+@dataclass
+class HeadTraining:
+    """Epochs of the head on cached features of the training points of a frozen backbone, encoded once. Equal to uncached
+    training, since the backbone is deterministic in evaluation mode. Of several ranks each trains the same head on all
+    features, from the same seed: that takes seconds, less than reducing the gradients of so small a model at every step."""
+
+    run: Run
+    config: FinetuneConfig
+    seed: int
+
+    def __init__(self, run: Run, train: np.ndarray, config: FinetuneConfig, seed: int, device):
+        self.run, self.config, self.seed = run, config, seed
+        cohort = run.dataset.cohort
+        points, weight = training_points(cohort, train, config, seed, 0)
+        self.features = encode_points(run.model, run.dataset, points, device)
+        self.label = torch.from_numpy(cohort.label[points].astype(np.int64)).to(device)
+        self.weight = torch.from_numpy(weight).to(device)
+        if not run.last:
+            prepare_head(run.model, self.features, self.label, self.weight, config, seed)
+        self.optimizer = head_optimizer(run.model, config)
+
+    def epoch(self, epoch: int) -> float:
+        """The mean loss of an epoch."""
+        self.optimizer.param_groups[0]["lr"] = head_rate(self.config, epoch)
+        batches = epoch_batches(np.ones(len(self.label)), self.config.batch_size, self.seed, epoch)
+        bar = progress(batches, len(batches), f"epoch {epoch + 1}")
+        return head_epoch(self.run.model, self.features, self.label, self.weight, self.optimizer, self.config, bar)
+
+
+def train_head(arguments, config: FinetuneConfig, run: Run, train, valid, device, dtype) -> None:
+    """Frozen backbone: the head alone."""
+    head = HeadTraining(run, train, config, arguments.seed, device)
+    val_features = encode_points(run.model, run.dataset, valid, device)
+    run.restore(device, optimizer=head.optimizer)
+    for epoch in run.epochs(config.max_epochs):
+        if config.patience and epoch - run.best["epoch"] >= config.patience:
             print(f"early stop: the validation AUROC has not improved for {config.patience} epochs")
             break
-        batches = epoch_batches(np.ones(len(train)), settings["batch_size"], arguments.seed, epoch)
-        loss = head_epoch(model, features, label, optimizer, config, progress(batches, len(batches), f"epoch {epoch + 1}", settings["batch_size"]))
+        loss = head.epoch(epoch)
         if not math.isfinite(loss):
-            raise InputError(f"epoch {epoch + 1}: the loss is not finite; lower the learning rate in finetune_config.py")
-        schedule.step()
-        row = {"epoch": epoch + 1, "loss": loss, **ranking(dataset.cohort.label[valid], predict(model, val_features))}
-        best = end_of_epoch(run, model, dataset, split, source, row, best, not config.patience, **parts)
-    return best
+            raise InputError(f"epoch {epoch + 1}: the loss is not finite; give a lower rate, for instance "
+                             f"--set learning_rate={config.learning_rate / 10:g}")
+        finetuning_epoch(run, {"epoch": epoch + 1, "loss": loss}, valid, val_features, keep_last=not config.patience)
 
 
-def train_everything(arguments, config, settings, run, model, dataset, split, source, train, valid, device, dtype) -> dict:
-    """Full training: the head first, on the backbone as it is; then every parameter on classification + reconstruction + KL."""
-    lengths, events = np.diff(dataset.cohort.stay_start)[train], dataset.cohort.stay_events[train]
-    optimizer, schedule = full_optimizer(model, config, settings["max_epochs"], not arguments.random_init)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    parts, every = dict(optimizer=optimizer, schedule=schedule, scaler=scaler), 1 if device.type == "cpu" else 50
+def train_everything(arguments, config: FinetuneConfig, run: Run, train, valid, device, dtype) -> None:
+    """Full training: the head first, on the backbone as it is; then every parameter on classification + reconstruction
+    + KL."""
+    model, cohort = run.model, run.dataset.cohort
     if not run.last:
-        features = encode_stays(model, dataset, train, device)
-        label = torch.from_numpy(dataset.cohort.label[train].astype(np.int64)).to(device)
-        prepare_head(model, features, label, config, arguments.seed)
-        warm_up, warm_schedule = head_optimizer(model, config)
-        for epoch in range(FINETUNE["max_epochs"]):
-            head_epoch(model, features, label, warm_up, config, epoch_batches(np.ones(len(train)), FINETUNE["batch_size"], arguments.seed, epoch))
-            warm_schedule.step()
-    parallel = data_parallel(model, arguments.seed)
-    best, start, totals = run.restore(model, **parts) if run.last else UNTRAINED
-    for epoch in range(start[0], settings["max_epochs"]):
-        model.train()
-        batches = epoch_batches(lengths, settings["batch_size"], arguments.seed, epoch)
-        own, counts = own_parts(batches, events)
-        done = start[1] if epoch == start[0] else 0
-        totals = totals.to(device) if done else torch.zeros(4, device=device)
-        bar = progress(loader(dataset, [train[b] for b in own[done:]], device), len(batches) - done, f"epoch {epoch + 1}", settings["batch_size"])
-        for batch in bar:
-            with torch.amp.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                losses = parallel(batch, losses=True)
-            classification = classification_loss(losses["logits"], batch.label, config)
-            weight = WORLD * counts[done] / len(batches[done])  # as in pretraining
-            loss = (weight * classification + head_penalty(model, config)
-                    + weight * config.reconstruction_weight * (losses["reconstruction"] + model.config.max_beta * losses["kl"]))
-            norm, stopping = update(model, loss, optimizer, scaler, config.clip), run.stopping()
-            if done % every == 0 or stopping or done + 1 == len(batches):
-                finite_or_stop(norm, done, dataset.cohort.stay_id[train[batches[done]]], scaler, every)
-                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-            means = torch.stack([classification, losses["reconstruction"], losses["kl"]]).detach()
-            totals += torch.cat([summed(means * counts[done]), ~torch.isfinite(norm)[None]])
-            done += 1
-            if stopping:
-                run.save_last(model_content("finetune", model, dataset, split, source, best), (epoch, done), best, totals, **parts)
-                run.leave()
-        schedule.step()
-        (loss, reconstruction, kl), overflows = (totals[:3] / len(train)).tolist(), totals[3].item()
-        row = {"epoch": epoch + 1, "loss": loss, "reconstruction": reconstruction, "kl": kl,
-               **({"skipped_steps": overflows} if scaler.is_enabled() else {}),
-               **ranking(dataset.cohort.label[valid], predict(model, encode_stays(model, dataset, valid, device)))}
-        best = end_of_epoch(run, model, dataset, split, source, row, best, False, **parts)
-    return best
+        head = HeadTraining(run, train, config, arguments.seed, device)
+        for epoch in range(config.max_epochs):
+            head.epoch(epoch)
+        del head
+
+    def data(epoch):
+        points, weight = training_points(cohort, train, config, arguments.seed, epoch)
+        stays = stays_with(cohort, points)
+        return run.dataset.asking(points, weight * (len(stays) / weight.sum())), stays  # 1 a stay, on average
+
+    def rate(epoch, step):
+        return full_rate(config, epoch, pretrained=not arguments.random_init)
+
+    def objective(parallel, batch, step):
+        losses = parallel(batch, losses=True)
+        classification = classification_loss(losses["logits"], batch.label, config, batch.weight, total=len(batch))
+        rest = losses["reconstruction"] + model.config.max_beta * losses["kl"]
+        loss = classification + head_penalty(model, config) + config.reconstruction_weight * rest
+        return loss, {"loss": classification, "reconstruction": losses["reconstruction"], "kl": losses["kl"]}
+
+    training = Training(run, data, objective, rate, full_optimizer(model, config), config.full_batch_size, config.clip,
+                        arguments.seed, device, dtype)
+    for epoch in run.epochs(config.full_max_epochs):
+        row = {"epoch": epoch + 1, **training.epoch()}
+        finetuning_epoch(run, row, valid, encode_points(model, run.dataset, valid, device), keep_last=False)
 
 
-UNTRAINED = {"val_auc": -1.0, "val_auprc": -1.0, "epoch": 0, "threshold": 0.5}, (0, 0), None  # best so far, position, totals: see `Run.restore`
-
-
-def end_of_epoch(run, model, dataset, split, source, row, best, keep_last, **parts) -> dict:
-    """Log the epoch, save last.pt and, where the validation AUROC improved (`keep_last`: always), best.pt; obey a signal. Returns the best so far."""
+def finetuning_epoch(run: Run, row: dict, valid, val_features, keep_last: bool) -> None:
+    """The end of an epoch: rank the validation points [n] by their features [n, F]; best.pt is the epoch of the best
+    AUROC (`keep_last`: the last)."""
+    with torch.no_grad():
+        logits = run.model.eval().classify(val_features)
+    row |= ranking(run.dataset.cohort.label[valid], probability_of(logits))
     row = gathered(row)[0]  # all go on from the figures of rank 0, should another's device round otherwise
-    run.log(row)
-    improved = keep_last or row["val_auc"] > best["val_auc"]
-    content = model_content("finetune", model, dataset, split, source, row)
-    if improved:
-        best = {name: row[name] for name in best}
-        run.save("best.pt", content)
-    run.save_last(content, (row["epoch"], 0), best, **parts)
-    print(f"epoch {row['epoch']:3d}: loss {row['loss']:.4f}, validation AUROC {row['val_auc']:.4f}{' *' if improved and not keep_last else ''}, "
+    improved = keep_last or row["val_auc"] > run.best["val_auc"]
+    run.end_of_epoch(row, improved)
+    print(f"epoch {row['epoch']:3d}: loss {row['loss']:.4f}, "
+          f"validation AUROC {row['val_auc']:.4f}{' *' if improved and not keep_last else ''}, "
           f"AUPRC {row['val_auprc']:.4f}{skipped(row)}")
-    if run.stopping():
-        run.leave()
-    return best
+
+
+def print_what_the_terminal_can() -> None:
+    """A character that it has not, such as the check mark, becomes a question mark, not an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def main(argv=None) -> int:
-    keep_freed_memory()
+    keep_freed_memory(), print_what_the_terminal_can()
     if WORLD > 1:
         dist.init_process_group()  # gloo for what lies on a CPU, nccl on CUDA
     if RANK:
@@ -784,7 +1260,7 @@ def main(argv=None) -> int:
         if RANK == 0:
             print(f"error: {error}", file=sys.stderr)
         with suppress(InputError, RuntimeError):  # where the others told it, they have left
-            gathered(error)
+            gathered(InputError(f"on {platform.node()}: {error}") if MACHINE else error)
         code = 2
     except KeyboardInterrupt:  # before the run's folder exists; from then on see `Run`
         if RANK == 0:

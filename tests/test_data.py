@@ -1,4 +1,4 @@
-"""Cohorts, splits, normalisation, the cache, batches."""
+"""Tests of data.py: how a cohort is built, split, normalised and batched, and that a batch forgets no event."""
 
 import itertools
 import tracemalloc
@@ -15,6 +15,7 @@ from data import (
     InputError,
     Normalizer,
     StayDataset,
+    StaySizes,
     build_cohort,
     divided_subjects,
     epoch_batches,
@@ -23,31 +24,61 @@ from data import (
     ranges,
     round_up,
     sorted_batches,
+    split_batch,
     stays_of,
     variable_vectors,
 )
 from finetune_config import FinetuneConfig, classification_loss
-from model import SeqSetVAE, SeqSetVAEPretrain, measurement_grid
+from model import SeqSetVAE, SeqSetVAEPretrain
 from readers import load_cohort, synthetic_cohort
 from tests.plain_loop import close, plain_grid
-from tests.tiny import NAMES, as_lists, batch_of, build, cohort_of, random_stays, tiny
+from tests.tiny import NAMES, PLAIN, as_lists, batch_of, build, cohort_of, random_stays, tiny
 from train import update
 
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Batches: nothing forgotten, nothing twice, padding never counts
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_measurement_grid_equals_a_plain_loop():
-    stays = random_stays()
-    mean, count = measurement_grid(batch_of(stays), 7)
-    assert count.sum() == sum(len(events) for stay in stays for _, events in stay)
+def test_measurements_equal_a_plain_loop():
+    stays = random_stays(valueless=.3)
+    batch = batch_of(stays)
+    length, width = batch.minute.shape[1], batch.stay_variables.shape[1]
+    measured = {}
+    for slot, pair, value, day, valued, count in zip(*(getattr(batch, f"cell_{name}").tolist() for name in (
+            "slot", "pair", "value", "day", "valued", "count"))):
+        stay, position = divmod(slot, length)
+        variable = int(batch.variables[batch.stay_variables.flatten()[pair]])
+        assert pair // width == stay and (stay, position, variable) not in measured
+        measured[stay, position, variable] = value, day * 1440, valued, count, float(batch.first_value.flatten()[pair])
     for p, stay in enumerate(stays):
-        for i, (_, events) in enumerate(stay):
-            plain_mean, plain_count = plain_grid(events)
-            close(mean[p, i].double(), torch.from_numpy(plain_mean))
-            assert count[p, i].tolist() == plain_count.tolist()
-        assert not count[p, len(stay):].any() and not mean[p, len(stay):].any()
+        first = {}  # minute and value of each variable's first value
+        for i, (minute, events) in enumerate(stay):
+            for v, (mean, count, numbers) in enumerate(zip(*plain_grid(events))):
+                if numbers:
+                    first.setdefault(v, (minute, mean))
+                if count:
+                    value, since, valued, number, origin = measured.pop((p, i, v))
+                    assert (valued, number) == (numbers > 0, count) and abs(value - mean) < 1e-6
+                    assert not valued or abs(since - (minute - first[v][0])) < 1e-3 and abs(origin - first[v][1]) < 1e-6
+    assert not measured
+
+
+def test_a_point_sees_the_last_set_not_after_it_and_a_stay_ends_with_its_last_point():
+    cohort = cohort_of([[(m, [(0, 1.0), (1, m)]) for m in (0, 10, 20, 30)], [(m, [(2, 1.0)]) for m in (5, 6)],
+                        [(7, [(3, 0.0)])]])
+    cohort = replace(cohort, point_start=np.array([0, 3, 6, 6]), point_minute=np.array([-1, 10, 25.5, 5, 5.5, 9]),
+                     label=np.array([0, 0, 1, -1, 0, 1], dtype=np.int8))
+    dataset = StayDataset(cohort, PLAIN, points=True)
+    assert [x.tolist() for x in dataset.sizes(np.arange(3))] == [[3, 2, 0], [6, 2, 0], [2, 3, 0]]
+    batch = dataset[np.array([1, 0])]
+    assert batch.lengths.tolist() == [2, 3] and batch.minute[:, :3].tolist() == [[5, 6, 0], [0, 10, 20]]
+    assert batch.point.tolist() == [[3, 4, 5], [1, 2, -1]] and batch.label.tolist() == [[-1, 0, 1], [0, 1, -1]]
+    assert batch.point_slot.tolist() == [[0, 0, 1], [1, 2, 0]]
+    close(batch.point_hours, torch.tensor([[0, .5 / 60, 3 / 60], [0, 5.5 / 60, 0]]))
+    assert len(batch.event_value) == 8 and batch.variables[:3].tolist() == [0, 1, 2]
+    whole = StayDataset(cohort, PLAIN)
+    assert whole[np.array([1, 0])].lengths.tolist() == [2, 4] and whole[np.array([0])].point.shape == (1, 0)
 
 
 def test_no_event_and_no_set_is_forgotten():
@@ -56,36 +87,46 @@ def test_no_event_and_no_set_is_forgotten():
     for stays in epoch_batches(np.diff(cohort.stay_start), 5, seed=0, epoch=0):
         batch = dataset[stays]
         cells = batch.token_event[batch.token_event < len(batch.event_value)]
-        assert cells.sort().values.tolist() == list(range(len(batch.event_value)))      # every event in exactly one cell
-        assert sorted(batch.slot_set[batch.slot_set < len(batch.group_slot)].tolist()) == list(range(int(batch.lengths.sum())))
-        assert measurement_grid(batch, 44)[1].sum() == len(batch.event_value) == cohort.stay_events[stays].sum()
+        # every event in exactly one cell
+        assert cells.sort().values.tolist() == list(range(len(batch.event_value)))
+        slots = batch.slot_set[batch.slot_set < len(batch.group_slot)]
+        assert sorted(slots.tolist()) == list(range(int(batch.lengths.sum())))
+        assert batch.cell_count.sum() == len(batch.event_value) == cohort.stay_events[stays].sum()
         events, sets = events + len(batch.event_value), sets + int(batch.lengths.sum())
     assert events == len(cohort.event_value) and sets == len(cohort.set_minute)
 
 
-@pytest.mark.parametrize("batches", [lambda cohort: epoch_batches(np.diff(cohort.stay_start), 8, seed=1, epoch=2),
-                                     lambda cohort: sorted_batches(cohort, np.arange(len(cohort)), 8)], ids=["epoch", "sorted"])
+@pytest.mark.parametrize("batches", [lambda sizes: epoch_batches(sizes.sets, 8, seed=1, epoch=2), sorted_batches],
+                         ids=["epoch", "sorted"])
 def test_every_stay_is_visited_once(batches):
-    visited = batches(cohort_of(random_stays(np.random.default_rng(0).integers(1, 90, 297))))
-    assert sorted(np.concatenate(visited)) == list(range(297)) and max(map(len, visited)) == 8
+    cohort = cohort_of(random_stays(np.random.default_rng(0).integers(1, 90, 297)))
+    visited = batches(StayDataset(cohort, PLAIN, points=True).sizes(np.arange(297)))
+    assert sorted(np.concatenate(visited)) == list(range(297))
 
 
-@pytest.mark.parametrize("limit, most", [("_MOST_SETS_SQUARED", 6 * 9**2), ("_MOST_EVENTS", 270)])
+@pytest.mark.parametrize("limit, most", [("_MOST_SETS_SQUARED", 6 * 9**2), ("_MOST_EVENTS", 270), ("_MOST_POINTS", 7)])
 def test_evaluation_batches_are_bounded_by_their_cost(monkeypatch, limit, most):
     cohort = cohort_of(random_stays((9,) * 20 + (90, 80)))
     monkeypatch.setattr(data, limit, most)
-    batches = sorted_batches(cohort, np.arange(22), 32)
-    cost = {"_MOST_SETS_SQUARED": lambda b: len(b) * 9**2, "_MOST_EVENTS": lambda b: cohort.stay_events[b].sum()}[limit]
-    assert np.concatenate(batches).tolist() == [*range(20), 21, 20] and [len(b) for b in batches[-2:]] == [1, 1]
-    assert all(cost(b) <= most for b in batches[:-2]) and len(batches) <= 8
+    batches = sorted_batches(StayDataset(cohort, PLAIN, points=True).sizes(np.arange(22)))
+    cost = {"_MOST_SETS_SQUARED": lambda b: len(b) * max(np.diff(cohort.stay_start)[b])**2, "_MOST_POINTS": len,
+            "_MOST_EVENTS": lambda b: cohort.stay_events[b].sum()}[limit]
+    assert np.concatenate(batches).tolist() == [*range(20), 21, 20] and 3 <= len(batches) <= 8
+    assert all(cost(b) <= most or len(b) == 1 for b in batches)
+    assert all(cost(np.append(b, after[0])) > most for b, after in zip(batches, batches[1:]))  # as large as fits
 
 
-def test_a_huge_stay_is_a_training_batch_of_its_own_and_the_others_batches_stay_full():
-    lengths = np.r_[np.full(70, 50), 20_000, 3_000]
-    batches = epoch_batches(lengths, 16, seed=0, epoch=0)
-    assert sorted(np.concatenate(batches)) == list(range(72))
-    assert [70] in [b.tolist() for b in batches] and all(len(b) * lengths[b].max()**2 <= 2**24 or len(b) == 1 for b in batches)
-    assert sum(len(b) == 16 for b in batches) == 4
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_a_batch_that_does_not_fit_is_split_into_equal_numbers_of_parts(parts):
+    sizes = StaySizes(sets=np.r_[np.full(70, 50), 20_000, 3_000], events=np.r_[np.full(70, 400), 90_000, 9_000],
+                      points=np.zeros(72, dtype=np.int64))
+    batches = epoch_batches(sizes.sets, 16, seed=0, epoch=0)
+    assert [len(b) for b in batches].count(16) == 4 and sorted(np.concatenate(batches)) == list(range(72))
+    for batch in batches:
+        lists = split_batch(sizes, batch, parts)
+        assert len(lists) % parts == 0 and sorted(np.concatenate(lists)) == sorted(batch) and all(map(sizes.fit, lists))
+        assert len(lists) == parts or not {70, 71}.isdisjoint(batch)
+        assert [70] in [part.tolist() for part in lists] or 70 not in batch
 
 
 def test_a_batch_costs_as_much_memory_in_a_large_cohort(tmp_path):
@@ -121,8 +162,8 @@ def test_losses_and_gradients_are_the_same_whatever_the_padding(decoder):
         model.zero_grad()
         losses = model(batch, 1e-2)
         losses["loss"].backward()
-        seen.append({name: x for name, x in losses.items() if name != "mu"} | {name: p.grad.clone() for name, p in model.named_parameters()
-                                                                            if p.grad is not None})
+        seen.append({name: x for name, x in losses.items() if name != "mu"}
+                    | {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     assert len(batch_of(stays, 1).groups) != len(batch_of(stays, 6).groups)
     close(*seen)
 
@@ -130,7 +171,8 @@ def test_losses_and_gradients_are_the_same_whatever_the_padding(decoder):
 @pytest.mark.parametrize("decoder", ["readout", "slots"])
 @pytest.mark.parametrize("mode", ["pretrain", "full training"])
 def test_a_training_step_asks_the_device_for_no_value(mode, decoder):
-    """Tensors of the meta device have no values: `.item()`, a boolean index or a shape that depends on data fails there."""
+    """Tensors of the meta device have no values: `.item()`, a boolean index or a shape that depends on data fails
+    there."""
     config, batch = tiny(decoder=decoder, classification_only=False, hide_sets=.1), batch_of(random_stays()).to("meta")
     if mode == "pretrain":
         model = build(SeqSetVAEPretrain, config).to("meta").train()
@@ -145,7 +187,8 @@ def test_a_training_step_asks_the_device_for_no_value(mode, decoder):
 
 def test_padding_between_sets_of_one_stay_is_under_fifteen_percent():
     cohort = synthetic_cohort(200)
-    dataset, batches = StayDataset(cohort, Normalizer.fit(cohort, np.arange(200))), epoch_batches(np.diff(cohort.stay_start), 8, 0, 0)
+    dataset = StayDataset(cohort, Normalizer.fit(cohort, np.arange(200)))
+    batches = epoch_batches(np.diff(cohort.stay_start), 8, 0, 0)
     cells = sum(len(dataset[stays].token_event) for stays in batches)
     assert 1 < cells / len(cohort.event_value) < 1.15
 
@@ -156,15 +199,17 @@ def test_group_widths_are_optimal(groups):
     for _ in range(20):
         sizes = rng.integers(1, 12, rng.integers(1, 15))
         cost = lambda bounds: sum(min(b for b in bounds if b >= s) for s in sizes)
-        best = min(cost((*some, sizes.max())) for k in range(groups) for some in itertools.combinations(np.unique(sizes), k))
-        widths = group_widths(sizes, groups)
+        best = min(cost((*some, sizes.max())) for k in range(groups)
+                   for some in itertools.combinations(np.unique(sizes), k))
+        widths = group_widths(*np.unique(sizes, return_counts=True), groups)
         assert len(widths) <= groups and cost(widths) == best
 
 
 def test_round_up_is_tight_and_leaves_few_sizes():
     rounded = [round_up(n) for n in range(1, 5000)]
     assert all(n <= r <= 1.125 * n + 1e-9 for n, r in enumerate(rounded, start=1)) and rounded == sorted(rounded)
-    assert all(len({r for r in rounded if low < r <= 2 * low}) <= 8 for low in (16, 64, 1024)) and [round_up(r) for r in rounded] == rounded
+    assert all(len({r for r in rounded if low < r <= 2 * low}) <= 8 for low in (16, 64, 1024))
+    assert [round_up(r) for r in rounded] == rounded
 
 
 def test_ranges_concatenate():
@@ -172,27 +217,32 @@ def test_ranges_concatenate():
     assert ranges(np.array([], int), np.array([], int)).tolist() == []
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Data: cohorts, splits, normalisation, the cache
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_cohort_sorts_events_into_sets():
-    events = [(2, 30, 1, 5.0), (0, 9, 2, 1.0), (2, 30, 0, 6.0), (0, 3, 2, 2.0), (2, 30, 1, 5.0), (0, 9, 1, 3.0)]  # stay 1 has none
-    cohort = build_cohort("handmade", ["z", "b", "a", "never"], *map(np.array, zip(*events)), stay_id=["p", "q", "r"], label=[1, 0, -1])
-    assert as_lists(cohort) == {"p": [(3, [("a", 2)]), (9, [("a", 1), ("b", 3)])], "r": [(30, [("b", 5), ("z", 6), ("b", 5)])]}
-    assert cohort.variables == ["a", "b", "z"] and cohort.label.tolist() == [1, -1] and cohort.notes["stays without a usable event"] == 1
+    # stay 1 has none
+    events = [(2, 30, 1, 5.0), (0, 9, 2, 1.0), (2, 30, 0, 6.0), (0, 3, 2, 2.0), (2, 30, 1, 5.0), (0, 9, 1, 3.0)]
+    cohort = build_cohort("handmade", ["z", "b", "a", "never"], *map(np.array, zip(*events)), stay_id=["p", "q", "r"],
+                          label=[1, 0, -1])
+    assert as_lists(cohort) == {"p": [(3, [("a", 2)]), (9, [("a", 1), ("b", 3)])],
+                                "r": [(30, [("b", 5), ("z", 6), ("b", 5)])]}
+    assert cohort.variables == ["a", "b", "z"] and cohort.label.tolist() == [1, -1]
+    assert cohort.notes["stays without a usable event"] == 1
 
 
 def test_a_stay_id_that_occurs_twice_is_refused():
     with pytest.raises(InputError, match="stay p occurs more than once"):
-        build_cohort("x", ["a"], np.array([0, 1]), np.array([0, 0]), np.array([0, 0]), np.array([1, 1]), stay_id=["p", "p"], label=[0, 0])
+        build_cohort("x", ["a"], np.array([0, 1]), np.array([0, 0]), np.array([0, 0]), np.array([1, 1]),
+                     stay_id=["p", "p"], label=[0, 0])
 
 
 def test_normalizer_is_fitted_on_training_stays_only():
     cohort, training = synthetic_cohort(24), np.arange(12)
-    changed = replace(cohort, event_value=np.where(np.arange(len(cohort.event_value)) < cohort.set_start[cohort.stay_start[12]],
-                                                   cohort.event_value, 1e6).astype(np.float32))
+    trained = np.arange(len(cohort.event_value)) < cohort.set_start[cohort.stay_start[12]]
+    changed = replace(cohort, event_value=np.where(trained, cohort.event_value, 1e6).astype(np.float32))
     a, b = (Normalizer.fit(c, training) for c in (cohort, changed))
     assert all(np.array_equal(getattr(a, name), getattr(b, name)) for name in ("mean", "std", "log_scale"))
     assert not np.array_equal(a.mean, Normalizer.fit(changed, np.arange(24)).mean)
@@ -217,7 +267,8 @@ def test_a_constant_variable_stays_visible():
 def test_splits_are_seeded_stratified_disjoint_and_complete():
     cohort = synthetic_cohort(300)
     split = make_splits(cohort, 0)
-    assert sorted(sum(split.values(), [])) == sorted(cohort.stay_id) and [len(split[s]) for s in ("train", "valid", "test")] == [192, 48, 60]
+    assert sorted(sum(split.values(), [])) == sorted(cohort.stay_id)
+    assert [len(split[s]) for s in ("train", "valid", "test")] == [192, 48, 60]
     rates = [cohort.label[stays_of(cohort, ids)].mean() for ids in split.values()]
     assert max(rates) - min(rates) < 0.02
     assert make_splits(cohort, 0) == split != make_splits(cohort, 1)
@@ -307,7 +358,8 @@ def test_a_variable_has_the_same_unit_vector_in_every_vocabulary():
 def test_an_event_of_an_unknown_variable_is_dropped_and_named():
     stays = random_stays()
     known = [[(minute, [(v, x) for v, x in events if v < 5]) for minute, events in stay] for stay in stays]
-    dataset = StayDataset(cohort_of(stays), Normalizer(NAMES[:5], *np.array([[0] * 5, [1] * 5, [0] * 5], dtype=np.float32)))
+    dataset = StayDataset(cohort_of(stays),
+                          Normalizer(NAMES[:5], *np.array([[0] * 5, [1] * 5, [0] * 5], dtype=np.float32)))
     batch, model = dataset[np.arange(4)], build(SeqSetVAEPretrain, tiny(num_variables=5))
     assert dataset.unknown_variables == NAMES[5:] and len(batch.event_value) == sum(len(e) for s in known for _, e in s)
     with torch.no_grad():
