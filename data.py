@@ -6,8 +6,8 @@ similar size. Nothing here knows of models, losses or devices (beyond `EventBatc
 """
 
 import hashlib
+import itertools
 import json
-import math
 import os
 import shutil
 import tempfile
@@ -15,14 +15,14 @@ from collections import Counter
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Iterable
+from typing import Iterable, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from sklearn.model_selection import train_test_split
 
-READER_VERSION = 3  # raise it when a reader's output changes: older caches are then rebuilt
+READER_VERSION = 4  # raise it when a reader's output changes: older caches are then rebuilt
 CACHE_DIR = Path(__file__).resolve().parent / ".cache"
 SPLITS = ("train", "valid", "test")  # codes 0, 1, 2 in `Cohort.split`; -1 is unassigned
 
@@ -64,28 +64,44 @@ def sync(path) -> None:
 
 @dataclass
 class Cohort:
-    """P stays, T sets, E events, V variables, as flat arrays; `*_start` are offsets into the next finer level."""
+    """P stays, T sets, E events, V variables, Q prediction points, as flat arrays; `*_start` are offsets into the next finer level.
+
+    A prediction point asks for a stay's risk at a minute, from every event up to and including that minute. One label a stay, without a
+    time, is a point at the minute of its last set."""
 
     reader: str
     variables: list[str]        # [V] vocabulary, sorted
     event_variable: np.ndarray  # [E] int16, or int32 for V > 32,767
-    event_value: np.ndarray     # [E] float32, raw units
+    event_value: np.ndarray     # [E] float32, raw units; NaN: an event without a value, which says that something happened
+    event_offset: np.ndarray    # [E] int32, microseconds since its set's minute; [0] where no source knows less than a minute
     set_start: np.ndarray       # [T+1] int64, in events
-    set_minute: np.ndarray      # [T] float32, minutes since admission, rising within a stay
+    set_minute: np.ndarray      # [T] float64, minutes since admission, rising within a stay; may be negative
     stay_start: np.ndarray      # [P+1] int64, in sets
     stay_id: np.ndarray         # [P] str
-    label: np.ndarray           # [P] int8, -1: none
+    subject: np.ndarray         # [P] str, whose stay it is: splits, folds and leaks go by subject
+    origin: np.ndarray          # [P] datetime64[us], clock time of minute 0; NaT: unknown
     split: np.ndarray           # [P] int8, index into SPLITS, -1: unassigned
+    point_start: np.ndarray     # [P+1] int64, in points
+    point_minute: np.ndarray    # [Q] float64, rising within a stay
+    label: np.ndarray           # [Q] int8, -1: none
     statistics: np.ndarray      # [V, 2] float32, mean and standard deviation given with the data, NaN: none
     vectors: np.ndarray         # [V, D] float32, vectors given with the data, NaN: none; D is 0 where no variable has one
     notes: dict = field(default_factory=dict)  # what the reader skipped: reason -> count
     fingerprint: str = ""       # digest of the stays, not of their labels: a split holds when labels come later
 
-    STAYS = ("event_variable", "event_value", "set_start", "set_minute", "stay_start", "stay_id", "split")
-    ARRAYS = STAYS + ("label", "statistics", "vectors")
+    STAYS = ("event_variable", "event_value", "event_offset", "set_start", "set_minute", "stay_start", "stay_id", "subject", "origin",
+             "split")
+    ARRAYS = STAYS + ("point_start", "point_minute", "label", "statistics", "vectors")
 
     def __len__(self) -> int:
         return len(self.stay_id)
+
+    @property
+    def stay_label(self) -> np.ndarray:
+        """[P] the largest label of the stay's points, -1 where none has one: what a split is stratified by."""
+        label = np.full(len(self), -1, dtype=np.int8)
+        np.maximum.at(label, np.repeat(np.arange(len(self)), np.diff(self.point_start)), self.label)
+        return label
 
     @property
     def stay_events(self) -> np.ndarray:
@@ -108,13 +124,14 @@ class Cohort:
         return "\n".join(lines)
 
 
-def build_cohort(reader, variables, stay, minute, variable, value, stay_id, label, split=None, notes=None, set_key=None, statistics=None,
-                 vectors=None) -> Cohort:
+def build_cohort(reader, variables, stay, minute, variable, value, stay_id, label=None, split=None, notes=None, set_key=None,
+                 statistics=None, vectors=None, subject=None, origin=None, offset=None) -> Cohort:
     """Sort flat events into a `Cohort`. A set is all events of one stay at one minute; duplicates are kept (a set is a multiset).
 
     Args:
         variables: [V] names; stay, minute, variable, value: [E] stay index, minutes, variable index, raw value of each event.
-        stay_id, label, split: [P]; split may be None (all unassigned).
+        stay_id, label, split, subject, origin: [P]; None: no label, unassigned, each stay a subject of its own, clock time unknown.
+        offset: [E] microseconds since the minute (None: none).
         set_key: [E] number by which the source tells sets of one minute apart (None: it does not).
         statistics, vectors: what the data give for variables, as DataFrames indexed by name (None: nothing).
     Stays without any event are left out and counted in `notes`; the vocabulary keeps only variables that occur, sorted by name.
@@ -142,6 +159,7 @@ def build_cohort(reader, variables, stay, minute, variable, value, stay_id, labe
     keys = [key[sequence] for key in keys]
     minute, stay = keys[-2:]
     set_first = np.append(0, 1 + np.flatnonzero(np.any([key[1:] != key[:-1] for key in keys], axis=0)))
+    stay_start = np.searchsorted(stay[set_first], np.arange(len(used) + 1)).astype(np.int64)
     names = [str(variables[i]) for i in present[order]]
     cohort = Cohort(
         reader=reader,
@@ -149,11 +167,16 @@ def build_cohort(reader, variables, stay, minute, variable, value, stay_id, labe
         event_variable=rank[variable[sequence]].astype(np.int16 if len(present) < 2**15 else np.int32),
         event_value=np.asarray(value, dtype=np.float32)[sequence],
         set_start=np.append(set_first, len(stay)).astype(np.int64),
-        set_minute=minute[set_first].astype(np.float32),
-        stay_start=np.searchsorted(stay[set_first], np.arange(len(used) + 1)).astype(np.int64),
+        set_minute=minute[set_first].astype(np.float64),
+        event_offset=np.zeros(0, dtype=np.int32) if offset is None else np.asarray(offset, dtype=np.int32)[sequence],
+        stay_start=stay_start,
         stay_id=stay_id[used],
-        label=np.asarray(label)[used].astype(np.int8),
+        subject=(stay_id if subject is None else np.asarray(subject, dtype=str))[used],
+        origin=(np.full(len(stay_id), "NaT") if origin is None else np.asarray(origin)).astype("datetime64[us]")[used],
         split=split[used].astype(np.int8),
+        point_start=np.arange(len(used) + 1),
+        point_minute=minute[set_first][stay_start[1:] - 1].astype(np.float64),
+        label=(np.full(len(stay_id), -1) if label is None else np.asarray(label))[used].astype(np.int8),
         statistics=(pd.DataFrame(columns=["mean", "std"]) if statistics is None else statistics).reindex(names).to_numpy(np.float32),
         vectors=(pd.DataFrame() if vectors is None else vectors).reindex(names).to_numpy(np.float32),
         notes=notes,
@@ -165,13 +188,14 @@ def build_cohort(reader, variables, stay, minute, variable, value, stay_id, labe
 def pieces(parts: Iterable[Cohort]):
     """Yield (part, {name of array: rows}), such that the rows of all parts, one after another, are the whole's. The parts agree in their
     variables and in the arrays' types."""
-    sets = events = 0
+    sets = events = points = 0
     for part in parts:
-        rows = {name: getattr(part, name) for name in Cohort.ARRAYS} | {"set_start": part.set_start + events, "stay_start": part.stay_start + sets}
+        rows = {name: getattr(part, name) for name in Cohort.ARRAYS} | {
+            "set_start": part.set_start + events, "stay_start": part.stay_start + sets, "point_start": part.point_start + points}
         if sets:
             rows = {name: x[name.endswith("_start"):] for name, x in rows.items() if name not in ("statistics", "vectors")}
         yield part, rows
-        sets, events = sets + len(part.set_minute), events + len(part.event_value)
+        sets, events, points = sets + len(part.set_minute), events + len(part.event_value), points + len(part.label)
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------
@@ -238,8 +262,8 @@ def make_splits(cohort: Cohort, seed: int) -> dict[str, list[str]]:
         return {name: cohort.stay_id[cohort.split == code].tolist() for code, name in enumerate(SPLITS)}
     everyone = np.arange(len(cohort))
     try:
-        rest, test = train_test_split(everyone, test_size=.2, stratify=cohort.label, random_state=seed)
-        train, valid = train_test_split(rest, test_size=.2, stratify=cohort.label[rest], random_state=seed)
+        rest, test = train_test_split(everyone, test_size=.2, stratify=cohort.stay_label, random_state=seed)
+        train, valid = train_test_split(rest, test_size=.2, stratify=cohort.stay_label[rest], random_state=seed)
     except ValueError as error:
         raise InputError(f"{cohort.reader}: {len(cohort)} stays cannot be split into train, valid and test ({error}); "
                          "give more stays or a split of your own") from None
@@ -262,9 +286,31 @@ def ranges(start: np.ndarray, length: np.ndarray) -> np.ndarray:
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(start - (ends - length), length)
 
 
+def _valued_events(cohort: Cohort, stays: np.ndarray):
+    """Yield (variable, value) of all events of these stays that have a value, some stays at a time."""
+    for part in np.array_split(stays, 1 + len(stays) // 1000):
+        events = stay_event_index(cohort, part)
+        value = cohort.event_value[events]
+        valued = ~np.isnan(value)
+        yield cohort.event_variable[events][valued], value[valued]
+
+
+def _largest_cap(counts: np.ndarray, most: int) -> int:
+    """The largest c for which the sum of min(count, c) is at most `most` (at least 1)."""
+    ascending = np.sort(counts)
+    below = np.cumsum(ascending) - ascending                     # of the counts before
+    rest = np.arange(len(counts), 0, -1)
+    fits = np.flatnonzero(below + ascending * rest <= most)      # capped at this count, all fit
+    if len(fits) == len(counts):
+        return int(ascending[-1]) if len(counts) else 1
+    first = fits[-1] + 1 if len(fits) else 0
+    return max(1, int((most - below[first]) // rest[first]))
+
+
 @dataclass
 class Normalizer:
-    """z = clip((f(value) - mean) / std, -clip, clip), a variable each; f(x) = log(1 + x / log_scale) where log_scale is positive, else x.
+    """z = clip((f(value) - mean) / std, -clip, clip), a variable each; f(x) = log(1 + x / log_scale) where log_scale is
+    positive, else x.
 
     Fitted on training stays only; travels in the checkpoint.
     """
@@ -274,40 +320,77 @@ class Normalizer:
     std: np.ndarray        # [V] float32, positive
     log_scale: np.ndarray  # [V] float32, raw units; 0: no logarithm
     clip: float = 5.0      # standard deviations
+    outside: dict = field(default_factory=dict)  # what `fit` found: variable -> (values far outside, the most frequent)
+    clipped: float = 0.0   # share of the values that `fit` saw beyond `clip`
 
     @classmethod
-    def fit(cls, cohort: Cohort, stays: np.ndarray, tail: float = .005, skewed: float = 1.5) -> "Normalizer":
+    def fit(cls, cohort: Cohort, stays: np.ndarray, tail: float = .005, skewed: float = 1.5, far: float = 25.0,
+            most: int = 2**24) -> "Normalizer":
         """Mean and standard deviation of each variable's values between its `tail` and 1 - `tail` quantiles (winsorised: one
-        mistyped pH of 735 must not set the scale). A non-negative variable with a skewness above `skewed` (most enzymes, bilirubin,
-        lactate) is taken on a log scale, relative to its median. A constant variable (an indicator) keeps its value: mean 0, std 1.
-        Where the cohort was given a variable's statistics, they are taken instead."""
-        sorted_values = []  # (the values of some stays by variable, where each variable begins): 4 bytes an event are held, not 30
-        for part in np.array_split(stays, 1 + len(stays) // 1000):
-            events = stay_event_index(cohort, part)
-            variable = cohort.event_variable[events]
+        mistyped pH of 735 must not set the scale), of those within `far` interquartile ranges of the quartiles (nor may 3%
+        of 9999999). A non-negative variable with a skewness above `skewed` (most enzymes, bilirubin, lactate) is taken on a
+        log scale, relative to its median. A constant variable (an indicator) keeps its value: mean 0, std 1. Where the cohort
+        was given a variable's statistics, they are taken instead. Of more than `most` values a seeded share is looked at, in
+        which rare variables keep all of theirs."""
+        counts = np.zeros(len(cohort.variables), dtype=np.int64)
+        for variable, _ in _valued_events(cohort, stays):
+            counts += np.bincount(variable, minlength=len(counts))
+        share = np.minimum(1, _largest_cap(counts, most) / counts.clip(min=1))
+        sorted_values, rng = [], np.random.default_rng(0)  # the values of some stays by variable, where each variable begins
+        for variable, value in _valued_events(cohort, stays):
+            if share.min() < 1:
+                kept = rng.random(len(variable)) < share[variable]
+                variable, value = variable[kept], value[kept]
             order = np.argsort(variable, kind="stable")
-            sorted_values.append((cohort.event_value[events][order], np.searchsorted(variable[order], np.arange(len(cohort.variables) + 1))))
-        mean, std, log_scale = np.zeros((3, len(cohort.variables)), dtype=np.float32)
+            sorted_values.append((value[order], np.searchsorted(variable[order], np.arange(len(counts) + 1))))
+        mean, std, log_scale = np.zeros((3, len(counts)), dtype=np.float32)
         std[:] = 1
-        for v in range(len(cohort.variables)):
+        result = cls(cohort.variables, mean, std, log_scale)
+        beyond = seen = 0
+        for v in np.flatnonzero(counts):
             x = np.concatenate([value[bounds[v]:bounds[v + 1]] for value, bounds in sorted_values]).astype(np.float64)
-            if not len(x):
-                continue
-            x = x.clip(*np.quantile(x, (tail, 1 - tail)))
-            if x.std() <= 1e-6 * max(1, abs(x.mean())):
-                continue
-            if x.min() >= 0 and ((x - x.mean()) ** 3).mean() > skewed * x.std() ** 3:
-                log_scale[v] = np.median(x[x > 0])
-                x = np.log1p(x / log_scale[v])
-            mean[v], std[v] = x.mean(), x.std()
+            if len(x):
+                result._fit_variable(v, x, tail, skewed, far)
+                seen += len(x)
+                beyond += int((np.abs(result(np.full(len(x), v), x)) >= result.clip).sum())
         given = ~np.isnan(cohort.statistics[:, 0])
         (mean[given], std[given]), log_scale[given] = cohort.statistics[given].T, 0
-        return cls(cohort.variables, mean, std, log_scale)
+        result.clipped = beyond / max(1, seen)
+        return result
+
+    def _fit_variable(self, v: int, x: np.ndarray, tail: float, skewed: float, far: float) -> None:
+        """Mean, std and log_scale of variable v from its values x."""
+        low, middle, high = np.quantile(x, (.25, .5, .75))
+        if low == high:  # more than half of the values are equal
+            low, high = np.quantile(x, (.05, .95))
+        width = high - low or max(1.0, abs(middle))
+        within = (x >= low - far * width) & (x <= high + far * width)
+        if not within.all():
+            values, count = np.unique(x[~within], return_counts=True)
+            self.outside[self.variables[v]] = (int(count.sum()), float(values[count.argmax()]))
+        x = x[within]
+        x = x.clip(*np.quantile(x, (tail, 1 - tail)))
+        if x.std() <= 1e-6 * max(1, abs(x.mean())):
+            return
+        if x.min() >= 0 and ((x - x.mean()) ** 3).mean() > skewed * x.std() ** 3:
+            self.log_scale[v] = np.median(x[x > 0])
+            x = np.log1p(x / self.log_scale[v])
+        self.mean[v], self.std[v] = x.mean(), x.std()
 
     def __call__(self, variable: np.ndarray, value: np.ndarray) -> np.ndarray:
         scale = self.log_scale[variable]
         value = np.where(scale > 0, np.log1p(np.maximum(value, 0) / np.where(scale > 0, scale, 1)), value)
         return ((value - self.mean[variable]) / self.std[variable]).clip(-self.clip, self.clip).astype(np.float32)
+
+    def describe(self, most: int = 5) -> str:
+        """The lines that tell what `fit` found, see `Cohort.describe`."""
+        line = f"data: {self.clipped:.2%} of the training values lie beyond {self.clip:g} standard deviations and are clipped"
+        if not self.outside:
+            return line
+        worst = sorted(self.outside.items(), key=lambda item: -item[1][0])
+        named = "; ".join(f"{name}: {count:,} values, most often {value:g}" for name, (count, value) in worst[:most])
+        return (f"{line}\ndata: far outside the quartiles, and no part of the scale, are values of {len(worst)} variables: "
+                f"{named}{' ...' if len(worst) > most else ''}")
 
     def state_dict(self) -> dict:
         """Plain types and tensors, for the checkpoint."""
@@ -322,6 +405,23 @@ class Normalizer:
                 torch.is_tensor(x) and x.shape == (len(state["variables"]),) and x.is_floating_point() for x in arrays):
             raise InputError(f"{path}: its normalizer is damaged or forged; make the checkpoint again")
         return cls(state["variables"], *(x.numpy() for x in arrays), state["clip"])
+
+
+def common_variables(cohort: Cohort, dataset: "StayDataset", stays: np.ndarray, most: int, share: float = 0.01) -> np.ndarray:
+    """Indices in the dataset's vocabulary of the variables that at least `share` of the stays have, `most` at most: the most
+    common, of which half the places are for variables with numbers first; ties by name. Ascending."""
+    size = len(cohort.variables)
+    held, valued = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=bool)
+    for part in np.array_split(stays, 1 + len(stays) // 1000):
+        events, place = stay_event_index(cohort, part), np.repeat(np.arange(len(part)), cohort.stay_events[part])
+        variable = cohort.event_variable[events].astype(np.int64)
+        held += np.bincount(np.unique(place * size + variable) % size, minlength=size)
+        valued[variable[~np.isnan(cohort.event_value[events])]] = True
+    by_frequency = np.lexsort((np.arange(size), -held))  # the vocabulary is sorted by name
+    common = [v for v in by_frequency if held[v] >= max(1, share * len(stays)) and dataset.variable[v] >= 0]
+    numbers = [v for v in common if valued[v]][:most // 2]
+    rest = [v for v in common if v not in set(numbers)]
+    return np.sort(dataset.variable[(numbers + rest)[:most]])
 
 
 def variable_vectors(variables: list[str], dim: int, given: np.ndarray | None = None) -> torch.Tensor:
@@ -340,36 +440,56 @@ def variable_vectors(variables: list[str], dim: int, given: np.ndarray | None = 
     return torch.from_numpy(table).float()
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Batches
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 @dataclass
 class EventBatch:
-    """B stays and their E events as tensors. Sets are laid out twice: grouped by size for the set encoder, by stay for the Transformer.
+    """B stays, their E events and Q prediction points as tensors: nothing in it grows with the vocabulary.
 
-    Groups: sets of similar size form a group of S_k sets, padded to its widest, N_k; `token_event` lists the groups' M cells, group after
-    group, set after set, as indices of events, E (one past the end) where a cell is padding. Stays: a grid [B, L]; `slot_set` is the place
-    of each slot's set in the concatenated groups, S (one past the end) after a stay's last set.
+    Variables: `variables` names the batch's U distinct ones, and all else speaks of places in it; a stay's own are its row of
+    `stay_variables`. Sets are laid out twice: grouped by size for the set encoder, by stay for the Transformer.
 
-    S, M and L are rounded up (see `round_up`), by sets of padding in groups of their own, so that few distinct shapes occur: matrix
-    kernels that are compiled for each shape (oneDNN, torch.compile) would else be compiled at every step.
+    Groups: sets of similar size form a group of S_k sets, padded to its widest, N_k; `token_event` lists the groups' M cells,
+    group after group, set after set, as indices of events, E (one past the end) where a cell is padding. Stays: a grid
+    [B, L]; `slot_set` is the place of each slot's set in the concatenated groups, S (one past the end) after a stay's last.
+
+    Measurements: a variable in a set, however many of the set's events name it: C of them, sorted by stay, variable and time.
+    Their value is the mean of the events that have one; their day counts from the variable's first value in the stay, so that
+    nothing depends on where a stay's clock begins.
+
+    S, M, L, U, D and Q are rounded up (see `round_up`; sets of padding are groups of their own), so that few distinct shapes
+    occur: matrix kernels that are compiled for each shape (oneDNN, torch.compile) would else be compiled at every step.
     """
 
-    event_variable: torch.Tensor   # [E] int64
-    event_value: torch.Tensor      # [E] float32, normalised
+    variables: torch.Tensor        # [U] int64, indices into the model's vocabulary (padding: 0)
+    event_variable: torch.Tensor   # [E] int64, place in `variables`
+    event_value: torch.Tensor      # [E] float32, normalised; 0 where the event has none
     event_slot: torch.Tensor       # [E] int64, stay * L + position of the event's set
     groups: list[tuple[int, int]]  # (S_k, N_k)
     token_event: torch.Tensor      # [M] int64, M = sum of S_k * N_k
     group_slot: torch.Tensor       # [S] int64, the slot of each set of the groups (0 for padding)
     slot_set: torch.Tensor         # [B, L] int64
-    minute: torch.Tensor           # [B, L] float32, of each set (0 in padding)
+    minute: torch.Tensor           # [B, L] float64, of each set (0 in padding)
     lengths: torch.Tensor          # [B] int64, number of sets
-    label: torch.Tensor            # [B] int64, -1: none
+    stay_variables: torch.Tensor   # [B, D] int64, places in `variables`
+    variable_counts: torch.Tensor  # [B] int64, how many of a row of `stay_variables` are no padding
+    first_value: torch.Tensor      # [B, D] float32, normalised, of each variable in the stay (0: none has a value)
+    cell_slot: torch.Tensor        # [C] int64, the slot of each measurement
+    cell_pair: torch.Tensor        # [C] int64, stay * D + place in its row of `stay_variables`
+    cell_value: torch.Tensor       # [C] float32, normalised; 0 where no event has a value
+    cell_day: torch.Tensor         # [C] float32, days since the first value
+    cell_valued: torch.Tensor      # [C] bool: some event has a value
+    cell_count: torch.Tensor       # [C] float32, number of events
+    point: torch.Tensor            # [B, Q] int64, index in the cohort (-1: padding)
+    point_slot: torch.Tensor       # [B, Q] int64, position of the last set not after the point (0 in padding)
+    point_hours: torch.Tensor      # [B, Q] float32, hours from that set to the point
+    label: torch.Tensor            # [B, Q] int64, -1: none, or padding
     stay: torch.Tensor             # [B] int64, index in the cohort
 
     def __len__(self) -> int:
-        return len(self.label)
+        return len(self.stay)
 
     def _map(self, function) -> "EventBatch":
         return EventBatch(**{f.name: function(x) if torch.is_tensor(x := getattr(self, f.name)) else x for f in fields(self)})
@@ -384,24 +504,40 @@ class EventBatch:
 class StayDataset(torch.utils.data.Dataset):
     """Turns an array of stay indices into an `EventBatch`: the data set behind a DataLoader whose sampler yields whole batches.
 
-    Events of variables outside the normalizer's vocabulary are dropped here; `unknown_variables` names them.
+    `points`: with the cohort's prediction points, and of each stay no set after its last one (so that nothing later can reach
+    a prediction); else whole stays without points. A point before a stay's first set has no answer and is left out. Events of
+    variables outside the normalizer's vocabulary are dropped here; `unknown_variables` names them.
     """
 
-    def __init__(self, cohort: Cohort, normalizer: Normalizer, max_groups: int = 8):
+    def __init__(self, cohort: Cohort, normalizer: Normalizer, max_groups: int = 8, points: bool = False):
         self.cohort, self.normalizer = cohort, normalizer
         lookup = {name: i for i, name in enumerate(normalizer.variables)}
-        self.variable = np.array([lookup.get(name, -1) for name in cohort.variables])  # [V of the data] -> the model's vocabulary
+        self.variable = np.array([lookup.get(name, -1) for name in cohort.variables])  # [V of the data] -> the model's
         self.unknown_variables = [name for name in cohort.variables if name not in lookup]
-        self.widths = group_widths(np.diff(cohort.set_start), max_groups)
+        self.widths = group_widths(*set_sizes(cohort), max_groups)
+        self.points = points
 
     def describe_unknown(self) -> str:
         """The line that tells what was dropped, see `Cohort.describe`."""
-        return f"data: dropped: events of {len(self.unknown_variables)} variables unknown to the checkpoint: {', '.join(self.unknown_variables)}"
+        return (f"data: dropped: events of {len(self.unknown_variables)} variables unknown to the checkpoint: "
+                f"{', '.join(self.unknown_variables)}")
+
+    def sizes(self, stays: np.ndarray) -> "StaySizes":
+        """What these stays cost in a batch."""
+        cohort = self.cohort
+        first, sets = cohort.stay_start[stays], np.diff(cohort.stay_start)[stays]
+        points = np.zeros(len(stays), dtype=np.int64)
+        if self.points:
+            index, slot = point_slots(cohort, stays)
+            answered = slot >= 0
+            place = np.searchsorted(np.cumsum(np.diff(cohort.point_start)[stays]), np.arange(len(index)), side="right")
+            sets, points = np.zeros_like(sets), np.bincount(place[answered], minlength=len(stays))
+            np.maximum.at(sets, place, slot + 1)
+        return StaySizes(sets, cohort.set_start[first + sets] - cohort.set_start[first], points)
 
     def __getitem__(self, stays: np.ndarray) -> EventBatch:
-        cohort = self.cohort
-        sets_per_stay = cohort.stay_start[stays + 1] - cohort.stay_start[stays]
-        set_index = ranges(cohort.stay_start[stays], sets_per_stay)
+        cohort, sizes = self.cohort, self.sizes(stays)
+        set_index = ranges(cohort.stay_start[stays], sizes.sets)
         size = cohort.set_start[set_index + 1] - cohort.set_start[set_index]
         events = ranges(cohort.set_start[set_index], size)
         variable, value = self.variable[cohort.event_variable[events]], cohort.event_value[events]
@@ -410,39 +546,114 @@ class StayDataset(torch.utils.data.Dataset):
             known = variable >= 0
             variable, value, event_set = variable[known], value[known], event_set[known]
             size = np.bincount(event_set, minlength=len(set_index))
-        first, sets = np.cumsum(size) - size, len(size)
-        length = round_up(sets_per_stay.max())
-        slot = ranges(np.arange(len(stays)) * length, sets_per_stay)                       # [sets]
+        valued = ~np.isnan(value)
+        value = np.where(valued, self.normalizer(variable, np.where(valued, value, 0)), np.float32(0))
+        variables, local = np.unique(variable, return_inverse=True)
+        length = round_up(max(1, sizes.sets.max()))
+        slot = ranges(np.arange(len(stays)) * length, sizes.sets)                          # [sets]
+        minute = np.zeros(len(stays) * length)
+        minute[slot] = cohort.set_minute[set_index]
+        arrays = dict(
+            variables=np.append(variables, np.zeros(round_up(len(variables) + 1) - len(variables), dtype=np.int64)),
+            event_variable=local.reshape(-1),
+            event_value=value,
+            event_slot=slot[event_set],
+            minute=minute.reshape(-1, length),
+            lengths=sizes.sets,
+            stay=np.array(stays, dtype=np.int64),
+            **self._measurements(len(stays), local.reshape(-1), value, valued, slot[event_set], minute),
+            **self._points(stays),
+        )
+        groups, arrays["token_event"], group_set = self._groups(size, len(variable))
+        sets, padding_sets = len(size), sum(s for s, _ in groups) - len(size)
+        arrays["group_slot"] = np.append(slot[group_set], np.zeros(padding_sets, dtype=np.int64))
+        slot_set = np.full(len(stays) * length, sets + padding_sets)
+        slot_set[slot[group_set]] = np.arange(sets)
+        arrays["slot_set"] = slot_set.reshape(-1, length)
+        return EventBatch(groups=groups, **{name: torch.from_numpy(array) for name, array in arrays.items()})
 
+    def _groups(self, size: np.ndarray, events: int) -> tuple[list, np.ndarray, np.ndarray]:
+        """The groups of sets of these sizes, `token_event`, and the sets in the groups' order (without the padding)."""
+        first, sets = np.cumsum(size) - size, len(size)
         width_class = np.searchsorted(self.widths, size)
         group_set = np.argsort(width_class, kind="stable")
         groups, token_event = [], []
         for members in np.split(group_set, np.flatnonzero(np.diff(width_class[group_set])) + 1):
             column = np.arange(max(1, size[members].max()))  # a set left empty by unknown variables is one cell of padding
             groups.append((len(members), len(column)))
-            token_event.append(np.where(column < size[members, None], first[members, None] + column, len(variable)).ravel())
+            token_event.append(np.where(column < size[members, None], first[members, None] + column, events).ravel())
         padding_sets, cells = round_up(sets + 1) - sets, sum(s * n for s, n in groups)
         padding_cells = round_up(cells + padding_sets) - cells
         groups += [(s, n) for s, n in ((padding_sets - 1, 1), (1, padding_cells - padding_sets + 1)) if s]
-        token_event.append(np.full(padding_cells, len(variable)))
+        return groups, np.concatenate([*token_event, np.full(padding_cells, events)]), group_set
 
-        slot_set = np.full(len(stays) * length, sets + padding_sets)
-        slot_set[slot[group_set]] = np.arange(sets)
-        minute = np.zeros(len(stays) * length, dtype=np.float32)
-        minute[slot] = cohort.set_minute[set_index]
-        arrays = dict(
-            event_variable=variable.astype(np.int64),
-            event_value=self.normalizer(variable, value),
-            event_slot=slot[event_set],
-            token_event=np.concatenate(token_event),
-            group_slot=np.append(slot[group_set], np.zeros(padding_sets, dtype=np.int64)),
-            slot_set=slot_set.reshape(-1, length),
-            minute=minute.reshape(-1, length),
-            lengths=sets_per_stay.astype(np.int64),
-            label=cohort.label[stays].astype(np.int64),
-            stay=np.array(stays, dtype=np.int64),
+    @staticmethod
+    def _measurements(stays: int, local, value, valued, slot, minute) -> dict[str, np.ndarray]:
+        """The batch's measurements, and each stay's variables, from its events: local variable, value, whether it is one, slot,
+        [E] each; minute [B * L] of every slot."""
+        length = len(minute) // stays
+        order = np.lexsort((slot, local, slot // length))
+        pair_change = (np.diff(local[order], prepend=-1) != 0) | (np.diff(slot[order] // length, prepend=-1) != 0)  # [E]
+        begin = np.flatnonzero(pair_change | (np.diff(slot[order], prepend=-1) != 0))                        # [C], in events
+        count = np.diff(begin, append=len(order))
+        numbers = np.add.reduceat(valued[order].astype(np.int64), begin) if len(begin) else count
+        total = np.add.reduceat(value[order].astype(np.float64), begin) if len(begin) else count
+        cell_value = (total / np.maximum(numbers, 1)).astype(np.float32)
+        cell_slot, cell_valued = slot[order][begin], numbers > 0
+        pair = np.cumsum(pair_change)[begin] - 1                                                             # [C]
+        pair_begin = np.flatnonzero(np.diff(pair, prepend=-1))                                               # [pairs], in cells
+        pair_stay = cell_slot[pair_begin] // length
+        counts = np.bincount(pair_stay, minlength=stays)
+        width = round_up(max(1, counts.max()))
+        place = pair_stay * width + np.arange(len(pair_begin)) - (np.cumsum(counts) - counts)[pair_stay]     # [pairs]
+        # The first measurement with a value: of those of a pair, the smallest index (none: the pair's first).
+        index = np.arange(len(begin))
+        first = np.minimum.reduceat(np.where(cell_valued, index, len(index)), pair_begin) if len(index) else index
+        first = np.where(first < len(index), first, pair_begin)
+        stay_variables, first_value = np.zeros(stays * width, dtype=np.int64), np.zeros(stays * width, dtype=np.float32)
+        stay_variables[place], first_value[place] = local[order][begin[pair_begin]], cell_value[first]
+        return dict(
+            stay_variables=stay_variables.reshape(stays, width),
+            variable_counts=counts,
+            first_value=first_value.reshape(stays, width),
+            cell_slot=cell_slot,
+            cell_pair=place[pair],
+            cell_value=cell_value,
+            cell_day=((minute[cell_slot] - minute[cell_slot[first]][pair]) / 1440).astype(np.float32),
+            cell_valued=cell_valued,
+            cell_count=count.astype(np.float32),
         )
-        return EventBatch(groups=groups, **{name: torch.from_numpy(array) for name, array in arrays.items()})
+
+    def _points(self, stays: np.ndarray) -> dict[str, np.ndarray]:
+        """The answerable prediction points of these stays, [B, Q] each."""
+        cohort = self.cohort
+        index, slot = point_slots(cohort, stays) if self.points else np.zeros((2, 0), dtype=np.int64)
+        counts = np.diff(cohort.point_start)[stays] if self.points else np.zeros(len(stays), dtype=np.int64)
+        stay = np.repeat(np.arange(len(stays)), counts)[slot >= 0]
+        index, slot = index[slot >= 0], slot[slot >= 0]
+        counts = np.bincount(stay, minlength=len(stays))
+        width = round_up(max(1, counts.max())) if self.points else 0
+        place = stay * width + ranges(np.zeros(len(stays), dtype=np.int64), counts)
+        point, point_slot, label = np.zeros((3, len(stays) * width), dtype=np.int64)
+        hours = np.zeros(len(stays) * width, dtype=np.float32)
+        point[:], label[:] = -1, -1
+        point[place], point_slot[place], label[place] = index, slot, cohort.label[index]
+        hours[place] = (cohort.point_minute[index] - cohort.set_minute[cohort.stay_start[stays][stay] + slot]) / 60
+        grids = dict(point=point, point_slot=point_slot, point_hours=hours, label=label)
+        return {name: array.reshape(len(stays), width) for name, array in grids.items()}
+
+
+def point_slots(cohort: Cohort, stays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Indices [n] of all points of these stays, stay after stay, and of each the position [n] of its stay's last set not after
+    it (-1: it lies before the first)."""
+    sets, points = np.diff(cohort.stay_start)[stays], np.diff(cohort.point_start)[stays]
+    set_index, index = ranges(cohort.stay_start[stays], sets), ranges(cohort.point_start[stays], points)
+    is_point = np.repeat([False, True], [len(set_index), len(index)])
+    stay = np.concatenate([np.repeat(np.arange(len(stays)), n) for n in (sets, points)])
+    minute = np.concatenate([cohort.set_minute[set_index], cohort.point_minute[index]])
+    order = np.lexsort((is_point, minute, stay))  # a set comes before a point of its minute
+    before = np.cumsum(~is_point[order])[is_point[order]]  # sets before each point, of all stays
+    return index, before - (np.cumsum(sets) - sets)[stay[len(set_index):]] - 1
 
 
 def round_up(n: int) -> int:
@@ -451,12 +662,23 @@ def round_up(n: int) -> int:
     return -(-int(n) // step) * step
 
 
-def group_widths(sizes: np.ndarray, groups: int) -> np.ndarray:
-    """At most `groups` upper bounds on set size that minimise the padded cells when each set is padded to the next bound.
+def set_sizes(cohort: Cohort) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct sizes of the cohort's sets, ascending, and how many sets have each. A million sets are looked at at a time."""
+    count = np.zeros(1, dtype=np.int64)
+    for begin in range(0, len(cohort.set_minute), 2**20):
+        part = np.bincount(np.diff(cohort.set_start[begin:begin + 2**20 + 1]))
+        count = np.pad(count, (0, max(0, len(part) - len(count))))
+        count[:len(part)] += part
+    return np.flatnonzero(count), count[count > 0]
 
-    Exact dynamic programme over the distinct sizes u: cost[g, j] = min_i cost[g-1, i] + u_j * (number of sets with u_i < size <= u_j).
+
+def group_widths(unique: np.ndarray, count: np.ndarray, groups: int) -> np.ndarray:
+    """At most `groups` upper bounds on set size that minimise the padded cells when each set is padded to the next bound;
+    unique, count: see `set_sizes`.
+
+    Exact dynamic programme over the distinct sizes u: cost[g, j] = min_i cost[g-1, i] + u_j * (number of sets with
+    u_i < size <= u_j).
     """
-    unique, count = np.unique(sizes, return_counts=True)
     below = np.concatenate([[0], np.cumsum(count)])                     # sets of the first i distinct sizes
     i, j = np.arange(len(unique))[None], np.arange(len(unique))[:, None]
     block = np.where(i <= j, unique[:, None] * (below[j + 1] - below[i]), np.inf)  # [j, i]
@@ -477,11 +699,30 @@ def group_widths(sizes: np.ndarray, groups: int) -> np.ndarray:
     return np.array(sorted(set(bounds)))
 
 
+class StaySizes(NamedTuple):
+    """What stays cost in a batch, [n] each; see `StayDataset.sizes`."""
+
+    sets: np.ndarray
+    events: np.ndarray
+    points: np.ndarray
+
+    def fit(self, batch: np.ndarray) -> bool:
+        """Whether these stays may be one batch: few enough events, squares of the longest stay (attention), and points. A stay
+        of any size is a batch of its own."""
+        longest, most_points = self.sets[batch].max(initial=1), self.points[batch].max(initial=0)
+        return len(batch) <= 1 or (self.events[batch].sum() <= _MOST_EVENTS and len(batch) * most_points <= _MOST_POINTS
+                                   and len(batch) * max(longest, most_points) ** 2 <= _MOST_SETS_SQUARED)
+
+
+# What one batch may hold. 16 stays of 1,024 sets each, or 64 of 512; 37 stays of PhysioNet 2012.
+_MOST_SETS_SQUARED, _MOST_EVENTS, _MOST_POINTS = 2**24, 2**14, 2**14
+
+
 def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
     """The batches of one training epoch: positions into `lengths`, every one once, in an order that (seed, epoch) decides.
 
-    Stays are shuffled, then sorted by length within windows of 32 batches, so that a batch holds stays of similar length; the order of
-    the batches is shuffled again. A run resumes inside an epoch by slicing the list.
+    Stays are shuffled, then sorted by length within windows of 32 batches, so that a batch holds stays of similar length; the
+    order of the batches is shuffled again. A run resumes inside an epoch by slicing the list.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
@@ -490,46 +731,38 @@ def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -
     for start in range(0, len(order), window):
         part = order[start:start + window]
         part = part[np.argsort(lengths[part], kind="stable")]
-        batches += bounded_batches(part, lengths, lengths, batch_size)
+        batches += [part[i:i + batch_size] for i in range(0, len(part), batch_size)]
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
+def split_batch(sizes: StaySizes, batch: np.ndarray, parts: int) -> list[np.ndarray]:
+    """The stays of `batch` (positions into `sizes`) as a multiple of `parts` lists of nearly equal events, each of which fits
+    into memory (see `StaySizes.fit`); some may be empty."""
+    for number in itertools.count(parts, parts):
+        lists = [batch[part] for part in balanced_parts(sizes.events[batch], number)]
+        if all(map(sizes.fit, lists)):
+            return lists
+
+
 def balanced_parts(events: np.ndarray, parts: int) -> list[np.ndarray]:
-    """Positions into `events`, every one once and in order, in so many parts of nearly equal sums: the largest first, each to the part that
-    has the least so far (Graham 1969)."""
-    part, total = np.zeros(len(events), dtype=np.int64), np.zeros(parts)
+    """Positions into `events`, every one once and in order, in so many parts of nearly equal sums: the largest first, each to
+    the part that has the least so far (Graham 1969)."""
+    part, total, held = np.zeros(len(events), dtype=np.int64), np.zeros(parts), np.zeros(parts)
     for i in np.argsort(-events, kind="stable"):
-        part[i] = total.argmin()
+        part[i] = np.lexsort((held, total))[0]
         total[part[i]] += events[i]
+        held[part[i]] += 1
     return [np.flatnonzero(part == p) for p in range(parts)]
 
 
-def split_batch(cohort: Cohort, stays: np.ndarray, batch: np.ndarray, parts: int) -> list[np.ndarray]:
-    """The parts of one step's batch (positions into `stays` [n]), a multiple of `parts`, balanced by events; some may be empty."""
-    stays = stays[batch]
-    events = cohort.set_start[cohort.stay_start[stays + 1]] - cohort.set_start[cohort.stay_start[stays]]
-    return [batch[part] for part in balanced_parts(events, parts)]
-
-
-def sorted_batches(cohort: Cohort, stays: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    """The batches of an evaluation pass: positions in `stays` sorted by length, nothing random."""
-    sets = np.diff(cohort.stay_start)[stays]
-    return bounded_batches(np.argsort(sets, kind="stable"), sets, cohort.stay_events[stays], batch_size)
-
-
-# What one batch may cost, beyond which it takes fewer stays: its longest stay's sets squared, times its stays (attention), and its events.
-# 16 stays of 1,024 sets each, or 32 of 724; an ordinary cohort never comes near.
-_MOST_SETS_SQUARED, _MOST_EVENTS = 2**24, 2**17
-
-
-def bounded_batches(order: np.ndarray, sets: np.ndarray, events: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    """The stays of `order`, ascending in their number of sets, as batches of `batch_size`; a huge stay is a batch of its own."""
-    batches, held = [], math.inf  # `held`: events of the last batch
-    for i in order:
-        if held + events[i] <= _MOST_EVENTS and len(batches[-1]) < batch_size and (len(batches[-1]) + 1) * sets[i]**2 <= _MOST_SETS_SQUARED:
-            batches[-1].append(i)
-            held += events[i]
+def sorted_batches(sizes: StaySizes) -> list[np.ndarray]:
+    """The batches of an evaluation pass: positions into `sizes`, ascending in their number of sets, nothing random; each as
+    large as fits."""
+    batches = []
+    for i in np.argsort(sizes.sets, kind="stable"):
+        grown = np.append(batches[-1], i) if batches else None
+        if grown is not None and sizes.fit(grown):
+            batches[-1] = grown
         else:
-            batches.append([i])
-            held = events[i]
-    return [np.array(batch) for batch in batches]
+            batches.append(np.array([i]))
+    return batches

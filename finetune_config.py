@@ -17,6 +17,7 @@ class FinetuneConfig:
     features: str = "beliefs"        # of the frozen backbone: "stable", "beliefs" or "multiscale" (see ModelConfig)
     fuse: bool = True                # fused mu and logvar, or mu alone
     summaries: bool = True           # exact per-variable summaries of the stay beside the learned features
+    head_variables: int = 128        # of which both speak, at most: the most common of the training stays
     head_widths: tuple = ()          # hidden widths of the head: none, it is linear
     trees: int | None = 400          # boosted trees beside it; their logits and the head's are averaged
     tree_depth: int = 4
@@ -53,7 +54,7 @@ class FinetuneConfig:
 
     def __post_init__(self):
         counts = ("batch_size", "max_epochs", "accumulation", "restart_epochs", "full_batch_size", "full_max_epochs",
-                  "trees", "tree_depth", "tree_leaf")
+                  "head_variables", "trees", "tree_depth", "tree_leaf")
         check_settings(self, dict.fromkeys(counts, (1, math.inf))
                        | dict.fromkeys(("tree_subsample", "tree_features"), (1e-9, 1))
                        | dict.fromkeys(("focal_alpha", "label_smoothing", "max_trainable_ratio"), (0, 1)))
@@ -73,13 +74,14 @@ def check_settings(settings, bounds: dict) -> None:
 
 
 def classification_loss(logits: torch.Tensor, label: torch.Tensor, config: FinetuneConfig) -> torch.Tensor:
-    """Focal loss (Lin et al. 2017, eq. 5) or label-smoothed cross-entropy: logits [B, classes], label [B] -> []."""
-    logits = logits.float()
+    """Focal loss (Lin et al. 2017, eq. 5) or label-smoothed cross-entropy, a mean over the prediction points that have
+    a label (others: -1): logits [..., classes], label [...] -> []."""
+    logits, label = logits.float().flatten(0, -2), label.flatten()
     if config.loss == "cross_entropy":
-        return F.cross_entropy(logits, label, label_smoothing=config.label_smoothing)
-    log_p = logits.log_softmax(-1).gather(1, label[:, None]).squeeze(1)                    # [B], of the true class
-    alpha = torch.where(label == 1, config.focal_alpha, 1 - config.focal_alpha)
-    return (-alpha * (1 - log_p.exp()) ** config.focal_gamma * log_p).mean()
+        return F.cross_entropy(logits, label, label_smoothing=config.label_smoothing, ignore_index=-1)
+    log_p = logits.log_softmax(-1).gather(1, label.clamp(min=0)[:, None]).squeeze(1)      # of the true class
+    alpha = torch.where(label == 1, config.focal_alpha, 1 - config.focal_alpha) * (label >= 0)
+    return (-alpha * (1 - log_p.exp()) ** config.focal_gamma * log_p).sum() / (label >= 0).sum()
 
 
 def head_penalty(model: SeqSetVAE, config: FinetuneConfig) -> torch.Tensor:
@@ -102,7 +104,7 @@ def head_optimizer(model: SeqSetVAE, config: FinetuneConfig) -> torch.optim.Opti
 
 
 def head_rate(config: FinetuneConfig, epoch: int) -> float:
-    """The head's learning rate in this epoch: cosines to zero, each twice as long as the last (SGDR, Loshchilov & Hutter)."""
+    """The head's learning rate in this epoch: cosines to zero, each twice as long as the last (SGDR)."""
     cycle = (epoch // config.restart_epochs + 1).bit_length() - 1
     first, length = config.restart_epochs * (2**cycle - 1), config.restart_epochs * 2**cycle
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (epoch - first) / length))

@@ -3,14 +3,19 @@
 `SetVAE` encodes one set of (variable, value) events, history-free. `SeqSetVAEPretrain` adds the history and trains on reconstruction +
 KL, without labels. `SeqSetVAE` puts a classification head on the same blocks. The two share building blocks and nothing else.
 
-Shapes: B stays, S sets, E events of a batch; L sets of its longest stay; M cells of the padded groups of sets; V variables; d latent_dim,
-w set_dim, r reduced_dim, m inducing points, k statistics of a variable's history.
+Nothing in a step grows with the vocabulary: what depends on a variable is computed for the U variables of a batch, what is asked of
+a stay concerns its own, at some of its sets.
+
+Shapes: B stays, S sets, E events, U variables, C measurements of a batch (see `EventBatch`); L sets of its longest stay, D variables
+of the stay with the most; Q sets or prediction points that are asked about; M cells of the padded groups of sets; V variables in all, K
+of the head; d latent_dim, w set_dim, r reduced_dim or key_dim, m inducing points.
 """
 
 import math
 import zipfile
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -43,10 +48,14 @@ class ModelConfig:
     dropout: float = 0.0
     slope_per_head: bool = True     # one slope of the time bias a head, or a single one
     # Decoder and objective
-    decoder: str = "readout"        # "readout": each variable's value, presence and history; "slots": a set of points, Chamfer distance
+    decoder: str = "readout"        # each variable's value, presence and history; "slots": a set of points, Chamfer distance
+    key_dim: int = 64               # r, of the key by which a read-out asks for a variable
+    asked_sets: int = 64            # of a stay, at most, whose presence, history and future are asked for; of more a sample
+    asked_variables: int = 96       # of a stay, at most, likewise
+    other_variables: int = 128      # that the stay does not hold, a sample, asked whether they were measured
     learned_seeds: bool = True      # slots decoder: learned slot seeds, or pure noise as in the original
     noise_std: float = 0.3          # noise on learned seeds, in training
-    sample_z: bool = True           # readout decoder: each set is also decoded from its own sampled z, so that logvar means something
+    sample_z: bool = True           # readout decoder: each set is also decoded from its own sampled z, so that logvar has a meaning
     hide_sets: float = 0.1          # share of sets hidden from the Transformer in pretraining
     drop_events: float = 0.1        # share of events hidden from the encoder in pretraining and full training
     max_beta: float = 1e-4          # weight of the KL after its warm-up
@@ -58,6 +67,7 @@ class ModelConfig:
     fuse: bool = True               # mu and logvar fused, or mu alone
     features: str = "beliefs"       # "stable"; "beliefs": stable + the history that the latents tell; "multiscale": all pools + that history
     summaries: bool = False         # exact per-variable summaries of the stay beside the learned features
+    head_variables: int = 0         # K, how many variables beliefs and summaries speak of
     head_widths: tuple | None = None  # hidden widths of the head; None: the original's d, d/2, d/4
     head_trees: int | None = None   # boosted trees whose logits are averaged with the head's
     tree_depth: int = 4
@@ -70,7 +80,8 @@ class ModelConfig:
         most = {"dropout": 1, "hide_sets": 1, "drop_events": 1, "layers": 256, "levels": 256, "tree_depth": 8}
         for f in fields(self):
             value = getattr(self, f.name)
-            if not fits.get(f.type, lambda x: True)(value) or f.name in most and value > most[f.name]:
+            zero = f.name == "head_variables" and value == 0 and type(value) is int
+            if not (zero or fits.get(f.type, lambda x: True)(value)) or f.name in most and value > most[f.name]:
                 raise InputError(f"model config: {f.name} is {str(value)[:40]!r}, which no model can have")
         widths = self.head_widths
         if not (widths is None or isinstance(widths, tuple) and all(type(w) is int and 0 < w <= 2**12 for w in widths)):
@@ -79,8 +90,9 @@ class ModelConfig:
             raise InputError(f"model config: latent_dim {self.latent_dim} is odd or no multiple of heads {self.heads}, or set_dim {self.set_dim} "
                              f"(slots: latent_dim too) of set_heads {self.set_heads}")
         d, v, widest = self.latent_dim, self.num_variables, max(self.latent_dim, self.set_dim)
-        weights = (d * (self.layers * (4 * d + 2 * self.ff_dim) + 14 * v + self.reduced_dim)
-                   + self.levels * widest * (40 * widest + 2 * self.inducing) + self.input_dim * (2 * self.reduced_dim + v))
+        weights = (d * (self.layers * (4 * d + 2 * self.ff_dim) + 16 * self.key_dim + self.reduced_dim)
+                   + self.levels * widest * (40 * widest + 2 * self.inducing)
+                   + self.input_dim * (2 * self.reduced_dim + self.key_dim + v) + v * self.key_dim)
         if weights > 2**30:
             raise InputError(f"model config: sizes of about {weights:.0e} weights; 1e9 is the most")
 
@@ -93,9 +105,9 @@ class ModelConfig:
             hide_sets=0.0, drop_events=0.0, max_beta=0.05, free_bits=0.1, logvar_bonus=0.1), **sizes})
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Attention blocks
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 class Attention(nn.Module):
     """Multi-head attention with the parameter names of `nn.MultiheadAttention`, on fused scaled-dot-product attention."""
@@ -221,22 +233,39 @@ def sinusoids(index: torch.Tensor, dim: int) -> torch.Tensor:
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Decoders
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
-class ReadoutDecoder(nn.Module):
-    """From a code: for every variable its expected value (normalised) and the logit that it was measured. Two one-hidden-layer MLPs."""
+class VariableKeys(nn.Module):
+    """The key by which a read-out asks for a variable: a projection of its vector plus a free part, learned. A read-out's weights of a
+    variable are its key times a matrix that all variables share; with as many dimensions as variables that loses nothing."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        d, v = config.latent_dim, config.num_variables
-        self.value = nn.Sequential(nn.Linear(d, 2 * d), nn.GELU(), nn.Linear(2 * d, v))
-        self.measured = nn.Sequential(nn.Linear(d, 2 * d), nn.GELU(), nn.Linear(2 * d, v))
+        self.projection = nn.Linear(config.input_dim, config.key_dim, bias=False)
+        self.free = nn.Embedding(config.num_variables, config.key_dim)
+        nn.init.normal_(self.projection.weight, std=config.key_dim**-0.5)  # the key of a unit vector has length 1
+        nn.init.zeros_(self.free.weight)
 
-    def forward(self, code):
-        """code [..., d] -> values, logits [..., V]."""
-        return self.value(code), self.measured(code)
+    def forward(self, vectors, variables):
+        """vectors [n, input_dim] and indices [n] of variables -> [n, r]."""
+        return self.projection(vectors).float() + self.free(variables)
+
+
+class ReadoutDecoder(nn.Module):
+    """From a code: for every variable asked for, its expected value (normalised) and the logit that it was measured. Two one-hidden-layer
+    MLPs, whose output meets the variable's key."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        d, r = config.latent_dim, config.key_dim
+        self.value = nn.Sequential(nn.Linear(d, 2 * d), nn.GELU(), nn.Linear(2 * d, r))
+        self.measured = nn.Sequential(nn.Linear(d, 2 * d), nn.GELU(), nn.Linear(2 * d, r))
+
+    def forward(self, code, keys):
+        """code [B, L, d], keys [n, r], or [B, n, r] of each stay's own variables -> values, logits [B, L, n]."""
+        return self.value(code) @ keys.mT, self.measured(code) @ keys.mT
 
 
 class SlotPooling(nn.Module):
@@ -292,9 +321,9 @@ class SlotDecoder(nn.Module):
         return self.out(x)
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
-# Losses. Each gives one number a set, [B, L]; `mean_over_stays` averages over sets, then stays, in float32.
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
+# Losses, each the mean over the sets of every stay, [B], in float32; then averaged over stays
+# ----------------------------------------------------------------------------------------------------------------------
 
 def real_sets(batch: EventBatch) -> torch.Tensor:
     """[B, L] bool: True where a slot holds a set."""
@@ -303,13 +332,8 @@ def real_sets(batch: EventBatch) -> torch.Tensor:
 
 def masked_mean(x, real):
     """Mean over the sets of each stay: x [B, L] or [B, L, c], real [B, L] -> [B] or [B, c]."""
-    weight = real / real.sum(1, keepdim=True)
+    weight = real / real.sum(1, keepdim=True).clamp(min=1)
     return (x * weight.view(*weight.shape, *[1] * (x.dim() - 2))).sum(1)
-
-
-def mean_over_stays(per_set: torch.Tensor, batch: EventBatch) -> torch.Tensor:
-    """Mean over the sets of each stay, then over stays: [B, L] -> []."""
-    return masked_mean(per_set, real_sets(batch)).mean()
 
 
 def kl_divergence(mu, logvar, free_bits: float = 0.0, logvar_bonus: float = 0.0):
@@ -337,89 +361,175 @@ def chamfer_loss(reconstruction, x, batch: EventBatch):
     return torch.cat(losses)
 
 
-def measurement_grid(batch: EventBatch, num_variables: int):
-    """Mean value [B, L, V] of each variable in each set (0 where not measured) and how often it was measured [B, L, V]."""
-    cell = batch.event_slot * num_variables + batch.event_variable
-    flat = torch.zeros(batch.minute.numel() * num_variables, device=cell.device)
-    count, total = (flat.index_add(0, cell, x).view(*batch.minute.shape, -1) for x in (torch.ones_like(batch.event_value), batch.event_value))
-    return total / count.clamp(min=1), count
-
-
-def readout_loss(values, logits, grid, count):
-    """Each measured value given its variable (smooth L1, mean over the set's variables), and which variables were measured
-    (cross-entropy, mean over all): all [B, L, V] -> two of [B, L]."""
-    seen = (count > 0).float()
-    value = (F.smooth_l1_loss(values.float(), grid, reduction="none") * seen).sum(-1) / seen.sum(-1).clamp(min=1)
-    return value, F.binary_cross_entropy_with_logits(logits.float(), seen, reduction="none").mean(-1)
-
-
 # |last| and |mean|: values are standardised, so these are distances from the usual, and risk rises on both sides of it.
 HISTORY_STATISTICS = ("last", "first", "mean", "max", "min", "std", "slope", "log count", "|last|", "|mean|")
-
-
-def history_statistics(x, n, minute):
-    """What the stay has shown so far, after every set and for every variable: exact running sums.
-
-    x, n [B, L, V]: mean value and count of each set (see `measurement_grid`); minute [B, L] -> statistics [B, L, V, 10] in the order of
-    HISTORY_STATISTICS (0 where not seen yet; slope in normalised units a day), and seen [B, L, V] bool.
-    """
-    day = minute[..., None] / 1440                                                  # [B, L, 1]
-    here = (n > 0).float()
-    times = here.cumsum(1)                                                          # sets so far in which the variable was measured
-    seen, times1 = times > 0, times.clamp(min=1)
-    index = torch.arange(x.shape[1], device=x.device)[None, :, None]
-    last = x.gather(1, torch.where(here > 0, index, 0).cummax(1).values)
-    first = (x * here * (times == 1)).cumsum(1)
-    shifted = (x - first) * here                                                    # sums of squares cancel less around a value of their own
-    shift = shifted.cumsum(1) / times1
-    mean = first + shift
-    spread = (shifted.square().cumsum(1) / times1 - shift.square()).clamp(min=0)
-    largest = x.masked_fill(here == 0, -math.inf).cummax(1).values
-    smallest = -(-x).masked_fill(here == 0, -math.inf).cummax(1).values
-    # Least-squares slope over the times of measurement, ridge of (0.1 day)^2: two measurements close together say little.
-    day_mean = (day * here).cumsum(1) / times1
-    day_spread = ((day.square() * here).cumsum(1) / times1 - day_mean.square()).clamp(min=0)
-    slope = ((day * shifted).cumsum(1) / times1 - day_mean * shift) / (day_spread + 0.01)
-    std, log_count = spread.clamp(min=1e-12).sqrt(), n.cumsum(1).log1p()
-    statistics = torch.stack([last, first, mean, largest, smallest, std, slope, log_count, last.abs(), mean.abs()], dim=-1)
-    return statistics.masked_fill(~seen[..., None], 0), seen
-
-
 FUTURE_STATISTICS = ("mean", "max", "min")
 
 
-def future_statistics(x, n):
-    """What the rest of the stay will show, after every set and for every variable: x, n [B, L, V], see `history_statistics` -> statistics
-    [B, L, V, 3] in the order of FUTURE_STATISTICS (0 where the variable is not measured again), and whether it is, [B, L, V] bool."""
-    here = (n > 0).float()
-    sums = [F.pad(t.flip(1).cumsum(1).flip(1)[:, 1:], (0, 0, 0, 1)) for t in (x * here, here)]       # over the later sets
-    largest, smallest = (F.pad(t.masked_fill(here == 0, -math.inf).flip(1).cummax(1).values.flip(1)[:, 1:], (0, 0, 0, 1)) for t in (x, -x))
-    total, times = sums
-    statistics = torch.stack([total / times.clamp(min=1), largest, -smallest], dim=-1)
-    return statistics.masked_fill(times[..., None] == 0, 0), times > 0
+class Statistics(NamedTuple):
+    """What the stays showed of n variables up to Q sets of each, that set included, and will show after it."""
+
+    past: torch.Tensor           # [B, Q, 10, n] in the order of HISTORY_STATISTICS, 0 where there is none; slope in units a day
+    past_exists: torch.Tensor    # [B, Q, 10, n] bool: the count once the variable was seen, the others once it had a value
+    future: torch.Tensor         # [B, Q, 3, n] in the order of FUTURE_STATISTICS
+    future_exists: torch.Tensor  # [B, Q, 3, n] bool
 
 
-def statistics_loss(told, statistics, seen):
-    """Smooth L1 of the statistics told by a readout, both [B, L, V, k], mean over the variables that have them, seen [B, L, V] -> [B, L]."""
-    error = F.smooth_l1_loss(told.float(), statistics, reduction="none").mean(-1)
-    return (error * seen).sum(-1) / seen.sum(-1).clamp(min=1)
+def interval_of(slots: torch.Tensor, length: int) -> torch.Tensor:
+    """slots [B, Q], ascending positions (padding: `length`) -> [B, length], the place in `slots` of the first one at or after each
+    position, Q where there is none: the interval between asked sets in which a set lies."""
+    position = torch.arange(length, device=slots.device).expand(len(slots), length).contiguous()
+    return torch.searchsorted(slots.contiguous(), position)
+
+
+def statistics(value, day, valued, count, row, first, shape) -> Statistics:
+    """Exact statistics of measurements by the sums over the intervals between asked sets, which compose: O(C + B Q n).
+
+    value [C], relative to its variable's first value in the stay; day [C], since that first value; valued [C] bool; count [C] events; all
+    ascending in time within a variable of a stay; row [C]: (stay * (Q + 1) + interval) * n + variable, or B (Q + 1) n: left out; first
+    [B, n] the first values; shape (B, Q, n).
+    """
+    stays, asked, width = shape
+    size = stays * (asked + 1) * width
+    valued_row = torch.where(valued, row, size)
+
+    def total(x, rows=valued_row):
+        return x.new_zeros(size + 1).index_add(0, rows, x)[:size].view(stays, asked + 1, width)
+
+    def extreme(x, how, start):
+        return x.new_full((size + 1,), start).scatter_reduce(0, valued_row, x, how)[:size].view(stays, asked + 1, width)
+
+    n, x, xx, t, tt, tx = map(total, (torch.ones_like(value), value, value.square(), day, day.square(), day * value))
+    largest, smallest = extreme(value, "amax", -math.inf), extreme(value, "amin", math.inf)
+    events = total(count, row)
+    index = torch.arange(len(value), device=value.device)
+    last = extreme(index, "amax", -1)[:, :asked].cummax(1).values                                     # [B, Q, n], -1: none
+
+    sums = [s[:, :asked].cumsum(1) for s in (n, x, xx, t, tt, tx)]
+    exists, (times, x_mean, xx_mean, t_mean, tt_mean, tx_mean) = sums[0] > 0, (s / sums[0].clamp(min=1) for s in sums)
+    origin = first[:, None]                                                                           # [B, 1, n]
+    mean, latest = origin + x_mean, origin + F.pad(value, (1, 0))[last + 1]
+    std = (xx_mean - x_mean.square()).clamp(min=1e-12).sqrt()
+    # Least-squares slope over the times of measurement, ridge of (0.1 day)^2: two measurements close together say little.
+    slope = (tx_mean - t_mean * x_mean) / ((tt_mean - t_mean.square()).clamp(min=0) + 0.01)
+    seen = events[:, :asked].cumsum(1)
+    high, low = origin + largest[:, :asked].cummax(1).values, origin + smallest[:, :asked].cummin(1).values
+    past = torch.stack([latest, origin.expand_as(mean), mean, high, low, std, slope, seen.log1p(), latest.abs(), mean.abs()], dim=2)
+    counts = torch.tensor([name == "log count" for name in HISTORY_STATISTICS], device=value.device)[:, None]      # [10, 1]
+    past_exists = exists[:, :, None] | counts & (seen > 0)[:, :, None]
+
+    def later(x, accumulate):
+        return accumulate(x[:, 1:].flip(1)).flip(1)                                                   # over the intervals after each
+
+    times, x = later(n, lambda x: x.cumsum(1)), later(x, lambda x: x.cumsum(1))
+    high, low = later(largest, lambda x: x.cummax(1).values), later(smallest, lambda x: x.cummin(1).values)
+    future = torch.stack([origin + x / times.clamp(min=1), origin + high, origin + low], dim=2)
+    future_exists = (times > 0)[:, :, None].expand_as(future)
+    return Statistics(past.masked_fill(~past_exists, 0), past_exists, future.masked_fill(~future_exists, 0), future_exists)
+
+
+def statistics_at(batch: EventBatch, slots, column, width: int) -> Statistics:
+    """The exact statistics of the stays' measurements. slots [B, Q]: positions of sets, ascending, L where padding; column [B, D]: the
+    place among `width` variables of each of the stay's variables, `width` where it is left out."""
+    stays, length = batch.minute.shape
+    asked = slots.shape[1]
+    column = column.flatten()
+    interval = interval_of(slots, length).flatten()[batch.cell_slot]                                  # [C]
+    row = (batch.cell_slot // length * (asked + 1) + interval) * width + column[batch.cell_pair]
+    row = torch.where(column[batch.cell_pair] < width, row, stays * (asked + 1) * width)
+    first = batch.first_value.new_zeros(stays, width + 1).scatter(1, column.view(stays, -1), batch.first_value)[:, :width]
+    value = batch.cell_value - batch.first_value.flatten()[batch.cell_pair]
+    return statistics(value, batch.cell_day, batch.cell_valued, batch.cell_count, row, first, (stays, asked, width))
+
+
+def statistics_of_beliefs(values, believed, minute, slots) -> Statistics:
+    """The same of what the latents of a stay's sets tell: values [B, L, n], believed [B, L, n] bool, minute [B, L]; see `statistics_at`."""
+    stays, length, width = values.shape
+    asked = slots.shape[1]
+    at = believed.to(torch.uint8).argmax(1, keepdim=True)                                             # [B, 1, n], of the first belief
+    first = values.gather(1, at)
+    day = (minute[..., None] - minute.gather(1, at.squeeze(1))[:, None]).div(1440).float()            # [B, L, n]
+    stay = torch.arange(stays, device=values.device)[:, None, None]
+    row = (stay * (asked + 1) + interval_of(slots, length)[..., None]) * width + torch.arange(width, device=values.device)
+    row = torch.where(believed, row, stays * (asked + 1) * width)
+    cells = [x.flatten() for x in (values - first, day, believed, believed.float(), row)]
+    return statistics(*cells, first.squeeze(1), (stays, asked, width))
+
+
+def statistics_loss(told, true, exists):
+    """Smooth L1 of the statistics told by a readout, mean over those that exist: all [B, Q, k, n] -> [B, Q]."""
+    error = F.smooth_l1_loss(told.float(), true, reduction="none") * exists
+    return error.sum((2, 3)) / exists.sum((2, 3)).clamp(min=1)
+
+
+class Question(NamedTuple):
+    """Which sets and variables of each stay a read-out is asked for (see `ask`)."""
+
+    slots: torch.Tensor       # [B, Q] positions of sets, ascending; L where padding
+    real: torch.Tensor        # [B, Q] bool, no padding
+    variables: torch.Tensor   # [B, n] places in `batch.variables`
+    column: torch.Tensor      # [B, D] place among these n of each of the stay's variables, n where it is left out
+    others: torch.Tensor      # [o] indices of variables that are asked only whether they were measured
+    absent: torch.Tensor      # [B, o] bool: the stay does not hold this one
+
+
+def ask(batch: EventBatch, config: ModelConfig, order: torch.Tensor, sample: bool) -> Question:
+    """All sets and variables of each stay, or `config`'s numbers of them where it has more: `sample`d at random, or evenly spaced sets and
+    the first variables in the fixed order [V], so that a stay's question does not depend on its batch. Others: all of a vocabulary of at
+    most twice their number."""
+    (stays, length), device = batch.minute.shape, batch.minute.device
+    number = min(length, config.asked_sets)
+    position = torch.arange(number, device=device)
+    if sample and number < length:
+        draw = torch.rand(stays, length, device=device).masked_fill(~real_sets(batch), 2)
+        slots = draw.topk(number, largest=False).indices.sort(1).values
+    else:
+        even = (position + 1) * batch.lengths[:, None] // number - 1
+        slots = torch.where(batch.lengths[:, None] <= number, position, even)
+    real = position < batch.lengths[:, None]
+
+    mine = F.embedding(batch.stay_variables, batch.variables[:, None]).squeeze(-1)                    # [B, D] indices
+    held = torch.arange(mine.shape[1], device=device) < batch.variable_counts[:, None]
+    width = min(mine.shape[1], config.asked_variables)
+    draw = torch.rand(mine.shape, device=device) if sample else order[mine]
+    chosen = draw.masked_fill(~held, math.inf).topk(width, largest=False, sorted=False).indices.sort(1).values
+    column = torch.full_like(mine, width).scatter(1, chosen, torch.arange(width, device=device).expand(stays, -1))
+    column = column.masked_fill(~held, width)
+
+    if config.num_variables <= 2 * config.other_variables:
+        others = torch.arange(config.num_variables, device=device)
+    elif sample:
+        others = torch.randint(config.num_variables, (config.other_variables,), device=device)
+    else:
+        others = order.topk(config.other_variables).indices
+    absent = ~((mine[..., None] == others) & held[..., None]).any(1)
+    return Question(torch.where(real, slots, length), real, batch.stay_variables.gather(1, chosen), column, others, absent)
+
+
+def at_slots(x, slots):
+    """x [B, L, c] at slots [B, Q] (of padding: the last) -> [B, Q, c]."""
+    return x.gather(1, slots.clamp(max=x.shape[1] - 1)[..., None].expand(-1, -1, x.shape[-1]))
 
 
 class HistoryReadout(nn.Linear):
-    """What h_t must tell of every variable, linearly: the stay's history so far, and, as a forecast, its future."""
+    """What h_t must tell of a variable, linearly: the stay's history so far, and, as a forecast, its future."""
 
     def __init__(self, config: ModelConfig):
-        super().__init__(config.latent_dim, config.num_variables * (len(HISTORY_STATISTICS) + len(FUTURE_STATISTICS)))
+        super().__init__(config.latent_dim, (len(HISTORY_STATISTICS) + len(FUTURE_STATISTICS)) * config.key_dim)
 
-    def losses(self, h, grid, minute) -> dict[str, torch.Tensor]:
-        """h [B, L, d], `grid`: the batch's `measurement_grid`, minute [B, L] -> name -> [B, L]."""
-        past, future = self(h).unflatten(-1, (grid[0].shape[-1], -1)).split((len(HISTORY_STATISTICS), len(FUTURE_STATISTICS)), dim=-1)
-        return {"history": statistics_loss(past, *history_statistics(*grid, minute)), "future": statistics_loss(future, *future_statistics(*grid))}
+    def losses(self, h, batch: EventBatch, question: Question, keys) -> dict[str, torch.Tensor]:
+        """h [B, L, d], keys [B, n, r] of the question's variables -> name -> [B], means over the sets asked for."""
+        true = statistics_at(batch, question.slots, question.column, question.variables.shape[1])
+        asked = self(at_slots(h, question.slots)).unflatten(-1, (-1, keys.shape[-1]))                 # [B, Q, 13, r]
+        past, future = (asked @ keys.mT[:, None]).split((len(HISTORY_STATISTICS), len(FUTURE_STATISTICS)), dim=2)
+        losses = {"history": statistics_loss(past, true.past, true.past_exists),
+                  "future": statistics_loss(future, true.future, true.future_exists)}
+        return {name: masked_mean(loss, question.real) for name, loss in losses.items()}
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # SetVAE
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 class SetVAE(nn.Module):
     """Variational autoencoder of one set of events, history-free. Its decoder is the one that the sequence models use on h_t."""
@@ -436,13 +546,15 @@ class SetVAE(nn.Module):
         self.encoder_layers = nn.ModuleList(ISAB(w, config.set_heads, config.inducing, config.mab_residual) for _ in range(config.levels))
         self.mu_logvar = nn.Sequential(nn.Linear(w, d), nn.LayerNorm(d), nn.GELU(), nn.Dropout(0.1), nn.Linear(d, 2 * d))
         self.decoder = ReadoutDecoder(config) if config.decoder == "readout" else SlotDecoder(config)
+        self.keys = VariableKeys(config) if config.decoder == "readout" else None
 
     def embed_events(self, batch: EventBatch, presence: bool = True) -> torch.Tensor:
-        """x = u_v * value (+ p_v) of every cell of the groups: [M, r], zeros in padding. The vocabulary is projected once."""
-        direction = F.normalize(self.dim_reducer(self.vocabulary).float(), dim=-1)                   # [V, r]
+        """x = u_v * value (+ p_v) of every cell of the groups: [M, r], zeros in padding. Each variable is projected once."""
+        vectors = self.vocabulary[batch.variables]                                                   # [U, input_dim]
+        direction = F.normalize(self.dim_reducer(vectors).float(), dim=-1)                           # [U, r]
         x = F.embedding(batch.event_variable, direction) * batch.event_value[:, None]                # [E, r]
         if presence and self.presence is not None:
-            x = x + F.embedding(batch.event_variable, self.presence(self.vocabulary))
+            x = x + F.embedding(batch.event_variable, self.presence(vectors))
         return F.embedding(batch.token_event, F.pad(x, (0, 0, 0, 1)))                                # row E is the padding
 
     def _pooled_levels(self, batch: EventBatch, drop_events: float = 0.0):
@@ -474,19 +586,54 @@ class SetVAE(nn.Module):
         """Reparameterised z ~ N(mu, exp(logvar)) (Kingma & Welling 2014)."""
         return mu + torch.randn_like(mu) * (0.5 * logvar).exp()
 
+    def keys_of(self, variables):
+        """Keys [n, r] of the variables with these indices [n]."""
+        return self.keys(self.vocabulary[variables], variables)
+
     def decode(self, code, batch: EventBatch):
-        """code [B, L, d] -> values and measurement logits [B, L, V] (readout), or reconstructed cells [M, r] (slots)."""
+        """code [B, L, d] -> values and measurement logits of each stay's own variables, [B, L, D] (readout), or reconstructed cells
+        [M, r] (slots)."""
         if self.config.decoder == "readout":
-            return self.decoder(code)
+            return self.decoder(code, F.embedding(batch.stay_variables, self.keys_of(batch.variables)))
         return self.decoder(F.embedding(batch.group_slot, code.flatten(0, 1)), batch.groups, event_masks(batch))
 
-    def reconstruction_losses(self, code, batch: EventBatch, grid) -> dict[str, torch.Tensor]:
-        """The terms of each set's reconstruction from `code` [B, L, d]: name -> [B, L]. `grid`: the batch's `measurement_grid`."""
-        decoded = self.decode(code, batch)
-        if self.config.decoder == "readout":
-            return dict(zip(("value", "measured"), readout_loss(*decoded, *grid)))
-        chamfer = chamfer_loss(decoded.float(), self.embed_events(batch, presence=False), batch)
-        return {"chamfer": F.pad(chamfer, (0, 1))[batch.slot_set]}
+    def ask(self, batch: EventBatch) -> Question:
+        """What the read-outs of a training step, or of an evaluation, are asked for. The fixed order of variables is that of their
+        vectors' first entries, as good as random."""
+        return ask(batch, self.config, self.vocabulary[:, 0], self.training)
+
+    def reconstruction_losses(self, code, batch: EventBatch, question: Question | None) -> dict[str, torch.Tensor]:
+        """The terms of the reconstruction of every set from `code` [B, L, d]: name -> [B], means over sets. With the readout decoder each
+        measured value given its variable (smooth L1), and at the sets of the `question` which variables were measured (cross-entropy)."""
+        if self.config.decoder == "slots":
+            chamfer = chamfer_loss(self.decode(code, batch).float(), self.embed_events(batch, presence=False), batch)
+            return {"chamfer": masked_mean(F.pad(chamfer, (0, 1))[batch.slot_set], real_sets(batch))}
+        keys, slots = self.keys_of(batch.variables), batch.minute.numel()
+        own = F.embedding(batch.cell_slot, self.decoder.value(code).float().flatten(0, 1))           # [C, r]
+        told = (own * F.embedding(batch.stay_variables.flatten()[batch.cell_pair], keys)).sum(-1)
+        error = F.smooth_l1_loss(told, batch.cell_value, reduction="none") * batch.cell_valued
+        error, number = (x.new_zeros(slots).index_add(0, batch.cell_slot, x).view(batch.minute.shape)
+                         for x in (error, batch.cell_valued.float()))
+        value = masked_mean(error / number.clamp(min=1), real_sets(batch))
+        return {"value": value, "measured": self._measured_loss(code, batch, question, keys)}
+
+    def _measured_loss(self, code, batch, question, keys):
+        """Cross-entropy of whether each variable of the question was measured in each of its sets, the plain mean: [B]."""
+        query = self.decoder.measured(at_slots(code, question.slots)).float()                        # [B, Q, r]
+        (stays, asked), width = question.slots.shape, question.variables.shape[1]
+        interval = interval_of(question.slots, batch.minute.shape[1])                                # [B, L]
+        position = torch.arange(interval.shape[1], device=interval.device)
+        exact = F.pad(question.slots, (0, 1), value=-1).gather(1, interval) == position              # a set that is asked for
+        column = question.column.flatten()[batch.cell_pair]
+        row = batch.cell_slot // interval.shape[1] * asked + interval.flatten()[batch.cell_slot]
+        row = torch.where(exact.flatten()[batch.cell_slot] & (column < width), row * width + column, stays * asked * width)
+        true = torch.zeros(stays * asked * width + 1, device=row.device).index_fill(0, row, 1)[:-1].view(stays, asked, width)
+        held = torch.zeros(stays, width + 1, device=row.device).scatter(1, question.column, 1)[:, None, :width]
+        own = query @ F.embedding(question.variables, keys).mT                                       # [B, Q, n]
+        other = query @ self.keys_of(question.others).T                                              # [B, Q, o]
+        loss = (F.binary_cross_entropy_with_logits(own, true, reduction="none") * held).sum(-1)
+        loss = loss + (F.softplus(other) * question.absent[:, None]).sum(-1)
+        return masked_mean(loss / (held.sum(-1) + question.absent.sum(-1)[:, None]), question.real)
 
     def forward(self, batch: EventBatch):
         """(decoded, z_list): the reconstruction from z of the last level (sampled in training, mu in evaluation); (z, mu, logvar) of every level."""
@@ -500,15 +647,20 @@ class SetVAE(nn.Module):
         """Negative evidence lower bound of the sets alone, without history (mean over sets, then stays)."""
         mu, logvar = self.encode(batch)
         code = self.sample(mu, logvar) if self.training else mu
-        parts = self.reconstruction_losses(code, batch, measurement_grid(batch, self.config.num_variables))
-        reconstruction = mean_over_stays(sum(parts.values()), batch)
-        kl = mean_over_stays(kl_divergence(mu, logvar, self.config.free_bits, self.config.logvar_bonus), batch)
+        question = self.ask(batch) if self.config.decoder == "readout" else None
+        reconstruction = sum(self.reconstruction_losses(code, batch, question).values()).mean()
+        kl = self.kl(mu, logvar, batch)
         return {"loss": reconstruction + beta * kl, "reconstruction": reconstruction, "kl": kl}
 
+    def kl(self, mu, logvar, batch: EventBatch):
+        """The KL term: mean over sets, then stays, []."""
+        kl = kl_divergence(mu, logvar, self.config.free_bits, self.config.logvar_bonus)
+        return masked_mean(kl, real_sets(batch)).mean()
 
-# ----------------------------------------------------------------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------------------------------------------------
 # History
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 class History(nn.Module):
     """Causal Transformer over the sets of a stay, with an additive bias that falls with the time between two sets."""
@@ -527,14 +679,14 @@ class History(nn.Module):
     def time_bias(self, minute: torch.Tensor, first: int = 0, end: int | None = None) -> torch.Tensor:
         """minute [B, L] -> additive attention bias [B, heads or 1, L, L]: -slope * log1p((t_i - t_j) / tau) for j <= i, else -inf; or its
         rows `first` to `end`, which see no set after `end`."""
-        apart = (minute[:, None, first:end, None] - minute[:, None, None, :end]).clamp(min=0)
+        apart = (minute[:, None, first:end, None] - minute[:, None, None, :end]).clamp(min=0).float()
         bias = -self.slope.abs().view(-1, 1, 1) * torch.log1p(apart / self.tau.abs().clamp(min=1.0))
         future = torch.ones(apart.shape[-2:], dtype=torch.bool, device=minute.device).triu(1 + first)
         return bias.masked_fill(future, -math.inf)
 
     def forward(self, z, minute):
         """z [B, L, d], minute [B, L] -> h [B, L, d]. Later sets never reach earlier ones; a stay's padding lies after its last set."""
-        gap = F.pad(minute.diff(dim=1), (1, 0)).clamp(min=0)
+        gap = F.pad(minute.diff(dim=1), (1, 0)).clamp(min=0).float()
         x = z + sinusoids(torch.arange(z.shape[1], device=z.device), z.shape[-1]) + self.gap_embedding(torch.bucketize(gap, self.gap_edges))
         x = F.layer_norm(x, x.shape[-1:])
         bias = self.time_bias(minute) if minute.shape[1] <= LONG_STAY else partial(self.time_bias, minute)
@@ -543,9 +695,9 @@ class History(nn.Module):
         return self.norm(x)
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Pretraining: reconstruction + KL, without labels
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 class SeqSetVAEPretrain(nn.Module):
     """Set-VAE + history, trained to reconstruct every set (and, with the readout decoder, the history so far and the stay's future) from h_t.
@@ -574,22 +726,28 @@ class SeqSetVAEPretrain(nn.Module):
             z = torch.where(hidden, self.mask_token, mu)
         h = self.history(z, batch.minute)                                                             # [B, L, d]
 
-        grid = measurement_grid(batch, config.num_variables)
-        terms = setvae.reconstruction_losses(h, batch, grid)
-        if config.decoder == "readout":
-            terms |= self.history_readout.losses(h, grid, batch.minute)
-            if config.sample_z:
-                own = setvae.reconstruction_losses(setvae.sample(mu, logvar) if self.training else mu, batch, grid)
-                terms |= {f"set_{name}": term for name, term in own.items()}
-        terms = {name: mean_over_stays(term, batch) for name, term in terms.items()}
-        reconstruction = sum(terms.values())
-        kl = mean_over_stays(kl_divergence(mu, logvar, config.free_bits, config.logvar_bonus), batch)
+        question = setvae.ask(batch) if config.decoder == "readout" else None
+        terms = sequence_losses(setvae, getattr(self, "history_readout", None), h, batch, question)
+        if question and config.sample_z:
+            own = setvae.reconstruction_losses(setvae.sample(mu, logvar) if self.training else mu, batch, question)
+            terms |= {f"set_{name}": term for name, term in own.items()}
+        terms = {name: term.mean() for name, term in terms.items()}
+        reconstruction, kl = sum(terms.values()), setvae.kl(mu, logvar, batch)
         return {"loss": reconstruction + beta * kl, "reconstruction": reconstruction, "kl": kl, **terms, "mu": mu}
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
+def sequence_losses(setvae: SetVAE, readout: HistoryReadout | None, h, batch: EventBatch, question: Question | None):
+    """What h [B, L, d] must tell: each set's reconstruction and, with the readout decoder, history and future: name -> [B]."""
+    terms = setvae.reconstruction_losses(h, batch, question)
+    if question:
+        keys = F.embedding(question.variables, setvae.keys_of(batch.variables))                      # [B, n, r]
+        terms |= readout.losses(h, batch, question, keys)
+    return terms
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Finetuning: a classification head on the same blocks
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 def classification_head(features: int, widths: tuple, classes: int) -> nn.Sequential:
     """Hidden layers of Linear, LayerNorm, ReLU, Dropout, then the classes; Xavier initialised, a linear head at zero (it is convex)."""
@@ -633,13 +791,14 @@ class BoostedTrees(nn.Module):
             self.value[i] = torch.from_numpy(classifier.learning_rate * tree.value[node, 0, 0])
 
     def forward(self, x):
-        """x [B, F] -> logits [B, 2]."""
+        """x [..., F] -> logits [..., 2]."""
+        shape, x = x.shape, x.flatten(0, -2)
         tree = torch.arange(len(self.value), device=x.device)
-        node = torch.zeros(len(x), len(tree), dtype=torch.int64, device=x.device)                     # [B, trees]
+        node = torch.zeros(len(x), len(tree), dtype=torch.int64, device=x.device)                     # [n, trees]
         for _ in range(self.depth):
             node = 2 * node + 1 + (x.gather(1, self.feature[tree, node]) > self.threshold[tree, node])
         odds = self.prior + self.value[tree, node - self.feature.shape[1]].sum(1)
-        return torch.stack([-odds / 2, odds / 2], dim=-1)
+        return torch.stack([-odds / 2, odds / 2], dim=-1).view(*shape[:-1], 2)
 
 
 class GatedFusion(nn.Module):
@@ -667,16 +826,16 @@ class GatedFusion(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """Full training: the last h attends to all h of the stay."""
+    """Full training: the h of a point attends to all h of the stay up to it."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.attention_pool = Attention(dim, heads)
 
-    def forward(self, h, last, real):
-        """h [B, L, d], last [B, d], real [B, L] bool -> [B, d]."""
+    def forward(self, h, last, reached):
+        """h [B, L, d], last [B, Q, d], reached [B, Q, L] bool -> [B, Q, d]."""
         pool = self.attention_pool
-        return pool.out_proj(pool.attend(pool.project_query(last[:, None]), pool.project_key_value(h), real[:, None, None])).squeeze(1)
+        return pool.out_proj(pool.attend(pool.project_query(last), pool.project_key_value(h), reached[:, None]))
 
 
 class SeqSetVAE(nn.Module):
@@ -697,7 +856,8 @@ class SeqSetVAE(nn.Module):
                 self.vae_feature_fusion = GatedFusion(d)
             self.feature_fusion = AttentionPool(d, config.heads)
             self.feature_projection = nn.Sequential(nn.Linear(3 * d, d), nn.LayerNorm(d))
-        # Everything that reaches the head untrained is standardised, with statistics of the training stays (see `train.py`).
+        self.register_buffer("head_variables", torch.arange(config.head_variables))  # beliefs and summaries are of these, see `train.py`
+        # Everything that reaches the head untrained is standardised, with statistics of the training points (see `train.py`).
         features = self._feature_sizes()
         self.register_buffer("feature_mean", torch.zeros(features["standardised"]))
         self.register_buffer("feature_std", torch.ones(features["standardised"]))
@@ -710,11 +870,11 @@ class SeqSetVAE(nn.Module):
 
     def _feature_sizes(self) -> dict[str, int]:
         """Number of head inputs that reach it as they are (the trained projection), and standardised."""
-        config, d, v, k = self.config, self.config.latent_dim, self.config.num_variables, len(HISTORY_STATISTICS)
+        config, d, v, k = self.config, self.config.latent_dim, self.config.head_variables, len(HISTORY_STATISTICS)
         pooled = 8 * d if config.features == "multiscale" else d
         beliefs = k * v if config.decoder == "readout" and config.features != "stable" else 0
         plain = 0 if config.classification_only else d
-        return {"plain": plain, "standardised": pooled + beliefs + ((k + 1) * v if config.summaries else 0)}
+        return {"plain": plain, "standardised": pooled + beliefs + ((k + 1) * v + 1 if config.summaries else 0)}
 
     def train(self, mode: bool = True):
         """The frozen backbone stays in evaluation mode, also in training."""
@@ -734,18 +894,20 @@ class SeqSetVAE(nn.Module):
         w = torch.sigmoid(1 - std.mean(-1, keepdim=True))
         return w * mu * (1 + 0.05 * torch.tanh(std)) + (1 - w) * mu
 
-    def _extract_enhanced_features(self, h, lengths=None):
-        """Features of a stay from h [B, L, d] alone (lengths [B], None: all L): stable [B, d] = 0.7 * last + 0.3 * attention pool, or
-        multiscale [B, 4d] = last, attention pool, mean, max. Full training: before them a projection [B, d] of mean, max and learned
-        attention pool."""
-        if lengths is None:
-            lengths = torch.full((len(h),), h.shape[1], device=h.device)
-        real = torch.arange(h.shape[1], device=h.device) < lengths[:, None]                           # [B, L]
-        last = h[torch.arange(len(h), device=h.device), lengths - 1]                                  # [B, d]
-        attention, mean, largest = attention_pool(h, last, real), masked_mean(h, real), h.masked_fill(~real[..., None], -math.inf).amax(1)
-        features = [last, attention, mean, largest] if self.config.features == "multiscale" else [0.7 * last + 0.3 * attention]
+    def _extract_enhanced_features(self, h, slots=None):
+        """Features from h [B, L, d] alone at the sets `slots` [B, Q] (None: the last), from no later set: stable [B, Q, d] = 0.7 * last +
+        0.3 * attention pool, or multiscale [B, Q, 4d] = last, attention pool, mean, max. Full training: before them a projection
+        [B, Q, d] of mean, max and learned attention pool."""
+        if slots is None:
+            slots = torch.full((len(h), 1), h.shape[1] - 1, device=h.device)
+        reached = torch.arange(h.shape[1], device=h.device) <= slots[..., None]                       # [B, Q, L]
+        last = at_slots(h, slots)                                                                     # [B, Q, d]
+        attention, pools = attention_pool(h, last, reached), []
+        if self.config.features == "multiscale" or not self.config.classification_only:
+            pools = prefix_moments(h, slots)[:2]                                                      # mean, max
+        features = [last, attention, *pools] if self.config.features == "multiscale" else [0.7 * last + 0.3 * attention]
         if not self.config.classification_only:
-            features.insert(0, self.feature_projection(torch.cat([mean, largest, self.feature_fusion(h, last, real)], dim=-1)))
+            features.insert(0, self.feature_projection(torch.cat([*pools, self.feature_fusion(h, last, reached)], dim=-1)))
         return torch.cat(features, dim=-1)
 
     def encode(self, batch: EventBatch):
@@ -755,35 +917,41 @@ class SeqSetVAE(nn.Module):
         return mu, logvar, z, self.history(z, batch.minute)
 
     def _head_input(self, z, h, batch):
-        """All that reaches the head, [B, F], not yet standardised."""
-        config, h, z, real = self.config, h.float(), z.float(), real_sets(batch)
-        end = torch.arange(len(batch), device=h.device), batch.lengths - 1
-        features = [self._extract_enhanced_features(h, batch.lengths)]
+        """All that reaches the head at the batch's prediction points, [B, Q, F], not yet standardised."""
+        config, h, z = self.config, h.float(), z.float()
+        features = [self._extract_enhanced_features(h, batch.point_slot)]
         if config.features == "multiscale":
-            features += moments(z, real)
+            features += prefix_moments(z, batch.point_slot)
+        slots = batch.point_slot.masked_fill(batch.point < 0, h.shape[1])
         if config.features != "stable" and config.decoder == "readout":  # the stay's history as the latents of its sets tell it
-            values, logits = self.setvae.decoder(z)
-            believed = (logits.float() > 0).float()
-            statistics, _ = history_statistics(values.float() * believed, believed, batch.minute)
-            features.append(statistics[end].flatten(1))
+            values, logits = self.setvae.decoder(z, self.setvae.keys_of(self.head_variables))         # [B, L, K]
+            believed = (logits > 0) & real_sets(batch)[..., None]
+            features.append(statistics_of_beliefs(values.float(), believed, batch.minute, slots).past.flatten(2))
         if config.summaries:
-            statistics, seen = history_statistics(*measurement_grid(batch, config.num_variables), batch.minute)
-            features += [statistics[end].flatten(1), seen[end].float()]
+            listed = torch.full((config.num_variables,), config.head_variables, device=h.device)
+            listed[self.head_variables] = torch.arange(config.head_variables, device=h.device)
+            mine = batch.variables[batch.stay_variables]                                              # [B, D]
+            held = torch.arange(mine.shape[1], device=h.device) < batch.variable_counts[:, None]
+            column = listed[mine].masked_fill(~held, config.head_variables)
+            exact = statistics_at(batch, slots, column, config.head_variables)
+            seen = exact.past_exists[:, :, HISTORY_STATISTICS.index("log count")].float()
+            features += [exact.past.flatten(2), seen, batch.point_hours[..., None]]
         return torch.cat(features, dim=-1)
 
     def features(self, batch: EventBatch) -> torch.Tensor:
-        """Head input of every stay before standardisation, [B, F]. Of a frozen backbone it never changes: compute it once."""
+        """Head input of every prediction point before standardisation, [B, Q, F]. Of a frozen backbone it never changes: compute it
+        once."""
         _, _, z, h = self.encode(batch)
         return self._head_input(z, h, batch)
 
     def standardise(self, features: torch.Tensor) -> torch.Tensor:
-        """features [B, F], as `features` gives them -> the input of the head and its trees, [B, F]."""
+        """features [..., F], as `features` gives them -> the input of the head and its trees, [..., F]."""
         plain, rest = features.split(list(self._feature_sizes().values()), dim=-1)
         return torch.cat([plain, ((rest - self.feature_mean) / self.feature_std).clamp(-5, 5)], dim=-1)
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
-        """features [B, F], as `features` gives them -> logits [B, classes]: in training the head's alone (no gradient passes a tree), in
-        evaluation the mean with its trees'."""
+        """features [..., F], as `features` gives them -> logits [..., classes]: in training the head's alone (no gradient passes a tree),
+        in evaluation the mean with its trees'."""
         x = self.standardise(features)
         logits = self.cls_head(x)
         return logits if self.training or self.trees is None else (logits + self.trees(x)) / 2
@@ -796,33 +964,34 @@ class SeqSetVAE(nn.Module):
         """Full training: logits (see `classify`), reconstruction and KL of one pass."""
         mu, logvar, z, h = self.encode(batch)
         logits = self.classify(self._head_input(z, h, batch))
-        grid = measurement_grid(batch, self.config.num_variables)
-        terms = self.setvae.reconstruction_losses(h, batch, grid)
-        if self.config.decoder == "readout":
-            terms |= self.history_readout.losses(h, grid, batch.minute)
-        return {"logits": logits, "reconstruction": mean_over_stays(sum(terms.values()), batch),
-                "kl": mean_over_stays(kl_divergence(mu, logvar, self.config.free_bits, self.config.logvar_bonus), batch)}
+        question = self.setvae.ask(batch) if self.config.decoder == "readout" else None
+        terms = sequence_losses(self.setvae, getattr(self, "history_readout", None), h, batch, question)
+        return {"logits": logits, "reconstruction": sum(terms.values()).mean(), "kl": self.setvae.kl(mu, logvar, batch)}
 
 
-def attention_pool(h, last, real):
-    """Parameter-free: mean of h_t weighted by softmax(h_t . h_last): h [B, L, d], last [B, d], real [B, L] -> [B, d]."""
-    score = (h @ last[:, :, None]).squeeze(-1).masked_fill(~real, -math.inf)
-    return (score.softmax(1)[..., None] * h).sum(1)
+def attention_pool(h, last, reached):
+    """Parameter-free: mean of h_t weighted by softmax(h_t . h_last): h [B, L, d], last [B, Q, d], reached [B, Q, L] -> [B, Q, d]."""
+    score = (last @ h.mT).masked_fill(~reached, -math.inf)                                            # [B, Q, L]
+    return score.softmax(-1) @ h
 
 
-def moments(x, real):
-    """Mean, maximum, minimum and standard deviation over the sets of each stay: x [B, L, c], real [B, L] -> four of [B, c]."""
-    mean = masked_mean(x, real)
-    spread = masked_mean((x - mean[:, None]).square(), real)
-    outside = ~real[..., None]
-    return [mean, x.masked_fill(outside, -math.inf).amax(1), x.masked_fill(outside, math.inf).amin(1), (spread + 1e-8).sqrt()]
+def prefix_moments(x, slots):
+    """Mean, maximum, minimum and standard deviation over the sets of each stay up to the sets `slots`: x [B, L, c], slots [B, Q] -> four
+    of [B, Q, c]."""
+    count = (slots + 1)[..., None]
+    mean = at_slots(x.cumsum(1), slots) / count
+    centre = at_slots(x, slots[:, -1:])                                                               # squares cancel less around a value
+    shifted = x - centre
+    shift = at_slots(shifted.cumsum(1), slots) / count
+    spread = (at_slots(shifted.square().cumsum(1), slots) / count - shift.square()).clamp(min=0)
+    return [mean, at_slots(x.cummax(1).values, slots), at_slots(x.cummin(1).values, slots), (spread + 1e-8).sqrt()]
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Checkpoints: reading, name mapping, the weight report
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
 _CHECKPOINT_TYPES = {"mode": str, "model_config": dict, "model": dict, "vocabulary": torch.Tensor, "normalizer": dict, "split": dict,
                      "source": dict, "metrics": dict}  # see train.model_content
 _CHECKPOINT_ENTRIES = {"normalizer": ("variables", "mean", "std", "log_scale", "clip"), "split": SPLITS, "metrics": ("epoch",),

@@ -48,8 +48,8 @@ from sklearn.model_selection import train_test_split
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import (SPLITS, Cohort, InputError, Normalizer, StayDataset, epoch_batches, make_splits, sorted_batches,
-                  split_batch, stays_of, variable_vectors, write_atomically)
+from data import (SPLITS, Cohort, InputError, Normalizer, StayDataset, common_variables, epoch_batches, make_splits,
+                  sorted_batches, split_batch, stays_of, variable_vectors, write_atomically)
 from readers import load_cohort
 from finetune_config import (FinetuneConfig, boosted_trees, check_settings, classification_loss, full_optimizer,
                              full_rate, head_optimizer, head_penalty, head_rate)
@@ -145,8 +145,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--config", metavar="JSON",
         help="take all settings from another run's config.json; what the command line says besides goes before it")
     add("--resume", metavar="RUN_DIR",
-        help="go on with the run in this folder, from its last.pt, with its settings; auto: with the one in --run_dir, or "
-             "start it there")
+        help="go on with the run in this folder, from its last.pt, with its settings; auto: with the one in --run_dir, "
+             "or start it there")
     add("--device", default="auto",
         help="auto (cuda if there is one, else cpu), cpu, cuda, cuda:1, mps (never run so far) (default: %(default)s)")
     add("--precision", choices=("auto", *PRECISIONS), default="auto",
@@ -186,24 +186,25 @@ def fraction(text: str) -> float:
 
 
 def shorthand(name: str):
-    """The type of an option --NAME N that stands for a --set (of the setting that full training has of its own, there)."""
+    """The type of an option --NAME N that stands for a --set; in full training, of the setting of its own."""
     def number(text: str) -> str:
         return f"--{name}={positive(text)}"
     return number
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
-    """The options, and: `changes`, the settings that --set and its shorthands give; `last`, the last.pt to go on from, or
-    None; `origin`, the `source` (see `source_of`) of the run whose settings these are, or None.
+    """The options, and: `options`, the same as a run records them; `changes`, the settings that --set and its shorthand
+    give; `last`, the last.pt to go on from, or None; `origin`, the `source` (see `source_of`) of the run whose settings
+    these are, or None.
 
     What a run recorded stands for a command line, which is put before the one given."""
     argv, parser = sys.argv[1:] if argv is None else argv, make_parser()
     given = parser.parse_args(argv)
     folder = folder_to_resume(given)
     last = folder and from_rank_0(lambda: read_last(folder, given.mode))
-    record = last or given.config and read_config(given.config, given.mode)
-    words = command_line_of(record) if record else []
-    arguments = parser.parse_args([*words, *argv])
+    config = given.config and read_config(given.config, given.mode or last and last["mode"])
+    recorded = [command_line_of(record) for record in (last, config) if record]
+    arguments = parser.parse_args([*itertools.chain(*recorded), *argv])
     if not arguments.mode:
         parser.error("--mode pretrain or --mode finetune is needed")
     if arguments.mode == "finetune" and not arguments.pretrained_ckpt:
@@ -211,11 +212,11 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     for name in OPTIONS_OF["finetune" if arguments.mode == "pretrain" else "pretrain"]:
         if getattr(arguments, name) != parser.get_default(name):
             raise InputError(f"--{name}: no option of --mode {arguments.mode}; leave it out")
-    arguments.changes = changed_settings(arguments)
+    arguments.options, arguments.changes = options_of(arguments), changed_settings(arguments)
     if last:
-        refuse_changes(parser.parse_args(words), arguments, folder)
+        refuse_changes(parser.parse_args(recorded[0]), arguments, folder)
         arguments.resume = folder
-    arguments.last, arguments.origin = last, record and record["source"]
+    arguments.last, arguments.origin = last, (last or config or {}).get("source")
     return arguments
 
 
@@ -236,7 +237,7 @@ def why_unknown(name: str, known: dict, mode: str) -> str:
     if mode == "finetune" and name in MODEL_FIELDS:
         return "the pretrained checkpoint decides it; set it when pretraining, or add --random_init"
     near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
-    return f"--mode {mode} has no such setting; " + (f"near: {', '.join(near)}" if near else "--help tells what lists them")
+    return f"--mode {mode} has no such setting; {'near: ' + ', '.join(near) if near else 'see --help'}"
 
 
 def setting(name: str, text: str, field):
@@ -265,9 +266,10 @@ def changed(config, changes: dict):
 PATHS = ("data_dir", "params_map", "label_file", "pretrained_ckpt")
 # Options that a resumed run takes anew, and what is no setting of a run.
 OBEYED = ("device", "precision", "data_dir", "params_map", "label_file")
-OPTIONS_OF = {"pretrain": ("objective",), "finetune": ("pretrained_ckpt", "label_fraction", "full_training", "random_init",
-                                                       "allow_partial", "set_heads", "transformer_heads")}
-NO_OPTION = ("mode", "set", "config", "resume", "run_dir", "changes", "last", "origin")
+OPTIONS_OF = {"pretrain": ("objective",),
+              "finetune": ("pretrained_ckpt", "label_fraction", "full_training", "random_init", "allow_partial",
+                           "set_heads", "transformer_heads")}
+NO_OPTION = ("mode", "set", "config", "resume", "run_dir")
 
 
 def options_of(arguments) -> dict:
@@ -310,8 +312,8 @@ def read_last(folder: str, mode: str | None) -> dict:
     path = Path(folder) / "last.pt"
     content = read_checkpoint(path)
     if "run" not in content or mode not in (None, content["mode"]):
-        raise InputError(f"{path}: not the last.pt of a run with --mode {mode or 'pretrain or finetune'}; resume it with "
-                         "its own mode, and with the version that started it")
+        raise InputError(f"{path}: not the last.pt of a run with --mode {mode or 'pretrain or finetune'}; resume it "
+                         "with its own mode, and with the version that started it")
     return content
 
 
@@ -331,12 +333,12 @@ def read_config(path: str, mode: str | None) -> dict:
 
 def refuse_changes(before, after, folder: str) -> None:
     """Raises InputError where the command line asks a resumed run for what it cannot become."""
-    old, new = (options_of(arguments) | changed_settings(arguments) for arguments in (before, after))
+    old, new = options_of(before) | changed_settings(before), after.options | after.changes
     obeyed = *OBEYED, "full_max_epochs" if after.full_training else "max_epochs"
     for name in new:
         if new[name] != old.get(name) and name not in obeyed:
-            raise InputError(f"--resume {folder}: {name} is {old.get(name)} in this run and cannot become {new[name]}; leave "
-                             f"it out, or start a new run with --config {folder}/config.json")
+            raise InputError(f"--resume {folder}: {name} is {old.get(name)} in this run and cannot become {new[name]}; "
+                             f"leave it out, or start a new run with --config {folder}/config.json")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -350,8 +352,8 @@ MACHINE, MACHINES = int(os.environ.get("GROUP_RANK", 0)), int(os.environ.get("GR
 
 
 def launcher() -> list[str]:
-    """The words of the command line before the script: torchrun's as they were given, where the system tells them (Linux;
-    it is the parent process), else ones of the same meaning."""
+    """The words of the command line before the script: torchrun's as they were given, where the system tells them (on
+    Linux; it is the parent process), else ones of the same meaning."""
     if WORLD == 1:
         return ["python"]
     with suppress(OSError):
@@ -374,8 +376,8 @@ def summed(x: torch.Tensor) -> torch.Tensor:
 
 
 def gathered(value) -> list:
-    """`value` of every rank. Raises the InputError of a rank that failed meanwhile (see `main`), so that none waits for it
-    forever."""
+    """`value` of every rank. Raises the InputError of a rank that failed meanwhile (see `main`), so that none waits for
+    it forever."""
     values = [value] * WORLD
     if WORLD > 1:
         dist.all_gather_object(values, value)
@@ -416,10 +418,10 @@ def in_turn():
 
 
 def data_parallel(model, seed: int):
-    """The model to call in training: its backward pass averages the gradients over ranks. (Every parameter takes part in
-    every step, so none is looked for that does not; no buffer changes.) From here on each rank draws
-    masks, dropout and z of its own, so that a run of several ranks equals one of a single process where these are off:
-    the objective itself is the same mean over the batch's stays."""
+    """The model to call in training: its backward pass averages the gradients over ranks. (Every parameter takes part
+    in every step, so none is looked for that does not; no buffer changes.) From here on each rank draws masks, dropout
+    and z of its own, so that a run of several ranks equals one of a single process where these are off: the objective
+    itself is the same mean over the batch's stays."""
     if WORLD == 1:
         return model
     torch.manual_seed(seed + RANK)
@@ -469,17 +471,20 @@ def read_cohort(data_dir, synthetic_stays, params_map, label_file) -> Cohort:
     machines = gathered((cohort.fingerprint, label_digest(cohort), platform.node()))
     for rank, machine in enumerate(machines):
         if machine[:2] != machines[0][:2]:
-            raise InputError(f"{cohort.reader}: rank {rank} on {machine[2]} read other data ({machine[0]}) than rank 0 on "
-                             f"{machines[0][2]} ({machines[0][0]}); give every machine the same data and labels")
+            raise InputError(f"{cohort.reader}: rank {rank} on {machine[2]} read other data ({machine[0]}) than rank 0 "
+                             f"on {machines[0][2]} ({machines[0][0]}); give every machine the same data and labels")
     return cohort
 
 
 def label_digest(cohort: Cohort) -> str:
-    return hashlib.sha256(np.ascontiguousarray(cohort.label)).hexdigest()[:16]
+    digest = hashlib.sha256()
+    for array in (cohort.point_start, cohort.point_minute, cohort.label):
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()[:16]
 
 
 def loader(dataset: StayDataset, batches: list, device: torch.device):
-    """Batches of stay indices -> EventBatches on the device. On CUDA a worker prepares them; copies are asynchronous."""
+    """Batches of stay indices -> EventBatches on the device. On CUDA workers prepare them; copies are asynchronous."""
     cuda = device.type == "cuda"
     batches = torch.utils.data.DataLoader(dataset, sampler=batches, batch_size=None, num_workers=2 if cuda else 0,
                                           pin_memory=cuda, worker_init_fn=leave_process_group,
@@ -488,14 +493,14 @@ def loader(dataset: StayDataset, batches: list, device: torch.device):
 
 
 def leave_process_group(worker: int) -> None:
-    """torchrun signals a whole group of processes; a loader's worker that it ended would end the run before it saved."""
+    """torchrun signals a whole group of processes; a loader's worker that it ended would end the run unsaved."""
     if hasattr(os, "setpgrp"):  # Windows has no such groups
         os.setpgrp()
 
 
 def evaluation_batches(dataset: StayDataset, stays: np.ndarray) -> list[np.ndarray]:
     """This rank's batches of an evaluation pass, as positions into `stays`: every stay is in one batch of one rank."""
-    return sorted_batches(dataset.cohort, stays, EVALUATION_BATCH)[RANK::WORLD]
+    return sorted_batches(dataset.sizes(stays))[RANK::WORLD]
 
 
 def evaluation_loader(dataset: StayDataset, stays: np.ndarray, device: torch.device):
@@ -515,12 +520,12 @@ def progress(iterable, total: int, what: str, batch_size: int = EVALUATION_BATCH
 class Run:
     """One training run. All ranks call its methods; rank 0 alone has the folder.
 
-    best: figures of the best epoch; epoch: epochs done; done: steps done in the next one, of which totals are the sums."""
+    best: figures of the best epoch; epoch: epochs done; done: steps done in the next, of which totals are the sums."""
 
     def __init__(self, arguments, config, model, dataset: StayDataset, split: dict, source: dict, best: dict):
         self.model, self.dataset, self.split, self.best = model, dataset, split, best
         self.epoch, self.done, self.totals, self.rows = 0, 0, {}, []
-        options = options_of(arguments) | {name: source[name] for name in ("device", "precision")}
+        options = arguments.options | {name: source[name] for name in ("device", "precision")}
         self.record = {"mode": arguments.mode, "run": {"options": options, "settings": asdict(config)},
                        "model_config": asdict(model.config), "source": source}
         last = arguments.last
@@ -590,7 +595,7 @@ class Run:
         sys.exit(130)
 
     def finish(self, figures: str, following: list) -> Path:
-        """Say where the best checkpoint lies, its figures, the command that follows; give up the folder and the signals."""
+        """Say where the best checkpoint lies, its figures, the command that follows; give up folder and signals."""
         best = self.folder / "best.pt"
         print(f"best checkpoint: {best} (epoch {self.best['epoch']}, {figures})")
         print(f"next: {shlex.join(['python', *following, str(best)])}")
@@ -663,8 +668,8 @@ class Run:
 
 
 def new_folder(arguments) -> Path:
-    """Make the folder of a new run: the one asked for, or one named after the mode and the time (and a number, where several
-    start in one second)."""
+    """Make the folder of a new run: the one asked for, or one named after the mode and the time (and a number, where
+    several start in one second)."""
     started = CHECKPOINTS / f"{arguments.mode}-{time.strftime('%Y%m%d-%H%M%S')}"
     for number in itertools.count(1):
         folder = Path(arguments.run_dir or (started if number == 1 else f"{started}-{number}"))
@@ -694,9 +699,9 @@ def restore_random_states(states: dict, device: torch.device) -> None:
 
 def source_of(arguments, cohort: Cohort, device: torch.device, dtype: torch.dtype) -> dict:
     """Where a checkpoint comes from, for whoever must reproduce it."""
-    options = options_of(arguments)
     libraries = (("torch", torch), ("numpy", np), ("pandas", pd), ("scikit-learn", sklearn))
-    return {**{name: options[name] for name in ("data_dir", "params_map", "label_file", "synthetic_stays", "seed")},
+    options = ("data_dir", "params_map", "label_file", "synthetic_stays", "seed")
+    return {**{name: arguments.options[name] for name in options},
             "reader": cohort.reader, "fingerprint": cohort.fingerprint, "labels": label_digest(cohort),
             "command": shlex.join([*launcher(), Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": git_commit(),
             "versions": {"python": platform.python_version(), **{name: str(it.__version__) for name, it in libraries}},
@@ -749,15 +754,15 @@ class Training:
         self.run.restore(self.device, optimizer=self.optimizer, scaler=self.scaler)
 
     def epoch(self) -> dict[str, float]:
-        """The run's next epoch, or what is left of it: the means of the reported terms over its stays. A signal is obeyed
-        at the end of the step."""
-        run, cohort, stays = self.run, self.run.dataset.cohort, self.stays
+        """The run's next epoch, or what is left of it: the means of the reported terms over its stays. A signal is
+        obeyed at the end of the step."""
+        run, stays, sizes = self.run, self.stays, self.run.dataset.sizes(self.stays)
         run.model.train()
-        batches = epoch_batches(np.diff(cohort.stay_start)[stays], self.batch_size, self.seed, run.epoch)
+        batches = epoch_batches(sizes.sets, self.batch_size, self.seed, run.epoch)
         first = run.epoch * len(batches)
         left = batches[run.done:]
-        parts = [split_batch(cohort, stays, batch, WORLD)[RANK::WORLD] for batch in left]
-        # A part without a stay takes the batch's first one, which counts nothing: the other ranks wait for its gradient.
+        parts = [split_batch(sizes, batch, WORLD)[RANK::WORLD] for batch in left]
+        # A part without a stay takes the batch's first one, which counts nothing: other ranks wait for its gradient.
         own = [stays[part if len(part) else batch[:1]] for batch, some in zip(left, parts) for part in some]
         stream = loader(run.dataset, own, self.device)
         bar = progress(zip(left, parts), len(left), f"epoch {run.epoch + 1}", self.batch_size)
@@ -767,7 +772,7 @@ class Training:
             stopping = run.stopping()
             run.done += 1
             if step % self.every == 0 or stopping or run.done == len(batches):
-                finite_or_stop(norm, step, cohort.stay_id[stays[batch]], self.scaler, self.every)
+                finite_or_stop(norm, step, run.dataset.cohort.stay_id[stays[batch]], self.scaler, self.every)
                 bar.set_postfix(loss=f"{terms['loss'].item() / len(batch):.3f}", refresh=False)
             if self.scaler.is_enabled():
                 terms["skipped_steps"] = ~torch.isfinite(norm) * len(stays)  # a count, where the others are means
@@ -878,7 +883,8 @@ def pretrain(arguments) -> Path:
                "learning_rate": optimizer.param_groups[0]["lr"]}
         improved = row["val_loss"] < run.best["val_loss"]
         run.end_of_epoch(row, improved)
-        print(f"epoch {epoch + 1:3d}: loss {row['loss']:.4f}, val_loss {row['val_loss']:.4f}{' *' if improved else ''}, "
+        star = " *" if improved else ""
+        print(f"epoch {epoch + 1:3d}: loss {row['loss']:.4f}, val_loss {row['val_loss']:.4f}{star}, "
               f"val_reconstruction {row['val_reconstruction']:.4f}, KL {row['val_kl']:.1f} a set, active units "
               f"{row['active_units']}/{model_config.latent_dim}, {time.time() - began:.0f} s{skipped(row)}")
         if row["active_units"] < model_config.latent_dim // 20:
@@ -925,10 +931,11 @@ def open_checkpoint(path, data_dir=None, synthetic_stays=None, params_map=None, 
     cohort = read_cohort(data_dir, synthetic_stays or 1000, params_map, label_file)
     if "format" not in content:
         return content, cohort, None, None, True
-    dataset = StayDataset(cohort, Normalizer.from_state(content["normalizer"], path))
+    dataset = StayDataset(cohort, Normalizer.from_state(content["normalizer"], path), points=True)
     if len(dataset.unknown_variables) == len(cohort.variables):
-        raise InputError(f"{path}: its vocabulary holds none of the data's variables ({', '.join(cohort.variables[:5])} "
-                         "...); pretrain on this data, or rename its variables")
+        named = ", ".join(cohort.variables[:5])
+        raise InputError(f"{path}: its vocabulary holds none of the data's variables ({named} ...); pretrain on this "
+                         "data, or rename its variables")
     return content, cohort, dataset, content["split"], cohort.fingerprint != source["fingerprint"]
 
 
@@ -945,7 +952,7 @@ def splits_beside(known: dict, cohort: Cohort, seed: int) -> dict[str, list[str]
 
 def labelled(cohort: Cohort, ids: list) -> np.ndarray:
     stays = stays_of(cohort, ids)
-    return stays[cohort.label[stays] >= 0]
+    return stays[cohort.stay_label[stays] >= 0]
 
 
 def label_subset(cohort: Cohort, stays: np.ndarray, fraction: float, seed: int) -> np.ndarray:
@@ -953,7 +960,7 @@ def label_subset(cohort: Cohort, stays: np.ndarray, fraction: float, seed: int) 
     if fraction == 1:
         return stays
     try:
-        part, _ = train_test_split(stays, train_size=fraction, stratify=cohort.label[stays], random_state=seed)
+        part, _ = train_test_split(stays, train_size=fraction, stratify=cohort.stay_label[stays], random_state=seed)
     except ValueError as error:
         raise InputError(f"--label_fraction {fraction}: no such share of {len(stays)} stays keeps both classes "
                          f"({error}); give a larger one") from None
@@ -973,25 +980,25 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
         arguments.pretrained_ckpt, arguments.data_dir, arguments.synthetic_stays, arguments.params_map,
         arguments.label_file)
     if content.get("mode", "pretrain") != "pretrain":
-        raise InputError(f"{arguments.pretrained_ckpt}: a checkpoint of --mode {content['mode']}; --pretrained_ckpt takes "
-                         "one of --mode pretrain")
+        raise InputError(f"{arguments.pretrained_ckpt}: a checkpoint of --mode {content['mode']}; --pretrained_ckpt "
+                         "takes one of --mode pretrain")
     print(cohort.describe())
     if new:
         split = splits_beside(split or {}, cohort, arguments.seed)
     train, valid = labelled(cohort, split["train"]), labelled(cohort, split["valid"])
     for name, stays in (("train", train), ("valid", valid)):
-        if len(np.unique(cohort.label[stays])) < 2:
+        if len(np.unique(cohort.stay_label[stays])) < 2:
             hold = "one class only" if len(stays) else "no label at all"
             raise InputError(f"{cohort.reader}: the labelled {name} stays hold {hold}; finetuning needs both classes: "
                              "check the outcome or label file")
     train = label_subset(cohort, train, arguments.label_fraction, arguments.seed)
     if dataset is None:
-        dataset = StayDataset(cohort, Normalizer.fit(cohort, train))
+        dataset = StayDataset(cohort, Normalizer.fit(cohort, train), points=True)
     elif dataset.unknown_variables:
         print(dataset.describe_unknown())
 
     torch.manual_seed(arguments.seed), random.seed(arguments.seed)
-    model = new_classifier(arguments, config, content, cohort, dataset).to(device)
+    model = new_classifier(arguments, config, content, split, dataset).to(device)
     trainable, total = parameter_counts(model)
     print(f"model: SeqSetVAE, {'full training' if full else 'frozen backbone'}, {trainable:,} of {total:,} parameters "
           f"trainable ({trainable / total:.2%}); {device}, {dtype}".replace("torch.", ""))
@@ -1006,7 +1013,7 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
     source["pretrained_ckpt"] = str(arguments.pretrained_ckpt)
     untrained = {"val_auc": -1.0, "val_auprc": -1.0, "epoch": 0, "threshold": 0.5}
     run = Run(arguments, config, model, dataset, split, source, best=untrained)
-    counts = [f"{len(stays):,} {name} ({(cohort.label[stays] == 1).sum():,} positive)"
+    counts = [f"{len(stays):,} {name} ({(cohort.stay_label[stays] == 1).sum():,} positive)"
               for name, stays in (("train", train), ("valid", valid))]
     print(f"split: {', '.join(counts)}, {len(split['test']):,} test stays"
           f"{f' (seed {arguments.seed})' if new else ' of the checkpoint'}; run folder {run.folder}")
@@ -1016,16 +1023,18 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
                       ["test_suite.py", "--checkpoint"])
 
 
-def new_classifier(arguments, config: FinetuneConfig, content: dict, cohort: Cohort, dataset: StayDataset) -> SeqSetVAE:
+def new_classifier(arguments, config: FinetuneConfig, content: dict, split: dict, dataset: StayDataset) -> SeqSetVAE:
     """The model to be finetuned, with the checkpoint's backbone or an untrained one of its sizes. Raises InputError
     where weights of the backbone are missing."""
-    path, full = arguments.pretrained_ckpt, arguments.full_training
+    path, full, cohort = arguments.pretrained_ckpt, arguments.full_training, dataset.cohort
     backbone = checkpoint_config(content, len(dataset.normalizer.variables), path, arguments.set_heads,
                                  arguments.transformer_heads)
     # The trees are fitted to the backbone as it is before full training: to an untrained one that says nothing.
     trees = None if full and arguments.random_init else config.trees
-    model_config = replace(changed(backbone, arguments.changes), classification_only=not full, head_trees=trees,
-                           **{name: value for name, value in asdict(config).items() if name in MODEL_FIELDS})
+    listed = common_variables(cohort, dataset, stays_of(cohort, split["train"]), config.head_variables)
+    head = {name: value for name, value in asdict(config).items() if name in MODEL_FIELDS}
+    head |= {"classification_only": not full, "head_trees": trees, "head_variables": len(listed)}
+    model_config = replace(changed(backbone, arguments.changes), **head)
     vocabulary = content.get("vocabulary")
     if vocabulary is None:
         vocabulary = variable_vectors(cohort.variables, backbone.input_dim, cohort.vectors)
@@ -1033,6 +1042,7 @@ def new_classifier(arguments, config: FinetuneConfig, content: dict, cohort: Coh
             print("warning: no cached.csv lies in the data: the original checkpoint was trained on other variable "
                   "vectors than the hashed names used now")
     model = SeqSetVAE(model_config, vocabulary)
+    model.head_variables.copy_(torch.from_numpy(listed))
     if arguments.random_init:
         print("backbone: untrained (--random_init)")
         return model
@@ -1063,7 +1073,7 @@ def encode_stays(model: SeqSetVAE, dataset: StayDataset, stays: np.ndarray, devi
     batches = evaluation_batches(dataset, stays)
     stream = loader(dataset, [stays[b] for b in batches], device)
     for places, batch in zip(batches, progress(stream, len(batches), "encoding")):
-        features[torch.from_numpy(places).to(device)] = model.features(batch)
+        features[torch.from_numpy(places).to(device)] = model.features(batch)[:, 0]
     return summed(features)  # each rank filled in the stays of its batches
 
 
@@ -1108,7 +1118,7 @@ def train_head(arguments, config: FinetuneConfig, run: Run, train, valid, device
     from the same seed: that takes seconds, less than reducing the gradients of so small a model at every step."""
     model, dataset, cohort = run.model, run.dataset, run.dataset.cohort
     features, val_features = (encode_stays(model, dataset, stays, device) for stays in (train, valid))
-    label = torch.from_numpy(cohort.label[train].astype(np.int64)).to(device)
+    label = torch.from_numpy(cohort.stay_label[train].astype(np.int64)).to(device)
     if not run.last:
         prepare_head(model, features, label, config, arguments.seed)
     optimizer = head_optimizer(model, config)
@@ -1133,7 +1143,7 @@ def train_everything(arguments, config: FinetuneConfig, run: Run, train, valid, 
     model, dataset, cohort = run.model, run.dataset, run.dataset.cohort
     if not run.last:
         features = encode_stays(model, dataset, train, device)
-        label = torch.from_numpy(cohort.label[train].astype(np.int64)).to(device)
+        label = torch.from_numpy(cohort.stay_label[train].astype(np.int64)).to(device)
         prepare_head(model, features, label, config, arguments.seed)
         warm_up = head_optimizer(model, config)
         for epoch in range(config.max_epochs):
@@ -1161,7 +1171,7 @@ def train_everything(arguments, config: FinetuneConfig, run: Run, train, valid, 
 def finetuning_epoch(run: Run, row: dict, valid, val_features, keep_last: bool) -> None:
     """The end of an epoch: rank the validation stays [n] by their features [n, F]; best.pt is the epoch of the best
     AUROC (`keep_last`: the last)."""
-    row |= ranking(run.dataset.cohort.label[valid], predict(run.model, val_features))
+    row |= ranking(run.dataset.cohort.stay_label[valid], predict(run.model, val_features))
     row = gathered(row)[0]  # all go on from the figures of rank 0, should another's device round otherwise
     improved = keep_last or row["val_auc"] > run.best["val_auc"]
     run.end_of_epoch(row, improved)

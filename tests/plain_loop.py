@@ -35,7 +35,7 @@ def plain_isab(isab, x):
 def plain_points(setvae, events):
     """u_v * value, [n, r], of one set."""
     u = setvae.dim_reducer(setvae.vocabulary[[v for v, _ in events]])
-    return u / u.norm(dim=1, keepdim=True) * u.new_tensor([[x] for _, x in events])
+    return u / u.norm(dim=1, keepdim=True) * u.new_tensor([[0.0 if np.isnan(x) else x] for _, x in events])
 
 
 def plain_encode(setvae, events):
@@ -88,38 +88,50 @@ def plain_chamfer(a, b):
 
 
 def plain_grid(events):
-    """Means and counts [7] of one set."""
-    values = [[x for v, x in events if v == variable] for variable in range(7)]
-    return np.array([np.mean(x) if x else 0 for x in values]), np.array([len(x) for x in values])
+    """Mean [7], number of events [7] and of values [7] of each variable in one set."""
+    values = [np.array([x for v, x in events if v == variable]) for variable in range(7)]
+    numbers = [x[~np.isnan(x)] for x in values]
+    return np.array([x.mean() if len(x) else 0 for x in numbers]), *(np.array([*map(len, x)]) for x in (values, numbers))
 
 
 def plain_statistics(stay):
-    """[n, 7, 10], [n, 7]: what each prefix of the stay has shown, by the definition of each statistic."""
-    out, seen = np.zeros((len(stay), 7, 10)), np.zeros((len(stay), 7), bool)
+    """[n, 10, 7], and whether there is one: what each prefix of the stay has shown, by the definition of each statistic."""
+    out = np.zeros((len(stay), 10, 7))
+    exists = np.zeros(out.shape, bool)
     for i, v in itertools.product(range(len(stay)), range(7)):
-        shown = [(minute / 1440, *(a[v] for a in plain_grid(events))) for minute, events in stay[:i + 1]]
-        shown = np.array([row for row in shown if row[2]])
-        if len(shown):
-            (day, x, n), seen[i, v] = shown.T, True
+        shown = np.array([(minute / 1440, *(a[v] for a in plain_grid(events))) for minute, events in stay[:i + 1]])
+        if shown[:, 2].any():
+            out[i, 7, v], exists[i, 7, v] = np.log1p(shown[:, 2].sum()), True
+        if shown[:, 3].any():
+            day, x, _, _ = shown[shown[:, 3] > 0].T
             slope = ((day - day.mean()) * (x - x.mean())).mean() / (day.var() + 0.1 ** 2)  # ridge of (0.1 day)^2
-            out[i, v] = x[-1], x[0], x.mean(), x.max(), x.min(), x.std(), slope, np.log1p(n.sum()), abs(x[-1]), abs(x.mean())
-    return out, seen
+            out[i, [0, 1, 2, 3, 4, 5, 6, 8, 9], v] = (x[-1], x[0], x.mean(), x.max(), x.min(), x.std(), slope, abs(x[-1]),
+                                                      abs(x.mean()))
+            exists[i, :, v] = True
+    return out, exists
 
 
 def plain_future(stay):
-    """[n, 7, 3], [n, 7]: what each variable's means in the later sets are on average, at most and at least, and whether there is any."""
-    out, seen = np.zeros((len(stay), 7, 3)), np.zeros((len(stay), 7), bool)
+    """[n, 3, 7]: what each variable's means in the later sets are on average, at most and at least, and whether there is any."""
+    out = np.zeros((len(stay), 3, 7))
+    exists = np.zeros(out.shape, bool)
     for i, v in itertools.product(range(len(stay)), range(7)):
-        later = [mean[v] for mean, count in (plain_grid(events) for _, events in stay[i + 1:]) if count[v]]
+        later = [mean[v] for mean, _, numbers in (plain_grid(events) for _, events in stay[i + 1:]) if numbers[v]]
         if later:
-            out[i, v], seen[i, v] = (np.mean(later), max(later), min(later)), True
-    return out, seen
+            out[i, :, v], exists[i, :, v] = (np.mean(later), max(later), min(later)), True
+    return out, exists
+
+
+def plain_keys(setvae):
+    """[7, r]."""
+    return setvae.vocabulary @ setvae.keys.projection.weight.T + setvae.keys.free.weight
 
 
 def plain_readout_loss(setvae, code, events):
-    value, logit = setvae.decoder.value(code), setvae.decoder.measured(code)
-    mean, count = (torch.tensor(a, dtype=torch.float32) for a in plain_grid(events))
-    return F.smooth_l1_loss(value[count > 0], mean[count > 0]) + F.binary_cross_entropy_with_logits(logit, (count > 0).float())
+    value, logit = (plain_keys(setvae) @ mlp(code) for mlp in (setvae.decoder.value, setvae.decoder.measured))
+    mean, count, numbers = (torch.tensor(a, dtype=torch.float32) for a in plain_grid(events))
+    loss = F.binary_cross_entropy_with_logits(logit, (count > 0).float())
+    return loss + F.smooth_l1_loss(value[numbers > 0], mean[numbers > 0]) if numbers.any() else loss
 
 
 def plain_posterior(setvae, stay):
@@ -142,10 +154,11 @@ def plain_pass(model, stays):
                      for i, (_, events) in enumerate(stay)]
         else:
             terms = [plain_readout_loss(setvae, h[i], events) + plain_readout_loss(setvae, mu[i], events) for i, (_, events) in enumerate(stay)]
-            told = model.history_readout(h).view(len(stay), 7, 13).split((10, 3), dim=-1)
-            for mine, (statistics, seen) in zip(told, (plain_statistics(stay), plain_future(stay))):
-                for i in np.flatnonzero(seen.any(1)):
-                    terms[i] = terms[i] + F.smooth_l1_loss(mine[i, seen[i]], torch.tensor(statistics[i, seen[i]], dtype=torch.float32))
+            told = (model.history_readout(h).view(len(stay), 13, -1) @ plain_keys(setvae).T).split((10, 3), dim=1)
+            for mine, (statistics, exists) in zip(told, (plain_statistics(stay), plain_future(stay))):
+                for i in np.flatnonzero(exists.any((1, 2))):
+                    true = torch.tensor(statistics[i, exists[i]], dtype=torch.float32)
+                    terms[i] = terms[i] + F.smooth_l1_loss(mine[i, exists[i]], true)
         losses.append((torch.stack(terms).mean(), kl.mean()))
     return states, [torch.stack(x).mean() for x in zip(*losses)]
 

@@ -15,6 +15,7 @@ from data import (
     InputError,
     Normalizer,
     StayDataset,
+    StaySizes,
     build_cohort,
     epoch_batches,
     group_widths,
@@ -22,14 +23,15 @@ from data import (
     ranges,
     round_up,
     sorted_batches,
+    split_batch,
     stays_of,
     variable_vectors,
 )
 from finetune_config import FinetuneConfig, classification_loss
-from model import SeqSetVAE, SeqSetVAEPretrain, measurement_grid
+from model import SeqSetVAE, SeqSetVAEPretrain
 from readers import load_cohort, synthetic_cohort
 from tests.plain_loop import close, plain_grid
-from tests.tiny import NAMES, as_lists, batch_of, build, cohort_of, random_stays, tiny
+from tests.tiny import NAMES, PLAIN, as_lists, batch_of, build, cohort_of, random_stays, tiny
 from train import update
 
 # ----------------------------------------------------------------------------------------------------------------------------------
@@ -37,16 +39,44 @@ from train import update
 # ----------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_measurement_grid_equals_a_plain_loop():
-    stays = random_stays()
-    mean, count = measurement_grid(batch_of(stays), 7)
-    assert count.sum() == sum(len(events) for stay in stays for _, events in stay)
+def test_measurements_equal_a_plain_loop():
+    stays = random_stays(valueless=.3)
+    batch = batch_of(stays)
+    length, width = batch.minute.shape[1], batch.stay_variables.shape[1]
+    measured = {}
+    for slot, pair, value, day, valued, count in zip(*(getattr(batch, f"cell_{name}").tolist() for name in (
+            "slot", "pair", "value", "day", "valued", "count"))):
+        stay, position = divmod(slot, length)
+        variable = int(batch.variables[batch.stay_variables.flatten()[pair]])
+        assert pair // width == stay and (stay, position, variable) not in measured
+        measured[stay, position, variable] = value, day * 1440, valued, count, float(batch.first_value.flatten()[pair])
     for p, stay in enumerate(stays):
-        for i, (_, events) in enumerate(stay):
-            plain_mean, plain_count = plain_grid(events)
-            close(mean[p, i].double(), torch.from_numpy(plain_mean))
-            assert count[p, i].tolist() == plain_count.tolist()
-        assert not count[p, len(stay):].any() and not mean[p, len(stay):].any()
+        first = {}  # minute and value of each variable's first value
+        for i, (minute, events) in enumerate(stay):
+            for v, (mean, count, numbers) in enumerate(zip(*plain_grid(events))):
+                if numbers:
+                    first.setdefault(v, (minute, mean))
+                if count:
+                    value, since, valued, number, origin = measured.pop((p, i, v))
+                    assert (valued, number) == (numbers > 0, count) and abs(value - mean) < 1e-6
+                    assert not valued or abs(since - (minute - first[v][0])) < 1e-3 and abs(origin - first[v][1]) < 1e-6
+    assert not measured
+
+
+def test_a_point_sees_the_last_set_not_after_it_and_a_stay_ends_with_its_last_point():
+    cohort = cohort_of([[(m, [(0, 1.0), (1, m)]) for m in (0, 10, 20, 30)], [(m, [(2, 1.0)]) for m in (5, 6)], [(7, [(3, 0.0)])]])
+    cohort = replace(cohort, point_start=np.array([0, 3, 6, 6]), point_minute=np.array([-1, 10, 25.5, 5, 5.5, 9]),
+                     label=np.array([0, 0, 1, -1, 0, 1], dtype=np.int8))
+    dataset = StayDataset(cohort, PLAIN, points=True)
+    assert [x.tolist() for x in dataset.sizes(np.arange(3))] == [[3, 2, 0], [6, 2, 0], [2, 3, 0]]
+    batch = dataset[np.array([1, 0])]
+    assert batch.lengths.tolist() == [2, 3] and batch.minute[:, :3].tolist() == [[5, 6, 0], [0, 10, 20]]
+    assert batch.point.tolist() == [[3, 4, 5], [1, 2, -1]] and batch.label.tolist() == [[-1, 0, 1], [0, 1, -1]]
+    assert batch.point_slot.tolist() == [[0, 0, 1], [1, 2, 0]]
+    close(batch.point_hours, torch.tensor([[0, .5 / 60, 3 / 60], [0, 5.5 / 60, 0]]))
+    assert len(batch.event_value) == 8 and batch.variables[:3].tolist() == [0, 1, 2]
+    whole = StayDataset(cohort, PLAIN)
+    assert whole[np.array([1, 0])].lengths.tolist() == [2, 4] and whole[np.array([0])].point.shape == (1, 0)
 
 
 def test_no_event_and_no_set_is_forgotten():
@@ -57,34 +87,42 @@ def test_no_event_and_no_set_is_forgotten():
         cells = batch.token_event[batch.token_event < len(batch.event_value)]
         assert cells.sort().values.tolist() == list(range(len(batch.event_value)))      # every event in exactly one cell
         assert sorted(batch.slot_set[batch.slot_set < len(batch.group_slot)].tolist()) == list(range(int(batch.lengths.sum())))
-        assert measurement_grid(batch, 44)[1].sum() == len(batch.event_value) == cohort.stay_events[stays].sum()
+        assert batch.cell_count.sum() == len(batch.event_value) == cohort.stay_events[stays].sum()
         events, sets = events + len(batch.event_value), sets + int(batch.lengths.sum())
     assert events == len(cohort.event_value) and sets == len(cohort.set_minute)
 
 
-@pytest.mark.parametrize("batches", [lambda cohort: epoch_batches(np.diff(cohort.stay_start), 8, seed=1, epoch=2),
-                                     lambda cohort: sorted_batches(cohort, np.arange(len(cohort)), 8)], ids=["epoch", "sorted"])
+@pytest.mark.parametrize("batches", [lambda sizes: epoch_batches(sizes.sets, 8, seed=1, epoch=2), sorted_batches],
+                         ids=["epoch", "sorted"])
 def test_every_stay_is_visited_once(batches):
-    visited = batches(cohort_of(random_stays(np.random.default_rng(0).integers(1, 90, 297))))
-    assert sorted(np.concatenate(visited)) == list(range(297)) and max(map(len, visited)) == 8
+    cohort = cohort_of(random_stays(np.random.default_rng(0).integers(1, 90, 297)))
+    visited = batches(StayDataset(cohort, PLAIN, points=True).sizes(np.arange(297)))
+    assert sorted(np.concatenate(visited)) == list(range(297))
 
 
-@pytest.mark.parametrize("limit, most", [("_MOST_SETS_SQUARED", 6 * 9**2), ("_MOST_EVENTS", 270)])
+@pytest.mark.parametrize("limit, most", [("_MOST_SETS_SQUARED", 6 * 9**2), ("_MOST_EVENTS", 270), ("_MOST_POINTS", 7)])
 def test_evaluation_batches_are_bounded_by_their_cost(monkeypatch, limit, most):
     cohort = cohort_of(random_stays((9,) * 20 + (90, 80)))
     monkeypatch.setattr(data, limit, most)
-    batches = sorted_batches(cohort, np.arange(22), 32)
-    cost = {"_MOST_SETS_SQUARED": lambda b: len(b) * 9**2, "_MOST_EVENTS": lambda b: cohort.stay_events[b].sum()}[limit]
-    assert np.concatenate(batches).tolist() == [*range(20), 21, 20] and [len(b) for b in batches[-2:]] == [1, 1]
-    assert all(cost(b) <= most for b in batches[:-2]) and len(batches) <= 8
+    batches = sorted_batches(StayDataset(cohort, PLAIN, points=True).sizes(np.arange(22)))
+    cost = {"_MOST_SETS_SQUARED": lambda b: len(b) * max(np.diff(cohort.stay_start)[b])**2, "_MOST_POINTS": len,
+            "_MOST_EVENTS": lambda b: cohort.stay_events[b].sum()}[limit]
+    assert np.concatenate(batches).tolist() == [*range(20), 21, 20] and 3 <= len(batches) <= 8
+    assert all(cost(b) <= most or len(b) == 1 for b in batches)
+    assert all(cost(np.append(b, after[0])) > most for b, after in zip(batches, batches[1:]))  # as large as fits
 
 
-def test_a_huge_stay_is_a_training_batch_of_its_own_and_the_others_batches_stay_full():
-    lengths = np.r_[np.full(70, 50), 20_000, 3_000]
-    batches = epoch_batches(lengths, 16, seed=0, epoch=0)
-    assert sorted(np.concatenate(batches)) == list(range(72))
-    assert [70] in [b.tolist() for b in batches] and all(len(b) * lengths[b].max()**2 <= 2**24 or len(b) == 1 for b in batches)
-    assert sum(len(b) == 16 for b in batches) == 4
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_a_batch_that_does_not_fit_is_split_into_equal_numbers_of_parts(parts):
+    sizes = StaySizes(sets=np.r_[np.full(70, 50), 20_000, 3_000], events=np.r_[np.full(70, 400), 90_000, 9_000],
+                      points=np.zeros(72, dtype=np.int64))
+    batches = epoch_batches(sizes.sets, 16, seed=0, epoch=0)
+    assert [len(b) for b in batches].count(16) == 4 and sorted(np.concatenate(batches)) == list(range(72))
+    for batch in batches:
+        lists = split_batch(sizes, batch, parts)
+        assert len(lists) % parts == 0 and sorted(np.concatenate(lists)) == sorted(batch) and all(map(sizes.fit, lists))
+        assert len(lists) == parts or not {70, 71}.isdisjoint(batch)
+        assert [70] in [part.tolist() for part in lists] or 70 not in batch
 
 
 def test_a_batch_costs_as_much_memory_in_a_large_cohort(tmp_path):
@@ -156,7 +194,7 @@ def test_group_widths_are_optimal(groups):
         sizes = rng.integers(1, 12, rng.integers(1, 15))
         cost = lambda bounds: sum(min(b for b in bounds if b >= s) for s in sizes)
         best = min(cost((*some, sizes.max())) for k in range(groups) for some in itertools.combinations(np.unique(sizes), k))
-        widths = group_widths(sizes, groups)
+        widths = group_widths(*np.unique(sizes, return_counts=True), groups)
         assert len(widths) <= groups and cost(widths) == best
 
 

@@ -1,5 +1,6 @@
 """The model."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -12,18 +13,9 @@ import train
 from data import InputError, StayDataset, stays_of
 from evaluate import CPU
 from finetune_config import FinetuneConfig, boosted_trees, classification_loss
-from model import (
-    BoostedTrees,
-    History,
-    ModelConfig,
-    SeqSetVAE,
-    SeqSetVAEPretrain,
-    SetVAE,
-    history_statistics,
-    load_weights,
-    measurement_grid,
-)
-from tests.plain_loop import close, plain_pass, plain_statistics
+from model import (BoostedTrees, History, ModelConfig, SeqSetVAE, SeqSetVAEPretrain, SetVAE, load_weights, statistics_at,
+                   statistics_of_beliefs)
+from tests.plain_loop import close, plain_future, plain_pass, plain_statistics
 from tests.tiny import (
     NAMES,
     PLAIN,
@@ -39,10 +31,12 @@ from tests.tiny import (
 @pytest.mark.parametrize("levels", [1, 2])
 @pytest.mark.parametrize("presence", [True, False])
 @pytest.mark.parametrize("mab_residual", [True, False])
-@pytest.mark.parametrize("decoder", [dict(decoder="readout"), dict(decoder="slots", slope_per_head=False, free_bits=0.6, logvar_bonus=0.1)],
-                         ids=lambda d: d["decoder"])
-def test_a_batch_equals_a_plain_loop_over_single_sets(decoder, mab_residual, presence, levels):
-    model, stays = build(SeqSetVAEPretrain, tiny(mab_residual=mab_residual, presence=presence, levels=levels, **decoder)), random_stays()
+@pytest.mark.parametrize("decoder, valueless", [
+    (dict(decoder="readout"), 0.0), (dict(decoder="readout"), 0.3),
+    (dict(decoder="slots", slope_per_head=False, free_bits=0.6, logvar_bonus=0.1), 0.0)], ids=["readout", "valueless", "slots"])
+def test_a_batch_equals_a_plain_loop_over_single_sets(decoder, mab_residual, presence, levels, valueless):
+    model = build(SeqSetVAEPretrain, tiny(mab_residual=mab_residual, presence=presence, levels=levels, **decoder))
+    stays = random_stays(valueless=valueless)
     with torch.no_grad():
         states, (reconstruction, kl) = plain_pass(model, stays)
     for mine, plain in zip(zip(*encoded(model, stays)), states):
@@ -72,10 +66,11 @@ def test_the_set_vae_stands_alone(decoder):
 
 @pytest.mark.parametrize("full_training", [False, True])
 def test_a_stay_alone_and_in_any_batch_gets_the_same_logits(full_training):
-    model, stays = build(SeqSetVAE, tiny(classification_only=not full_training, summaries=True)), random_stays((5, 1, 12, 3, 7))
+    model, stays = build(SeqSetVAE, tiny(classification_only=not full_training, summaries=True, head_variables=7)), random_stays((5, 1, 12, 3, 7), valueless=.2)
     with torch.no_grad():
         together, turned = model(batch_of(stays)), model(batch_of(stays[::-1])).flip(0)
         alone = torch.cat([model(batch_of([stay])) for stay in stays])
+    assert together.shape == (5, 1, 2)
     close(alone, together)
     close(turned, together)
     assert together.std(0).min() > 1e-3  # else equality says nothing
@@ -207,7 +202,7 @@ def test_cached_features_equal_uncached_ones(finetuned):
     cached = train.encode_stays(model, dataset, stays, CPU)
     model.train()
     with torch.no_grad():
-        uncached = torch.cat([model.features(dataset[stays[i:i + 4]]) for i in range(0, len(stays), 4)])
+        uncached = torch.cat([model.features(dataset[stays[i:i + 4]])[:, 0] for i in range(0, len(stays), 4)])
     close(uncached, cached)
     close(model.feature_mean, cached.mean(0))  # the standardisation knows the training stays alone
     close(model.feature_std, cached.std(0).clamp(min=1e-6))
@@ -215,7 +210,7 @@ def test_cached_features_equal_uncached_ones(finetuned):
 
 def test_trainable_share_is_under_five_percent_at_default_size():
     settings = FinetuneConfig()
-    model = SeqSetVAE(ModelConfig(44, features=settings.features, fuse=settings.fuse, summaries=settings.summaries, head_widths=settings.head_widths),
+    model = SeqSetVAE(ModelConfig(44, features=settings.features, fuse=settings.fuse, summaries=settings.summaries, head_widths=settings.head_widths, head_variables=44),
                       torch.zeros(44, 64))
     total, trainable = (sum(p.numel() for p in model.parameters() if p.requires_grad or not t) for t in (False, True))
     assert 0 < trainable < 0.05 * total
@@ -235,11 +230,11 @@ def test_the_trees_of_the_head_predict_what_scikit_learn_fitted():
 
 @pytest.mark.parametrize("classification_only", [True, False])
 def test_trees_may_ask_for_every_feature_and_for_no_other(classification_only):
-    model = build(SeqSetVAE, tiny(classification_only=classification_only, summaries=True, head_widths=(), head_trees=2))
+    model = build(SeqSetVAE, tiny(classification_only=classification_only, summaries=True, head_variables=7, head_widths=(), head_trees=2))
     state, size = {name: x.clone() for name, x in model.state_dict().items()}, sum(model._feature_sizes().values())
     state["trees.feature"][0, 0] = size - 1
     load_weights(model, state, "best.pt")
-    assert model(batch_of(random_stays())).shape == (4, 2)
+    assert model(batch_of(random_stays())).shape == (4, 1, 2)
     state["trees.feature"][0, 0] = size
     with pytest.raises(InputError, match="best.pt: its trees ask for features that the model does not have"):
         load_weights(model, state, "best.pt")
@@ -284,42 +279,97 @@ def test_focal_loss_equals_its_formula():
 @pytest.mark.parametrize("decoder", ["readout", "slots"])
 @pytest.mark.parametrize("summaries", [True, False])
 def test_feature_sizes_agree_with_the_features(features, decoder, summaries):
-    model = build(SeqSetVAE, tiny(features=features, decoder=decoder, summaries=summaries))
+    model = build(SeqSetVAE, tiny(features=features, decoder=decoder, summaries=summaries, head_variables=5))
     with torch.no_grad():
-        assert model.features(batch_of(random_stays())).shape == (4, sum(model._feature_sizes().values())) == (4, model.cls_head[0].in_features)
+        assert model.features(batch_of(random_stays())).shape == (4, 1, sum(model._feature_sizes().values())) == (4, 1, model.cls_head[0].in_features)
 
 
 def test_stable_features_are_the_last_state_and_attention_to_it():
     model, stays = build(SeqSetVAE, tiny(features="stable")), random_stays()
     with torch.no_grad():
         features, h = model.features(batch_of(stays)), model.encode(batch_of(stays))[3]
-    for stay, feature, states in zip(stays, features, h):
+    for stay, (feature,), states in zip(stays, features, h):
         states = states[:len(stay)]
         close(feature, 0.7 * states[-1] + 0.3 * (states @ states[-1]).softmax(0) @ states)
 
 
 def test_summaries_are_the_exact_statistics_of_the_whole_stay():
-    model, stays = build(SeqSetVAE, tiny(summaries=True)), random_stays()
+    model, stays = build(SeqSetVAE, tiny(summaries=True, head_variables=4)), random_stays(valueless=.2)
+    listed = [5, 0, 2, 6]
+    model.head_variables.copy_(torch.tensor(listed))
     with torch.no_grad():
-        exact = model.features(batch_of(stays))[:, -11 * len(NAMES):]  # 10 statistics and whether it was seen, a variable each
+        exact = model.features(batch_of(stays))[:, 0, -11 * 4 - 1:]  # 10 statistics and whether it was seen, a variable each; hours
     for stay, row in zip(stays, exact.double()):
-        statistics, seen = plain_statistics(stay)
-        close(row, torch.from_numpy(np.append(statistics[-1].ravel(), seen[-1])))
+        statistics, exists = plain_statistics(stay)
+        close(row, torch.from_numpy(np.concatenate([statistics[-1][:, listed].ravel(), exists[-1, 7, listed], [0]])))
 
 
-def test_statistics_of_the_history_equal_a_plain_loop():
-    stays = random_stays((1, 7, 12))
+def all_statistics(stays):
+    """The batch's statistics at every set, of every variable in the order of the vocabulary."""
     batch = batch_of(stays)
-    statistics, seen = history_statistics(*measurement_grid(batch, 7), batch.minute)
+    column = batch.variables[batch.stay_variables]
+    column[torch.arange(column.shape[1]) >= batch.variable_counts[:, None]] = 7
+    slots = torch.arange(batch.minute.shape[1]).expand(len(stays), -1)
+    return statistics_at(batch, torch.where(slots < batch.lengths[:, None], slots, slots.shape[1]), column, 7)
+
+
+@pytest.mark.parametrize("valueless", [0.0, 0.4])
+def test_statistics_of_history_and_future_equal_a_plain_loop(valueless):
+    stays = random_stays((1, 7, 12), valueless=valueless)
+    mine = all_statistics(stays)
     for p, stay in enumerate(stays):
-        plain, shown = plain_statistics(stay)
-        close(statistics[p, :len(stay)].double(), torch.from_numpy(plain))
-        assert np.array_equal(seen[p, :len(stay)], shown)
+        for ours, exists, (plain, there) in ((mine.past, mine.past_exists, plain_statistics(stay)),
+                                             (mine.future, mine.future_exists, plain_future(stay))):
+            close(ours[p, :len(stay)].double(), torch.from_numpy(plain))
+            assert np.array_equal(exists[p, :len(stay)], there)
+
+
+def test_statistics_at_some_sets_are_those_of_all_sets():
+    stays = random_stays((1, 7, 12, 9), valueless=.2)
+    batch, everywhere = batch_of(stays), all_statistics(stays)
+    slots = torch.tensor([[0, 12, 12], [2, 5, 5], [0, 7, 11], [8, 12, 12]])  # a set twice, and padding
+    column = batch.variables[batch.stay_variables]
+    some = torch.where(column < 3, column, 3).masked_fill(torch.arange(column.shape[1]) >= batch.variable_counts[:, None], 3)
+    for ours, whole in zip(statistics_at(batch, slots, some, 3), everywhere):
+        for p, q in itertools.product(range(4), range(3)):
+            if slots[p, q] < 12:
+                close(ours[p, q], whole[p, slots[p, q], :, :3])
+
+
+def test_statistics_of_beliefs_are_those_of_measurements_of_the_same_values():
+    stays = random_stays((3, 8))
+    for stay in stays:  # one event a variable and set
+        stay[:] = [(minute, list(dict(events).items())) for minute, events in stay]
+    values, believed = torch.randn(2, 8, 7), torch.zeros(2, 8, 7, dtype=torch.bool)
+    minute = torch.zeros(2, 8, dtype=torch.float64)
+    for p, stay in enumerate(stays):
+        for i, (at, events) in enumerate(stay):
+            minute[p, i] = at
+            for v, x in events:
+                values[p, i, v], believed[p, i, v] = x, True
+    slots = torch.tensor([[1, 2, 8], [0, 5, 7]])
+    mine, whole = statistics_of_beliefs(values, believed, minute, slots), all_statistics(stays)
+    for p, q in ((0, 0), (0, 1), (1, 0), (1, 1), (1, 2)):
+        close(mine.past[p, q], whole.past[p, slots[p, q]])
+
+
+def test_adding_a_constant_to_all_minutes_of_a_stay_changes_nothing():
+    model = build(SeqSetVAE, tiny(summaries=True, head_variables=7, features="multiscale"))
+    (stay,) = random_stays((12,))
+    shifted = [(minute + 40 * 365.25 * 1440, events) for minute, events in stay]
+    with torch.no_grad():
+        assert torch.equal(model.features(batch_of([stay])), model.features(batch_of([shifted])))
+
+
+def test_an_event_decades_earlier_leaves_the_statistics_of_the_others_alone():
+    (stay,) = random_stays((12,))
+    stay = [(minute, [(v % 6, x) for v, x in events]) for minute, events in stay]
+    born = [(-60 * 365.25 * 1440, [(6, 1.0)]), *stay]
+    close(all_statistics([born]).past[0, 1:13, :, :6], all_statistics([stay]).past[0, :12, :, :6])
 
 
 def test_statistics_of_a_nearly_constant_variable_are_exact():
     """Running sums of squares lose what a long stay far from zero varies by: E[x^2] - E[x]^2 cancels in float32."""
     stay = [(60 * i, [(0, 4.9 if i % 40 else 4.8)]) for i in range(120)]
-    batch = batch_of([stay])
-    statistics, _ = history_statistics(*measurement_grid(batch, 7), batch.minute)
+    statistics = all_statistics([stay]).past
     close(statistics[0, :120].double(), torch.from_numpy(plain_statistics(stay)[0]))

@@ -35,11 +35,15 @@ NAMES = [f"lab{v}" for v in range(7)]
 PLAIN = Normalizer(NAMES, np.zeros(7, np.float32), np.ones(7, np.float32), np.zeros(7, np.float32))  # values as they are
 
 
-def random_stays(lengths=(1, 4, 9, 6), seed=0):
-    """Sets of 1 to 9 events, variables drawn with replacement: multisets."""
+def random_stays(lengths=(1, 4, 9, 6), seed=0, valueless=0.0):
+    """Sets of 1 to 9 events, variables drawn with replacement: multisets. `valueless`: the share of events without a value."""
     rng = np.random.default_rng(seed)
-    return [[(int(minute), [(int(v), float(rng.normal())) for v in rng.integers(0, 7, rng.integers(1, 10))])
-             for minute in np.sort(rng.choice(3000, length, replace=False))] for length in lengths]
+    stays = [[(int(minute), [(int(v), float(rng.normal())) for v in rng.integers(0, 7, rng.integers(1, 10))])
+              for minute in np.sort(rng.choice(3000, length, replace=False))] for length in lengths]
+    if valueless:
+        stays = [[(minute, [(v, np.nan if rng.random() < valueless else x) for v, x in events]) for minute, events in stay]
+                 for stay in stays]
+    return stays
 
 
 def cohort_of(stays) -> Cohort:
@@ -49,7 +53,7 @@ def cohort_of(stays) -> Cohort:
 
 
 def batch_of(stays, max_groups=6) -> EventBatch:
-    return StayDataset(cohort_of(stays), PLAIN, max_groups)[np.arange(len(stays))]
+    return StayDataset(cohort_of(stays), PLAIN, max_groups, points=True)[np.arange(len(stays))]
 
 
 def tiny(**changes) -> ModelConfig:
