@@ -1,4 +1,4 @@
-"""The benchmark."""
+"""Speed and memory of the batched model, beside a plain loop over single sets (`test_suite.py --benchmark`)."""
 
 import contextlib
 import itertools
@@ -16,29 +16,39 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from torch.nn.attention import sdpa_kernel, SDPBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from data import epoch_batches, Normalizer, sorted_batches, StayDataset, variable_vectors, write_atomically
-from readers import load_cohort
-from model import ModelConfig, SeqSetVAE, SeqSetVAEPretrain
+from data import Normalizer, StayDataset, epoch_batches, sorted_batches, variable_vectors, write_atomically
 from finetune_config import FinetuneConfig, head_optimizer
-from train import (CHECKPOINTS, encode_stays, EVALUATION_BATCH, head_epoch, keep_freed_memory, predict, prepare_head,
-                   update)
+from model import ModelConfig, SeqSetVAE, SeqSetVAEPretrain
+from readers import load_cohort
 from tests.plain_loop import close, plain_features, plain_pass
+from train import (
+    CHECKPOINTS,
+    EVALUATION_BATCH,
+    encode_stays,
+    head_epoch,
+    keep_freed_memory,
+    predict,
+    prepare_head,
+    update,
+)
 
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Benchmark: our batched model beside the plain loop (above), in one run and on one number of threads
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 PLAIN_LOOP, PRETRAIN_STEP, INFERENCE, MATMUL_PEAK = "plain loop", "pretrain step", "inference", "matmul"
-BENCHMARK = {  # sizes: (config of so many variables, batches of pretraining and of evaluation, epochs of a finetuning, ways to run it)
+# sizes: (config of so many variables, batches of pretraining, of evaluation, epochs of a finetuning, ways to run it)
+BENCHMARK = {
     "original's sizes": (ModelConfig.original, 4, 3, 15, (PLAIN_LOOP, "float32", "bf16")),
     "our default": (ModelConfig, 16, 6, 20, ("float32", "bf16")),
 }
 ROUNDS, LOOPED = 3, 8  # passes timed; stays of the plain loop
-MATMUL, PRODUCTS = 3072, 8  # width of the matrices whose product tells the peak, and products a pass: one alone would time the threads' waking
+# width of the matrices whose product tells the peak, and products a pass: one alone would time the threads' waking
+MATMUL, PRODUCTS = 3072, 8
 
 
 def spread(items, n: int) -> list:
@@ -67,14 +77,16 @@ def new_classifier(config, dataset) -> tuple[SeqSetVAE, FinetuneConfig]:
     """With our default head; at the original's objective with its features, its head's widths and its loss."""
     d, settings = config.latent_dim, FinetuneConfig()
     if config.decoder == "slots":
-        settings = FinetuneConfig(features="stable", summaries=False, head_widths=(d, d // 2, d // 4), trees=None, loss="focal")
-    config = replace(config, head_trees=settings.trees, fuse=settings.fuse, features=settings.features, summaries=settings.summaries,
-                     head_widths=settings.head_widths)
+        settings = FinetuneConfig(features="stable", summaries=False, head_widths=(d, d // 2, d // 4), trees=None,
+                                  loss="focal")
+    config = replace(config, head_trees=settings.trees, fuse=settings.fuse, features=settings.features,
+                     summaries=settings.summaries, head_widths=settings.head_widths)
     return SeqSetVAE(config, variable_vectors(dataset.normalizer.variables, config.input_dim)), settings
 
 
 def assert_plain_loop_agrees(config, dataset, stays) -> None:
-    """The plain loop's losses and features are the batched model's, to 1e-5 (with learned seeds, as noise is never drawn alike)."""
+    """The plain loop's losses and features are the batched model's, to 1e-5 (with learned seeds, as noise is never
+    drawn alike)."""
     config, lists = replace(config, learned_seeds=True), plain_stays(dataset, stays)
     model, head = new_pretraining(config, dataset).eval(), new_classifier(config, dataset)[0].eval()
     with torch.no_grad():
@@ -106,7 +118,8 @@ def pretrain_work(how, config, batches, dataset, device):
 
 
 def classifier_work(task, epochs, how, config, batches, dataset, device):
-    """Inference, or a finetuning on the frozen backbone, of which the plain loop runs one epoch: it encodes every stay at each."""
+    """Inference, or a finetuning on the frozen backbone, of which the plain loop runs one epoch: it encodes every stay
+    at each."""
     (model, settings), stays = new_classifier(config, dataset), np.concatenate(batches)
     optimizer = head_optimizer(model.to(device), settings)
     label = torch.arange(len(stays), device=device) % 2  # any labels take the same time, and some data have none
@@ -138,8 +151,8 @@ def matmul_work(width, dataset, device):
 
 
 def pretrain_flops(config, batches, dataset) -> int:
-    """Of forward and backward, padding included, counted on the meta device, where nothing is computed. Attention counts as its matrix
-    products (the math kernel): `FlopCounterMode` does not know the CPU's flash kernel."""
+    """Of forward and backward, padding included, counted on the meta device, where nothing is computed. Attention
+    counts as its matrix products (the math kernel): `FlopCounterMode` does not know the CPU's flash kernel."""
     model = new_pretraining(config, dataset).to("meta").train()
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         for stays in batches:
@@ -148,14 +161,16 @@ def pretrain_flops(config, batches, dataset) -> int:
 
 
 def peak_memory(device) -> float:
-    """MB: of PyTorch's tensors on a GPU, else of this process. The latter never falls, so each work has a process of its own."""
+    """MB: of PyTorch's tensors on a GPU, else of this process. The latter never falls, so each work has a process of
+    its own."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def timed_process(pipe, threads, load, normalizer, device, work) -> None:
-    """Get ready, tell what memory was taken before; then at every message run a pass, tell its seconds and the peak memory."""
+    """Get ready, tell what memory was taken before; then at every message run a pass, tell its seconds and the peak
+    memory."""
     keep_freed_memory(), torch.set_num_threads(threads)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     imports, run = peak_memory(device), work(StayDataset(load(), normalizer), device)
@@ -169,8 +184,9 @@ def timed_process(pipe, threads, load, normalizer, device, work) -> None:
 
 
 def take_turns(works: dict, *common) -> tuple[dict, float]:
-    """Of each work (dataset, device) -> pass, in a process of its own: (seconds of its fastest pass, peak memory in MB); and the memory of the
-    imports alone. The passes take turns, so that whatever else the machine does slows all alike."""
+    """Of each work (dataset, device) -> pass, in a process of its own: (seconds of its fastest pass, peak memory in
+    MB); and the memory of the imports alone. The passes take turns, so that whatever else the machine does slows all
+    alike."""
     context, pipes, passes = multiprocessing.get_context("forkserver"), {}, {name: [] for name in works}
     context.set_forkserver_preload([Path(__file__).stem, "torch._dynamo"])  # which every optimizer imports
     with contextlib.ExitStack() as stack:
@@ -206,7 +222,8 @@ def padding(dataset, batches) -> list:
 
 def measure(dataset, load, device) -> tuple[pd.DataFrame, float]:
     """One row a work: sizes, work, how -> seconds, stays, sets, FLOPs, MB; and the MB of the imports alone."""
-    bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    on_cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else on_cpu
     lengths, rows = np.diff(dataset.cohort.stay_start), {}
     for sizes, (make_config, steps, passes, epochs, hows) in BENCHMARK.items():
         config, finetune = make_config(len(dataset.normalizer.variables)), f"{epochs}-epoch finetune"
@@ -216,7 +233,8 @@ def measure(dataset, load, device) -> tuple[pd.DataFrame, float]:
             assert_plain_loop_agrees(config, dataset, evaluated[-1][:2])
         flops = {PRETRAIN_STEP: pretrain_flops(config, pretrained, dataset), MATMUL_PEAK: PRODUCTS * 2 * MATMUL**3}
         for tasks, batches in (({PRETRAIN_STEP: pretrain_work}, pretrained),
-                               ({task: partial(classifier_work, task, epochs) for task in (finetune, INFERENCE)}, evaluated)):
+                               ({task: partial(classifier_work, task, epochs) for task in (finetune, INFERENCE)},
+                                evaluated)):
             print(f"measuring: {sizes}, {' and '.join(tasks)}", flush=True)
             stays = np.concatenate(batches)
             looped = spread(stays[np.argsort(lengths[stays])], LOOPED)
@@ -242,7 +260,8 @@ def benchmark(arguments) -> None:
     """Measure, print the table, and append it to checkpoints/benchmark.csv, a row a number."""
     device, facts = torch.device("cuda" if torch.cuda.is_available() else "cpu"), []
     with tempfile.TemporaryDirectory() as cache:
-        load = partial(load_cohort, arguments.data_dir, cache_dir=Path(cache), params_map=arguments.params_map, label_file=arguments.label_file)
+        load = partial(load_cohort, arguments.data_dir, cache_dir=Path(cache), params_map=arguments.params_map,
+                       label_file=arguments.label_file)
         for what in ("parsed" if arguments.data_dir else "generated", "from the cache"):
             began, cohort = time.perf_counter(), load()
             facts.append((f"data, {what}", time.perf_counter() - began, "s"))
@@ -253,8 +272,10 @@ def benchmark(arguments) -> None:
     facts.append(("memory of the imports alone", imports, "MB"))
     a_set, flops = 1e3 * rows["seconds"] / rows["sets"], 1e-9 * rows["FLOPs"] / rows["seconds"]
     table = pd.DataFrame({
-        "stays": rows["stays"], "stays/s": rows["stays"] / rows["seconds"], "ms a stay": 1e3 * rows["seconds"] / rows["stays"], "ms a set": a_set,
-        "MB": rows["MB"], "x plain": in_row(a_set, how=PLAIN_LOOP) / a_set, "x float32": (in_row(a_set, how="float32") / a_set).filter(like="bf16"),
+        "stays": rows["stays"], "stays/s": rows["stays"] / rows["seconds"],
+        "ms a stay": 1e3 * rows["seconds"] / rows["stays"], "ms a set": a_set,
+        "MB": rows["MB"], "x plain": in_row(a_set, how=PLAIN_LOOP) / a_set,
+        "x float32": (in_row(a_set, how="float32") / a_set).filter(like="bf16"),
         "x inference": (a_set / in_row(a_set, work=INFERENCE)).filter(like="finetune"),
         "GFLOP/s": flops, "% of peak": 100 * flops / in_row(flops, work=MATMUL_PEAK)}, index=rows.index)
 
@@ -263,15 +284,16 @@ def benchmark(arguments) -> None:
     print(f"""
 {machine}, {threads} thread{'s' * (threads > 1)}, torch {torch.__version__}, {cohort.reader}
 Times: the fastest of {ROUNDS} passes, taken in turns. MB: peak memory of {memory}.
-The plain loop runs {LOOPED} of the stays, and of a finetuning one epoch, whose time is multiplied. x plain, x float32: how many times
-faster a set is done; x inference: how many inferences it costs. FLOPs include padding; % of peak: of the float32 product of
-two {MATMUL} x {MATMUL} matrices that took turns with the steps.
+The plain loop runs {LOOPED} of the stays, and of a finetuning one epoch, whose time is multiplied.
+x plain, x float32: how many times faster a set is done; x inference: how many inferences it costs. FLOPs include
+padding; % of peak: of the float32 product of two {MATMUL} x {MATMUL} matrices that took turns with the steps.
 """)
     show = lambda x: f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
-    print(table.to_string(float_format=show, na_rep=""), *(f"{what}: {show(value)} {unit}" for what, value, unit in facts), sep="\n")
+    print(table.to_string(float_format=show, na_rep=""),
+          *(f"{what}: {show(value)} {unit}" for what, value, unit in facts), sep="\n")
     facts += [(", ".join(name), value, unit) for name, row in table.iterrows() for unit, value in row.dropna().items()]
-    common = {"date": time.strftime("%Y-%m-%d %H:%M"), "machine": machine, "threads": threads, "torch": str(torch.__version__),
-              "data": f"{cohort.reader}, {len(cohort)} stays"}
+    common = {"date": time.strftime("%Y-%m-%d %H:%M"), "machine": machine, "threads": threads,
+              "torch": str(torch.__version__), "data": f"{cohort.reader}, {len(cohort)} stays"}
     path = CHECKPOINTS / "benchmark.csv"
     old = path.read_text() if path.exists() else ""
     new = pd.DataFrame([common | {"what": what, "value": f"{value:.6g}", "unit": unit} for what, value, unit in facts])

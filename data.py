@@ -5,6 +5,7 @@ flat arrays plus offsets, and a batch is the same layout for a few stays, with t
 similar size. Nothing here knows of models, losses or devices (beyond `EventBatch.to`).
 """
 
+import copy
 import hashlib
 import itertools
 import json
@@ -25,6 +26,7 @@ from sklearn.model_selection import train_test_split
 READER_VERSION = 4  # raise it when a reader's output changes: older caches are then rebuilt
 CACHE_DIR = Path(__file__).resolve().parent / ".cache"
 SPLITS = ("train", "valid", "test")  # codes 0, 1, 2 in `Cohort.split`; -1 is unassigned
+MINUTE = 60_000_000  # microseconds
 
 
 class InputError(Exception):
@@ -73,7 +75,7 @@ class Cohort:
     variables: list[str]        # [V] vocabulary, sorted
     event_variable: np.ndarray  # [E] int16, or int32 for V > 32,767
     event_value: np.ndarray     # [E] float32, raw units; NaN: an event without a value, which says that something happened
-    event_offset: np.ndarray    # [E] int32, microseconds since its set's minute; [0] where no source knows less than a minute
+    event_offset: np.ndarray    # [E] int32, microseconds since its set's charted (whole) minute; [0]: no source knows less than a minute
     set_start: np.ndarray       # [T+1] int64, in events
     set_minute: np.ndarray      # [T] float64, minutes since admission, rising within a stay; may be negative
     stay_start: np.ndarray      # [P+1] int64, in sets
@@ -100,13 +102,24 @@ class Cohort:
     def stay_label(self) -> np.ndarray:
         """[P] the largest label of the stay's points, -1 where none has one: what a split is stratified by."""
         label = np.full(len(self), -1, dtype=np.int8)
-        np.maximum.at(label, np.repeat(np.arange(len(self)), np.diff(self.point_start)), self.label)
+        np.maximum.at(label, self.point_stay, self.label)
         return label
 
     @property
     def stay_events(self) -> np.ndarray:
         """[P] number of events of each stay."""
         return np.diff(self.set_start[self.stay_start])
+
+    @property
+    def point_stay(self) -> np.ndarray:
+        """[Q] the stay of each point."""
+        return np.repeat(np.arange(len(self)), np.diff(self.point_start))
+
+    def clock(self, stay: np.ndarray, minute: np.ndarray) -> np.ndarray:
+        """[n] datetime64[us] of minutes of stays, exact to the microsecond (up to 2^27 minutes, 255 years); NaT where the origin is."""
+        whole = np.floor(minute)
+        microseconds = whole.astype(np.int64) * MINUTE + np.rint((minute - whole) * MINUTE).astype(np.int64)
+        return self.origin[stay] + microseconds.astype("timedelta64[us]")
 
     def digest(self) -> str:
         """The fingerprint. Reads the arrays where they lie: a memory-mapped cohort is not copied."""
@@ -120,6 +133,11 @@ class Cohort:
         labelled = self.label >= 0
         lines = [f"data: {self.reader}: {len(self):,} stays, {len(self.set_minute):,} sets, {len(self.event_value):,} events, "
                  f"{len(self.variables)} variables, {labelled.sum():,} labelled ({(self.label == 1).sum():,} positive)"]
+        if len(self.label) != len(self):
+            lines.append(f"data: {len(self.label):,} prediction points in {(np.diff(self.point_start) > 0).sum():,} stays")
+        divided = divided_subjects(self, {name: self.stay_id[self.split == code] for code, name in enumerate(SPLITS)})
+        if divided:
+            lines.append(f"data: patients in two parts: {divided:,}")
         lines += [f"data: skipped: {count:,} {reason}" for reason, count in self.notes.items() if count]
         return "\n".join(lines)
 
@@ -155,7 +173,8 @@ def build_cohort(reader, variables, stay, minute, variable, value, stay_id, labe
     rank[present[order]] = np.arange(len(present))
 
     keys = ([] if set_key is None else [set_key]) + [np.asarray(minute), stay]
-    sequence = np.lexsort(keys)  # stable: events of one set keep their order in the file
+    # Stable: events of one time keep their order in the file.
+    sequence = np.lexsort(([] if offset is None else [np.asarray(offset)]) + keys)
     keys = [key[sequence] for key in keys]
     minute, stay = keys[-2:]
     set_first = np.append(0, 1 + np.flatnonzero(np.any([key[1:] != key[:-1] for key in keys], axis=0)))
@@ -183,6 +202,49 @@ def build_cohort(reader, variables, stay, minute, variable, value, stay_id, labe
     )
     cohort.fingerprint = cohort.digest()
     return cohort
+
+
+def search_after(values: np.ndarray, key: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """[n] the first index in [low, high) whose value is above `key`, `high` where none is: binary searches in sorted stretches of `values`."""
+    low, high = np.array(low), np.array(high)
+    while (open_ := low < high).any():
+        middle = np.where(open_, (low + high) // 2, 0)
+        above = values[middle] > key
+        high, low = np.where(open_ & above, middle, high), np.where(open_ & ~above, middle + 1, low)
+    return low
+
+
+def at_end(cohort: Cohort, label: np.ndarray) -> Cohort:
+    """The cohort with one point a stay, at the minute of its last set: label [P]."""
+    return replace(cohort, point_start=np.arange(len(cohort) + 1), point_minute=np.array(cohort.set_minute[cohort.stay_start[1:] - 1]),
+                   label=np.asarray(label, dtype=np.int8))
+
+
+def with_points(cohort: Cohort, count: np.ndarray, minute: np.ndarray, label: np.ndarray) -> Cohort:
+    """The cohort asked at these points: count [P] of each stay, minute and label [Q], rising within a stay. A set never straddles a point:
+    where the source knows events more finely than by the minute, those after the point become a set at the exact time of their first."""
+    start = np.append(0, np.cumsum(count)).astype(np.int64)
+    cohort = replace(cohort, point_start=start, point_minute=minute.astype(np.float64), label=label.astype(np.int8))
+    stay = cohort.point_stay
+    first = cohort.stay_start[stay]
+    last = search_after(cohort.set_minute, minute, first, cohort.stay_start[stay + 1]) - 1
+    asked = last >= first
+    if len(cohort.event_offset):
+        last, at = last[asked], minute[asked]
+        offset = np.rint((at - np.floor(cohort.set_minute[last])) * MINUTE)
+        first, end = cohort.set_start[last], cohort.set_start[last + 1]
+        event = search_after(cohort.event_offset, offset, first, end)     # the first one after the point
+        later, index = np.unique(event[event < end], return_index=True)
+        last = last[event < end][index]                                   # [cuts] its set
+        exact = np.floor(cohort.set_minute[last]) + cohort.event_offset[later] / MINUTE
+        whole = later == cohort.set_start[last]                           # the set's every event is after the point
+        set_minute = np.array(cohort.set_minute)
+        set_minute[last[whole]] = exact[whole]
+        at, later, exact = last[~whole] + 1, later[~whole], exact[~whole]
+        cohort = replace(cohort, set_start=np.insert(cohort.set_start, at, later), set_minute=np.insert(set_minute, at, exact),
+                         stay_start=cohort.stay_start + np.searchsorted(at, cohort.stay_start, side="right"))
+    unanswered = int((minute < cohort.set_minute[cohort.stay_start[stay]]).sum())
+    return replace(cohort, notes=cohort.notes | {"prediction points before the first set of their stay (no answer)": unanswered})
 
 
 def pieces(parts: Iterable[Cohort]):
@@ -254,20 +316,48 @@ def write_cache(folder: Path, parts: Iterable[Cohort]) -> None:
 # ----------------------------------------------------------------------------------------------------------------------------------
 
 def make_splits(cohort: Cohort, seed: int) -> dict[str, list[str]]:
-    """Stay ids of train, valid and test: the data set's own split where it has one, else 64/16/20 stratified by label, seeded.
+    """Stay ids of train, valid and test: the data's own split where it has one (valid is drawn from train where it names none), else
+    64/16/20, seeded, stratified by the largest label of each subject. The stays of a subject stay together.
 
-    Raises InputError where a label is too rare to be stratified.
+    Raises InputError where there are fewer than three subjects.
     """
-    if (cohort.split >= 0).any():
-        return {name: cohort.stay_id[cohort.split == code].tolist() for code, name in enumerate(SPLITS)}
-    everyone = np.arange(len(cohort))
+    subject, names = pd.factorize(cohort.subject)
+    label = np.full(len(names), -1, dtype=np.int8)
+    np.maximum.at(label, subject, cohort.stay_label)
+    part = np.array(cohort.split)
+    if (part < 0).all():
+        if len(names) < 3:
+            raise InputError(f"{cohort.reader}: {len(names)} stays or patients cannot be split into train, valid and test; give more or a split "
+                             "of your own")
+        part_of = np.zeros(len(names), dtype=np.int8)
+        rest, test = draw(label, 2, seed)
+        part_of[test], part_of[rest[draw(label[rest], 1, seed)[1]]] = 2, 1
+        part = part_of[subject]
+    elif not (part == 1).any() and len(rest := np.unique(subject[part == 0])) > 1:
+        part[(part == 0) & np.isin(subject, rest[draw(label[rest], 1, seed)[1]])] = 1
+    return {name: cohort.stay_id[part == code].tolist() for code, name in enumerate(SPLITS)}
+
+
+def draw(label: np.ndarray, others: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions in `label` of four fifths and of the fifth drawn, stratified. Where that cannot be done, or leaves the fifth without a
+    positive though there are more than the `others` parts need, every fifth is drawn from a seeded order that begins with the positives."""
+    everyone = np.arange(len(label))
     try:
-        rest, test = train_test_split(everyone, test_size=.2, stratify=cohort.stay_label, random_state=seed)
-        train, valid = train_test_split(rest, test_size=.2, stratify=cohort.stay_label[rest], random_state=seed)
-    except ValueError as error:
-        raise InputError(f"{cohort.reader}: {len(cohort)} stays cannot be split into train, valid and test ({error}); "
-                         "give more stays or a split of your own") from None
-    return {name: cohort.stay_id[np.sort(part)].tolist() for name, part in zip(SPLITS, (train, valid, test))}
+        rest, fifth = train_test_split(everyone, test_size=.2, stratify=label, random_state=seed)
+        if (label[fifth] == 1).any() or (label == 1).sum() <= others:
+            return rest, fifth
+    except ValueError:  # a label too rare to be stratified
+        pass
+    order = np.random.default_rng(seed).permutation(everyone)
+    order = order[np.argsort(-label[order], kind="stable")]
+    drawn = everyone % 5 == others
+    return order[~drawn], order[drawn]
+
+
+def divided_subjects(cohort: Cohort, split: dict[str, list[str]]) -> int:
+    """How many subjects have stays in more than one part of the split."""
+    parts = Counter(subject for ids in split.values() for subject in np.unique(cohort.subject[stays_of(cohort, ids)]))
+    return sum(n > 1 for n in parts.values())
 
 
 def stays_of(cohort: Cohort, ids: list[str]) -> np.ndarray:
@@ -486,6 +576,7 @@ class EventBatch:
     point_slot: torch.Tensor       # [B, Q] int64, position of the last set not after the point (0 in padding)
     point_hours: torch.Tensor      # [B, Q] float32, hours from that set to the point
     label: torch.Tensor            # [B, Q] int64, -1: none, or padding
+    weight: torch.Tensor           # [B, Q] float32, of the point in the loss; 0 without a label
     stay: torch.Tensor             # [B] int64, index in the cohort
 
     def __len__(self) -> int:
@@ -515,12 +606,22 @@ class StayDataset(torch.utils.data.Dataset):
         self.variable = np.array([lookup.get(name, -1) for name in cohort.variables])  # [V of the data] -> the model's
         self.unknown_variables = [name for name in cohort.variables if name not in lookup]
         self.widths = group_widths(*set_sizes(cohort), max_groups)
-        self.points = points
+        self.points, self.weight = points, None
 
     def describe_unknown(self) -> str:
         """The line that tells what was dropped, see `Cohort.describe`."""
         return (f"data: dropped: events of {len(self.unknown_variables)} variables unknown to the checkpoint: "
                 f"{', '.join(self.unknown_variables)}")
+
+    def asking(self, points: np.ndarray, weight: np.ndarray | None = None) -> "StayDataset":
+        """The same data with these prediction points alone (indices in the cohort, ascending), and their weights in the loss
+        (None: 1): a batch's `point` is then the place of each in `points`."""
+        other = copy.copy(self)
+        other.weight = weight
+        stay_points = np.searchsorted(points, self.cohort.point_start)
+        other.cohort = replace(self.cohort, point_start=stay_points, point_minute=self.cohort.point_minute[points],
+                               label=self.cohort.label[points])
+        return other
 
     def sizes(self, stays: np.ndarray) -> "StaySizes":
         """What these stays cost in a batch."""
@@ -635,11 +736,12 @@ class StayDataset(torch.utils.data.Dataset):
         width = round_up(max(1, counts.max())) if self.points else 0
         place = stay * width + ranges(np.zeros(len(stays), dtype=np.int64), counts)
         point, point_slot, label = np.zeros((3, len(stays) * width), dtype=np.int64)
-        hours = np.zeros(len(stays) * width, dtype=np.float32)
+        hours, weight = np.zeros((2, len(stays) * width), dtype=np.float32)
         point[:], label[:] = -1, -1
         point[place], point_slot[place], label[place] = index, slot, cohort.label[index]
         hours[place] = (cohort.point_minute[index] - cohort.set_minute[cohort.stay_start[stays][stay] + slot]) / 60
-        grids = dict(point=point, point_slot=point_slot, point_hours=hours, label=label)
+        weight[place] = (label[place] >= 0) * (1 if self.weight is None else self.weight[index])
+        grids = dict(point=point, point_slot=point_slot, point_hours=hours, label=label, weight=weight)
         return {name: array.reshape(len(stays), width) for name, array in grids.items()}
 
 
@@ -654,6 +756,17 @@ def point_slots(cohort: Cohort, stays: np.ndarray) -> tuple[np.ndarray, np.ndarr
     order = np.lexsort((is_point, minute, stay))  # a set comes before a point of its minute
     before = np.cumsum(~is_point[order])[is_point[order]]  # sets before each point, of all stays
     return index, before - (np.cumsum(sets) - sets)[stay[len(set_index):]] - 1
+
+
+def labelled_points(cohort: Cohort, stays: np.ndarray) -> np.ndarray:
+    """Indices [n] of the points of these stays that have a label and an answer: a set at or before them."""
+    index, slot = point_slots(cohort, stays)
+    return index[(slot >= 0) & (cohort.label[index] >= 0)]
+
+
+def stays_with(cohort: Cohort, points: np.ndarray) -> np.ndarray:
+    """The stays [n] to which these points (ascending) belong, each once."""
+    return np.unique(np.searchsorted(cohort.point_start, points, side="right") - 1)
 
 
 def round_up(n: int) -> int:

@@ -1,4 +1,7 @@
-"""Scoring a checkpoint."""
+"""What a finetuned checkpoint is worth: its scores, predictions, features, the risk over one stay, and pictures.
+
+`open_classifier` opens a checkpoint beside its data; `performance` is what `test_suite.py --checkpoint` runs.
+"""
 
 import json
 from dataclasses import replace
@@ -6,23 +9,39 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from sklearn.decomposition import PCA
-from sklearn.metrics import (average_precision_score, brier_score_loss, confusion_matrix, f1_score,
-                             precision_recall_curve, roc_auc_score, roc_curve)
-from sklearn.preprocessing import StandardScaler
 import torch
+from sklearn.decomposition import PCA
+from sklearn.metrics import (
+    average_precision_score,
+    brier_score_loss,
+    confusion_matrix,
+    f1_score,
+    precision_recall_curve,
+    roc_auc_score,
+    roc_curve,
+)
+from sklearn.preprocessing import StandardScaler
 
-from data import (InputError, make_splits, Normalizer, sorted_batches, stay_event_index, StayDataset, stays_of,
-                  variable_vectors, write_atomically)
-from model import checkpoint_config, load_weights, original_classifier, SeqSetVAE
+from data import (
+    InputError,
+    Normalizer,
+    StayDataset,
+    make_splits,
+    sorted_batches,
+    stay_event_index,
+    stays_of,
+    variable_vectors,
+    write_atomically,
+)
+from model import SeqSetVAE, checkpoint_config, load_weights, original_classifier
 from train import EVALUATION_BATCH, evaluation_loader, labelled, open_checkpoint, predict, progress
 
 CPU = torch.device("cpu")
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Performance analysis of a checkpoint
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 def open_classifier(path, data_dir=None, params_map=None, label_file=None, set_heads=None, transformer_heads=None):
     """A finetuned checkpoint ready to score: (model, content, cohort, dataset, new); see `train.open_checkpoint`."""
@@ -30,21 +49,24 @@ def open_classifier(path, data_dir=None, params_map=None, label_file=None, set_h
     if "format" not in content:
         return open_original(path, content, cohort, set_heads, transformer_heads)
     if content.get("mode") != "finetune":
-        raise InputError(f"{path}: not a finetuned checkpoint; make one with: python train.py --mode finetune --pretrained_ckpt {path}")
+        raise InputError(f"{path}: not a finetuned checkpoint; make one with: "
+                         f"python train.py --mode finetune --pretrained_ckpt {path}")
     model = SeqSetVAE(checkpoint_config(content, len(dataset.normalizer.variables), path), content["vocabulary"])
     load_weights(model, content["model"], path)
     return model.eval(), content, cohort, dataset, new
 
 
 def open_original(path, content, cohort, set_heads, transformer_heads):
-    """The same of a checkpoint that the original implementation finetuned. It holds weights alone: the variables' vectors, their statistics
-    and the split are the data's, and no threshold was chosen."""
+    """The same of a checkpoint that the original implementation finetuned. It holds weights alone: the variables'
+    vectors, their statistics and the split are the data's, and no threshold was chosen."""
     config = checkpoint_config(content, len(cohort.variables), path, set_heads, transformer_heads)
     for what, given, mend in (("vectors", cohort.vectors, "put its cached.csv beside patient_ehr"),
                               ("statistics", cohort.statistics, "give its --params_map")):
         if np.isnan(given).all():
-            raise InputError(f"{path}: an original checkpoint, made with {what} of the variables that it does not hold; {mend}")
-    model = original_classifier(content, config, variable_vectors(cohort.variables, config.input_dim, cohort.vectors), path)
+            raise InputError(f"{path}: an original checkpoint, made with {what} of the variables "
+                             f"that it does not hold; {mend}")
+    model = original_classifier(content, config, variable_vectors(cohort.variables, config.input_dim, cohort.vectors),
+                                path)
     split = make_splits(cohort, 0)
     dataset = StayDataset(cohort, Normalizer.fit(cohort, stays_of(cohort, split["train"])))
     source = {"command": "the original implementation", "fingerprint": cohort.fingerprint,
@@ -54,23 +76,29 @@ def open_original(path, content, cohort, set_heads, transformer_heads):
 
 
 def scored_stays(content, cohort, new) -> tuple[np.ndarray, str]:
-    """The labelled stays that may be scored, and what they are: the recorded test split; of other data, all that were not trained on."""
+    """The labelled stays that may be scored, and what they are: the recorded test split; of other data, all that were
+    not trained on."""
     if not new:
-        return labelled(cohort, content["split"]["test"]), f"the test split that the {'checkpoint' if 'format' in content else 'data'} recorded"
+        recorded_by = "checkpoint" if "format" in content else "data"
+        return labelled(cohort, content["split"]["test"]), f"the test split that the {recorded_by} recorded"
     seen = np.isin(cohort.stay_id, content["split"]["train"] + content["split"]["valid"])
     stays = np.flatnonzero((cohort.label >= 0) & ~seen)
-    overlap = f"; {seen.sum():,} stays left out whose ids the checkpoint was trained or selected on" if seen.any() else ""
-    return stays, f"all labelled stays of other data than the checkpoint's{overlap}"
+    what = "all labelled stays of other data than the checkpoint's"
+    if seen.any():
+        what += f"; {seen.sum():,} stays left out whose ids the checkpoint was trained or selected on"
+    return stays, what
 
 
 def bootstrap(label, *probabilities, repeats: int = 1000, seed: int = 0) -> np.ndarray:
-    """[repeats, n, 2] AUROC and AUPRC of n methods on the same resampled stays (Efron & Tibshirani 1993): paired between methods."""
+    """[repeats, n, 2] AUROC and AUPRC of n methods on the same resampled stays (Efron & Tibshirani 1993): paired
+    between methods."""
     rng = np.random.default_rng(seed)
     draws = []
     while len(draws) < repeats:
         i = rng.integers(0, len(label), len(label))
         if 0 < label[i].sum() < len(label):
-            draws.append([(roc_auc_score(label[i], p[i]), average_precision_score(label[i], p[i])) for p in probabilities])
+            draws.append([(roc_auc_score(label[i], p[i]), average_precision_score(label[i], p[i]))
+                          for p in probabilities])
     return np.array(draws)
 
 
@@ -88,13 +116,16 @@ def calibration_error(label, probability, bins: int = 10) -> float:
 
 
 def performance(arguments, baselines=None) -> None:
-    """Print the analysis of a finetuned checkpoint on the stays it may be scored on (see `scored_stays`), and write what is asked for."""
+    """Print the analysis of a finetuned checkpoint on the stays it may be scored on (see `scored_stays`), and write
+    what is asked for."""
     path = arguments.checkpoint
     folder = arguments.plots and picture_folder(arguments.plots)
-    model, content, cohort, dataset, new = open_classifier(path, arguments.data_dir, arguments.params_map, arguments.label_file,
+    model, content, cohort, dataset, new = open_classifier(path, arguments.data_dir, arguments.params_map,
+                                                           arguments.label_file,
                                                            arguments.set_heads, arguments.transformer_heads)
     source = content["source"]
-    figures = {"checkpoint": str(path), "epoch": content["metrics"]["epoch"], "command": source["command"], "seed": source.get("seed"),
+    figures = {"checkpoint": str(path), "epoch": content["metrics"]["epoch"], "command": source["command"],
+               "seed": source.get("seed"),
                "data": source["fingerprint"], "versions": source["versions"], "reader": cohort.reader, "scored": None}
     print(cohort.describe())
     if dataset.unknown_variables:
@@ -105,8 +136,8 @@ def performance(arguments, baselines=None) -> None:
     stay = find_stay(cohort, arguments.trajectory)
     stays, what = scored_stays(content, cohort, new)
     label = cohort.label[stays].astype(int)
-    unscored = None if len(np.unique(label)) == 2 else (f"{cohort.reader}: the stays to be scored hold one class or none "
-                                                        f"({len(stays)} stays); AUROC needs both")
+    unscored = len(np.unique(label)) < 2 and (f"{cohort.reader}: the stays to be scored hold one class or none "
+                                              f"({len(stays)} stays); AUROC needs both")
     if unscored and not (arguments.predictions or arguments.embeddings or arguments.trajectory):
         raise InputError(f"{unscored}; --predictions needs no label")
 
@@ -124,8 +155,10 @@ def performance(arguments, baselines=None) -> None:
     else:
         if baselines:
             methods |= baselines(arguments, content, cohort, dataset, stays, new)
-        figures |= {"scored": what, **score_figures(label, methods, content["metrics"]["threshold"]), "model": model_figures(model, dataset, stays)}
-        print_figures(figures, "no threshold was recorded" if "format" not in content else "best F1 of the validation split")
+        figures |= {"scored": what, **score_figures(label, methods, content["metrics"]["threshold"]),
+                    "model": model_figures(model, dataset, stays)}
+        print_figures(figures,
+                      "no threshold was recorded" if "format" not in content else "best F1 of the validation split")
     if stay is not None:
         figures["trajectory"] = risk_over_time(model, dataset, stay)
         print_trajectory(figures["trajectory"])
@@ -147,25 +180,32 @@ CHECKPOINT = "this checkpoint"
 
 
 def score_figures(label, methods: dict, threshold: float) -> dict:
-    """Plain numbers about the probabilities [n] of each method on the stays with `label` [n]; the checkpoint's in full."""
+    """Plain numbers about the probabilities [n] of each method on the stays with `label` [n]; the checkpoint's in
+    full."""
     probability, prevalence = methods[CHECKPOINT], label.mean()
     draws, compared = bootstrap(label, *methods.values()), {}
     for i, (name, p) in enumerate(methods.items()):
         values = {"auroc": roc_auc_score(label, p), "auprc": average_precision_score(label, p)}
-        compared[name] = {measure: {"value": float(value), "interval": np.percentile(draws[:, i, j], [2.5, 97.5]).tolist()}
+        compared[name] = {measure: {"value": float(value),
+                                    "interval": np.percentile(draws[:, i, j], [2.5, 97.5]).tolist()}
                           for j, (measure, value) in enumerate(values.items())}
     tn, fp, fn, tp = confusion_matrix(label, probability >= threshold).ravel().tolist()
     return {"stays": len(label), "positive": int(label.sum()), "prevalence": float(prevalence), "methods": compared,
-            "brier": float(brier_score_loss(label, probability)), "brier_of_prevalence": float(prevalence * (1 - prevalence)),
+            "brier": float(brier_score_loss(label, probability)),
+            "brier_of_prevalence": float(prevalence * (1 - prevalence)),
             "calibration_error": calibration_error(label, probability),
-            "probability": {"mean": float(probability.mean()), "min": float(probability.min()), "max": float(probability.max()),
+            "probability": {"mean": float(probability.mean()), "min": float(probability.min()),
+                            "max": float(probability.max()),
                             "below_0.01": int((probability < .01).sum()), "above_0.99": int((probability > .99).sum())},
-            "threshold": threshold, "confusion": {"tp": tp, "fp": fp, "fn": fn, "tn": tn}, "f1": float(f1_score(label, probability >= threshold))}
+            "threshold": threshold, "confusion": {"tp": tp, "fp": fp, "fn": fn, "tn": tn},
+            "f1": float(f1_score(label, probability >= threshold))}
 
 
 def model_figures(model, dataset, stays) -> dict:
-    weights = torch.cat([p.detach().flatten() for name, p in model.cls_head.named_parameters() if name.endswith("weight")])
-    return {"head_parameters": sum(p.numel() for p in model.cls_head.parameters()), "parameters": sum(p.numel() for p in model.parameters()),
+    weights = torch.cat([p.detach().flatten()
+                         for name, p in model.cls_head.named_parameters() if name.endswith("weight")])
+    return {"head_parameters": sum(p.numel() for p in model.cls_head.parameters()),
+            "parameters": sum(p.numel() for p in model.parameters()),
             "head_weights": {name: getattr(weights, name)().item() for name in ("mean", "std", "min", "max")},
             "active_units": active_units(model, dataset, stays), "latent_dim": model.config.latent_dim}
 
@@ -189,13 +229,16 @@ def print_figures(figures: dict, threshold_is: str) -> None:
           + "mean {mean:.4f}, std {std:.4f}, range {min:.3f} to {max:.3f}".format(**head["head_weights"]))
     print("Active units         {active_units}/{latent_dim} (variance of mu over sets > 0.01)".format(**head))
     if len(figures["methods"]) > 1:
-        print(f"\n{'':32}  AUROC   95% interval      AUPRC   95% interval      (bootstrap over {figures['stays']:,} stays)")
+        print(f"\n{'':32}  AUROC   95% interval      AUPRC   95% interval      "
+              f"(bootstrap over {figures['stays']:,} stays)")
         for name, measures in figures["methods"].items():
-            print(f"{name:32}  {with_interval(measures['auroc'])}  {with_interval(measures['auprc'])}".replace("  95%", " "))
+            row = f"{name:32}  {with_interval(measures['auroc'])}  {with_interval(measures['auprc'])}"
+            print(row.replace("  95%", " "))
 
 
 def write_predictions(path, content, cohort, probability) -> None:
-    """Probability of every stay of the data, with its label (empty: none) and the split the checkpoint knows it from."""
+    """Probability of every stay of the data, with its label (empty: none) and the split the checkpoint knows it
+    from."""
     split = np.full(len(cohort), "", dtype=object)
     for name, ids in content["split"].items():
         split[stays_of(cohort, ids)] = name
@@ -207,8 +250,10 @@ def write_predictions(path, content, cohort, probability) -> None:
 
 @torch.no_grad()
 def embed_stays(model, dataset, stays) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of every stay the head input before standardisation [n, F] (as `train.encode_stays`) and h after its last set [n, d]."""
-    features, end = torch.zeros(len(stays), sum(model._feature_sizes().values())), torch.zeros(len(stays), model.config.latent_dim)
+    """Of every stay the head input before standardisation [n, F] (as `train.encode_stays`) and h after its last set
+    [n, d]."""
+    features = torch.zeros(len(stays), sum(model._feature_sizes().values()))
+    end = torch.zeros(len(stays), model.config.latent_dim)
     batches = sorted_batches(dataset.cohort, stays, EVALUATION_BATCH)
     for places, batch in zip(batches, progress(evaluation_loader(dataset, stays, CPU), len(batches), "encoding")):
         _, _, z, h = model.encode(batch)
@@ -233,9 +278,9 @@ def active_units(model, dataset, stays) -> int:
     return int((torch.cat(mus).var(0) > 0.01).sum())
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # One stay over time
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 def find_stay(cohort, stay_id) -> int | None:
     """Index of the stay with this id (None where none is asked for)."""
@@ -243,26 +288,29 @@ def find_stay(cohort, stay_id) -> int | None:
         return None
     found = np.flatnonzero(cohort.stay_id == stay_id)
     if not len(found):
-        raise InputError(f"--trajectory {stay_id}: no such stay in the data ({', '.join(cohort.stay_id[:3])} ...); give the id of one")
+        raise InputError(f"--trajectory {stay_id}: no such stay in the data ({', '.join(cohort.stay_id[:3])} ...); "
+                         "give the id of one")
     return int(found[0])
 
 
 @torch.no_grad()
 def risk_over_time(model, dataset, stay: int, together: int = 32) -> dict:
-    """The risk after every set of a stay, as if the stay had ended there. The model is causal: one pass gives z and h of all L sets, and the
-    L prefixes differ only in where they end; `together` of them make a batch."""
+    """The risk after every set of a stay, as if the stay had ended there. The model is causal: one pass gives z and h
+    of all L sets, and the L prefixes differ only in where they end; `together` of them make a batch."""
     batch, cohort = dataset[np.array([stay])], dataset.cohort
     _, _, z, h = model.encode(batch)                                                                 # [1, L, d]
     risk = []
     for ends in torch.arange(1, int(batch.lengths) + 1).split(together):
         n = len(ends)
-        # What `_head_input` reads of a batch; events after a prefix's end lie in slots that no causal statistic at its end sees.
+        # What `_head_input` reads of a batch; events after a prefix's end lie in slots that no causal statistic at its
+        # end sees.
         prefixes = replace(batch, lengths=ends, label=batch.label.expand(n), minute=batch.minute.expand(n, -1),
                            event_variable=batch.event_variable.repeat(n), event_value=batch.event_value.repeat(n),
                            event_slot=(torch.arange(n)[:, None] * batch.minute.shape[1] + batch.event_slot).flatten())
         risk += predict(model, model._head_input(z.expand(n, -1, -1), h.expand(n, -1, -1), prefixes)).tolist()
     sets = np.arange(cohort.stay_start[stay], cohort.stay_start[stay + 1])
-    return {"stay": str(cohort.stay_id[stay]), "label": int(cohort.label[stay]), "minute": cohort.set_minute[sets].tolist(),
+    return {"stay": str(cohort.stay_id[stay]), "label": int(cohort.label[stay]),
+            "minute": cohort.set_minute[sets].tolist(),
             "events": np.diff(cohort.set_start)[sets].tolist(), "risk": risk}
 
 
@@ -270,20 +318,23 @@ LABEL_NAMES = {-1: "no label", 0: "label 0", 1: "label 1"}
 
 
 def print_trajectory(trajectory: dict) -> None:
-    print(f"\nStay {trajectory['stay']} ({LABEL_NAMES[trajectory['label']]}): risk after each of its {len(trajectory['risk'])} sets\n  set      hour  events    risk")
+    print(f"\nStay {trajectory['stay']} ({LABEL_NAMES[trajectory['label']]}): "
+          f"risk after each of its {len(trajectory['risk'])} sets\n  set      hour  events    risk")
     for i, (minute, events, risk) in enumerate(zip(trajectory["minute"], trajectory["events"], trajectory["risk"])):
         print(f"{i + 1:5d}  {minute / 60:8.2f}  {events:6d}  {risk:6.4f}  {'#' * round(40 * risk)}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Pictures: lines differ in style as well as in colour, so that they are readable in grey
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
-STYLES = [dict(color=color, linestyle=style) for color, style in (("black", "-"), ("#0072B2", "--"), ("#D55E00", "-."), ("#888888", ":"))]
+STYLES = [dict(color=color, linestyle=style)
+          for color, style in (("black", "-"), ("#0072B2", "--"), ("#D55E00", "-."), ("#888888", ":"))]
 
 
 def new_figure(columns: int, rows: int = 1, width: float = 4.4, height: float = 3.8, **options):
-    """A figure and its axes, row by row; width and height of one in inches. Without pyplot: no window, no global state."""
+    """A figure and its axes, row by row; width and height of one in inches. Without pyplot: no window, no global
+    state."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -310,28 +361,33 @@ def save_figure(figure, path: Path) -> None:
 
 
 # title, unit, and the columns of metrics.csv in training and on the validation stays
-CURVES = [("loss", "loss", "loss", "val_loss"), ("KL divergence", "nats a set", "kl", "val_kl"), ("active units", "units of mu", "", "active_units"),
+CURVES = [("loss", "loss", "loss", "val_loss"), ("KL divergence", "nats a set", "kl", "val_kl"),
+          ("active units", "units of mu", "", "active_units"),
           ("AUROC", "AUROC", "", "val_auc"), ("AUPRC", "AUPRC", "", "val_auprc")]
 
 
 def plot_curves(folder: Path, checkpoint, pretrained) -> None:
-    """curves.png, of the metrics.csv beside the checkpoint and beside the one that it was finetuned from, where they are still there."""
+    """curves.png, of the metrics.csv beside the checkpoint and beside the one that it was finetuned from, where they
+    are still there."""
     panels = []
     for mode, path in (("pretraining", pretrained), ("finetuning", checkpoint)):
         if path and (metrics := Path(path).parent / "metrics.csv").is_file():
             table = pd.read_csv(metrics)
             for title, unit, *columns in CURVES:
-                lines = {name: table[column] for name, column in zip(("training", "validation"), columns) if column in table}
+                lines = {name: table[column] for name, column in zip(("training", "validation"), columns)
+                         if column in table}
                 panels += [(f"{mode}: {title}", unit, table["epoch"], lines)] if lines else []
         else:
-            print(f"pictures: no curves of the {mode} run, as no metrics.csv lies beside {path or 'its checkpoint, which is unknown'}")
+            print(f"pictures: no curves of the {mode} run, as no metrics.csv lies beside "
+                  f"{path or 'its checkpoint, which is unknown'}")
     if not panels:
         return
     figure, axes = new_figure(3, -(-len(panels) // 3), height=3.2)
     for ax, (title, unit, epoch, lines) in zip(axes, panels):
         for name, values in lines.items():
             ax.plot(epoch, values, marker="o", markersize=3, label=name, **STYLES[name == "validation"])
-        ax.set(title=title, xlabel="epoch", xlim=(.5, epoch.max() + .5), ylabel=unit if len(lines) > 1 else f"{unit}, {name}")
+        ax.set(title=title, xlabel="epoch", xlim=(.5, epoch.max() + .5),
+               ylabel=unit if len(lines) > 1 else f"{unit}, {name}")
         ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         if "units" in title:
             ax.set_ylim(0)
@@ -348,18 +404,22 @@ def plot_ranking(folder: Path, label, methods: dict) -> None:
     for (name, p), style in zip(methods.items(), STYLES):
         roc.plot(*roc_curve(label, p)[:2], label=f"{name} ({roc_auc_score(label, p):.3f})", **style)
         precision, recall, _ = precision_recall_curve(label, p)
-        pr.plot(recall, precision, label=f"{name} ({average_precision_score(label, p):.3f})", drawstyle="steps-post", **style)
+        pr.plot(recall, precision, label=f"{name} ({average_precision_score(label, p):.3f})", drawstyle="steps-post",
+                **style)
     roc.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=.8)
     pr.axhline(label.mean(), color="#bbbbbb", linewidth=.8, label=f"prevalence ({label.mean():.3f})")
-    roc.set(title=f"ROC, {len(label):,} stays", xlabel="false positive rate", ylabel="true positive rate", xlim=(0, 1), ylim=(0, 1.01))
-    pr.set(title=f"Precision-recall, {label.sum():,} positive", xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.01))
+    roc.set(title=f"ROC, {len(label):,} stays", xlabel="false positive rate", ylabel="true positive rate", xlim=(0, 1),
+            ylim=(0, 1.01))
+    pr.set(title=f"Precision-recall, {label.sum():,} positive", xlabel="recall", ylabel="precision", xlim=(0, 1),
+           ylim=(0, 1.01))
     roc.legend(title="AUROC", frameon=False, fontsize=8, loc="lower right")
     pr.legend(title="AUPRC", frameon=False, fontsize=8, loc="upper right")
     save_figure(figure, folder / "ranking.png")
 
 
 def plot_calibration(folder: Path, label, probability, bins: int = 10) -> None:
-    """calibration.png: observed share of positives in bins of the predicted probability, with its 95% interval (Wilson 1927), and how many."""
+    """calibration.png: observed share of positives in bins of the predicted probability, with its 95% interval (Wilson
+    1927), and how many."""
     which = np.minimum((probability * bins).astype(int), bins - 1)
     count, positive, total = (np.bincount(which, weights, bins) for weights in (None, label, probability))
     used = count > 0
@@ -368,9 +428,10 @@ def plot_calibration(folder: Path, label, probability, bins: int = 10) -> None:
     half = 1.96 / (1 + 1.96 ** 2 / n) * np.sqrt(share * (1 - share) / n + 1.96 ** 2 / (4 * n ** 2))
     figure, (curve, bars) = new_figure(1, 2, width=5, height=3, sharex=True, gridspec_kw={"height_ratios": [3, 1]})
     curve.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=.8, label="perfect")
-    curve.errorbar(mean, share, [(share - center + half).clip(0), (center + half - share).clip(0)], color="black", marker="o", markersize=4,
-                   linewidth=1, capsize=2, label="this checkpoint, 95% interval")
-    figure.suptitle(f"Calibration: Brier {brier_score_loss(label, probability):.3f}, expected error {calibration_error(label, probability, bins):.3f}")
+    curve.errorbar(mean, share, [(share - center + half).clip(0), (center + half - share).clip(0)], color="black",
+                   marker="o", markersize=4, linewidth=1, capsize=2, label="this checkpoint, 95% interval")
+    figure.suptitle(f"Calibration: Brier {brier_score_loss(label, probability):.3f}, "
+                    f"expected error {calibration_error(label, probability, bins):.3f}")
     curve.set(ylabel="observed share of positives", xlim=(0, 1), ylim=(0, 1.01))
     curve.legend(frameon=False, ncols=2, fontsize=8, loc="lower center", bbox_to_anchor=(.5, 1))
     bars.bar((np.arange(bins) + .5) / bins, count, width=.9 / bins, color="#777777")
@@ -380,14 +441,17 @@ def plot_calibration(folder: Path, label, probability, bins: int = 10) -> None:
 
 
 def plot_features(folder: Path, features, label) -> None:
-    """features.png: the stays' standardised head inputs, clipped as the head clips them, on their first two principal components."""
+    """features.png: the stays' standardised head inputs, clipped as the head clips them, on their first two principal
+    components."""
     pca = PCA(2, random_state=0)
     place = pca.fit_transform(StandardScaler().fit_transform(features.numpy()).clip(-5, 5))
     figure, (ax,) = new_figure(1, width=6, height=5)
-    styles = {-1: dict(marker=".", color="#bbbbbb"), 0: dict(marker="o", edgecolors="#888888", facecolors="none"), 1: dict(marker="^", color="black")}
+    styles = {-1: dict(marker=".", color="#bbbbbb"), 0: dict(marker="o", edgecolors="#888888", facecolors="none"),
+              1: dict(marker="^", color="black")}
     for value, style in styles.items():
         if (which := label == value).any():
-            ax.scatter(*place[which].T, s=14, linewidths=.6, alpha=.8, label=f"{LABEL_NAMES[value]} ({which.sum():,})", **style)
+            ax.scatter(*place[which].T, s=14, linewidths=.6, alpha=.8, label=f"{LABEL_NAMES[value]} ({which.sum():,})",
+                       **style)
     figure.suptitle(f"Stay features ({features.shape[1]}) in two dimensions")
     ax.set(**{f"{axis}label": f"principal component {i + 1} ({share:.0%} of the variance)"
               for i, (axis, share) in enumerate(zip("xy", pca.explained_variance_ratio_))})
@@ -396,7 +460,8 @@ def plot_features(folder: Path, features, label) -> None:
 
 
 def plot_trajectory(folder: Path, trajectory: dict, dataset, stay: int, threshold: float, most: int = 40) -> None:
-    """trajectory.png: the risk after every set, above the stay's events (its `most` charted variables), low and high ones marked."""
+    """trajectory.png: the risk after every set, above the stay's events (its `most` charted variables), low and high
+    ones marked."""
     cohort, normalizer = dataset.cohort, dataset.normalizer
     events = stay_event_index(cohort, np.array([stay]))
     hour = np.repeat(trajectory["minute"], trajectory["events"]) / 60
@@ -407,15 +472,18 @@ def plot_trajectory(folder: Path, trajectory: dict, dataset, stay: int, threshol
     shown = np.sort(names[np.argsort(-count, kind="stable")[:most]])[::-1]
     figure, (risk, chart) = new_figure(1, 2, width=9, height=1.7 + .09 * len(shown), sharex=True,
                                        gridspec_kw={"height_ratios": [2.2, .8 + .18 * len(shown)]})
-    risk.step(np.array(trajectory["minute"]) / 60, trajectory["risk"], where="post", color="black", marker=".", markersize=4)
+    risk.step(np.array(trajectory["minute"]) / 60, trajectory["risk"], where="post", color="black", marker=".",
+              markersize=4)
     risk.axhline(threshold, color="#888888", linestyle=":", label=f"threshold {threshold:.2f}")
     risk.set(title=f"Stay {trajectory['stay']} ({LABEL_NAMES[trajectory['label']]})", ylabel="risk",
              ylim=(0, max(1.05 * max(*trajectory["risk"], threshold), .1)))
     risk.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1))
-    for name, which, marker, color in (("1 sd below the mean or lower", z <= -1, "v", "#0072B2"), ("between", abs(z) < 1, ".", "#888888"),
+    for name, which, marker, color in (("1 sd below the mean or lower", z <= -1, "v", "#0072B2"),
+                                       ("between", abs(z) < 1, ".", "#888888"),
                                        ("1 sd above or higher", z >= 1, "^", "black")):
         which = which & np.isin(variable, shown)
-        chart.scatter(hour[which], np.searchsorted(-shown, -variable[which]), s=13, linewidths=0, label=name, marker=marker, color=color)
+        chart.scatter(hour[which], np.searchsorted(-shown, -variable[which]), s=13, linewidths=0, label=name,
+                      marker=marker, color=color)
     chart.set_yticks(range(len(shown)), [normalizer.variables[v] for v in shown], fontsize=7)
     chart.set(xlabel="hours since admission", ylim=(-1, len(shown)),
               ylabel="variables" if len(shown) == len(names) else f"the {most} most charted of {len(names)} variables")

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
-from sklearn.ensemble import GradientBoostingClassifier
+from sklearn.ensemble import GradientBoostingClassifier, HistGradientBoostingClassifier
 
 from data import InputError
 from model import SeqSetVAE
@@ -17,7 +17,7 @@ class FinetuneConfig:
     features: str = "beliefs"        # of the frozen backbone: "stable", "beliefs" or "multiscale" (see ModelConfig)
     fuse: bool = True                # fused mu and logvar, or mu alone
     summaries: bool = True           # exact per-variable summaries of the stay beside the learned features
-    head_variables: int = 128        # of which both speak, at most: the most common of the training stays
+    most_variables: int = 128        # of which both speak, at most: the most common of the training stays
     head_widths: tuple = ()          # hidden widths of the head: none, it is linear
     trees: int | None = 400          # boosted trees beside it; their logits and the head's are averaged
     tree_depth: int = 4
@@ -35,6 +35,10 @@ class FinetuneConfig:
     l2: float = 0.4                  # times half the squared norm of the head's first layer, in the loss
     restart_epochs: int = 20         # length of the first cosine cycle; the next is twice as long
     clip: float = 0.5                # largest norm of the gradient
+    # Points that are learned from: all with the outcome, and of the others so many for each (another sample an epoch in
+    # full training), but all of a cohort of fewer than `few_points`; what is left out is weighed for
+    negatives: float = 10.0
+    few_points: int = 65_536
     # Loss
     loss: str = "cross_entropy"      # or "focal"
     focal_alpha: float = 0.25
@@ -54,7 +58,7 @@ class FinetuneConfig:
 
     def __post_init__(self):
         counts = ("batch_size", "max_epochs", "accumulation", "restart_epochs", "full_batch_size", "full_max_epochs",
-                  "head_variables", "trees", "tree_depth", "tree_leaf")
+                  "trees", "tree_depth", "tree_leaf", "few_points")
         check_settings(self, dict.fromkeys(counts, (1, math.inf))
                        | dict.fromkeys(("tree_subsample", "tree_features"), (1e-9, 1))
                        | dict.fromkeys(("focal_alpha", "label_smoothing", "max_trainable_ratio"), (0, 1)))
@@ -73,15 +77,19 @@ def check_settings(settings, bounds: dict) -> None:
         raise InputError(f"betas is {settings.betas}; it takes two numbers below 1, such as (0.9, 0.999)")
 
 
-def classification_loss(logits: torch.Tensor, label: torch.Tensor, config: FinetuneConfig) -> torch.Tensor:
-    """Focal loss (Lin et al. 2017, eq. 5) or label-smoothed cross-entropy, a mean over the prediction points that have
-    a label (others: -1): logits [..., classes], label [...] -> []."""
+def classification_loss(logits, label, config: FinetuneConfig, weight=None, total=None) -> torch.Tensor:
+    """Focal loss (Lin et al. 2017, eq. 5) or label-smoothed cross-entropy: logits [..., classes], label [...],
+    weight [...] (None: 1 where there is a label, which is not -1) -> [], the mean over points: their sum over `total`
+    (None: that of the weights)."""
     logits, label = logits.float().flatten(0, -2), label.flatten()
+    weight = (label >= 0).float() if weight is None else weight.flatten()
     if config.loss == "cross_entropy":
-        return F.cross_entropy(logits, label, label_smoothing=config.label_smoothing, ignore_index=-1)
-    log_p = logits.log_softmax(-1).gather(1, label.clamp(min=0)[:, None]).squeeze(1)      # of the true class
-    alpha = torch.where(label == 1, config.focal_alpha, 1 - config.focal_alpha) * (label >= 0)
-    return (-alpha * (1 - log_p.exp()) ** config.focal_gamma * log_p).sum() / (label >= 0).sum()
+        loss = F.cross_entropy(logits, label, label_smoothing=config.label_smoothing, ignore_index=-1, reduction="none")
+    else:
+        log_p = logits.log_softmax(-1).gather(1, label.clamp(min=0)[:, None]).squeeze(1)   # of the true class
+        alpha = torch.where(label == 1, config.focal_alpha, 1 - config.focal_alpha)
+        loss = -alpha * (1 - log_p.exp()) ** config.focal_gamma * log_p
+    return (weight * loss).sum() / (weight.sum() if total is None else total)
 
 
 def head_penalty(model: SeqSetVAE, config: FinetuneConfig) -> torch.Tensor:
@@ -89,12 +97,24 @@ def head_penalty(model: SeqSetVAE, config: FinetuneConfig) -> torch.Tensor:
     return 0.5 * config.l2 * model.cls_head[0].weight.square().sum()
 
 
-def boosted_trees(config: FinetuneConfig, seed: int) -> GradientBoostingClassifier:
-    """What fits the trees beside the head: stochastic gradient boosting (Friedman 2002)."""
-    return GradientBoostingClassifier(
-        n_estimators=config.trees, max_depth=config.tree_depth, learning_rate=config.tree_rate,
-        subsample=config.tree_subsample, max_features=config.tree_features, min_samples_leaf=config.tree_leaf,
-        random_state=seed)
+MANY_POINTS, MOST_TREES = 20_000, 150  # beyond so many points exact boosting takes hours: histograms, and fewer trees
+
+
+def number_of_trees(config: FinetuneConfig, points: int) -> int | None:
+    return min(config.trees, MOST_TREES) if config.trees and points > MANY_POINTS else config.trees
+
+
+def boosted_trees(config: FinetuneConfig, points: int, seed: int):
+    """What fits the trees beside the head to so many points: stochastic gradient boosting (Friedman 2002), or boosting
+    on histograms (Ke et al. 2017)."""
+    shared = dict(max_depth=config.tree_depth, max_features=config.tree_features, min_samples_leaf=config.tree_leaf,
+                  random_state=seed)
+    if points > MANY_POINTS:
+        rate = config.tree_rate * config.trees / number_of_trees(config, points)
+        return HistGradientBoostingClassifier(max_iter=number_of_trees(config, points), learning_rate=rate,
+                                              early_stopping=False, **shared)
+    return GradientBoostingClassifier(n_estimators=config.trees, learning_rate=config.tree_rate,
+                                      subsample=config.tree_subsample, **shared)
 
 
 def head_optimizer(model: SeqSetVAE, config: FinetuneConfig) -> torch.optim.Optimizer:

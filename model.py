@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from sklearn.ensemble import GradientBoostingClassifier
 from torch.utils.checkpoint import checkpoint
 
 from data import SPLITS, EventBatch, InputError
@@ -763,6 +764,20 @@ def classification_head(features: int, widths: tuple, classes: int) -> nn.Sequen
     return head
 
 
+def trees_of(classifier):
+    """Yield left and right child (of a leaf: -1), feature, threshold and value (in log odds, with the shrinkage) of the nodes
+    of each tree of a fitted (Hist)GradientBoostingClassifier."""
+    if isinstance(classifier, GradientBoostingClassifier):
+        for tree in (estimator.tree_ for estimator in classifier.estimators_[:, 0]):
+            value = classifier.learning_rate * tree.value[:, 0, 0]
+            yield tree.children_left, tree.children_right, tree.feature, tree.threshold, value
+    else:
+        for (predictor,) in classifier._predictors:
+            nodes, leaf = predictor.nodes, predictor.nodes["is_leaf"].astype(bool)
+            left, right = (np.where(leaf, -1, nodes[side].astype(np.int64)) for side in ("left", "right"))
+            yield left, right, nodes["feature_idx"].astype(np.int64), nodes["num_threshold"], nodes["value"]
+
+
 class BoostedTrees(nn.Module):
     """Gradient-boosted trees for two classes (Friedman 2001), fitted by scikit-learn and kept as tensors: each a complete binary tree, whose
     node n has the children 2n + 1 and 2n + 2. They see what a linear head cannot, such as a variable that matters beyond a threshold."""
@@ -775,20 +790,21 @@ class BoostedTrees(nn.Module):
         self.register_buffer("value", torch.zeros(trees, 2**depth))  # of the leaves, in log odds
         self.register_buffer("prior", torch.zeros(()))
 
-    def fit(self, x, label, classifier) -> None:
-        """x [n, F], label [n]; classifier: a GradientBoostingClassifier of as many trees, no deeper."""
-        classifier.fit(x.cpu().numpy(), label.cpu().numpy())
-        self.prior.copy_(label.float().mean().logit())
-        for i, tree in enumerate(estimator.tree_ for estimator in classifier.estimators_[:, 0]):
+    def fit(self, x, label, weight, classifier) -> None:
+        """x [n, F], label [n], weight [n]; classifier: a (Hist)GradientBoostingClassifier of as many trees, no deeper."""
+        classifier.fit(x.cpu().numpy(), label.cpu().numpy(), sample_weight=weight.cpu().numpy())
+        self.prior.copy_(((weight * label).sum() / weight.sum()).logit())
+        for i, (left, right, feature, cut, value) in enumerate(trees_of(classifier)):
             node = np.zeros(1, dtype=np.int64)
             for level in range(self.depth):  # where a tree ends early, all go left, down to the same leaf
-                leaf, at = tree.children_left[node] < 0, slice(2**level - 1, 2**(level + 1) - 1)
-                threshold = tree.threshold[node].astype(np.float32)
-                threshold = np.where(threshold > tree.threshold[node], np.nextafter(threshold, np.float32(-np.inf)), threshold)  # x keeps its side
-                self.feature[i, at] = torch.from_numpy(np.where(leaf, 0, tree.feature[node]))
+                leaf, at = left[node] < 0, slice(2**level - 1, 2**(level + 1) - 1)
+                threshold = cut[node].astype(np.float32)
+                below = np.nextafter(threshold, np.float32(-np.inf))
+                threshold = np.where(threshold > cut[node], below, threshold)  # so that every x keeps its side
+                self.feature[i, at] = torch.from_numpy(np.where(leaf, 0, feature[node]))
                 self.threshold[i, at] = torch.from_numpy(np.where(leaf, np.float32(np.inf), threshold))
-                node = np.stack([np.where(leaf, node, child[node]) for child in (tree.children_left, tree.children_right)], axis=1).ravel()
-            self.value[i] = torch.from_numpy(classifier.learning_rate * tree.value[node, 0, 0])
+                node = np.stack([np.where(leaf, node, child[node]) for child in (left, right)], axis=1).ravel()
+            self.value[i] = torch.from_numpy(value[node].astype(np.float32))
 
     def forward(self, x):
         """x [..., F] -> logits [..., 2]."""

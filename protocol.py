@@ -1,4 +1,5 @@
-"""The protocol."""
+"""Against what the model is measured: hand-made baselines, an untrained backbone, and the protocol that runs every
+method on several splits with one command (`test_suite.py --protocol`)."""
 
 import shutil
 import tempfile
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegressionCV
@@ -14,25 +16,25 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
-import torch
 
 from data import InputError, stay_event_index, write_atomically
+from evaluate import CPU, bootstrap, interval, open_classifier
 from finetune_config import FinetuneConfig
 from train import encode_stays, finetune, label_subset, labelled, open_checkpoint, parse_arguments, predict, pretrain
-from evaluate import bootstrap, CPU, interval, open_classifier
 
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Hand-made baselines
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 BASELINES = ("logistic regression on summaries", "gradient boosting on summaries")
 
 
 def summary_table(cohort, stays) -> pd.DataFrame:
-    """Hand-made features of each stay: first, last, min, max, mean, sd, count and slope (a day) of every variable, descriptors included;
-    raw units, NaN where a variable was not measured."""
+    """Hand-made features of each stay: first, last, min, max, mean, sd, count and slope (a day) of every variable,
+    descriptors included; raw units, NaN where a variable was not measured."""
     events = stay_event_index(cohort, stays)
-    table = pd.DataFrame({"stay": np.repeat(np.arange(len(stays)), cohort.stay_events[stays]), "variable": cohort.event_variable[events],
+    table = pd.DataFrame({"stay": np.repeat(np.arange(len(stays)), cohort.stay_events[stays]),
+                          "variable": cohort.event_variable[events],
                           "value": cohort.event_value[events].astype(np.float64)})
     sets = np.searchsorted(cohort.set_start, events, side="right") - 1
     table["day"] = cohort.set_minute[sets] / 1440
@@ -49,39 +51,45 @@ def summary_table(cohort, stays) -> pd.DataFrame:
 
 
 def hand_made_baselines(cohort, train, test) -> dict[str, np.ndarray]:
-    """Probabilities of the test stays by logistic regression (penalty chosen by cross-validation inside the training stays) and by
-    HistGradientBoosting (scikit-learn's defaults, and shallow trees chosen likewise) on `summary_table`."""
+    """Probabilities of the test stays by logistic regression (penalty chosen by cross-validation inside the training
+    stays) and by HistGradientBoosting (scikit-learn's defaults, and shallow trees chosen likewise) on
+    `summary_table`."""
     both = summary_table(cohort, np.concatenate([train, test]))
     both = both.loc[:, both.iloc[:len(train)].nunique() > 1]  # what is constant in training says nothing
     x, x_test, y = both.iloc[:len(train)], both.iloc[len(train):], cohort.label[train].astype(int)
     low, high = x.quantile(.005), x.quantile(.995)
-    linear = make_pipeline(FunctionTransformer(lambda t: t.clip(low, high, axis=1)), SimpleImputer(strategy="median", add_indicator=True),
-                           StandardScaler(), LogisticRegressionCV(Cs=[.0003, .001, .003, .01, .03, .1], cv=5, scoring="neg_log_loss", max_iter=500))
+    linear = make_pipeline(FunctionTransformer(lambda t: t.clip(low, high, axis=1)),
+                           SimpleImputer(strategy="median", add_indicator=True),
+                           StandardScaler(), LogisticRegressionCV(Cs=[.0003, .001, .003, .01, .03, .1], cv=5,
+                                                                  scoring="neg_log_loss", max_iter=500))
     boosting = GridSearchCV(HistGradientBoostingClassifier(learning_rate=.05, random_state=0),
-                            {"max_iter": [100, 200], "max_leaf_nodes": [6, 15], "l2_regularization": [10.]}, scoring="neg_log_loss", cv=5)
+                            {"max_iter": [100, 200], "max_leaf_nodes": [6, 15], "l2_regularization": [10.]},
+                            scoring="neg_log_loss", cv=5)
     return {BASELINES[0]: linear.fit(x, y).predict_proba(x_test)[:, 1],
             BASELINES[1]: boosting.fit(x.to_numpy(), y).predict_proba(x_test.to_numpy())[:, 1]}
 
 
 def baselines(arguments, content, cohort, dataset, stays, new) -> dict[str, np.ndarray]:
-    """Probabilities of the scored stays by the hand-made baselines and by an untrained backbone of the checkpoint's config under the same
-    head, all trained on the checkpoint's training stays."""
+    """Probabilities of the scored stays by the hand-made baselines and by an untrained backbone of the checkpoint's
+    config under the same head, all trained on the checkpoint's training stays."""
     if new or "format" not in content:
-        raise InputError(f"{arguments.checkpoint}: --baselines are fitted on the data that train.py made the checkpoint with; leave "
-                         f"{'--data_dir' if new else '--baselines'} out")
+        raise InputError(f"{arguments.checkpoint}: --baselines are fitted on the data that train.py made the "
+                         f"checkpoint with; leave {'--data_dir' if new else '--baselines'} out")
     methods = hand_made_baselines(cohort, labelled(cohort, content["split"]["train"]), stays)
     with tempfile.TemporaryDirectory() as folder:
         pretrained = Path(folder) / "untrained.pt"
         torch.save(content | {"mode": "pretrain"}, pretrained)
-        given = [f"--{name}={path}" for name in ("data_dir", "params_map", "label_file") if (path := getattr(arguments, name))]
-        path = finetune(parse_arguments(["--mode", "finetune", "--pretrained_ckpt", str(pretrained), "--random_init", "--run_dir", f"{folder}/run", *given]))
+        given = [f"--{name}={path}"
+                 for name in ("data_dir", "params_map", "label_file") if (path := getattr(arguments, name))]
+        path = finetune(parse_arguments(["--mode", "finetune", "--pretrained_ckpt", str(pretrained), "--random_init",
+                                         "--run_dir", f"{folder}/run", *given]))
         model = open_classifier(path, arguments.data_dir, arguments.params_map, arguments.label_file)[0]
         return methods | {"untrained backbone, same head": predict(model, encode_stays(model, dataset, stays, CPU))}
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # The protocol: five splits, every method, one command
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Cell:
@@ -95,8 +103,8 @@ class Cell:
 
     @property
     def name(self) -> str:
-        return (f"{'full' if self.full else 'frozen'} {'pretrained' if self.pretrained else 'random'}, {'mu + logvar' if self.fuse else 'mu'}"
-                f"{', + summaries' if self.summaries else ''}")
+        backbone = f"{'full' if self.full else 'frozen'} {'pretrained' if self.pretrained else 'random'}"
+        return f"{backbone}, {'mu + logvar' if self.fuse else 'mu'}{', + summaries' if self.summaries else ''}"
 
 
 FRACTIONS = (1.0, 0.3, 0.1)
@@ -104,15 +112,16 @@ FRACTIONS = (1.0, 0.3, 0.1)
 CELLS = [
     [Cell(), Cell(summaries=True), Cell(pretrained=False)],
     [Cell(full=True, summaries=True)],
-    [Cell(full=full, summaries=True, labels=f) for full in (False, True) for f in FRACTIONS[1:]] + [Cell(labels=f) for f in FRACTIONS[1:]],
-    [Cell(fuse=False), Cell(pretrained=False, fuse=False)],
+    [Cell(full=full, summaries=True, labels=f) for full in (False, True) for f in FRACTIONS[1:]]
+    + [Cell(labels=f) for f in FRACTIONS[1:]], [Cell(fuse=False), Cell(pretrained=False, fuse=False)],
     [Cell(full=True, pretrained=pretrained, fuse=fuse) for fuse in (True, False) for pretrained in (True, False)],
 ]
 
 
 def protocol(data_dir, seeds, folder: Path) -> None:
-    """Pretrain on the training part of each split without labels, finetune every cell, fit the baselines, score the test part once.
-    What is finished lies in `folder` (a CSV of test predictions a cell and split) and is kept: stop and go on at will."""
+    """Pretrain on the training part of each split without labels, finetune every cell, fit the baselines, score the
+    test part once. What is finished lies in `folder` (a CSV of test predictions a cell and split) and is kept: stop and
+    go on at will."""
     for stage, cells in enumerate(CELLS):
         for seed in seeds:
             home = folder / f"seed{seed}"
@@ -146,7 +155,8 @@ def predict_cell(cell: Cell, checkpoint: Path, home: Path, common: list) -> None
     if path.exists():
         return
     shutil.rmtree(run, ignore_errors=True)
-    options = ["--mode", "finetune", "--pretrained_ckpt", str(checkpoint), "--run_dir", str(run), "--label_fraction", str(cell.labels), *common]
+    options = ["--mode", "finetune", "--pretrained_ckpt", str(checkpoint), "--run_dir", str(run), "--label_fraction",
+               str(cell.labels), *common]
     options += ["--full_training"] * cell.full + ["--random_init"] * (not cell.pretrained)
     best = finetune(parse_arguments(options), replace(FinetuneConfig(), fuse=cell.fuse, summaries=cell.summaries))
     model, content, cohort, dataset, _ = open_classifier(best)
@@ -166,28 +176,33 @@ def predict_baselines(checkpoint: Path, home: Path, seed: int) -> None:
 
 
 def print_protocol(folder: Path) -> None:
-    """The tables of README.md from the finished cells: mean and standard deviation over the splits; the difference to the better
-    baseline (by mean AUROC) with a bootstrap interval, paired by stay and drawn within each split."""
+    """The tables of README.md from the finished cells: mean and standard deviation over the splits; the difference to
+    the better baseline (by mean AUROC) with a bootstrap interval, paired by stay and drawn within each split."""
     found = {}
     for path in sorted(folder.glob("seed*/*%.csv")):
         method, fraction = path.stem.rsplit(" ", 1)
         found.setdefault((method, fraction), {})[path.parent.name] = pd.read_csv(path)
 
     def scores(tables):
-        return np.array([(roc_auc_score(t["label"], t["probability"]), average_precision_score(t["label"], t["probability"])) for t in tables])
+        return np.array([(roc_auc_score(t["label"], t["probability"]),
+                          average_precision_score(t["label"], t["probability"])) for t in tables])
 
     for fraction in (f"{f:.0%}" for f in FRACTIONS):
         rows = {method: tables for (method, f), tables in found.items() if f == fraction}
-        base = max((m for m in rows if m in BASELINES), key=lambda m: scores(rows[m].values())[:, 0].mean(), default=None)
-        print(f"\n{fraction} of the training labels\n\n| method | splits | AUROC | AUPRC | difference to {base}: AUROC | AUPRC |\n|---|---|---|---|---|---|")
+        base = max((m for m in rows if m in BASELINES), key=lambda m: scores(rows[m].values())[:, 0].mean(),
+                   default=None)
+        print(f"\n{fraction} of the training labels\n\n| method | splits | AUROC | AUPRC "
+              f"| difference to {base}: AUROC | AUPRC |\n|---|---|---|---|---|---|")
         for method, tables in sorted(rows.items(), key=lambda row: -scores(row[1].values())[:, 0].mean()):
             s = scores(tables.values())
             spread = s.std(0, ddof=1) if len(s) > 1 else np.zeros(2)
             cells = [f"{m:.3f} ± {d:.3f}" for m, d in zip(s.mean(0), spread)]
             if base and method != base:
                 shared = [seed for seed in tables if seed in rows[base]]
-                draws = np.mean([np.diff(bootstrap(tables[seed]["label"].to_numpy(), rows[base][seed]["probability"].to_numpy(),
-                                                   tables[seed]["probability"].to_numpy(), repeats=200, seed=i), axis=1)[:, 0]
+                draws = np.mean([np.diff(bootstrap(tables[seed]["label"].to_numpy(),
+                                                   rows[base][seed]["probability"].to_numpy(),
+                                                   tables[seed]["probability"].to_numpy(), repeats=200, seed=i),
+                                         axis=1)[:, 0]
                                  for i, seed in enumerate(shared)], axis=0)
                 mean = (scores(tables[seed] for seed in shared) - scores(rows[base][seed] for seed in shared)).mean(0)
                 cells += [f"{m:+.3f} {interval(draws[:, i])}" for i, m in enumerate(mean)]

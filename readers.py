@@ -11,6 +11,7 @@ import shutil
 import tarfile
 import warnings
 import zlib
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -18,8 +19,8 @@ from typing import Callable, NamedTuple
 import numpy as np
 import pandas as pd
 
-from data import (open_cache, write_cache, build_cohort, CACHE_DIR, clear_write_error, Cohort, InputError, pieces,
-                  ranges, READER_VERSION, SPLITS)
+from data import (MINUTE, READER_VERSION, SPLITS, CACHE_DIR, Cohort, InputError, at_end, build_cohort, clear_write_error, open_cache, pieces,
+                  ranges, with_points, write_cache)
 
 # ----------------------------------------------------------------------------------------------------------------------------------
 # Reader: the embedded synthetic cohort
@@ -154,7 +155,21 @@ class Table:
             raise InputError(f"{self.place(row)}: {name} is {shown}{problem}")
 
 
-def _read_table(paths: list[Path], columns: dict, optional: dict = {}, rest=None, separator: str = ",") -> Table:
+def _columns(path: Path) -> list[str]:
+    """The names of a table's columns."""
+    if path.suffix == ".parquet":
+        with _open_parquet(path) as file:
+            return file.schema_arrow.names
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return next(csv.reader(file), [])
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); correct its path or permissions") from None
+    except (UnicodeDecodeError, csv.Error):
+        raise InputError(f"{path}: not UTF-8 text; save it with that encoding") from None
+
+
+def _read_table(paths: list[Path], columns: dict, optional: dict = {}, rest=None, separator: str = ",", bodies=None) -> Table:
     """The files (all CSV in UTF-8, or all Parquet) as one `Table`.
 
     columns, optional: {name: str, float or np.datetime64 (Parquet only)}; rest: the type of every other named column (None: not read).
@@ -163,11 +178,10 @@ def _read_table(paths: list[Path], columns: dict, optional: dict = {}, rest=None
     if len({path.suffix == ".parquet" for path in paths}) > 1:
         raise InputError(f"{paths[0].parent}: holds both CSV and Parquet; keep one of them")
     try:
-        empty = next((path for path in paths if not path.stat().st_size), None)
-        if empty:
-            raise InputError(f"{empty}: an empty file; write it again, or remove it")
-        read = _read_parquet if paths[0].suffix == ".parquet" else _read_csv
-        table = read(paths, columns, optional, rest, separator)
+        if paths[0].suffix == ".parquet":
+            table = _read_parquet(paths, columns, optional, rest)
+        else:
+            table = _read_csv(paths, columns, optional, rest, separator, bodies or [path.read_bytes() for path in paths])
     except OSError as error:
         raise InputError(f"{error.filename}: cannot be read ({error.strerror}); correct its path or permissions") from None
     if not table.rows.sum():
@@ -187,11 +201,13 @@ def _choose_columns(path: Path, names: list[str], columns: dict, optional: dict,
     return wanted
 
 
-def _read_csv(paths, columns, optional, rest, separator) -> Table:
+def _read_csv(paths, columns, optional, rest, separator, contents) -> Table:
     """Parses all files in one call, for thousands of small files as for one large one. Quoted cells may not hold line breaks."""
     header, bodies, rows = None, [], []
-    for path in paths:
-        first, _, body = path.read_bytes().removeprefix(b"\xef\xbb\xbf").partition(b"\n")
+    for path, content in zip(paths, contents):
+        if not content:
+            raise InputError(f"{path}: an empty file; write it again, or remove it")
+        first, _, body = content.removeprefix(b"\xef\xbb\xbf").partition(b"\n")
         header = first.rstrip() if header is None else header
         if first.rstrip() != header:
             raise InputError(f"{path} line 1: other columns than in {paths[0].name}; give all files one header")
@@ -238,23 +254,36 @@ def _read_csv(paths, columns, optional, rest, separator) -> Table:
         raise InputError(f"{paths[0]}{' or a file beside it' * (len(paths) > 1)}: a quoted cell holds a line break; remove it")
     # Not dtype="category" above: pandas makes numbers of such categories where it can, and 007 and 7 one stay.
     table.columns = {name: frame[name].to_numpy() if kind is float else pd.Categorical(frame[name]) for name, kind in wanted.items()}
+    for name in (name for name, kind in wanted.items() if kind is np.datetime64):
+        time = pd.to_datetime(frame[name], format="ISO8601", errors="coerce")
+        table.refuse(name, (time.isna() & frame[name].notna()).to_numpy(), ", not a time like 2150-03-01 12:00:00; mend the line")
+        table.columns[name] = time.to_numpy("datetime64[us]")
     return table
 
 
-def _read_parquet(paths, columns, optional, rest, separator) -> Table:
+@contextmanager
+def _open_parquet(path: Path):
     try:
         import pyarrow
-        from pyarrow import parquet, types
+        from pyarrow import parquet
     except ImportError:
-        raise InputError(f"{paths[0]}: Parquet needs pyarrow; pip install pyarrow") from None
+        raise InputError(f"{path}: Parquet needs pyarrow; pip install pyarrow") from None
+    if not path.stat().st_size:
+        raise InputError(f"{path}: an empty file; write it again, or remove it")
+    try:
+        with parquet.ParquetFile(path) as file:
+            yield file
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]}); write it again") from None
+
+
+def _read_parquet(paths, columns, optional, rest) -> Table:
     tables = []
     for path in paths:
-        try:
-            with parquet.ParquetFile(path) as file:
-                wanted = _choose_columns(path, file.schema_arrow.names, columns, optional, rest)
-                tables.append(file.read(columns=list(wanted)))
-        except (pyarrow.ArrowException, OSError) as error:
-            raise InputError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]}); write it again") from None
+        with _open_parquet(path) as file:
+            tables.append(file.read(columns=list(_choose_columns(path, file.schema_arrow.names, columns, optional, rest))))
+    import pyarrow
+    from pyarrow import types
     try:
         whole = pyarrow.concat_tables(tables, promote_options="permissive")
     except pyarrow.ArrowException as error:
@@ -277,11 +306,14 @@ def _read_parquet(paths, columns, optional, rest, separator) -> Table:
     return table
 
 
-def _read_split(table: Table, words: tuple = SPLITS) -> np.ndarray:
-    """[rows] code of column `split`, -1 where it is empty; `words` are the source's names of train, valid and test."""
+_SPLIT_WORDS = {"train": 0, "valid": 1, "val": 1, "validation": 1, "dev": 1, "tuning": 1, "test": 2, "held_out": 2, "heldout": 2}
+
+
+def _split_codes(table: Table) -> np.ndarray:
+    """[rows] code of column `split`, -1 where it is empty."""
     split = table["split"]
-    codes = np.array([words.index(word) if word in words else -2 for word in split.categories] + [-1])[split.codes]
-    table.refuse("split", codes == -2, f"; it is one of {', '.join(words)}")
+    codes = np.array([_SPLIT_WORDS.get(word.strip().lower(), -2) for word in split.categories] + [-1])[split.codes]
+    table.refuse("split", codes == -2, "; it is one of train, valid, test (or val, validation, dev, tuning, held_out)")
     return codes
 
 
@@ -290,34 +322,128 @@ def _plain_ids(ids) -> pd.Index:
     return pd.Index([text[:-2] if text.endswith(".0") and text[:-2].isdigit() else text for text in map(str.strip, ids)], dtype=object)
 
 
-def _read_labels(path: Path, id_column: str, label_column: str) -> pd.DataFrame:
-    """label (0, 1; -1 where the cell is empty) and split (-1: none) of each id. Raises InputError for another label and an id given twice."""
-    table = _read_table([path], {id_column: str, label_column: float}, {"split": str})
+# ----------------------------------------------------------------------------------------------------------------------------------
+# Labels, splits and subjects: what is told of stays that were read, attached after the cache
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+_IDS = ("stay_id", "ts_id", "RecordID", "subject_id")
+_LABELS = ("label", "boolean_value", "in_hospital_mortality", "In-hospital_death")
+_TIMES = {"minute": float, "hour": float, "prediction_time": np.datetime64}
+
+
+def _table_files(path: Path) -> list[Path]:
+    """The CSV and Parquet files of a folder, or the file itself."""
+    return sorted(p for p in path.rglob("[!.]*") if p.suffix in (".csv", ".parquet")) if path.is_dir() else [path]
+
+
+def _one_of(path: Path, names: list[str], wanted) -> str:
+    found = [name for name in wanted if name in names]
+    if not found:
+        raise InputError(f"{path}: no column {' or '.join(wanted)} (it has {', '.join(names[:8])}); rename or add it")
+    return found[0]
+
+
+def _told(table: Table, ids: np.ndarray, column: str, value) -> pd.Series:
+    """What a table tells of each id, empty cells aside; InputError where it tells two things of one."""
+    told = pd.Series(value, index=ids, dtype=object).dropna()
+    told = told[~pd.MultiIndex.from_arrays([told.index, told]).duplicated()]
+    twice = told.index[told.index.duplicated()].unique()
+    table.refuse(column, np.isin(ids, twice[:1]), f", and another elsewhere for the same stay ({_some(twice)}); give one")
+    return told
+
+
+def _some(names) -> str:
+    """The first few, and how many more."""
+    return ", ".join(map(str, names[:5])) + f" and {len(names) - 5} more" * (len(names) > 5)
+
+
+def _with_splits(cohort: Cohort, told: pd.Series) -> Cohort:
+    """The cohort with the split of these ids; a stay that is not told of belongs to none."""
+    ids = _plain_ids(cohort.stay_id)
+    split = told.reindex(ids).fillna(-1).to_numpy(np.int8)
+    return replace(cohort, split=split, notes=cohort.notes | {
+        "stays without a split (neither trained on nor scored)": int((split < 0).sum()),
+        "splits of no stay with a usable event": int((~told.index.isin(ids)).sum())})
+
+
+def _read_splits(files: list[Path]) -> pd.Series:
+    """Split code by stay, of a file with an id and `split`."""
+    id_column = _one_of(files[0], _columns(files[0]), _IDS)
+    table = _read_table(files, {id_column: str, "split": str})
+    table.refuse(id_column, table[id_column].codes < 0, "; name the stay or remove the line")
+    codes = _split_codes(table)
+    return _told(table, _plain_ids(table[id_column].categories)[table[id_column].codes], "split", np.where(codes < 0, None, codes))
+
+
+def _with_labels(cohort: Cohort, files: list[Path], points: bool = True) -> Cohort:
+    """The cohort with what its labels' files tell: an id, a label of 0 or 1 (or empty), and perhaps split, subject_id and a time: `minute`
+    or `hour` of the stay or `prediction_time`. With times a row is a prediction point, without one a stay has one at its end.
+
+    points: False takes split and subject alone. Raises InputError for another label, and for two labels of one point.
+    """
+    names = _columns(files[0])
+    id_column, label_column = (_one_of(files[0], names, wanted) for wanted in (_IDS, _LABELS))
+    timed = next((name for name in _TIMES if name in names), None)
+    if not timed and "time" in names:
+        raise InputError(f"{files[0]}: its column time has no unit; name it minute or hour")
+    table = _read_table(files, {id_column: str, label_column: float}, {timed: _TIMES.get(timed), "split": str, "subject_id": str})
     key, label = table[id_column], table[label_column]
     table.refuse(id_column, key.codes < 0, "; name the stay or remove the line")
     table.refuse(label_column, ~(np.isnan(label) | (label == 0) | (label == 1)), ", not 0 or 1; mend the line")
     ids = _plain_ids(key.categories)[key.codes]
-    table.refuse(id_column, ids.duplicated(), ", which occurs twice; remove one line")
-    return pd.DataFrame({"label": np.nan_to_num(label, nan=-1).astype(int), "split": _read_split(table) if "split" in table else -1}, index=ids)
+    stays = _plain_ids(cohort.stay_id)
+    if id_column != "subject_id" and "subject_id" in table:
+        subject = table["subject_id"]
+        told = _told(table, ids, "subject_id", np.append(_plain_ids(subject.categories), None)[subject.codes]).reindex(stays)
+        cohort = replace(cohort, subject=np.where(told.isna(), cohort.subject, told).astype(str))
+    if "split" in table:
+        codes = _split_codes(table)
+        cohort = _with_splits(cohort, _told(table, ids, "split", np.where(codes < 0, None, codes)))
+    if not points:
+        return cohort
+
+    rows = pd.DataFrame({"id": ids, "label": np.nan_to_num(label, nan=-1).astype(np.int8), "at": 0})
+    if timed:
+        rows["at"] = table[timed] if timed != "hour" else table[timed] * 60
+        table.refuse(timed, ~np.isfinite(rows["at"].to_numpy()), "; give the time of the question")
+    again = rows.duplicated().to_numpy()
+    other = rows.duplicated(["id", "at"]).to_numpy() & ~again
+    table.refuse(id_column, other, f", labelled twice and not alike ({_some(rows['id'][other].unique())}); keep one line of each")
+    rows = rows[~again].sort_values(["id", "at"])
+    asked, first, count = np.unique(rows["id"].to_numpy(str), return_index=True, return_counts=True)
+    place = pd.Index(asked).get_indexer(stays)                             # [P] of each stay in `asked`, -1: nowhere
+    count = np.append(count, 0)[place]                                     # [P]
+    row = ranges(np.append(first, 0)[place], count)                        # [Q]
+    stay, label, at = np.repeat(np.arange(len(cohort)), count), rows["label"].to_numpy()[row], rows["at"].to_numpy()[row]
+    notes = {"labels given more than once": int(again.sum()),
+             "outcomes of no stay with a usable event": int((~rows["id"].isin(stays)).sum())}
+    if not timed:
+        labels = np.full(len(cohort), -1)
+        labels[stay] = label
+        notes["stays without an outcome (unlabelled)"] = int((labels < 0).sum())
+        return at_end(replace(cohort, notes=cohort.notes | notes), labels)
+    notes["stays without a question"] = int((count == 0).sum())
+    if timed == "prediction_time":
+        origin = np.array(cohort.origin)
+        if np.isnat(origin).all():
+            raise InputError(f"{files[0]}: prediction_time is a clock time, which these data do not know; give minute or hour of the stay")
+        # A stay of static events alone knows no clock: its first question sets it.
+        unknown = np.isnat(origin) & (count > 0)
+        origin[unknown] = at[np.searchsorted(stay, np.flatnonzero(unknown))].astype("datetime64[m]")
+        cohort = replace(cohort, origin=origin)
+        since = at.astype("datetime64[us]").astype(np.int64) - origin[stay].astype(np.int64)
+        at = since // MINUTE + since % MINUTE / MINUTE
+    return with_points(replace(cohort, notes=cohort.notes | notes), count, at, label)
 
 
-def _join_labels(outcome: pd.DataFrame, ids: list[str], notes: dict) -> tuple[np.ndarray, np.ndarray]:
-    """label and split [P] of the stays `ids`; what does not meet is counted in `notes`."""
-    ids = _plain_ids(ids)
-    label, split = outcome.reindex(ids, fill_value=-1).to_numpy().T
-    notes["stays without an outcome (unlabelled)"] = int((label < 0).sum())
-    notes["outcomes of no stay"] = int((~outcome.index.isin(ids)).sum())
-    if (split >= 0).any():
-        notes["stays without a split (neither trained on nor scored)"] = int((split < 0).sum())
-    return label, split
-
-
-def _usable_rows(table: Table) -> tuple[np.ndarray, dict]:
-    """Mask of the rows with a variable and a finite value, and notes that count the others; InputError where a minute is no time."""
+def _usable_rows(table: Table, empty: bool = False) -> tuple[np.ndarray, dict]:
+    """Mask of the rows with a variable and a finite value (`empty`: or none), and notes that count the others; InputError where a minute is
+    no time."""
     minute, nameless = table["minute"], table["variable"].codes < 0
-    table.refuse("minute", ~((minute >= 0) & (minute < 1e8)), "; give minutes since admission, 0 or more and below 1e8 (190 years)")
+    table.refuse("minute", ~(np.abs(minute) < 1e8), "; give minutes since admission, between -1e8 and 1e8 (190 years)")
     with np.errstate(over="ignore"):
-        unusable = ~np.isfinite(table["value"].astype(np.float32))
+        value = table["value"].astype(np.float32)
+    unusable = np.isinf(value) if empty else ~np.isfinite(value)
     return ~(nameless | unusable), {"rows with an empty variable": int(nameless.sum()),
                                     "rows without a finite value": int((unusable & ~nameless).sum())}
 
@@ -342,13 +468,12 @@ def _physionet2012_files(folder: Path) -> dict[str, Path]:
 
 
 def _physionet2012_sources(folder: Path) -> list[Path]:
-    sources = []
-    for letter, path in _physionet2012_files(folder).items():
-        outcomes = folder / f"Outcomes-{letter}.txt"
-        if not outcomes.is_file():
-            raise InputError(f"{outcomes}: no such file; put the outcomes of set {letter} beside {path.name}")
-        sources += [outcomes, *(sorted(path.glob("*.txt")) if path.is_dir() else [path])]
-    return sources
+    return _unpacked_sources(_physionet2012_files(folder).values(), ".txt")
+
+
+def _unpacked_sources(paths, suffix: str) -> list[Path]:
+    """The records of folders; an archive is its own source."""
+    return [file for path in paths for file in (sorted(path.glob(f"[!.]*{suffix}")) if path.is_dir() else [path])]
 
 
 class _Unpacked(gzip.GzipFile):
@@ -360,12 +485,12 @@ class _Unpacked(gzip.GzipFile):
         return super().read(size)
 
 
-def _records(path: Path):
+def _records(path: Path, suffix: str):
     """Yield (record name, bytes) of a folder or archive, in order of name. Nothing is unpacked to disk."""
     if path.is_dir():
-        files = sorted(path.glob("*.txt"))
+        files = _unpacked_sources([path], suffix)
         if not files:
-            raise InputError(f"{path}: holds no <RecordID>.txt; unpack set-*.tar.gz there again")
+            raise InputError(f"{path}: holds no <record>{suffix}; unpack {path.name}.tar.gz there again")
         yield from ((file.stem, file.read_bytes()) for file in files)
         return
     try:
@@ -378,12 +503,12 @@ def _records(path: Path):
                 if member.size > _RECORD_BYTES or member.offset > _ARCHIVE_BYTES:
                     raise InputError(f"{path}: member {member.name} of {member.size:,} bytes, {member.offset:,} bytes into the archive, is too large "
                                      "for a record; download the archive again, or pack records alone")
-                if member.isfile() and inside.suffix == ".txt":
+                if member.isfile() and inside.suffix == suffix and inside.name[0] != ".":
                     records.append((inside.stem, archive.extractfile(member).read()))
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise InputError(f"{path}: damaged archive ({error}); download it again") from None
     if not records:
-        raise InputError(f"{path}: holds no <RecordID>.txt; download the archive again")
+        raise InputError(f"{path}: holds no <record>{suffix}; download the archive again")
     yield from sorted(records)
 
 
@@ -407,7 +532,7 @@ def _blame_record(path: Path, records: list[tuple[str, bytes]]):
 def _parse_records(path: Path) -> tuple[pd.DataFrame, list[str]]:
     """All records of one set as one table (record, Time, Parameter, Value), parsed in one call; and the records' names."""
     records, rows, commas = [], [], 0
-    for name, raw in _records(path):
+    for name, raw in _records(path, ".txt"):
         header, _, body = raw.removeprefix(b"\xef\xbb\xbf").partition(b"\n")
         if header.strip() != b"Time,Parameter,Value":
             raise InputError(f"{path}/{name}.txt line 1: not a PhysioNet 2012 record (no header Time,Parameter,Value); remove the file")
@@ -430,19 +555,18 @@ def _parse_records(path: Path) -> tuple[pd.DataFrame, list[str]]:
 
 
 def read_physionet2012(folder: Path) -> Cohort:
-    """Sets a, b, c of the Challenge 2012 (Silva et al. 2012), whichever lie in `folder`. Label: in-hospital death.
+    """Sets a, b, c of the Challenge 2012 (Silva et al. 2012), whichever lie in `folder`. Label: in-hospital death, of Outcomes-a.txt.
 
     The outcome files' scores and lengths of stay never become inputs. ICUType is categorical: one event per type, of value 1.
     """
-    tables, names, labels, stays = [], [], [], 0
+    tables, names, stays = [], [], 0
     for letter, path in _physionet2012_files(folder).items():
         table, records = _parse_records(path)
         table["record"] += stays
         stays += len(records)
         tables.append(table)
         names += records
-        labels.append(_read_labels(folder / f"Outcomes-{letter}.txt", "RecordID", "In-hospital_death"))
-    time, parameter = (pd.api.types.union_categoricals([t[c] for t in tables]) for c in ("Time", "Parameter"))
+        time, parameter = (pd.api.types.union_categoricals([t[c] for t in tables]) for c in ("Time", "Parameter"))
     record = np.concatenate([t["record"].to_numpy() for t in tables])
     value = np.concatenate([t["Value"].to_numpy() for t in tables])
     minutes = np.array([int(t[:-3]) * 60 + int(t[-2:]) for t in time.categories], dtype=np.float32)
@@ -465,9 +589,8 @@ def read_physionet2012(folder: Path) -> Cohort:
         kinds.append(f"ICUType={kind:g}")
     value[icu] = 1
 
-    label, _ = _join_labels(pd.concat(labels), names, notes)
     return build_cohort("PhysioNet 2012 set " + "+".join(_physionet2012_files(folder)), kinds, record[keep], minutes[time.codes[keep]],
-                        code[keep], value[keep], stay_id=names, label=label, notes=notes)
+                        code[keep], value[keep], stay_id=names, notes=notes)
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------
@@ -554,11 +677,11 @@ def _read_vectors(path: Path) -> pd.DataFrame:
     return pd.DataFrame(columns, index=names.astype(object), dtype=np.float32)
 
 
-def read_original(folder: Path, params_map: Path | None = None, label_file: Path | None = None) -> Cohort:
+def read_original(folder: Path, params_map: Path | None = None) -> Cohort:
     """patient_ehr/{train,valid,test}/<id>.parquet or .csv: variable, value, minute and perhaps set_index, which then tells the sets apart.
 
-    The folder is the stay's split. params_map: see `_read_statistics`; label_file: CSV ts_id,in_hospital_mortality; cached.csv beside
-    patient_ehr: see `_read_vectors`. A set that spans several minutes is charted at its first.
+    The folder is the stay's split. params_map: see `_read_statistics`; cached.csv beside patient_ehr: see `_read_vectors`. A set that spans
+    several minutes is charted at its first.
     """
     files = _original_files(folder)
     table = _read_table(files, {"variable": str, "value": float, "minute": float}, {"set_index": float})
@@ -569,13 +692,11 @@ def read_original(folder: Path, params_map: Path | None = None, label_file: Path
         set_key = table["set_index"][keep]
         minute = pd.Series(minute).groupby([stay, set_key]).transform("min").to_numpy()
     ids = [path.stem for path in files]
-    label = -np.ones(len(ids))
-    if label_file:
-        label, _ = _join_labels(_read_labels(label_file, "ts_id", "in_hospital_mortality"), ids, notes)
     cached = files[0].parents[2] / "cached.csv"
     given = {"statistics": _read_statistics(params_map) if params_map else None, "vectors": _read_vectors(cached) if cached.is_file() else None}
     cohort = build_cohort("original layout (patient_ehr)", table["variable"].categories, stay, minute, table["variable"].codes[keep],
-                          table["value"][keep], ids, label, [SPLITS.index(path.parent.name) for path in files], notes, set_key, **given)
+                          table["value"][keep], ids, split=[SPLITS.index(path.parent.name) for path in files], notes=notes, set_key=set_key,
+                          **given)
     for name, rows in given.items():
         if rows is not None:
             known = np.isin(cohort.variables, rows.index)
@@ -596,97 +717,63 @@ def _one_table(folder: Path, name: str) -> list[Path]:
     return found
 
 
-def _long_table_sources(folder: Path) -> list[Path]:
-    return _one_table(folder, "events") + _one_table(folder, "labels")
-
-
 def read_long_table(folder: Path) -> Cohort:
-    """events.csv or events.parquet (stay_id, minute, variable, value); labels.csv or .parquet (stay_id, label of 0 or 1, and perhaps split
-    of train, valid or test), without which no stay has a label. Minutes count from admission."""
-    events, *labels = _long_table_sources(folder)
-    table = _read_table([events], {"stay_id": str, "minute": float, "variable": str, "value": float})
+    """events.csv or events.parquet (stay_id, minute, variable, value). Minutes count from admission; an event without a value says that
+    something happened."""
+    events = _one_table(folder, "events")
+    table = _read_table(events, {"stay_id": str, "minute": float, "variable": str, "value": float})
     stay, variable = table["stay_id"], table["variable"]
     table.refuse("stay_id", stay.codes < 0, "; name the stay or remove the line")
-    keep, notes = _usable_rows(table)
-    label, split = -np.ones(len(stay.categories)), None
-    if labels:
-        label, split = _join_labels(_read_labels(labels[0], "stay_id", "label"), stay.categories, notes)
-    return build_cohort(f"long table {events.name}", variable.categories, stay.codes[keep], table["minute"][keep], variable.codes[keep],
-                        table["value"][keep], stay.categories, label, split, notes)
+    keep, notes = _usable_rows(table, empty=True)
+    return build_cohort(f"long table {events[0].name}", variable.categories, stay.codes[keep], table["minute"][keep], variable.codes[keep],
+                        table["value"][keep], stay.categories, notes=notes)
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------
 # Reader: MEDS (Medical Event Data Standard)
 # ----------------------------------------------------------------------------------------------------------------------------------
 
-_MINUTE = 60_000_000  # microseconds
+def _meds_events(folder: Path) -> list[Path]:
+    return sorted((folder / "data").rglob("[!.]*.parquet"))
 
 
-def _meds_files(folder: Path) -> tuple[list[Path], list[Path], list[Path]]:
-    """Events, subjects' splits (one file or none), labels (any number)."""
-    data, labels = (sorted((folder / name).rglob("[!.]*.parquet")) for name in ("data", "labels"))
-    return data, sorted(folder.glob("metadata/subject_splits.parquet")), labels
+def _meds_labels(folder: Path, task: str | None) -> list[Path]:
+    """The files of one task: a file or folder directly in labels/; entries named by numbers, or like splits, are shards of one."""
+    tasks = {}
+    for path in sorted((folder / "labels").glob("[!.]*")):
+        if files := [file for file in _table_files(path) if file.suffix in (".csv", ".parquet")]:
+            tasks.setdefault("labels" if path.stem.isdigit() or path.stem in _SPLIT_WORDS else path.stem, []).extend(files)
+    if len(tasks) > 1 and task is None or task is not None and task not in tasks:
+        raise InputError(f"{folder / 'labels'}: holds the tasks {', '.join(tasks) or '(none)'}; choose one with --task NAME")
+    return tasks[task or next(iter(tasks))] if tasks else []
 
 
 def read_meds(folder: Path) -> Cohort:
-    """data/**/*.parquet (subject_id, time or null = static, code, and perhaps numeric_value); metadata/subject_splits.parquet (subject_id,
-    split of train, tuning or held_out); labels/**/*.parquet (subject_id, prediction_time, boolean_value).
+    """data/**/*.parquet (subject_id, time or null = static, code, and perhaps numeric_value): a subject is a stay.
 
-    A sample is (subject, prediction_time): the subject's events up to and including that time, in minutes since its first timed event;
-    static events lie at minute 0. Without labels, every subject is one sample. A code without a number is an event of value 1. MEDS_DEATH
-    never enters. Raises InputError where subjects have several samples and no split, as one subject would be trained and tested on.
+    Minutes count from the minute of the subject's first timed event; static events lie at minute 0. A code without a number is an event
+    without a value. MEDS_DEATH never enters.
     """
-    data_files, split_files, label_files = _meds_files(folder)
-    table = _read_table(data_files, {"subject_id": str, "time": np.datetime64, "code": str}, {"numeric_value": float})
+    table = _read_table(_meds_events(folder), {"subject_id": str, "time": np.datetime64, "code": str}, {"numeric_value": float})
     table.refuse("subject_id", table["subject_id"].codes < 0, "; name the subject or remove the row")
     subjects, codes = table["subject_id"].categories, table["code"].categories
-    value = table["numeric_value"] if "numeric_value" in table else np.full(len(table["time"]), np.nan)
-    value = np.where(np.isnan(value), 1, value).astype(np.float32)
-    nameless, infinite = table["code"].codes < 0, ~np.isfinite(value)
+    value = (table["numeric_value"] if "numeric_value" in table else np.full(len(table["time"]), np.nan)).astype(np.float32)
+    nameless, infinite = table["code"].codes < 0, np.isinf(value)
     death = np.append(np.array(codes.str.startswith("MEDS_DEATH"), dtype=bool), False)[table["code"].codes]
     notes = {"events without a code": int(nameless.sum()), "MEDS_DEATH events": int(death.sum()), "events of infinite value": int(infinite.sum())}
 
-    rows = np.flatnonzero(~(nameless | infinite | death))
-    time = table["time"].view(np.int64)  # null is the smallest: static events come first
-    rows = rows[np.lexsort((time[rows], table["subject_id"].codes[rows]))]
-    subject, time, value, code = table["subject_id"].codes[rows].astype(np.int64), time[rows], value[rows], table["code"].codes[rows]
-    static = np.isnat(table["time"][rows])
-    first = np.searchsorted(subject, np.arange(len(subjects) + 1))
-    timed = first[:-1] + np.bincount(subject[static], minlength=len(subjects))  # a subject's first timed event
-    origin = np.append(time, 0)[timed]
-    minute = np.where(static, 0, time // _MINUTE - origin[subject] // _MINUTE)
-
-    person, end, label, ids = np.arange(len(subjects)), first[1:], -np.ones(len(subjects)), subjects.to_numpy(str)
-    if label_files:
-        asked = _read_table(label_files, {"subject_id": str, "prediction_time": np.datetime64, "boolean_value": float})
-        at, names = asked["prediction_time"], asked["subject_id"]
-        asked.refuse("subject_id", names.codes < 0, "; name the subject or remove the row")
-        asked.refuse("prediction_time", np.isnat(at), "; give the time up to which events may be used")
-        twice = pd.DataFrame({"subject": names.codes, "at": at}).duplicated().to_numpy()
-        asked.refuse("prediction_time", twice, ", twice for one subject; keep the labels of one task in labels/")
-        known = (person := subjects.get_indexer(names.categories)[names.codes]) >= 0
-        notes["labels of no subject"] = int((~known).sum())
-        person, at, label = person[known], at[known], np.nan_to_num(asked["boolean_value"][known], nan=-1)
-        # Events of rank < r are those up to the prediction time: one sorted search over (subject, rank of the time).
-        times, rank = np.unique(time, return_inverse=True)
-        end = np.searchsorted(subject * (len(times) + 1) + rank,
-                              person * (len(times) + 1) + np.searchsorted(times, at.view(np.int64), side="right"))
-        ids = np.char.add(np.char.add(ids[person], "@"), np.datetime_as_string(at, unit="auto"))
-    split = None
-    if split_files:
-        listed = _read_table(split_files, {"subject_id": str, "split": str})
-        names = pd.Index(listed["subject_id"])
-        listed.refuse("subject_id", names.isna() | names.duplicated(), ", where each row names another subject; keep one row")
-        split = pd.Series(_read_split(listed, ("train", "tuning", "held_out")), index=names.astype(object))
-        split = split.reindex(subjects, fill_value=-1).to_numpy()[person]
-        notes["samples without a split (neither trained on nor scored)"] = int((split < 0).sum())
-    elif len(np.unique(person)) < len(person):
-        raise InputError(f"{folder}: subjects with several samples and no metadata/subject_splits.parquet; add it, as one subject must not be "
-                         "both trained and tested on")
-    length = end - first[person]
-    events = ranges(first[person], length)
-    return build_cohort("MEDS", codes, np.repeat(np.arange(len(person)), length), minute[events], code[events], value[events], ids, label,
-                        split, notes)
+    timed = ~np.isnat(table["time"])
+    keep = np.flatnonzero(~(nameless | infinite | death))
+    keep = keep[np.argsort(timed[keep], kind="stable")]  # static events come first
+    subject, time, value, code = table["subject_id"].codes[keep], table["time"][keep], value[keep], table["code"].codes[keep]
+    minute, timed = time.astype("datetime64[m]"), timed[keep]
+    origin = np.full(len(subjects), np.iinfo(np.int64).max)
+    np.minimum.at(origin, subject[timed], minute[timed].astype(np.int64))
+    known = origin < np.iinfo(np.int64).max
+    offset = np.where(timed, time.view(np.int64) % MINUTE, 0)
+    return build_cohort("MEDS", codes, subject, np.where(timed, minute.astype(np.int64) - origin[subject], 0), code, value,
+                        subjects.to_numpy(str), notes=notes, offset=offset if offset.any() else None,
+                        origin=np.where(known, origin, np.iinfo(np.int64).min).astype("datetime64[m]"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------
@@ -697,19 +784,25 @@ _HOURLY_DESCRIPTORS = ("Age", "Gender", "Unit1", "Unit2", "HospAdmTime", "ICULOS
 
 
 def _physionet2019_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("training_set[AB]/[!.]*.psv"))
+    """training_setA and training_setB: the unpacked folder where it exists, else the archive as downloaded."""
+    sets = ([folder / f"training_set{letter}", folder / f"training_set{letter}.tar.gz"] for letter in "AB")
+    return [found[0] for paths in sets if (found := [path for path in paths if path.exists()])]
 
 
 def read_physionet2019(folder: Path) -> Cohort:
-    """training_setA/*.psv and training_setB (Reyna et al. 2019): a stay a file, a row an hour (minute 60 * row), NaN = not measured.
+    """training_setA/*.psv or training_setA.tar.gz, and training_setB (Reyna et al. 2019): a stay a file, a row an hour (minute 60 * row),
+    NaN = not measured.
 
-    Label: whether SepsisLabel ever turns 1; the column is never an input. A descriptor, repeated every hour, enters once, where it is
-    first recorded (ICULOS then says how long the stay had lasted when the record begins; later hours are the minutes themselves).
+    An hour is a prediction point, SepsisLabel its label (-1 where no file has the column), never an input. A descriptor, repeated every
+    hour, enters once, where it is first recorded (ICULOS then says how long the stay had lasted when the record begins; later hours are
+    the minutes themselves).
     """
-    files = _physionet2019_files(folder)
-    table = _read_table(files, {"SepsisLabel": float}, rest=float, separator="|")
-    sepsis = table["SepsisLabel"]
-    table.refuse("SepsisLabel", (sepsis != 0) & (sepsis != 1), ", not 0 or 1; mend the line")
+    records = [(path, name, body) for path in _physionet2019_files(folder) for name, body in _records(path, ".psv")]
+    files = [path / f"{name}.psv" for path, name, _ in records]
+    table = _read_table(files, {}, {"SepsisLabel": float}, rest=float, separator="|", bodies=[body for *_, body in records])
+    sepsis = table["SepsisLabel"] if "SepsisLabel" in table else np.full(table.rows.sum(), -1)
+    if "SepsisLabel" in table:
+        table.refuse("SepsisLabel", (sepsis != 0) & (sepsis != 1), ", not 0 or 1; mend the line")
     names = [name for name in table.columns if name != "SepsisLabel"]
     cells = np.stack([table[name] for name in names], axis=1)  # [hours, variables]
     row, variable = np.nonzero(~np.isnan(cells))
@@ -718,10 +811,12 @@ def read_physionet2019(folder: Path) -> Cohort:
     repeated &= pd.Series(stay * len(names) + variable).duplicated().to_numpy()
     infinite = np.isinf(value)
     keep = ~(repeated | infinite)
-    minute = 60 * ranges(np.zeros(len(files), dtype=np.int64), table.rows)[row]
-    return build_cohort("PhysioNet 2019", names, stay[keep], minute[keep], variable[keep], value[keep], [path.stem for path in files],
-                        np.bincount(table.file, weights=sepsis, minlength=len(files)) > 0,
-                        notes={"repeated descriptors": int(repeated.sum()), "infinite values": int((infinite & ~repeated).sum())})
+    minute = 60 * ranges(np.zeros(len(files), dtype=np.int64), table.rows)
+    cohort = build_cohort("PhysioNet 2019", names, stay[keep], minute[row[keep]], variable[keep], value[keep], [path.stem for path in files],
+                          notes={"repeated descriptors": int(repeated.sum()), "infinite values": int((infinite & ~repeated).sum())})
+    asked = np.isin([path.stem for path in files], cohort.stay_id)
+    hours = asked[table.file]
+    return with_points(cohort, table.rows[asked], minute[hours], sepsis[hours])
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------
@@ -731,32 +826,39 @@ def read_physionet2019(folder: Path) -> Cohort:
 class Reader(NamedTuple):
     name: str                                   # what it reads
     matches: Callable[[Path], bool]             # does it lie in this folder?
-    sources: Callable[[Path], list[Path]]       # the files that it depends on
+    sources: Callable[[Path], list[Path]]       # the files that its cohort depends on
     read: Callable[..., Cohort]                 # (folder, **options)
-    options: tuple[str, ...] = ()               # the files that it takes beside the folder
+    labels: Callable[[Path, str | None], list[Path]] = lambda folder, task: []  # (folder, task): the files of its labels
+    splits: Callable[[Path], list[Path]] = lambda folder: []                    # the files of its split
+    options: tuple[str, ...] = ()               # what it takes beside the folder: files (params_map), or --task
 
 
 READERS = [  # the first that matches is taken
     Reader("PhysioNet 2012 (set-a.tar.gz or set-a/ with Outcomes-a.txt)", lambda folder: bool(_physionet2012_files(folder)),
-           _physionet2012_sources, read_physionet2012),
+           _physionet2012_sources, read_physionet2012,
+           lambda folder, _: [path for letter in _physionet2012_files(folder) if (path := folder / f"Outcomes-{letter}.txt").is_file()]),
     Reader("the original layout (patient_ehr/{train,valid,test}/<id>.parquet or .csv)", lambda folder: bool(_original_files(folder)),
-           _original_sources, read_original, ("params_map", "label_file")),
+           _original_sources, read_original, options=("params_map",)),
     Reader("a long table (events.csv or events.parquet, and labels.csv)", lambda folder: bool(_one_table(folder, "events")),
-           _long_table_sources, read_long_table),
-    Reader("PhysioNet 2019 (training_setA/*.psv, training_setB)", lambda folder: bool(_physionet2019_files(folder)),
-           _physionet2019_files, read_physionet2019),
-    Reader("MEDS (data/**/*.parquet)", lambda folder: bool(_meds_files(folder)[0]), lambda folder: sum(_meds_files(folder), []), read_meds),
+           lambda folder: _one_table(folder, "events"), read_long_table, lambda folder, _: _one_table(folder, "labels")),
+    Reader("PhysioNet 2019 (training_setA/*.psv or training_setA.tar.gz, training_setB)", lambda folder: bool(_physionet2019_files(folder)),
+           lambda folder: _unpacked_sources(_physionet2019_files(folder), ".psv"), read_physionet2019),
+    Reader("MEDS (data/**/*.parquet)", lambda folder: bool(_meds_events(folder)), _meds_events, read_meds, _meds_labels,
+           lambda folder: sorted(folder.glob("metadata/subject_splits.parquet")), ("task",)),
 ]
 
 
 def load_cohort(data_dir: str | None = None, synthetic_stays: int = 1000, cache_dir: Path = CACHE_DIR, params_map: str | None = None,
-                label_file: str | None = None) -> Cohort:
-    """The cohort at `data_dir` (None: the embedded one), parsed once and then memory-mapped from the cache.
+                label_file: str | None = None, task: str | None = None, hours: float | None = None, split_file: str | None = None) -> Cohort:
+    """The cohort at `data_dir` (None: the embedded one), parsed once and then memory-mapped from the cache; labels, subjects and splits are
+    attached to it at each call, so that one cached cohort serves every task and its fingerprint knows none of them.
 
-    params_map, label_file: statistics and labels of the original layout. Raises InputError where the folder is missing, fits no reader,
-    or holds a malformed file, and where a file is given that the reader does not take.
+    params_map: statistics of the original layout; label_file: a file or folder of labels that lie elsewhere, see `_with_labels`; task: which
+    of several in a MEDS folder; hours: one question a stay, asked so long after its first set or at its end; split_file: CSV stay_id,split
+    that overrides the data's own. Raises InputError where the folder is missing, fits no reader, or holds a malformed file, and where an
+    option is given that the reader does not take.
     """
-    options = {name: Path(path) for name, path in (("params_map", params_map), ("label_file", label_file)) if path}
+    options = {name: Path(path) for name, path in (("params_map", params_map), ("label_file", label_file), ("split_file", split_file)) if path}
     folder = data_dir and Path(data_dir)
     if folder is None:
         reader = Reader(f"the embedded cohort of {synthetic_stays} stays", None, lambda _: [], None)
@@ -766,13 +868,15 @@ def load_cohort(data_dir: str | None = None, synthetic_stays: int = 1000, cache_
         reader = next((r for r in READERS if r.matches(folder)), None)
         if reader is None:
             raise InputError(f"{folder}: no data that a reader knows; expected one of: " + "; ".join(r.name for r in READERS))
+    for name, given in (("params_map", params_map), ("task", task)):
+        if given and name not in reader.options:
+            raise InputError(f"--{name} {given}: not read with {reader.name}; leave the option out")
     for name, path in options.items():
-        if name not in reader.options:
-            raise InputError(f"--{name} {path}: not read with {reader.name}; leave the option out")
-        if not path.is_file():
+        if not path.exists():
             raise InputError(f"--{name} {path}: no such file; correct the path")
-    key = {"reader": reader.name, "options": list(options), "version": READER_VERSION, "sources":
-           [[str(p.resolve()), (s := p.stat()).st_size, s.st_mtime_ns] for p in [*reader.sources(folder), *options.values()]]}
+    own = {name: path for name, path in options.items() if name == "params_map"}
+    key = {"reader": reader.name, "options": list(own), "version": READER_VERSION, "sources":
+           [[str(p.resolve()), (s := p.stat()).st_size, s.st_mtime_ns] for p in [*reader.sources(folder), *own.values()]]}
     cached = Path(cache_dir) / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     cohort = open_cache(cached)
     if cohort is None:
@@ -781,6 +885,22 @@ def load_cohort(data_dir: str | None = None, synthetic_stays: int = 1000, cache_
         if folder is None and (size := synthetic_stays * _SYNTHETIC_BYTES) > (free := shutil.disk_usage(cached.parent).free):
             raise InputError(f"--synthetic_stays {synthetic_stays}: takes {size // 10**6:,} MB in {cached.parent}, where {free // 10**6:,} MB are "
                              "free; give fewer")
-        write_cache(cached, [reader.read(folder, **options)] if folder else synthetic_parts(synthetic_stays))
+        write_cache(cached, [reader.read(folder, **own)] if folder else synthetic_parts(synthetic_stays))
         cohort = open_cache(cached)
+
+    if splits := reader.splits(folder):
+        cohort = _with_splits(cohort, _read_splits(splits))
+    if label_file and task:
+        raise InputError(f"--task {task}: --label_file names the labels already; leave one of them out")
+    if not (label_file and "task" in reader.options) and (files := reader.labels(folder, task)):
+        cohort = _with_labels(cohort, files, points=not label_file)
+    if label_file:
+        cohort = _with_labels(cohort, _table_files(options["label_file"]))
+    if hours:
+        if not np.array_equal(cohort.point_minute, at_end(cohort, np.zeros(len(cohort))).point_minute):
+            raise InputError(f"--hours {hours:g}: these labels have times of their own; leave the option out")
+        first, last = cohort.set_minute[cohort.stay_start[:-1]], cohort.point_minute
+        cohort = with_points(cohort, np.ones(len(cohort), dtype=np.int64), np.minimum(first + 60 * hours, last), cohort.label)
+    if split_file:
+        cohort = _with_splits(cohort, _read_splits([options["split_file"]]))
     return cohort

@@ -1,7 +1,7 @@
 """Everything that looks at SeqSetVAE from outside.
 
     python test_suite.py                       runs every test below through pytest
-    python test_suite.py --soak                runs the kill and damage tests at length (minutes) and prints their counts
+    python test_suite.py --soak                runs the kill and damage tests at length and prints their counts
     python test_suite.py --checkpoint C        analyses a finetuned checkpoint on its test split [--baselines]
     python test_suite.py --protocol --data_dir D   measures the tables of README.md: five splits, every method
     python test_suite.py --benchmark [--data_dir D]   measures speed and memory beside a plain loop over single sets
@@ -14,43 +14,53 @@ from pathlib import Path
 
 import pytest
 
+from benchmark import benchmark
 from data import InputError
-from train import add_head_options, CHECKPOINTS, keep_freed_memory
 from evaluate import performance
 from protocol import baselines, protocol
-from benchmark import benchmark
+from train import CHECKPOINTS, add_head_options, keep_freed_memory
 
 TESTS = str(Path(__file__).with_name("tests"))
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description="Without options: run every test. With --checkpoint: analyse a finetuned checkpoint. "
-                                                 "With --protocol: the measured tables of README.md. With --benchmark: speed and memory.",
-                                     allow_abbrev=False, usage="python test_suite.py [--checkpoint CKPT | --protocol [FOLDER] | --benchmark] [options]")
+    parser = argparse.ArgumentParser(
+        description="Without options: run every test. With --checkpoint: analyse a finetuned checkpoint. "
+                    "With --protocol: the measured tables of README.md. With --benchmark: speed and memory.",
+        usage="python test_suite.py [--checkpoint CKPT | --protocol [FOLDER] | --benchmark] [options]",
+        allow_abbrev=False)
     add = parser.add_argument_group("analysis of a checkpoint").add_argument
     add("--checkpoint", metavar="CKPT", help="the finetuned checkpoint, of train.py or of the original implementation")
     add("--baselines", action="store_true", help="compare with hand-made baselines and an untrained backbone")
-    add("--predictions", metavar="CSV", help="write stay_id, probability, split, label of every stay of the data, labelled or not")
+    add("--predictions", metavar="CSV",
+        help="write stay_id, probability, split, label of every stay of the data, labelled or not")
     add("--embeddings", metavar="NPZ", help="write stay_id, features and h after the last set of every stay")
     add("--trajectory", metavar="STAY", help="the risk after every set of this stay")
-    add("--plots", metavar="DIR", help="draw curves, ROC and precision-recall, calibration, features and the --trajectory (needs matplotlib)")
+    add("--plots", metavar="DIR",
+        help="draw curves, ROC and precision-recall, calibration, features and the --trajectory (needs matplotlib)")
     add("--json", metavar="FILE", help="write the analysis' figures")
     add_head_options(add)
 
-    add = parser.add_argument_group("data (default: the checkpoint's, of which the recorded test split is scored)").add_argument
+    data = parser.add_argument_group("data (default: the checkpoint's, of which the recorded test split is scored)")
+    add = data.add_argument
     add("--data_dir", help="score all labelled stays of this data instead; the protocol's or the benchmark's data")
-    add("--params_map", "--params_map_path", metavar="FILE", help="original layout: statistics, CSV variable,mean,std or .pkl")
+    add("--params_map", "--params_map_path", metavar="FILE",
+        help="original layout: statistics, CSV variable,mean,std or .pkl")
     add("--label_file", "--label_path", metavar="CSV", help="original layout: labels, ts_id,in_hospital_mortality")
 
     add = parser.add_argument_group("protocol").add_argument
     add("--protocol", metavar="FOLDER", nargs="?", const=str(CHECKPOINTS / "protocol"),
-        help="run the five-split protocol on --data_dir, keeping what is finished in FOLDER (default: checkpoints/protocol)")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], metavar="N", help="splits of the protocol (default: 0 1 2 3 4)")
+        help="run the five-split protocol on --data_dir, keeping what is finished in FOLDER "
+             "(default: checkpoints/protocol)")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], metavar="N",
+        help="splits of the protocol (default: 0 1 2 3 4)")
     add = parser.add_argument_group("benchmark").add_argument
-    add("--benchmark", action="store_true", help="measure speed and memory on --data_dir or the embedded cohort (OMP_NUM_THREADS sets the threads)")
+    add("--benchmark", action="store_true",
+        help="measure speed and memory on --data_dir or the embedded cohort (OMP_NUM_THREADS sets the threads)")
 
     add = parser.add_argument_group("tests").add_argument
-    add("--soak", action="store_true", help="run the tests of killed processes and damaged inputs at length: 60 kills, 2,000 inputs")
+    add("--soak", action="store_true",
+        help="run the tests of killed processes and damaged inputs at length: 60 kills, 2,000 inputs")
     arguments = parser.parse_args(argv)
     keep_freed_memory()
     try:
@@ -66,7 +76,8 @@ def main(argv=None) -> int:
         elif arguments.checkpoint:
             performance(arguments, baselines if arguments.baselines else None)
         elif sys.argv[1:] if argv is None else argv:
-            raise InputError("these options need --checkpoint (or --protocol, --benchmark); the tests run without any option")
+            raise InputError("these options need --checkpoint (or --protocol, --benchmark); "
+                             "the tests run without any option")
         else:
             return pytest.main([TESTS, "-q"])
     except InputError as error:

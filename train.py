@@ -48,11 +48,11 @@ from sklearn.model_selection import train_test_split
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import (SPLITS, Cohort, InputError, Normalizer, StayDataset, common_variables, epoch_batches, make_splits,
-                  sorted_batches, split_batch, stays_of, variable_vectors, write_atomically)
+from data import (SPLITS, Cohort, InputError, Normalizer, StayDataset, common_variables, epoch_batches, labelled_points,
+                  make_splits, sorted_batches, split_batch, stays_of, stays_with, variable_vectors, write_atomically)
 from readers import load_cohort
 from finetune_config import (FinetuneConfig, boosted_trees, check_settings, classification_loss, full_optimizer,
-                             full_rate, head_optimizer, head_penalty, head_rate)
+                             full_rate, head_optimizer, head_penalty, head_rate, number_of_trees)
 from model import (CHECKPOINT_FORMAT, ModelConfig, SeqSetVAE, SeqSetVAEPretrain, checkpoint_config, checkpoint_state,
                    load_backbone, read_checkpoint, real_sets)
 
@@ -81,7 +81,8 @@ class PretrainConfig:
         check_settings(self, dict.fromkeys(counts, (1, math.inf)))
 
 
-FOLLOWING = ("num_variables", "classes", "classification_only", "head_trees")  # from the data and other settings
+# Of the model's settings those that follow from the data and from other settings.
+FOLLOWING = ("num_variables", "classes", "classification_only", "head_trees", "head_variables")
 MODEL_FIELDS = {f.name: f for f in fields(ModelConfig) if f.name not in FOLLOWING}
 FINETUNE_FIELDS = {f.name: f for f in fields(FinetuneConfig)}  # what ModelConfig calls alike is the same thing
 # Of the model's settings those that a backbone can be finetuned with, whatever it was pretrained with.
@@ -477,6 +478,7 @@ def read_cohort(data_dir, synthetic_stays, params_map, label_file) -> Cohort:
 
 
 def label_digest(cohort: Cohort) -> str:
+    """Of what is asked of the data: the prediction points and their labels."""
     digest = hashlib.sha256()
     for array in (cohort.point_start, cohort.point_minute, cohort.label):
         digest.update(np.ascontiguousarray(array))
@@ -737,7 +739,7 @@ class Training:
     over its stays; `rate(epoch, step)` the learning rate. Steps are counted from the first epoch's first."""
 
     run: Run
-    stays: np.ndarray  # [n] of the cohort
+    data: Callable  # of an epoch: its dataset, and its stays [n]
     objective: Callable
     rate: Callable
     optimizer: torch.optim.Optimizer
@@ -756,15 +758,17 @@ class Training:
     def epoch(self) -> dict[str, float]:
         """The run's next epoch, or what is left of it: the means of the reported terms over its stays. A signal is
         obeyed at the end of the step."""
-        run, stays, sizes = self.run, self.stays, self.run.dataset.sizes(self.stays)
+        run, cohort = self.run, self.run.dataset.cohort
+        dataset, stays = self.data(run.epoch)
         run.model.train()
+        sizes = dataset.sizes(stays)
         batches = epoch_batches(sizes.sets, self.batch_size, self.seed, run.epoch)
         first = run.epoch * len(batches)
         left = batches[run.done:]
         parts = [split_batch(sizes, batch, WORLD)[RANK::WORLD] for batch in left]
         # A part without a stay takes the batch's first one, which counts nothing: other ranks wait for its gradient.
         own = [stays[part if len(part) else batch[:1]] for batch, some in zip(left, parts) for part in some]
-        stream = loader(run.dataset, own, self.device)
+        stream = loader(dataset, own, self.device)
         bar = progress(zip(left, parts), len(left), f"epoch {run.epoch + 1}", self.batch_size)
         for batch, some in bar:
             step = first + run.done
@@ -772,7 +776,7 @@ class Training:
             stopping = run.stopping()
             run.done += 1
             if step % self.every == 0 or stopping or run.done == len(batches):
-                finite_or_stop(norm, step, run.dataset.cohort.stay_id[stays[batch]], self.scaler, self.every)
+                finite_or_stop(norm, step, cohort.stay_id[stays[batch]], self.scaler, self.every)
                 bar.set_postfix(loss=f"{terms['loss'].item() / len(batch):.3f}", refresh=False)
             if self.scaler.is_enabled():
                 terms["skipped_steps"] = ~torch.isfinite(norm) * len(stays)  # a count, where the others are means
@@ -872,8 +876,8 @@ def pretrain(arguments) -> Path:
     decayed, plain = ([p for p in model.parameters() if (p.dim() > 1) == matrix] for matrix in (True, False))
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
-    training = Training(run, train, objective, rate, optimizer, config.batch_size, config.clip, arguments.seed, device,
-                        dtype)
+    training = Training(run, lambda epoch: (dataset, train), objective, rate, optimizer, config.batch_size, config.clip,
+                        arguments.seed, device, dtype)
     for epoch in run.epochs(config.max_epochs):
         if epoch - run.best["epoch"] > config.patience:
             print(f"early stop: val_loss has not improved for {config.patience} epochs")
@@ -951,20 +955,23 @@ def splits_beside(known: dict, cohort: Cohort, seed: int) -> dict[str, list[str]
 
 
 def labelled(cohort: Cohort, ids: list) -> np.ndarray:
-    stays = stays_of(cohort, ids)
-    return stays[cohort.stay_label[stays] >= 0]
+    """The stays [n] with these ids that have a labelled point."""
+    return stays_with(cohort, labelled_points(cohort, stays_of(cohort, ids)))
 
 
 def label_subset(cohort: Cohort, stays: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """A stratified, seeded share of labelled stays, as if only these had a label."""
+    """The stays of a stratified, seeded share of the subjects of labelled stays, as if only these had a label."""
     if fraction == 1:
         return stays
+    subjects, which = np.unique(cohort.subject[stays], return_inverse=True)
+    label = np.zeros(len(subjects), dtype=int)
+    np.maximum.at(label, which, cohort.stay_label[stays])
     try:
-        part, _ = train_test_split(stays, train_size=fraction, stratify=cohort.stay_label[stays], random_state=seed)
+        part, _ = train_test_split(np.arange(len(subjects)), train_size=fraction, stratify=label, random_state=seed)
     except ValueError as error:
-        raise InputError(f"--label_fraction {fraction}: no such share of {len(stays)} stays keeps both classes "
+        raise InputError(f"--label_fraction {fraction}: no such share of {len(subjects)} subjects keeps both classes "
                          f"({error}); give a larger one") from None
-    return np.sort(part)
+    return stays[np.isin(which, part)]
 
 
 def parameter_counts(model) -> tuple[int, int]:
@@ -987,7 +994,7 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
         split = splits_beside(split or {}, cohort, arguments.seed)
     train, valid = labelled(cohort, split["train"]), labelled(cohort, split["valid"])
     for name, stays in (("train", train), ("valid", valid)):
-        if len(np.unique(cohort.stay_label[stays])) < 2:
+        if len(np.unique(cohort.label[labelled_points(cohort, stays)])) < 2:
             hold = "one class only" if len(stays) else "no label at all"
             raise InputError(f"{cohort.reader}: the labelled {name} stays hold {hold}; finetuning needs both classes: "
                              "check the outcome or label file")
@@ -998,7 +1005,9 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
         print(dataset.describe_unknown())
 
     torch.manual_seed(arguments.seed), random.seed(arguments.seed)
-    model = new_classifier(arguments, config, content, split, dataset).to(device)
+    learned, _ = training_points(cohort, train, config, arguments.seed, 0)
+    listed = common_variables(cohort, dataset, stays_of(cohort, split["train"]), config.most_variables)
+    model = new_classifier(arguments, config, content, dataset, listed, len(learned)).to(device)
     trainable, total = parameter_counts(model)
     print(f"model: SeqSetVAE, {'full training' if full else 'frozen backbone'}, {trainable:,} of {total:,} parameters "
           f"trainable ({trainable / total:.2%}); {device}, {dtype}".replace("torch.", ""))
@@ -1018,20 +1027,22 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
     print(f"split: {', '.join(counts)}, {len(split['test']):,} test stays"
           f"{f' (seed {arguments.seed})' if new else ' of the checkpoint'}; run folder {run.folder}")
 
-    (train_everything if full else train_head)(arguments, config, run, train, valid, device, dtype)
+    trainer = train_everything if full else train_head
+    trainer(arguments, config, run, train, labelled_points(cohort, valid), device, dtype)
     return run.finish(f"validation AUROC {run.best['val_auc']:.4f}, AUPRC {run.best['val_auprc']:.4f}",
                       ["test_suite.py", "--checkpoint"])
 
 
-def new_classifier(arguments, config: FinetuneConfig, content: dict, split: dict, dataset: StayDataset) -> SeqSetVAE:
-    """The model to be finetuned, with the checkpoint's backbone or an untrained one of its sizes. Raises InputError
-    where weights of the backbone are missing."""
+def new_classifier(arguments, config: FinetuneConfig, content: dict, dataset: StayDataset, listed: np.ndarray,
+                   points: int) -> SeqSetVAE:
+    """The model to be finetuned, with the checkpoint's backbone or an untrained one of its sizes; listed [K]: the
+    variables of which its head is told; points: from how many it learns. Raises InputError where weights of the
+    backbone are missing."""
     path, full, cohort = arguments.pretrained_ckpt, arguments.full_training, dataset.cohort
     backbone = checkpoint_config(content, len(dataset.normalizer.variables), path, arguments.set_heads,
                                  arguments.transformer_heads)
     # The trees are fitted to the backbone as it is before full training: to an untrained one that says nothing.
-    trees = None if full and arguments.random_init else config.trees
-    listed = common_variables(cohort, dataset, stays_of(cohort, split["train"]), config.head_variables)
+    trees = None if full and arguments.random_init else number_of_trees(config, points)
     head = {name: value for name, value in asdict(config).items() if name in MODEL_FIELDS}
     head |= {"classification_only": not full, "head_trees": trees, "head_variables": len(listed)}
     model_config = replace(changed(backbone, arguments.changes), **head)
@@ -1056,7 +1067,7 @@ def new_classifier(arguments, config: FinetuneConfig, content: dict, split: dict
 
 
 def ranking(label: np.ndarray, probability: np.ndarray) -> dict:
-    """AUROC, AUPRC and the probability from which a stay counts as positive (best F1) of the validation stays."""
+    """AUROC, AUPRC and the probability from which a point counts as positive (best F1) of the validation points."""
     precision, recall, thresholds = precision_recall_curve(label, probability)
     f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
     return {"val_auc": float(roc_auc_score(label, probability)),
@@ -1064,45 +1075,72 @@ def ranking(label: np.ndarray, probability: np.ndarray) -> dict:
             "threshold": float(thresholds[f1[:-1].argmax()])}
 
 
+def training_points(cohort: Cohort, stays: np.ndarray, config: FinetuneConfig, seed: int, epoch: int):
+    """The labelled points [n] of these stays from which an epoch learns: all of class 1 and, where points are many, a
+    seeded sample of the others; and their weights [n], so that a sampled one stands for those left out."""
+    points = labelled_points(cohort, stays)
+    negative = points[cohort.label[points] == 0]
+    positives = len(points) - len(negative)
+    most = int(max(config.negatives * positives, config.few_points - positives))
+    if len(negative) > most:
+        sample = np.random.default_rng([seed, epoch]).choice(negative, most, replace=False)
+        points = np.sort(np.concatenate([points[cohort.label[points] != 0], sample]))
+    weight = np.where(cohort.label[points] == 0, max(1, len(negative) / most), 1)
+    return points, weight.astype(np.float32)
+
+
 @torch.no_grad()
-def encode_stays(model: SeqSetVAE, dataset: StayDataset, stays: np.ndarray, device) -> torch.Tensor:
-    """Head input of these stays before standardisation, [n, F], in their order: one pass of the backbone over the data,
-    in float32 whatever the precision of training, so that a score does not depend on the machine."""
+def encode_points(model: SeqSetVAE, dataset: StayDataset, points: np.ndarray, device, through=None) -> torch.Tensor:
+    """Head input of these prediction points before standardisation, [n, F], or `through` it (a function of [m, F] that
+    gives [m, c]): one pass of the backbone over their stays, in float32 whatever the precision of training, so that a
+    score does not depend on the machine."""
     model.eval()
-    features = torch.zeros(len(stays), sum(model._feature_sizes().values()), device=device)
-    batches = evaluation_batches(dataset, stays)
+    dataset, stays = dataset.asking(points), stays_with(dataset.cohort, points)
+    batches, result = evaluation_batches(dataset, stays), None
     stream = loader(dataset, [stays[b] for b in batches], device)
-    for places, batch in zip(batches, progress(stream, len(batches), "encoding")):
-        features[torch.from_numpy(places).to(device)] = model.features(batch)[:, 0]
-    return summed(features)  # each rank filled in the stays of its batches
+    for batch in progress(stream, len(batches), "encoding"):
+        features = model.features(batch)[batch.point >= 0]                                   # [m, F]
+        features = features if through is None else through(features)
+        if result is None:
+            result = torch.zeros(len(points), features.shape[1], device=device)
+        result[batch.point[batch.point >= 0]] = features
+    if WORLD > 1:  # each rank filled in the points of its batches; one may have had none
+        width = max(gathered(0 if result is None else result.shape[1]))
+        result = summed(torch.zeros(len(points), width, device=device) if result is None else result)
+    return result
+
+
+def predict(model: SeqSetVAE, dataset: StayDataset, points: np.ndarray, device) -> np.ndarray:
+    """Probability of the positive class at every point, [n] float64."""
+    logits = encode_points(model, dataset, points, device, through=model.classify)
+    return probability_of(logits)
+
+
+def probability_of(logits: torch.Tensor) -> np.ndarray:
+    """logits [n, 2] -> [n] float64."""
+    return logits.float().softmax(-1)[:, 1].cpu().double().numpy()
 
 
 @torch.no_grad()
-def predict(model: SeqSetVAE, features: torch.Tensor) -> np.ndarray:
-    """Probability of the positive class of every stay, [n] float64, from `encode_stays`."""
-    model.eval()
-    return model.classify(features).float().softmax(-1)[:, 1].cpu().double().numpy()
-
-
-@torch.no_grad()
-def prepare_head(model: SeqSetVAE, features, label, config: FinetuneConfig, seed: int) -> None:
-    """Standardise the head's untrained input with the training stays' statistics, start its bias at the log prior of
-    the classes, and fit the trees beside it; features [n, F], label [n]."""
+def prepare_head(model: SeqSetVAE, features, label, weight, config: FinetuneConfig, seed: int) -> None:
+    """Standardise the head's untrained input with the training points' statistics, start its bias at the log prior of
+    the classes, and fit the trees beside it; features [n, F], label, weight [n]."""
     untrained = features[:, features.shape[1] - len(model.feature_mean):]
     model.feature_mean.copy_(untrained.mean(0))
     model.feature_std.copy_(untrained.std(0).clamp(min=1e-6))
-    model.cls_head[-1].bias.copy_(torch.bincount(label, minlength=model.config.classes).div(len(label)).log())
+    prior = torch.bincount(label, weights=weight, minlength=model.config.classes) / weight.sum()
+    model.cls_head[-1].bias.copy_(prior.log())
     if model.trees is not None:
-        model.trees.fit(model.standardise(features), label, boosted_trees(config, seed))
+        model.trees.fit(model.standardise(features), label, weight, boosted_trees(config, len(label), seed))
 
 
-def head_epoch(model, features, label, optimizer, config: FinetuneConfig, batches) -> float:
-    """One epoch of the head on cached features [n, F], label [n]: the mean loss."""
+def head_epoch(model, features, label, weight, optimizer, config: FinetuneConfig, batches) -> float:
+    """One epoch of the head on cached features [n, F], label, weight [n]: the mean loss."""
     model.train()
     total = torch.zeros((), device=features.device)
     for i, batch in enumerate(batches):
         batch = torch.from_numpy(batch).to(features.device)
-        loss = classification_loss(model.classify(features[batch]), label[batch], config)
+        loss = classification_loss(model.classify(features[batch]), label[batch], config, weight[batch])
         ((loss + head_penalty(model, config)) / config.accumulation).backward()
         total += loss.detach() * len(batch)
         if (i + 1) % config.accumulation == 0 or i + 1 == len(batches):
@@ -1112,25 +1150,46 @@ def head_epoch(model, features, label, optimizer, config: FinetuneConfig, batche
     return total.item() / len(label)
 
 
+@dataclass
+class HeadTraining:
+    """Epochs of the head on cached features of the training points of a frozen backbone, encoded once. Equal to
+    uncached training, since the backbone is deterministic in evaluation mode. Of several ranks each trains the same
+    head on all features, from the same seed: that takes seconds, less than reducing the gradients of so small a model
+    at every step."""
+
+    run: Run
+    config: FinetuneConfig
+    seed: int
+
+    def __init__(self, run: Run, train: np.ndarray, config: FinetuneConfig, seed: int, device):
+        self.run, self.config, self.seed = run, config, seed
+        cohort = run.dataset.cohort
+        points, weight = training_points(cohort, train, config, seed, 0)
+        self.features = encode_points(run.model, run.dataset, points, device)
+        self.label = torch.from_numpy(cohort.label[points].astype(np.int64)).to(device)
+        self.weight = torch.from_numpy(weight).to(device)
+        if not run.last:
+            prepare_head(run.model, self.features, self.label, self.weight, config, seed)
+        self.optimizer = head_optimizer(run.model, config)
+
+    def epoch(self, epoch: int) -> float:
+        """The mean loss of an epoch."""
+        self.optimizer.param_groups[0]["lr"] = head_rate(self.config, epoch)
+        batches = epoch_batches(np.ones(len(self.label)), self.config.batch_size, self.seed, epoch)
+        bar = progress(batches, len(batches), f"epoch {epoch + 1}", self.config.batch_size)
+        return head_epoch(self.run.model, self.features, self.label, self.weight, self.optimizer, self.config, bar)
+
+
 def train_head(arguments, config: FinetuneConfig, run: Run, train, valid, device, dtype) -> None:
-    """Frozen backbone: encode the cohort once, then train the head on the cached features. Equal to uncached training,
-    since the backbone is deterministic in evaluation mode. Of several ranks each trains the same head on all features,
-    from the same seed: that takes seconds, less than reducing the gradients of so small a model at every step."""
-    model, dataset, cohort = run.model, run.dataset, run.dataset.cohort
-    features, val_features = (encode_stays(model, dataset, stays, device) for stays in (train, valid))
-    label = torch.from_numpy(cohort.stay_label[train].astype(np.int64)).to(device)
-    if not run.last:
-        prepare_head(model, features, label, config, arguments.seed)
-    optimizer = head_optimizer(model, config)
-    run.restore(device, optimizer=optimizer)
+    """Frozen backbone: the head alone."""
+    head = HeadTraining(run, train, config, arguments.seed, device)
+    val_features = encode_points(run.model, run.dataset, valid, device)
+    run.restore(device, optimizer=head.optimizer)
     for epoch in run.epochs(config.max_epochs):
         if config.patience and epoch - run.best["epoch"] >= config.patience:
             print(f"early stop: the validation AUROC has not improved for {config.patience} epochs")
             break
-        optimizer.param_groups[0]["lr"] = head_rate(config, epoch)
-        batches = epoch_batches(np.ones(len(train)), config.batch_size, arguments.seed, epoch)
-        bar = progress(batches, len(batches), f"epoch {epoch + 1}", config.batch_size)
-        loss = head_epoch(model, features, label, optimizer, config, bar)
+        loss = head.epoch(epoch)
         if not math.isfinite(loss):
             raise InputError(f"epoch {epoch + 1}: the loss is not finite; give a lower rate, for instance "
                              f"--set learning_rate={config.learning_rate / 10:g}")
@@ -1140,38 +1199,41 @@ def train_head(arguments, config: FinetuneConfig, run: Run, train, valid, device
 def train_everything(arguments, config: FinetuneConfig, run: Run, train, valid, device, dtype) -> None:
     """Full training: the head first, on the backbone as it is; then every parameter on classification + reconstruction
     + KL."""
-    model, dataset, cohort = run.model, run.dataset, run.dataset.cohort
+    model, cohort = run.model, run.dataset.cohort
     if not run.last:
-        features = encode_stays(model, dataset, train, device)
-        label = torch.from_numpy(cohort.stay_label[train].astype(np.int64)).to(device)
-        prepare_head(model, features, label, config, arguments.seed)
-        warm_up = head_optimizer(model, config)
+        head = HeadTraining(run, train, config, arguments.seed, device)
         for epoch in range(config.max_epochs):
-            warm_up.param_groups[0]["lr"] = head_rate(config, epoch)
-            batches = epoch_batches(np.ones(len(train)), config.batch_size, arguments.seed, epoch)
-            head_epoch(model, features, label, warm_up, config, batches)
+            head.epoch(epoch)
+        del head
+
+    def data(epoch):
+        points, weight = training_points(cohort, train, config, arguments.seed, epoch)
+        stays = stays_with(cohort, points)
+        return run.dataset.asking(points, weight * (len(stays) / weight.sum())), stays  # 1 a stay, on average
 
     def rate(epoch, step):
         return full_rate(config, epoch, pretrained=not arguments.random_init)
 
     def objective(parallel, batch, step):
         losses = parallel(batch, losses=True)
-        classification = classification_loss(losses["logits"], batch.label, config)
+        classification = classification_loss(losses["logits"], batch.label, config, batch.weight, total=len(batch))
         rest = losses["reconstruction"] + model.config.max_beta * losses["kl"]
         loss = classification + head_penalty(model, config) + config.reconstruction_weight * rest
         return loss, {"loss": classification, "reconstruction": losses["reconstruction"], "kl": losses["kl"]}
 
-    training = Training(run, train, objective, rate, full_optimizer(model, config), config.full_batch_size, config.clip,
+    training = Training(run, data, objective, rate, full_optimizer(model, config), config.full_batch_size, config.clip,
                         arguments.seed, device, dtype)
     for epoch in run.epochs(config.full_max_epochs):
         row = {"epoch": epoch + 1, **training.epoch()}
-        finetuning_epoch(run, row, valid, encode_stays(model, dataset, valid, device), keep_last=False)
+        finetuning_epoch(run, row, valid, encode_points(model, run.dataset, valid, device), keep_last=False)
 
 
 def finetuning_epoch(run: Run, row: dict, valid, val_features, keep_last: bool) -> None:
-    """The end of an epoch: rank the validation stays [n] by their features [n, F]; best.pt is the epoch of the best
+    """The end of an epoch: rank the validation points [n] by their features [n, F]; best.pt is the epoch of the best
     AUROC (`keep_last`: the last)."""
-    row |= ranking(run.dataset.cohort.stay_label[valid], predict(run.model, val_features))
+    with torch.no_grad():
+        logits = run.model.eval().classify(val_features)
+    row |= ranking(run.dataset.cohort.label[valid], probability_of(logits))
     row = gathered(row)[0]  # all go on from the figures of rank 0, should another's device round otherwise
     improved = keep_last or row["val_auc"] > run.best["val_auc"]
     run.end_of_epoch(row, improved)

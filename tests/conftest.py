@@ -1,4 +1,4 @@
-"""Fixtures that several test files share."""
+"""Fixtures that several test files share: checkpoints (each trained once), readers with a cache of their own."""
 
 import multiprocessing
 import os
@@ -70,7 +70,8 @@ def processes():
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("PYTHONPATH", str(Path(train.__file__).parent))
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.test_train", "tests.test_faults", "torch._dynamo"])  # an optimizer imports the latter, for a second
+        # an optimizer imports the latter, for a second
+        context.set_forkserver_preload(["tests.test_train", "tests.test_faults", "torch._dynamo"])
         context.Process(target=os.getpid).start()  # the server
         yield context.Process
 

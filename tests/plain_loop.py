@@ -1,4 +1,7 @@
-"""The model as a plain loop."""
+"""The model once more, written as the original implementation works: one stay, one set, one event at a time.
+
+tests/test_model.py compares the batched model's numbers with these, and benchmark.py its speed.
+"""
 
 import itertools
 from functools import partial
@@ -10,14 +13,15 @@ import torch.nn.functional as F
 close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
-# The model against a plain loop: one set, one stay at a time, as the original implementation works; nothing padded, nothing grouped.
-# `--benchmark` times it.
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
+# The model against a plain loop: one set, one stay at a time, as the original implementation works; nothing padded,
+# nothing grouped. `--benchmark` times it.
+# ----------------------------------------------------------------------------------------------------------------------
 
 def plain_attention(attention, x, y, bias=None):
-    return F.multi_head_attention_forward(x, y, y, x.shape[1], attention.heads, attention.in_proj_weight, attention.in_proj_bias, None, None, False,
-                                          0.0, attention.out_proj.weight, attention.out_proj.bias, attn_mask=bias, need_weights=False)[0]
+    return F.multi_head_attention_forward(
+        x, y, y, x.shape[1], attention.heads, attention.in_proj_weight, attention.in_proj_bias, None, None, False, 0.0,
+        attention.out_proj.weight, attention.out_proj.bias, attn_mask=bias, need_weights=False)[0]
 
 
 def plain_mab(mab, x, y):
@@ -60,7 +64,8 @@ def plain_history(history, z, minutes):
     """z [n, d] of one stay -> h [n, d]."""
     n, d = z.shape
     edges = 10 ** np.linspace(np.log10(0.5), np.log10(1440), 63)
-    x = F.layer_norm(z + plain_sinusoids(z) + history.gap_embedding.weight[np.searchsorted(edges, np.diff(minutes, prepend=minutes[0]))], (d,))
+    x = F.layer_norm(z + plain_sinusoids(z)
+                     + history.gap_embedding.weight[np.searchsorted(edges, np.diff(minutes, prepend=minutes[0]))], (d,))
     minute = z.new_tensor(minutes)
     bias = -history.slope.abs().view(-1, 1, 1) * torch.log1p((minute[:, None] - minute).abs() / history.tau)
     bias = bias.masked_fill(z.new_ones(n, n).triu(1) > 0, -torch.inf)
@@ -91,11 +96,13 @@ def plain_grid(events):
     """Mean [7], number of events [7] and of values [7] of each variable in one set."""
     values = [np.array([x for v, x in events if v == variable]) for variable in range(7)]
     numbers = [x[~np.isnan(x)] for x in values]
-    return np.array([x.mean() if len(x) else 0 for x in numbers]), *(np.array([*map(len, x)]) for x in (values, numbers))
+    means = np.array([x.mean() if len(x) else 0 for x in numbers])
+    return means, np.array([*map(len, values)]), np.array([*map(len, numbers)])
 
 
 def plain_statistics(stay):
-    """[n, 10, 7], and whether there is one: what each prefix of the stay has shown, by the definition of each statistic."""
+    """[n, 10, 7], and whether there is one: what each prefix of the stay has shown, by the definition of each
+    statistic."""
     out = np.zeros((len(stay), 10, 7))
     exists = np.zeros(out.shape, bool)
     for i, v in itertools.product(range(len(stay)), range(7)):
@@ -105,14 +112,15 @@ def plain_statistics(stay):
         if shown[:, 3].any():
             day, x, _, _ = shown[shown[:, 3] > 0].T
             slope = ((day - day.mean()) * (x - x.mean())).mean() / (day.var() + 0.1 ** 2)  # ridge of (0.1 day)^2
-            out[i, [0, 1, 2, 3, 4, 5, 6, 8, 9], v] = (x[-1], x[0], x.mean(), x.max(), x.min(), x.std(), slope, abs(x[-1]),
-                                                      abs(x.mean()))
+            out[i, [0, 1, 2, 3, 4, 5, 6, 8, 9], v] = (x[-1], x[0], x.mean(), x.max(), x.min(), x.std(), slope,
+                                                      abs(x[-1]), abs(x.mean()))
             exists[i, :, v] = True
     return out, exists
 
 
 def plain_future(stay):
-    """[n, 3, 7]: what each variable's means in the later sets are on average, at most and at least, and whether there is any."""
+    """[n, 3, 7]: what each variable's means in the later sets are on average, at most and at least, and whether there
+    is any."""
     out = np.zeros((len(stay), 3, 7))
     exists = np.zeros(out.shape, bool)
     for i, v in itertools.product(range(len(stay)), range(7)):
@@ -153,7 +161,8 @@ def plain_pass(model, stays):
             terms = [plain_chamfer(plain_slots(setvae.decoder, h[i], len(events)), plain_points(setvae, events))
                      for i, (_, events) in enumerate(stay)]
         else:
-            terms = [plain_readout_loss(setvae, h[i], events) + plain_readout_loss(setvae, mu[i], events) for i, (_, events) in enumerate(stay)]
+            terms = [plain_readout_loss(setvae, h[i], events) + plain_readout_loss(setvae, mu[i], events)
+                     for i, (_, events) in enumerate(stay)]
             told = (model.history_readout(h).view(len(stay), 13, -1) @ plain_keys(setvae).T).split((10, 3), dim=1)
             for mine, (statistics, exists) in zip(told, (plain_statistics(stay), plain_future(stay))):
                 for i in np.flatnonzero(exists.any((1, 2))):

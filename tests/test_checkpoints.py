@@ -1,4 +1,4 @@
-"""Checkpoints."""
+"""Tests of checkpoint loading in model.py: ours, the original implementation's, under any prefix, never half loaded."""
 
 from dataclasses import replace
 
@@ -22,17 +22,19 @@ from model import (
 from tests.plain_loop import close
 from tests.tiny import FINETUNE, SHARED, build, tiny
 
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Checkpoints: any wrapper, nothing missing in silence, the original's outputs
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("container", ["ours", "bare", "state_dict"])
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "model.", "module._orig_mod."])
 def test_a_pretrained_backbone_loads_whole_behind_any_prefix(tmp_path, prefix, container):
     model, classifier = build(SeqSetVAEPretrain, tiny()), build(SeqSetVAE, tiny(), seed=2)
     state = {prefix + name: tensor for name, tensor in model.state_dict().items()}
-    rest = {name: dict.fromkeys(_CHECKPOINT_ENTRIES.get(name, ())) if kind is dict else kind() for name, kind in _CHECKPOINT_TYPES.items()}
-    torch.save({"ours": rest | {"format": 1, "model": state}, "bare": state, "state_dict": {"state_dict": state}}[container], tmp_path / "some.pt")
+    rest = {name: dict.fromkeys(_CHECKPOINT_ENTRIES.get(name, ())) if kind is dict else kind()
+            for name, kind in _CHECKPOINT_TYPES.items()}
+    torch.save({"ours": rest | {"format": 1, "model": state}, "bare": state,
+                "state_dict": {"state_dict": state}}[container], tmp_path / "some.pt")
     report = load_backbone(classifier, load_checkpoint_weights(tmp_path / "some.pt"))
     assert report.complete and not report.unexpected and report.skipped == ["mask_token"]
     for name, tensor in classifier.state_dict().items():
@@ -49,13 +51,14 @@ def test_a_missing_backbone_tensor_stops_finetuning_unless_allowed(tmp_path, cap
     command = [*FINETUNE, str(tmp_path / "partial.pt"), "--run_dir", str(tmp_path / "run")]
     assert train.main(command) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and "history.tau" in error and "setvae.embed.0.bias" in error
+    assert error.startswith("error: ") and error.count("\n") == 1 and "history.tau" in error
+    assert "setvae.embed.0.bias" in error
     assert train.main([*command, "--allow_partial"]) == 0
 
 
 def fixture_of_the_original(name):
-    """(content of a checkpoint of the original implementation, its expected outputs, its five sets as a batch, their vectors, the path).
-    Every event is a variable of its own, because the original takes a vector an event."""
+    """(content of a checkpoint of the original implementation, its expected outputs, its five sets as a batch, their
+    vectors, the path). Every event is a variable of its own, because the original takes a vector an event."""
     path = SHARED / "fixtures" / f"{name}.ckpt"
     if not path.exists():
         pytest.skip(f"{path} is absent: compatibility with the original implementation was not tried")
@@ -64,9 +67,12 @@ def fixture_of_the_original(name):
     sizes = torch.tensor([len(expected[f"val_{i}"]) for i in range(5)])
     events, width, column = len(values), int(sizes.max()), torch.arange(int(sizes.max()))
     cells = torch.where(column < sizes[:, None], (sizes.cumsum(0) - sizes)[:, None] + column, events)
-    batch = EventBatch(event_variable=torch.arange(events), event_value=values, event_slot=torch.arange(5).repeat_interleave(sizes),
-                       groups=[(5, width)], token_event=cells.flatten(), group_slot=torch.arange(5), slot_set=torch.arange(5)[None],
-                       minute=expected["minutes"].float()[None], lengths=torch.tensor([5]), label=torch.tensor([0]), stay=torch.tensor([0]))
+    batch = EventBatch(event_variable=torch.arange(events), event_value=values,
+                       event_slot=torch.arange(5).repeat_interleave(sizes),
+                       groups=[(5, width)], token_event=cells.flatten(), group_slot=torch.arange(5),
+                       slot_set=torch.arange(5)[None],
+                       minute=expected["minutes"].float()[None], lengths=torch.tensor([5]), label=torch.tensor([0]),
+                       stay=torch.tensor([0]))
     return read_checkpoint(path), expected, batch, vectors, path
 
 
@@ -88,7 +94,8 @@ def test_an_original_finetuned_checkpoint_gives_its_features_and_logits():
     state = checkpoint_state(content, path)
     report = load_backbone(model, state)
     assert report.complete and not report.unexpected
-    model.cls_head.load_state_dict({name.removeprefix("cls_head."): x for name, x in state.items() if name.startswith("cls_head.")})
+    model.cls_head.load_state_dict({name.removeprefix("cls_head."): x
+                                    for name, x in state.items() if name.startswith("cls_head.")})
     with torch.no_grad():
         close(model.features(batch)[0], expected["features"])
         close(model(batch)[0], expected["logits"])

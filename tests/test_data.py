@@ -1,4 +1,4 @@
-"""Cohorts, splits, normalisation, the cache, batches."""
+"""Tests of data.py: how a cohort is built, split, normalised and batched, and that a batch forgets no event."""
 
 import itertools
 import tracemalloc
@@ -17,6 +17,7 @@ from data import (
     StayDataset,
     StaySizes,
     build_cohort,
+    divided_subjects,
     epoch_batches,
     group_widths,
     make_splits,
@@ -34,9 +35,9 @@ from tests.plain_loop import close, plain_grid
 from tests.tiny import NAMES, PLAIN, as_lists, batch_of, build, cohort_of, random_stays, tiny
 from train import update
 
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Batches: nothing forgotten, nothing twice, padding never counts
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_measurements_equal_a_plain_loop():
@@ -64,7 +65,8 @@ def test_measurements_equal_a_plain_loop():
 
 
 def test_a_point_sees_the_last_set_not_after_it_and_a_stay_ends_with_its_last_point():
-    cohort = cohort_of([[(m, [(0, 1.0), (1, m)]) for m in (0, 10, 20, 30)], [(m, [(2, 1.0)]) for m in (5, 6)], [(7, [(3, 0.0)])]])
+    cohort = cohort_of([[(m, [(0, 1.0), (1, m)]) for m in (0, 10, 20, 30)], [(m, [(2, 1.0)]) for m in (5, 6)],
+                        [(7, [(3, 0.0)])]])
     cohort = replace(cohort, point_start=np.array([0, 3, 6, 6]), point_minute=np.array([-1, 10, 25.5, 5, 5.5, 9]),
                      label=np.array([0, 0, 1, -1, 0, 1], dtype=np.int8))
     dataset = StayDataset(cohort, PLAIN, points=True)
@@ -85,8 +87,10 @@ def test_no_event_and_no_set_is_forgotten():
     for stays in epoch_batches(np.diff(cohort.stay_start), 5, seed=0, epoch=0):
         batch = dataset[stays]
         cells = batch.token_event[batch.token_event < len(batch.event_value)]
-        assert cells.sort().values.tolist() == list(range(len(batch.event_value)))      # every event in exactly one cell
-        assert sorted(batch.slot_set[batch.slot_set < len(batch.group_slot)].tolist()) == list(range(int(batch.lengths.sum())))
+        # every event in exactly one cell
+        assert cells.sort().values.tolist() == list(range(len(batch.event_value)))
+        slots = batch.slot_set[batch.slot_set < len(batch.group_slot)]
+        assert sorted(slots.tolist()) == list(range(int(batch.lengths.sum())))
         assert batch.cell_count.sum() == len(batch.event_value) == cohort.stay_events[stays].sum()
         events, sets = events + len(batch.event_value), sets + int(batch.lengths.sum())
     assert events == len(cohort.event_value) and sets == len(cohort.set_minute)
@@ -158,8 +162,8 @@ def test_losses_and_gradients_are_the_same_whatever_the_padding(decoder):
         model.zero_grad()
         losses = model(batch, 1e-2)
         losses["loss"].backward()
-        seen.append({name: x for name, x in losses.items() if name != "mu"} | {name: p.grad.clone() for name, p in model.named_parameters()
-                                                                            if p.grad is not None})
+        seen.append({name: x for name, x in losses.items() if name != "mu"}
+                    | {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     assert len(batch_of(stays, 1).groups) != len(batch_of(stays, 6).groups)
     close(*seen)
 
@@ -167,7 +171,8 @@ def test_losses_and_gradients_are_the_same_whatever_the_padding(decoder):
 @pytest.mark.parametrize("decoder", ["readout", "slots"])
 @pytest.mark.parametrize("mode", ["pretrain", "full training"])
 def test_a_training_step_asks_the_device_for_no_value(mode, decoder):
-    """Tensors of the meta device have no values: `.item()`, a boolean index or a shape that depends on data fails there."""
+    """Tensors of the meta device have no values: `.item()`, a boolean index or a shape that depends on data fails
+    there."""
     config, batch = tiny(decoder=decoder, classification_only=False, hide_sets=.1), batch_of(random_stays()).to("meta")
     if mode == "pretrain":
         model = build(SeqSetVAEPretrain, config).to("meta").train()
@@ -182,7 +187,8 @@ def test_a_training_step_asks_the_device_for_no_value(mode, decoder):
 
 def test_padding_between_sets_of_one_stay_is_under_fifteen_percent():
     cohort = synthetic_cohort(200)
-    dataset, batches = StayDataset(cohort, Normalizer.fit(cohort, np.arange(200))), epoch_batches(np.diff(cohort.stay_start), 8, 0, 0)
+    dataset = StayDataset(cohort, Normalizer.fit(cohort, np.arange(200)))
+    batches = epoch_batches(np.diff(cohort.stay_start), 8, 0, 0)
     cells = sum(len(dataset[stays].token_event) for stays in batches)
     assert 1 < cells / len(cohort.event_value) < 1.15
 
@@ -193,7 +199,8 @@ def test_group_widths_are_optimal(groups):
     for _ in range(20):
         sizes = rng.integers(1, 12, rng.integers(1, 15))
         cost = lambda bounds: sum(min(b for b in bounds if b >= s) for s in sizes)
-        best = min(cost((*some, sizes.max())) for k in range(groups) for some in itertools.combinations(np.unique(sizes), k))
+        best = min(cost((*some, sizes.max())) for k in range(groups)
+                   for some in itertools.combinations(np.unique(sizes), k))
         widths = group_widths(*np.unique(sizes, return_counts=True), groups)
         assert len(widths) <= groups and cost(widths) == best
 
@@ -201,7 +208,8 @@ def test_group_widths_are_optimal(groups):
 def test_round_up_is_tight_and_leaves_few_sizes():
     rounded = [round_up(n) for n in range(1, 5000)]
     assert all(n <= r <= 1.125 * n + 1e-9 for n, r in enumerate(rounded, start=1)) and rounded == sorted(rounded)
-    assert all(len({r for r in rounded if low < r <= 2 * low}) <= 8 for low in (16, 64, 1024)) and [round_up(r) for r in rounded] == rounded
+    assert all(len({r for r in rounded if low < r <= 2 * low}) <= 8 for low in (16, 64, 1024))
+    assert [round_up(r) for r in rounded] == rounded
 
 
 def test_ranges_concatenate():
@@ -209,27 +217,32 @@ def test_ranges_concatenate():
     assert ranges(np.array([], int), np.array([], int)).tolist() == []
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Data: cohorts, splits, normalisation, the cache
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_cohort_sorts_events_into_sets():
-    events = [(2, 30, 1, 5.0), (0, 9, 2, 1.0), (2, 30, 0, 6.0), (0, 3, 2, 2.0), (2, 30, 1, 5.0), (0, 9, 1, 3.0)]  # stay 1 has none
-    cohort = build_cohort("handmade", ["z", "b", "a", "never"], *map(np.array, zip(*events)), stay_id=["p", "q", "r"], label=[1, 0, -1])
-    assert as_lists(cohort) == {"p": [(3, [("a", 2)]), (9, [("a", 1), ("b", 3)])], "r": [(30, [("b", 5), ("z", 6), ("b", 5)])]}
-    assert cohort.variables == ["a", "b", "z"] and cohort.label.tolist() == [1, -1] and cohort.notes["stays without a usable event"] == 1
+    # stay 1 has none
+    events = [(2, 30, 1, 5.0), (0, 9, 2, 1.0), (2, 30, 0, 6.0), (0, 3, 2, 2.0), (2, 30, 1, 5.0), (0, 9, 1, 3.0)]
+    cohort = build_cohort("handmade", ["z", "b", "a", "never"], *map(np.array, zip(*events)), stay_id=["p", "q", "r"],
+                          label=[1, 0, -1])
+    assert as_lists(cohort) == {"p": [(3, [("a", 2)]), (9, [("a", 1), ("b", 3)])],
+                                "r": [(30, [("b", 5), ("z", 6), ("b", 5)])]}
+    assert cohort.variables == ["a", "b", "z"] and cohort.label.tolist() == [1, -1]
+    assert cohort.notes["stays without a usable event"] == 1
 
 
 def test_a_stay_id_that_occurs_twice_is_refused():
     with pytest.raises(InputError, match="stay p occurs more than once"):
-        build_cohort("x", ["a"], np.array([0, 1]), np.array([0, 0]), np.array([0, 0]), np.array([1, 1]), stay_id=["p", "p"], label=[0, 0])
+        build_cohort("x", ["a"], np.array([0, 1]), np.array([0, 0]), np.array([0, 0]), np.array([1, 1]),
+                     stay_id=["p", "p"], label=[0, 0])
 
 
 def test_normalizer_is_fitted_on_training_stays_only():
     cohort, training = synthetic_cohort(24), np.arange(12)
-    changed = replace(cohort, event_value=np.where(np.arange(len(cohort.event_value)) < cohort.set_start[cohort.stay_start[12]],
-                                                   cohort.event_value, 1e6).astype(np.float32))
+    trained = np.arange(len(cohort.event_value)) < cohort.set_start[cohort.stay_start[12]]
+    changed = replace(cohort, event_value=np.where(trained, cohort.event_value, 1e6).astype(np.float32))
     a, b = (Normalizer.fit(c, training) for c in (cohort, changed))
     assert all(np.array_equal(getattr(a, name), getattr(b, name)) for name in ("mean", "std", "log_scale"))
     assert not np.array_equal(a.mean, Normalizer.fit(changed, np.arange(24)).mean)
@@ -254,7 +267,8 @@ def test_a_constant_variable_stays_visible():
 def test_splits_are_seeded_stratified_disjoint_and_complete():
     cohort = synthetic_cohort(300)
     split = make_splits(cohort, 0)
-    assert sorted(sum(split.values(), [])) == sorted(cohort.stay_id) and [len(split[s]) for s in ("train", "valid", "test")] == [192, 48, 60]
+    assert sorted(sum(split.values(), [])) == sorted(cohort.stay_id)
+    assert [len(split[s]) for s in ("train", "valid", "test")] == [192, 48, 60]
     rates = [cohort.label[stays_of(cohort, ids)].mean() for ids in split.values()]
     assert max(rates) - min(rates) < 0.02
     assert make_splits(cohort, 0) == split != make_splits(cohort, 1)
@@ -263,6 +277,50 @@ def test_splits_are_seeded_stratified_disjoint_and_complete():
 def test_the_data_sets_own_split_is_kept():
     cohort = replace(cohort_of(random_stays()), split=np.array([2, 0, 1, 0], dtype=np.int8))
     assert make_splits(cohort, 0) == {"train": ["stay1", "stay3"], "valid": ["stay2"], "test": ["stay0"]}
+
+
+def stays_with(label, subject=None, split=None):
+    """A cohort of one event a stay."""
+    n = len(label)
+    return build_cohort("x", ["a"], np.arange(n), np.zeros(n), np.zeros(n, int), np.ones(n), np.arange(n), label, split, subject=subject)
+
+
+def test_the_stays_of_a_subject_stay_in_one_part():
+    label = np.random.default_rng(0).random(300) < .2
+    cohort = stays_with(label, subject=[f"s{i // 3}" for i in range(300)])
+    split = make_splits(cohort, 0)
+    assert sorted(sum(split.values(), [])) == sorted(cohort.stay_id) and [len(x) for x in split.values()] == [192, 48, 60]
+    assert divided_subjects(cohort, split) == 0 == divided_subjects(cohort, make_splits(cohort, 1))
+    rates = [cohort.stay_label[stays_of(cohort, ids)].mean() for ids in split.values()]
+    assert max(rates) - min(rates) < .1
+    given = replace(cohort, split=(np.arange(300) // 4 % 3).astype(np.int8))
+    assert "patients in two parts: 50" in given.describe() and "two parts" not in cohort.describe()
+
+
+@pytest.mark.parametrize("label, positive", [
+    ([1] + [0] * 59, [1, 0, 0]), ([0] * 57 + [1, 1, -1], [1, 1, 0]), ([1, 1, 1, 0, 0, 0], [1, 1, 1]), ([1, 0, 0], [1, 0, 0]),
+    ([-1] + [1, 0] * 10, None)])
+def test_a_split_that_cannot_be_stratified_is_drawn_all_the_same(label, positive):
+    for seed in range(20):
+        split = make_splits(stays_with(label), seed)
+        parts = [stays_of(stays_with(label), ids) for ids in split.values()]
+        assert sorted(np.concatenate(parts)) == list(range(len(label))) and all(map(len, parts))
+        found = [(np.array(label)[part] == 1).sum() for part in parts]
+        assert found == positive if positive else min(found) > 0
+        assert make_splits(stays_with(label), seed) == split
+
+
+def test_two_stays_cannot_be_split():
+    with pytest.raises(InputError, match="x: 2 stays or patients cannot be split into train, valid and test"):
+        make_splits(stays_with([0, 1]), 0)
+
+
+def test_valid_is_drawn_from_train_where_the_split_names_none():
+    split = np.repeat([0, 2, -1], [50, 20, 5])
+    cohort = stays_with(np.arange(75) % 5 == 0, subject=np.arange(75) // 2, split=split)
+    parts = make_splits(cohort, 0)
+    assert [len(ids) for ids in parts.values()] == [40, 10, 20] and divided_subjects(cohort, parts) == 0
+    assert sorted(parts["train"] + parts["valid"], key=int) == cohort.stay_id[:50].tolist() and parts != make_splits(cohort, 1)
 
 
 def test_synthetic_cohort_is_deterministic():
@@ -300,7 +358,8 @@ def test_a_variable_has_the_same_unit_vector_in_every_vocabulary():
 def test_an_event_of_an_unknown_variable_is_dropped_and_named():
     stays = random_stays()
     known = [[(minute, [(v, x) for v, x in events if v < 5]) for minute, events in stay] for stay in stays]
-    dataset = StayDataset(cohort_of(stays), Normalizer(NAMES[:5], *np.array([[0] * 5, [1] * 5, [0] * 5], dtype=np.float32)))
+    dataset = StayDataset(cohort_of(stays),
+                          Normalizer(NAMES[:5], *np.array([[0] * 5, [1] * 5, [0] * 5], dtype=np.float32)))
     batch, model = dataset[np.arange(4)], build(SeqSetVAEPretrain, tiny(num_variables=5))
     assert dataset.unknown_variables == NAMES[5:] and len(batch.event_value) == sum(len(e) for s in known for _, e in s)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Scoring."""
+"""Tests of evaluate.py, protocol.py, benchmark.py and of README.md: what users run with a checkpoint."""
 
 import json
 import re
@@ -39,20 +39,22 @@ from tests.tiny import (
 )
 from train import encode_stays, predict
 
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # What users bring and take away: original checkpoints, predictions, pictures, the commands of the README
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def original_data(tmp_path_factory):
-    """Options for a folder of the original layout with vectors of 24 dimensions, as the original's fixtures take: 40 stays."""
+    """Options for a folder of the original layout with vectors of 24 dimensions, as the original's fixtures take: 40
+    stays."""
     if not (SHARED / "fixtures").exists():
         pytest.skip("shared/fixtures is absent: compatibility with the original implementation was not tried")
     home, rng = tmp_path_factory.mktemp("original"), np.random.default_rng(0)
     names = [f"lab{v}" for v in range(7)]
     for i, stay in enumerate(random_stays(rng.integers(1, 9, 40))):
         lines = [f"{names[v]},{x + 5},{minute}" for minute, events in stay for v, x in events]
-        write(home / f"patient_ehr/{data.SPLITS[i % 4 % 3]}/{i}.csv", "\n".join(["variable,value,minute", *lines]) + "\n")
+        write(home / f"patient_ehr/{data.SPLITS[i % 4 % 3]}/{i}.csv",
+              "\n".join(["variable,value,minute", *lines]) + "\n")
     write(home / "oc.csv", "ts_id,in_hospital_mortality\n" + "".join(f"{i},{i // 4 % 2}\n" for i in range(40)))
     write(home / "stats.csv", "variable,mean,std\n" + "".join(f"{name},5,1\n" for name in names))
     pd.DataFrame(rng.normal(size=(7, 24))).assign(Key=names).to_csv(home / "cached.csv", index=False)
@@ -94,15 +96,18 @@ def test_an_original_checkpoint_is_finetuned_and_scored(tmp_path, capsys, origin
 def test_an_original_finetuned_checkpoint_is_scored_with_its_data(tmp_path, capsys, original_data, prefix):
     whole = SHARED / "fixtures" / "original_finetuned_small.ckpt"
     bare = without_hyper_parameters("original_finetuned_small", prefix, tmp_path)
-    assert main(["--checkpoint", str(whole), *original_data, "--predictions", str(tmp_path / "whole.csv"), "--json", str(tmp_path / "a.json")]) == 0
+    assert main(["--checkpoint", str(whole), *original_data, "--predictions", str(tmp_path / "whole.csv"), "--json",
+                 str(tmp_path / "a.json")]) == 0
     assert main(["--checkpoint", str(bare), *original_data, *HEADS, "--predictions", str(tmp_path / "bare.csv")]) == 0
     assert (tmp_path / "whole.csv").read_bytes() == (tmp_path / "bare.csv").read_bytes()
     assert json.loads((tmp_path / "a.json").read_text())["stays"] == 10  # patient_ehr/test
 
     # The probabilities are those of its weights on the data's values, vectors and statistics.
     model, _, cohort, dataset, _ = open_classifier(whole, original_data[1], original_data[3], original_data[5])
-    assert model.config.features == "stable" and model.config.head_widths is None and model.trees is None and model.config.classification_only
-    assert dataset.normalizer.mean.tolist() == [5] * 7 and torch.equal(model.setvae.vocabulary, torch.from_numpy(np.array(cohort.vectors)))
+    assert model.config.features == "stable" and model.config.head_widths is None and model.trees is None
+    assert model.config.classification_only
+    assert dataset.normalizer.mean.tolist() == [5] * 7
+    assert torch.equal(model.setvae.vocabulary, torch.from_numpy(np.array(cohort.vectors)))
     table = pd.read_csv(tmp_path / "whole.csv")
     with torch.no_grad():
         expected = model(dataset[np.arange(len(cohort))]).softmax(-1)[:, 1]
@@ -110,43 +115,54 @@ def test_an_original_finetuned_checkpoint_is_scored_with_its_data(tmp_path, caps
     capsys.readouterr()
     one_error_line(capsys, main(["--checkpoint", str(whole), "--data_dir", original_data[1]]), "--params_map")
     one_error_line(capsys, main(["--checkpoint", str(whole)]), "cached.csv")
-    one_error_line(capsys, main(["--checkpoint", str(SHARED / "fixtures" / "original_small.ckpt"), *original_data]), "not a finetuned checkpoint")
+    one_error_line(capsys, main(["--checkpoint", str(SHARED / "fixtures" / "original_small.ckpt"), *original_data]),
+                   "not a finetuned checkpoint")
     one_error_line(capsys, main(["--checkpoint", str(whole), *original_data, "--baselines"]), "--baselines")
 
 
-@pytest.mark.parametrize("config", [dict(features="beliefs", summaries=True), dict(features="multiscale"), dict(classification_only=False),
+@pytest.mark.parametrize("config", [dict(features="beliefs", summaries=True), dict(features="multiscale"),
+                                    dict(classification_only=False),
                                     dict(decoder="slots", features="stable", summaries=True)])
 def test_the_risk_over_time_equals_scoring_the_truncated_stay(config):
     stay = random_stays([37])[0]
     model, cohort = build(SeqSetVAE, tiny(**config)), cohort_of([random_stays([5])[0], stay])
     trajectory = risk_over_time(model, StayDataset(cohort, PLAIN), 1, together=8)
     truncated = StayDataset(cohort_of([stay[:end] for end in range(1, 38)]), PLAIN)
-    np.testing.assert_allclose(trajectory["risk"], predict(model, encode_stays(model, truncated, np.arange(37), CPU)), atol=1e-5)  # float32, in other batches
-    assert trajectory["minute"] == [minute for minute, _ in stay] and trajectory["events"] == [len(events) for _, events in stay]
+    # float32, in other batches
+    np.testing.assert_allclose(trajectory["risk"], predict(model, encode_stays(model, truncated, np.arange(37), CPU)),
+                               atol=1e-5)
+    assert trajectory["minute"] == [minute for minute, _ in stay]
+    assert trajectory["events"] == [len(events) for _, events in stay]
 
 
 def test_the_analysis_writes_what_is_asked_for_with_or_without_labels(tmp_path, capsys, finetuned):
     pytest.importorskip("matplotlib")
     model, content, cohort, dataset, _ = open_classifier(finetuned)
     names = ("predictions", "embeddings", "json", "plots")
-    options = [text for name in names for text in (f"--{name}", str(tmp_path / name))] + ["--trajectory", cohort.stay_id[3]]
+    options = [text for name in names for text in (f"--{name}", str(tmp_path / name))]
+    options += ["--trajectory", cohort.stay_id[3]]
     capsys.readouterr()
     assert main(["--checkpoint", str(finetuned), *options]) == 0
     printed, figures = capsys.readouterr().out, json.loads((tmp_path / "json").read_text())
     auroc = figures["methods"][CHECKPOINT]["auroc"]
-    assert f"AUROC                {auroc['value']:.4f}  95% [{auroc['interval'][0]:.3f}, {auroc['interval'][1]:.3f}]" in printed
+    low, high = auroc["interval"]
+    assert f"AUROC                {auroc['value']:.4f}  95% [{low:.3f}, {high:.3f}]" in printed
     table, arrays = pd.read_csv(tmp_path / "predictions"), np.load(tmp_path / "embeddings")
-    assert table["stay_id"].tolist() == arrays["stay_id"].tolist() == cohort.stay_id.tolist() and table["label"].tolist() == cohort.label.tolist()
+    assert table["stay_id"].tolist() == arrays["stay_id"].tolist() == cohort.stay_id.tolist()
+    assert table["label"].tolist() == cohort.label.tolist()
     test = table[table["split"] == "test"]
     assert auroc["value"] == roc_auc_score(test["label"], test["probability"]) and figures["stays"] == len(test)
     np.testing.assert_allclose(predict(model, torch.from_numpy(arrays["features"])), table["probability"], atol=1e-6)
     assert arrays["h"].shape == (24, model.config.latent_dim)
     trajectory = figures["trajectory"]
-    assert trajectory["stay"] == cohort.stay_id[3] and trajectory["risk"][-1] == pytest.approx(table["probability"][3], abs=1e-6)
+    assert trajectory["stay"] == cohort.stay_id[3]
+    assert trajectory["risk"][-1] == pytest.approx(table["probability"][3], abs=1e-6)
     assert f"{trajectory['risk'][0]:.4f}" in printed
-    assert sorted(file.name for file in (tmp_path / "plots").iterdir()) == ["calibration.png", "curves.png", "features.png", "ranking.png", "trajectory.png"]
+    pictures = [f"{name}.png" for name in ("calibration", "curves", "features", "ranking", "trajectory")]
+    assert sorted(file.name for file in (tmp_path / "plots").iterdir()) == pictures
 
-    unlabelled = ["--checkpoint", str(finetuned), "--data_dir", str(write_long_table(tmp_path / "unlabelled", cohort, labels=False))]
+    unlabelled = ["--checkpoint", str(finetuned), "--data_dir",
+                  str(write_long_table(tmp_path / "unlabelled", cohort, labels=False))]
     assert main([*unlabelled, "--predictions", str(tmp_path / "new.csv")]) == 0
     assert "nothing to score" in capsys.readouterr().out
     again = pd.read_csv(tmp_path / "new.csv")
@@ -169,29 +185,34 @@ def test_the_protocols_table_pairs_each_method_with_the_better_baseline(tmp_path
     for seed in range(2):
         for method, noise in zip((*BASELINES, Cell().name), (1.5, 1.0, 0.3)):
             (tmp_path / f"seed{seed}").mkdir(exist_ok=True)
-            table = pd.DataFrame({"stay_id": range(60), "label": label.astype(int), "probability": label + noise * rng.normal(size=60)})
+            table = pd.DataFrame({"stay_id": range(60), "label": label.astype(int),
+                                  "probability": label + noise * rng.normal(size=60)})
             table.to_csv(predictions_path(tmp_path / f"seed{seed}", method, 1.0), index=False)
     print_protocol(tmp_path)
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ") and "±" in line]
-    assert [row[0][2:] for row in rows] == [Cell().name, BASELINES[1], BASELINES[0]] and all(row[1] == "2" for row in rows)
+    assert [row[0][2:] for row in rows] == [Cell().name, BASELINES[1], BASELINES[0]]
+    assert all(row[1] == "2" for row in rows)
     assert rows[0][4].startswith("+0.") and rows[2][4].startswith("-0.") and rows[1][4].strip() == ""
 
 
 def test_the_benchmarks_plain_loop_agrees_with_the_batched_model():
-    config = ModelConfig.original(7, input_dim=12, reduced_dim=8, latent_dim=16, inducing=3, layers=2, heads=2, ff_dim=24)
+    config = ModelConfig.original(7, input_dim=12, reduced_dim=8, latent_dim=16, inducing=3, layers=2, heads=2,
+                                  ff_dim=24)
     assert_plain_loop_agrees(config, StayDataset(cohort_of(random_stays()), PLAIN), np.arange(4))
 
 
 def test_the_benchmark_prints_a_table_and_appends_to_its_csv(tmp_path, capsys, monkeypatch, processes):
     sizes = dict(input_dim=12, reduced_dim=8, latent_dim=16, inducing=3, layers=2, heads=2, ff_dim=24)
-    for name, value in {"BENCHMARK": {"tiny": (partial(ModelConfig.original, **sizes), 1, 1, 3, (PLAIN_LOOP, "float32"))}, "ROUNDS": 1, "LOOPED": 2,
+    for name, value in {"BENCHMARK": {"tiny": (partial(ModelConfig.original, **sizes), 1, 1, 3,
+                                               (PLAIN_LOOP, "float32"))}, "ROUNDS": 1, "LOOPED": 2,
                         "MATMUL": 64, "CHECKPOINTS": tmp_path}.items():
         monkeypatch.setattr(benchmark, name, value)
     folder = write_long_table(tmp_path / "table", synthetic_cohort(24), labels=False)
     for runs in (1, 2):
         assert main(["--benchmark", "--data_dir", str(folder)]) == 0
         out, written = capsys.readouterr().out, pd.read_csv(tmp_path / "benchmark.csv")
-        assert all(word in out for word in ("pretrain step", "3-epoch finetune", "inference", "plain loop", "x plain", "% of peak"))
+        assert all(word in out
+                   for word in ("pretrain step", "3-epoch finetune", "inference", "plain loop", "x plain", "% of peak"))
         assert (written.groupby(["what", "unit"]).size() == runs).all() and (written["value"] > 0).sum() > 40 * runs
     faster = written[written["what"].eq("tiny, pretrain step, float32") & written["unit"].eq("x plain")]["value"]
     assert len(faster) == 2 and (faster > 1).all()  # else the batches are worth nothing
@@ -206,8 +227,10 @@ def readme_blocks(marker: str) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("folder, reader, stay, label, options", [
-    ("my_table", "long table", "1001", 0, {}), ("physionet2012", "PhysioNet 2012", "132539", 0, {}), ("physionet2019", "PhysioNet 2019", "p000001", 0, {}),
-    ("original", "original layout", "200001", 0, {"params_map": "stats.csv", "label_file": "oc.csv"}), ("meds", "MEDS", "1@2020-01-02T08:00", 0, {})])
+    ("my_table", "long table", "1001", 0, {}), ("physionet2012", "PhysioNet 2012", "132539", 0, {}),
+    ("physionet2019", "PhysioNet 2019", "p000001", 0, {}),
+    ("original", "original layout", "200001", 0, {"params_map": "stats.csv", "label_file": "oc.csv"}),
+    ("meds", "MEDS", "1@2020-01-02T08:00", 0, {})])
 def test_the_readmes_examples_of_data_are_read(tmp_path, load, monkeypatch, folder, reader, stay, label, options):
     for path, text in readme_blocks("file"):
         write(tmp_path / path, text)
@@ -229,9 +252,11 @@ def test_the_readmes_commands_for_ones_own_table(tmp_path, capsys, monkeypatch):
     cohort = synthetic_cohort(60)
     write_long_table(tmp_path / "my_table", replace(cohort, stay_id=np.arange(1001, 1061).astype(str)), labels=True)
     monkeypatch.chdir(tmp_path)
+    commands = {"train.py": lambda options: train.main([*options, "--max_epochs", "1"]), "test_suite.py": main}
     for line in (line for _, block in readme_blocks("run") for line in block.splitlines()):
         python, script, *options = shlex.split(line, comments=True)
-        assert python == "python" and {"train.py": train.main, "test_suite.py": main}[script](options + ["--max_epochs", "1"] * (script == "train.py")) == 0, line
+        assert python == "python" and commands[script](options) == 0, line
     assert "Stay 1001 (label" in capsys.readouterr().out
-    assert json.loads(Path("mine.json").read_text())["stays"] == 12 and len(pd.read_csv("mine.csv")) == len(np.load("mine.npz")["h"]) == 60
+    assert json.loads(Path("mine.json").read_text())["stays"] == 12
+    assert len(pd.read_csv("mine.csv")) == len(np.load("mine.npz")["h"]) == 60
     assert len(list(Path("mine-plots").glob("*.png"))) == 4

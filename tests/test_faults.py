@@ -1,4 +1,7 @@
-"""Faults."""
+"""What can go wrong: bad data, checkpoints and options, killed processes, full disks, damaged files, leaks, numerics.
+
+A refusal is one line and exit code 2. The tests named `random` are short here and long under `test_suite.py --soak`.
+"""
 
 import collections
 import contextlib
@@ -24,14 +27,7 @@ import torch
 import torch.nn as nn
 
 import train
-from data import (
-    InputError,
-    Normalizer,
-    StayDataset,
-    ranges,
-    stay_event_index,
-    write_atomically,
-)
+from data import InputError, Normalizer, StayDataset, ranges, stay_event_index, write_atomically
 from evaluate import open_classifier
 from model import read_checkpoint
 from readers import load_cohort, synthetic_cohort
@@ -52,9 +48,9 @@ from tests.tiny import (
     write_physionet,
 )
 
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Bad input: one line that names the file, exit code 2
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 def with_line(line, at=3):
     """RECORDS with one line more in the second record, `at` lines below its header."""
@@ -74,7 +70,8 @@ def archive_that_claims(kind):
     """A tar header that promises a gigabyte, and nothing after it."""
     member = tarfile.TarInfo("set-a/1.txt")
     member.type, member.size = kind, 2**30
-    return lambda folder: (write_physionet(folder, archive=True) / "set-a.tar.gz").write_bytes(gzip.compress(member.tobuf()))
+    body = gzip.compress(member.tobuf())
+    return lambda folder: (write_physionet(folder, archive=True) / "set-a.tar.gz").write_bytes(body)
 
 
 def linked(name, target):
@@ -99,21 +96,25 @@ BAD_DATA = {  # what is wrong: (make it at this folder, what the message names)
     "no time": (lambda f: write_physionet(f, records=with_line(",HR,80")), "132540.txt line 5"),
     "text value": (lambda f: write_physionet(f, records=with_line("00:30,HR,high")), "132540.txt line 5"),
     "four columns": (lambda f: write_physionet(f, records=with_line("00:30,HR,80,90")), "132540.txt line 5"),
-    "four columns at once": (lambda f: write_physionet(f, records=RECORDS | {"132539": "00:00,Age,54,1\n" + RECORDS["132539"]}), "132539.txt line 2"),
-    "four columns throughout": (lambda f: write_physionet(f, records={"132539": "00:00,Age,54,1\n00:01,HR,80,1\n"}), "132539.txt line 2"),
+    "four columns at once": (lambda f: write_physionet(f, records=RECORDS
+                                                       | {"132539": "00:00,Age,54,1\n" + RECORDS["132539"]}),
+                             "132539.txt line 2"),
+    "four columns throughout": (lambda f: write_physionet(f, records={"132539": "00:00,Age,54,1\n00:01,HR,80,1\n"}),
+                                "132539.txt line 2"),
     "two columns": (lambda f: write_physionet(f, records=with_line("00:30,HR")), "132540.txt line 5"),
     "another record's id": (lambda f: write_physionet(f, records={"132541": RECORDS["132540"]}), "132541.txt"),
     "record without text": (lambda f: write_physionet(f, records={"132539": ""}, header=""), "132539.txt"),
     "no record": (partial(write_physionet, records={}), "set-a"),
-    "no outcome file": (lambda f: (write_physionet(f) / "Outcomes-a.txt").unlink(), "Outcomes-a.txt"),
     "outcome that is not 0 or 1": (partial(write_physionet, outcomes=OUTCOMES.replace(",4,1\n", ",4,yes\n")), "Outcomes-a.txt line 3"),
     "outcome column missing": (partial(write_physionet, outcomes=OUTCOMES.replace("In-hospital_death", "dead")), "Outcomes-a.txt"),
     "truncated archive": (cut_archive, "set-a.tar.gz"),
     "damaged archive": (partial(cut_archive, flip=True), "set-a.tar.gz"),
     "archive that leaves its folder": (tar_with(tarfile.TarInfo("../evil.txt")), "set-a.tar.gz: member ../evil.txt"),
     "archive with a link": (tar_with(linked("set-a/1.txt", "/etc/passwd")), "set-a.tar.gz: member set-a/1.txt"),
-    "archive with a huge record": (archive_that_claims(tarfile.REGTYPE), "set-a.tar.gz: member set-a/1.txt of 1,073,741,824 bytes"),
-    "archive with a huge header": (archive_that_claims(tarfile.XHDTYPE), "set-a.tar.gz: damaged archive (a header of 1,073,741,824 bytes)"),
+    "archive with a huge record": (archive_that_claims(tarfile.REGTYPE),
+                                   "set-a.tar.gz: member set-a/1.txt of 1,073,741,824 bytes"),
+    "archive with a huge header": (archive_that_claims(tarfile.XHDTYPE),
+                                   "set-a.tar.gz: damaged archive (a header of 1,073,741,824 bytes)"),
     "too few stays to split": (write_physionet, "PhysioNet 2012"),
 }
 
@@ -122,7 +123,8 @@ BAD_DATA = {  # what is wrong: (make it at this folder, what the message names)
 def test_bad_data_is_one_line_and_exit_code_2(tmp_path, capsys, what):
     make, named = BAD_DATA[what]
     make(tmp_path / "data")
-    one_error_line(capsys, train.main(["--mode", "pretrain", "--device", "cpu", "--data_dir", str(tmp_path / "data"), "--run_dir", str(tmp_path / "run")]),
+    one_error_line(capsys, train.main(["--mode", "pretrain", "--device", "cpu", "--data_dir", str(tmp_path / "data"),
+                                       "--run_dir", str(tmp_path / "run")]),
                    named)
     assert not (tmp_path / "run").exists() and not Path(tmp_path / "evil.txt").exists()
 
@@ -135,6 +137,11 @@ class Malicious:
         return os.system, (f"touch {self.path}",)
 
 
+def malicious(path) -> dict:
+    """A checkpoint's content that leaves a file `executed` beside `path` when it is unpickled."""
+    return {"state_dict": Malicious(path.with_name("executed"))}
+
+
 BAD_CHECKPOINTS = {
     "missing": lambda path, good: None,
     "a folder": lambda path, good: path.mkdir(),
@@ -144,10 +151,11 @@ BAD_CHECKPOINTS = {
     "a list": lambda path, good: torch.save([1, 2], path),
     "no weights": lambda path, good: torch.save({"epoch": 3}, path),
     "format without weights": lambda path, good: torch.save({"format": 1}, path),
-    "pickle that runs a command": lambda path, good: path.write_bytes(pickle.dumps({"state_dict": Malicious(path.with_name("executed"))}, protocol=2)),
-    "zipped pickle that runs a command": lambda path, good: torch.save({"state_dict": Malicious(path.with_name("executed"))}, path),
+    "pickle that runs a command": lambda path, good: path.write_bytes(pickle.dumps(malicious(path), protocol=2)),
+    "zipped pickle that runs a command": lambda path, good: torch.save(malicious(path), path),
     "another format": lambda path, good: torch.save(torch.load(good, weights_only=True) | {"format": 99}, path),
-    "of the other mode": lambda path, good: torch.save(torch.load(good, weights_only=True) | {"mode": "finetune"}, path),
+    "of the other mode": lambda path, good: torch.save(torch.load(good, weights_only=True) | {"mode": "finetune"},
+                                                       path),
 }
 
 
@@ -155,7 +163,8 @@ BAD_CHECKPOINTS = {
 def test_a_bad_checkpoint_is_one_line_and_exit_code_2(tmp_path, capsys, pretrained, what):
     BAD_CHECKPOINTS[what](tmp_path / "bad.pt", pretrained)
     capsys.readouterr()
-    one_error_line(capsys, train.main([*FINETUNE, str(tmp_path / "bad.pt"), "--run_dir", str(tmp_path / "run")]), tmp_path / "bad.pt")
+    one_error_line(capsys, train.main([*FINETUNE, str(tmp_path / "bad.pt"), "--run_dir", str(tmp_path / "run")]),
+                   tmp_path / "bad.pt")
     assert not (tmp_path / "executed").exists() and not (tmp_path / "run").exists()
 
 
@@ -164,14 +173,16 @@ def test_bad_options_are_refused(tmp_path, capsys):
     one_error_line(capsys, train.main([*PRETRAIN, "--device", "abacus"]), "abacus")
     one_error_line(capsys, train.main([*PRETRAIN, "--run_dir", str(tmp_path)]), tmp_path)
     one_error_line(capsys, train.main(["--mode", "pretrain", "--resume", str(tmp_path / "none")]), tmp_path / "none")
-    for wrong in ([], ["--mode", "both"], [*PRETRAIN, "--batch_size", "0"], [*PRETRAIN, "--unknown"], [*PRETRAIN, "--label_fraction", "2"]):
+    for wrong in ([], ["--mode", "both"], [*PRETRAIN, "--batch_size", "0"], [*PRETRAIN, "--unknown"],
+                  [*PRETRAIN, "--label_fraction", "2"]):
         with pytest.raises(SystemExit, match="2"):
             train.main(wrong)
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
-# Trust: killed processes, failing disks, forged checkpoints, damaged inputs, leaks, reproducibility. `--soak` runs the random ones at length
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
+# Trust: killed processes, failing disks, forged checkpoints, damaged inputs, leaks, reproducibility. `--soak` runs the
+# random ones at length
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", SMALL)
@@ -223,7 +234,8 @@ def test_a_process_killed_while_saving_leaves_the_previous_checkpoint(small_pret
     process.start()
     assert finished(process) == -signal.SIGKILL and len(list(small_pretrained.glob(".last.pt.*"))) == 1
     assert (small_pretrained / "last.pt").read_bytes() == before
-    assert train.main([*PRETRAIN, "--resume", str(small_pretrained)]) == 0 and not list(small_pretrained.glob(".last.pt.*"))
+    assert train.main([*PRETRAIN, "--resume", str(small_pretrained)]) == 0
+    assert not list(small_pretrained.glob(".last.pt.*"))
 
 
 @contextlib.contextmanager
@@ -237,14 +249,20 @@ def files_of_at_most(size):
 
 
 @pytest.mark.parametrize("size, file", [(10, "metrics.csv"), (50_000, "best.pt")])
-def test_a_full_disk_stops_the_run_which_goes_on_when_there_is_space(tmp_path, capsys, monkeypatch, small_models, size, file):
+def test_a_full_disk_stops_the_run_which_goes_on_when_there_is_space(tmp_path, capsys, monkeypatch, small_models, size,
+                                                                     file):
     command = [*PRETRAIN, "--max_epochs", "2"]
     assert train.main([*command, "--run_dir", str(tmp_path / "whole")]) == 0
     with contextlib.ExitStack() as stack, monkeypatch.context() as patch:
-        patch.setattr(train.Run, "log", lambda run, row, log=train.Run.log: (row["epoch"] == 2 and stack.enter_context(files_of_at_most(size)), log(run, row)))
+        patch.setattr(train.Run, "log",
+                      lambda run, row, log=train.Run.log: (row["epoch"] == 2
+                                                           and stack.enter_context(files_of_at_most(size)),
+                                                           log(run, row)))
         capsys.readouterr()
-        one_error_line(capsys, train.main([*command, "--run_dir", str(tmp_path / "cut")]), f"{file}: cannot be written (File too large)")
-    assert not list((tmp_path / "cut").glob(".*.*.*")) and len(pd.read_csv(tmp_path / "cut" / "metrics.csv")) == 1 + (file != "metrics.csv")
+        one_error_line(capsys, train.main([*command, "--run_dir", str(tmp_path / "cut")]),
+                       f"{file}: cannot be written (File too large)")
+    assert not list((tmp_path / "cut").glob(".*.*.*"))
+    assert len(pd.read_csv(tmp_path / "cut" / "metrics.csv")) == 1 + (file != "metrics.csv")
     assert train.main([*command, "--resume", str(tmp_path / "cut")]) == 0
     same_run(tmp_path / "whole", tmp_path / "cut")
 
@@ -254,7 +272,8 @@ def test_a_full_file_system_is_one_line(tmp_path, capsys, small_models):
     if os.system(f"mount -t tmpfs -o size=64k tmpfs {disk} 2> /dev/null"):
         pytest.skip("needs the right to mount a tmpfs")
     try:
-        one_error_line(capsys, train.main([*PRETRAIN, "--run_dir", str(disk / "run")]), "best.pt: cannot be written (No space left on device)")
+        one_error_line(capsys, train.main([*PRETRAIN, "--run_dir", str(disk / "run")]),
+                       "best.pt: cannot be written (No space left on device)")
         assert read_checkpoint(disk / "run" / "last.pt")
     finally:
         os.system(f"umount -l {disk}")
@@ -285,7 +304,7 @@ def test_an_unwritable_folder_is_one_line(tmp_path, capsys, small_models):
     one_error_line(capsys, train.main([*PRETRAIN, "--run_dir", str(tmp_path / "a file" / "run")]), "a file/run")
 
 
-# ---- checkpoints that lie --------------------------------------------------------------------------------------------------------------
+# ---- checkpoints that lie --------------------------------------------------------------------------------------------
 
 def forged(good, **changes):
     """The content of the checkpoint with entries changed: a function of the old one, or the new."""
@@ -301,12 +320,17 @@ def flipped(good):
 
 
 FORGED = {  # of a finetuned checkpoint: its content, or its bytes
-    **{f"cut at {tenth}0%": lambda good, tenth=tenth: good.read_bytes()[:good.stat().st_size * tenth // 10] for tenth in range(10)},
+    **{f"cut at {tenth}0%": lambda good, tenth=tenth: good.read_bytes()[:good.stat().st_size * tenth // 10]
+       for tenth in range(10)},
     "one bit flipped": flipped,
-    **{f"{name} of {value!r}": lambda good, name=name, value=value: forged(good, model_config=lambda c: c | {name: value}) for name, value in [
-        ("latent_dim", 10**9), ("latent_dim", -16), ("latent_dim", "16"), ("latent_dim", 17), ("latent_dim", 16.0), ("layers", 10**6), ("levels", 10**5),
-        ("heads", 3), ("num_variables", 10**6), ("num_variables", 45), ("input_dim", 2**20), ("dropout", 2.0), ("max_beta", float("nan")),
-        ("presence", 1), ("decoder", "none"), ("features", [1]), ("head_widths", (10**9,)), ("head_widths", 3), ("head_trees", 0), ("tree_depth", 30), ("classes", 3), ("depth", 4)]},
+    **{f"{name} of {value!r}": lambda good, change={name: value}: forged(good, model_config=lambda c: c | change)
+       for name, value in [
+        ("latent_dim", 10**9), ("latent_dim", -16), ("latent_dim", "16"), ("latent_dim", 17), ("latent_dim", 16.0),
+        ("layers", 10**6), ("levels", 10**5),
+        ("heads", 3), ("num_variables", 10**6), ("num_variables", 45), ("input_dim", 2**20), ("dropout", 2.0),
+        ("max_beta", float("nan")),
+        ("presence", 1), ("decoder", "none"), ("features", [1]), ("head_widths", (10**9,)), ("head_widths", 3),
+        ("head_trees", 0), ("tree_depth", 30), ("classes", 3), ("depth", 4)]},
     "a weight of another shape": lambda good: forged(good, model=lambda m: m | {"history.tau": torch.zeros(3)}),
     "a weight missing": lambda good: forged(good, model=lambda m: {n: t for n, t in m.items() if n != "history.tau"}),
     "a weight too many": lambda good: forged(good, model=lambda m: m | {"more": torch.zeros(3)}),
@@ -327,20 +351,25 @@ FORGED = {  # of a finetuned checkpoint: its content, or its bytes
 @pytest.mark.parametrize("what", FORGED)
 def test_a_checkpoint_that_lies_is_one_line_and_exit_code_2(tmp_path, capsys, small_finetuned, what):
     content = FORGED[what](small_finetuned)
-    (tmp_path / "bad.pt").write_bytes(content) if isinstance(content, bytes) else torch.save(content, tmp_path / "bad.pt")
+    if isinstance(content, bytes):
+        (tmp_path / "bad.pt").write_bytes(content)
+    else:
+        torch.save(content, tmp_path / "bad.pt")
     one_error_line(capsys, main(["--checkpoint", str(tmp_path / "bad.pt")]), tmp_path / "bad.pt")
 
 
-# ---- inputs that are odd or wrong --------------------------------------------------------------------------------------------------------
+# ---- inputs that are odd or wrong ------------------------------------------------------------------------------------
 
 def table_of(stays: dict) -> str:
     """events.csv of {stay: [(minute, variable, value)]}."""
-    return "stay_id,minute,variable,value\n" + "".join(f"{stay},{m},{v},{x}\n" for stay, rows in stays.items() for m, v, x in rows)
+    return "stay_id,minute,variable,value\n" + "".join(f"{stay},{m},{v},{x}\n" for stay, rows in stays.items()
+                                                       for m, v, x in rows)
 
 
 def plain_stay(seed, rows=12):
     rng = np.random.default_rng(seed)
-    return [(int(m), f"lab{v}", round(float(x), 2)) for m, v, x in zip(rng.integers(0, 900, rows), rng.integers(0, 4, rows), rng.normal(7, 2, rows))]
+    return [(int(m), f"lab{v}", round(float(x), 2))
+            for m, v, x in zip(rng.integers(0, 900, rows), rng.integers(0, 4, rows), rng.normal(7, 2, rows))]
 
 
 STAYS = {f"s{i:02d}": plain_stay(i) for i in range(30)}
@@ -351,7 +380,8 @@ ODD = {  # one stay of thirty: what works, in both modes
     "a set of 5,000 events": [(1, f"lab{m % 4}", m % 7) for m in range(5_000)],
     "values of 1e30": [(m, "lab1", 1e30) for m in range(5)],
     "values of -3e38 and 3e38": [(0, "lab1", -3e38), (1, "lab1", 3e38), (2, "lab2", 3e38)],
-    "values that are no numbers": [(0, "lab1", "nan"), (1, "lab1", "inf"), (2, "lab1", "-inf"), (3, "lab1", 1e39), (4, "lab1", ""), (5, "lab1", 2)],
+    "values that are no numbers": [(0, "lab1", "nan"), (1, "lab1", "inf"), (2, "lab1", "-inf"), (3, "lab1", 1e39),
+                                   (4, "lab1", ""), (5, "lab1", 2)],
     "a constant variable": [(m, "constant", 7) for m in range(9)],
     "unsorted minutes": [(m, "lab1", m) for m in (9, 3, 7, 3, 0)],
     "a century": [(0, "lab0", 1), (52_560_000, "lab0", 2)],
@@ -372,16 +402,17 @@ def test_odd_input_works_in_both_modes(tmp_path, small_models, what):
 
 
 WRONG = {  # (events.csv, labels.csv, mode, what the message names)
-    "minutes beyond any stay": (table_of(STAYS | {"s04": [(1e30, "lab0", 1)]}), LABELS, "pretrain", "events.csv line 50: minute is 1e+30"),
+    "minutes beyond any stay": (table_of(STAYS | {"s04": [(1e30, "lab0", 1)]}), LABELS, "pretrain",
+                                "events.csv line 50: minute is 1e+30"),
     "gzip where text belongs": (gzip.compress(table_of(STAYS).encode()), LABELS, "pretrain", "events.csv: not UTF-8"),
-    "no number at all": (table_of({s: [(m, v, "nan") for m, v, _ in rows] for s, rows in STAYS.items()}), LABELS, "pretrain", "no usable event"),
+    "no number at all": (table_of({s: [(m, v, "inf") for m, v, _ in rows] for s, rows in STAYS.items()}), LABELS, "pretrain", "no usable event"),
     "a label that is no class": (table_of(STAYS), LABELS.replace("s07,1", "s07,3"), "pretrain", "labels.csv line 9: label is 3"),
     "no label in finetune": (table_of(STAYS), None, "finetune", "no label at all"),
     "one class in finetune": (table_of(STAYS), LABELS.replace(",1", ",0"), "finetune", "one class only"),
     "other variables in finetune": (table_of({s: [(m, "other", x) for m, _, x in rows] for s, rows in STAYS.items()}), LABELS, "finetune",
                                     "none of the data's variables"),
-    "a split without valid": (table_of(STAYS), LABELS.replace("label\n", "label,split\n").replace(",0\n", ",0,train\n").replace(",1\n", ",1,test\n"),
-                              "pretrain", "15 train and 0 valid stays"),
+    "a split without train": (table_of(STAYS), LABELS.replace("label\n", "label,split\n").replace(",0\n", ",0,valid\n").replace(",1\n", ",1,test\n"),
+                              "pretrain", "0 train and 15 valid stays"),
     "labels of nobody": (table_of(STAYS), LABELS.replace("s", "t").replace("ttay", "stay"), "finetune", "no label at all"),
 }
 
@@ -394,16 +425,21 @@ def test_wrong_input_is_one_line_before_training(tmp_path, capsys, small_finetun
         write(tmp_path / "data/labels.csv", labels)
     pretrained = small_finetuned.parent.parent / "pretrain" / "best.pt"
     if mode == "finetune" and "variables" not in what:  # a checkpoint that knows them
-        torch.save(forged(pretrained, normalizer=lambda n: n | {"variables": ["lab0", *n["variables"][1:]]}), tmp_path / "known.pt")
+        torch.save(forged(pretrained, normalizer=lambda n: n | {"variables": ["lab0", *n["variables"][1:]]}),
+                   tmp_path / "known.pt")
         pretrained = tmp_path / "known.pt"
     command = [*FINETUNE, str(pretrained)] if mode == "finetune" else PRETRAIN
-    one_error_line(capsys, train.main([*command, "--data_dir", str(tmp_path / "data"), "--run_dir", str(tmp_path / "run")]), named)
+    one_error_line(capsys, train.main([*command, "--data_dir", str(tmp_path / "data"), "--run_dir",
+                                       str(tmp_path / "run")]), named)
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("options", [["--max_epochs", "-1"], ["--max_epochs", "0"], ["--batch_size", "x"], ["--batch_size", "-3"], ["--seed", "-1"],
-                                     ["--seed", "1.5"], ["--synthetic_stays", "0"], ["--label_fraction", "nan"], ["--label_fraction", "0"],
-                                     ["--precision", "fp8"], ["--objective", "mine"], ["--max_epoch", "3"]], ids=" ".join)
+@pytest.mark.parametrize("options", [["--max_epochs", "-1"], ["--max_epochs", "0"], ["--batch_size", "x"],
+                                     ["--batch_size", "-3"], ["--seed", "-1"],
+                                     ["--seed", "1.5"], ["--synthetic_stays", "0"], ["--label_fraction", "nan"],
+                                     ["--label_fraction", "0"],
+                                     ["--precision", "fp8"], ["--objective", "mine"], ["--max_epoch", "3"]],
+                         ids=" ".join)
 def test_a_wrong_option_is_named(capsys, options):
     with pytest.raises(SystemExit, match="2"):
         train.main([*PRETRAIN, *options])
@@ -411,23 +447,27 @@ def test_a_wrong_option_is_named(capsys, options):
     assert "error: " in error and options[0] in error
 
 
-@pytest.mark.parametrize("options, named", [(["--device", "cuda:99"], "--device cuda:99"), (["--device", "meta"], "--device meta"),
-                                            (["--device", ""], "--device"), (["--synthetic_stays", "1"], "1 stays"),
-                                            (["--synthetic_stays", "1" + "0" * 15], "MB are free"), (["--data_dir", "/dev/null"], "/dev/null")])
+@pytest.mark.parametrize("options, named",
+                         [(["--device", "cuda:99"], "--device cuda:99"), (["--device", "meta"], "--device meta"),
+                          (["--device", ""], "--device"), (["--synthetic_stays", "1"], "1 stays"),
+                          (["--synthetic_stays", "1" + "0" * 15], "MB are free"),
+                          (["--data_dir", "/dev/null"], "/dev/null")])
 def test_an_option_that_cannot_be_met_is_one_line(tmp_path, capsys, options, named):
     one_error_line(capsys, train.main([*PRETRAIN, *options, "--run_dir", str(tmp_path / "run")]), named)
 
 
 def test_a_label_fraction_too_small_is_one_line(tmp_path, capsys, small_pretrained):
     capsys.readouterr()
-    one_error_line(capsys, train.main([*FINETUNE, str(small_pretrained / "best.pt"), "--label_fraction", "1e-9", "--run_dir", str(tmp_path / "run")]),
+    one_error_line(capsys, train.main([*FINETUNE, str(small_pretrained / "best.pt"), "--label_fraction", "1e-9",
+                                       "--run_dir", str(tmp_path / "run")]),
                    "--label_fraction 1e-09")
 
 
-# ---- random damage -----------------------------------------------------------------------------------------------------------------------
+# ---- random damage ---------------------------------------------------------------------------------------------------
 
 def damaged(rng, body: bytes) -> bytes:
-    """One to three of: bits flipped, a part cut out, a part repeated, a byte that means something put in, the end cut off."""
+    """One to three of: bits flipped, a part cut out, a part repeated, a byte that means something put in, the end cut
+    off."""
     body = bytearray(body)
     for _ in range(rng.integers(1, 4)):
         at, size = int(rng.integers(0, max(1, len(body)))), int(rng.integers(1, 40))
@@ -439,7 +479,8 @@ def damaged(rng, body: bytes) -> bytes:
         elif kind == 2:
             body[at:at] = body[at:at + size]
         elif kind == 3:
-            body[at:at] = rng.choice([b",", b"\n", b"\r", b"\0", b'"', b"-", b"e9", b".", b"nan", b"\xff", b"1" * 30, b"\n\n", b" "])
+            body[at:at] = rng.choice([b",", b"\n", b"\r", b"\0", b'"', b"-", b"e9", b".", b"nan", b"\xff", b"1" * 30,
+                                      b"\n\n", b" "])
         else:
             del body[at + (len(body) - at) // 2:]
     return bytes(body)
@@ -448,7 +489,8 @@ def damaged(rng, body: bytes) -> bytes:
 def damaged_table(rng, folder):
     body = damaged(rng, EVENTS.encode() + table_of(dict(list(STAYS.items())[:2])).split("\n", 1)[1].encode())
     write(folder / "events.csv", body)
-    write(folder / "labels.csv", damaged(rng, b"stay_id,label\n7,1\n8,0\n") if rng.random() < .3 else "stay_id,label\n7,1\n8,0\n")
+    write(folder / "labels.csv",
+          damaged(rng, b"stay_id,label\n7,1\n8,0\n") if rng.random() < .3 else "stay_id,label\n7,1\n8,0\n")
     return lambda: body.partition(b"\n")[2].rstrip(b"\n").count(b"\n") + 1
 
 
@@ -464,9 +506,10 @@ def works(folder, rows):
     """Read the data, and check what was read as far as it can be known."""
     cohort = load_cohort(str(folder), cache_dir=folder.parent / "cache")
     batch = StayDataset(cohort, Normalizer.fit(cohort, np.arange(len(cohort))))[np.arange(len(cohort))]
-    assert torch.isfinite(batch.event_value).all() and torch.isfinite(batch.minute).all()
+    assert torch.isfinite(batch.event_value[torch.from_numpy(~np.isnan(cohort.event_value))]).all() and torch.isfinite(batch.minute).all()
     assert all((np.diff(cohort.set_minute[a:b]) >= 0).all() for a, b in zip(cohort.stay_start, cohort.stay_start[1:]))
-    assert len(batch.event_value) == len(cohort.event_value) == cohort.set_start[-1] and set(np.unique(cohort.label)) <= {-1, 0, 1}
+    assert len(batch.event_value) == len(cohort.event_value) == cohort.set_start[-1]
+    assert set(np.unique(cohort.label)) <= {-1, 0, 1}
     if rows:
         assert len(cohort.event_value) + sum(n for name, n in cohort.notes.items() if name.startswith("rows")) == rows()
 
@@ -497,18 +540,21 @@ def test_a_randomly_damaged_input_works_or_is_refused(tmp_path, small_finetuned)
             signal.alarm(0)
         shutil.rmtree(folder.parent)
     print(f"\nrandomly damaged inputs: {dict(ended)}")
-    assert min(ended["table works"], ended["table refused"], ended["PhysioNet 2012 works"], ended["PhysioNet 2012 refused"], ended["checkpoint refused"]) > 5
+    assert min(ended["table works"], ended["table refused"], ended["PhysioNet 2012 works"],
+               ended["PhysioNet 2012 refused"], ended["checkpoint refused"]) > 5
 
 
-# ---- numerics ----------------------------------------------------------------------------------------------------------------------------
+# ---- numerics --------------------------------------------------------------------------------------------------------
 
 def test_a_gradient_that_is_not_finite_keeps_the_last_good_checkpoint(tmp_path, capsys, monkeypatch, small_models):
     command = [*PRETRAIN, "--max_epochs", "2", "--batch_size", "3"]
     assert train.main([*command, "--run_dir", str(tmp_path / "whole")]) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(train, "update", lambda *a, update=train.update, steps=itertools.count(): update(*a) * (np.nan if next(steps) == 7 else 1))
+        patch.setattr(train, "update", lambda *a, update=train.update, steps=itertools.count(): update(*a)
+                      * (np.nan if next(steps) == 7 else 1))
         capsys.readouterr()
-        one_error_line(capsys, train.main([*command, "--run_dir", str(tmp_path / "cut")]), "step 7: the loss or its gradient is not finite (stays synthetic-")
+        one_error_line(capsys, train.main([*command, "--run_dir", str(tmp_path / "cut")]),
+                       "step 7: the loss or its gradient is not finite (stays synthetic-")
     assert torch.load(tmp_path / "cut" / "last.pt", weights_only=True)["trainer"]["position"] == [1, 0]
     assert train.main([*command, "--resume", str(tmp_path / "cut")]) == 0
     same_run(tmp_path / "whole", tmp_path / "cut")
@@ -526,27 +572,31 @@ def test_an_overflow_of_fp16_is_skipped_and_stops_the_run_when_it_persists(facto
             train.finite_or_stop(norm, step, ["a stay"], scaler)
             assert norm.isfinite() != torch.equal(model.weight, before)  # a step that overflows changes nothing
             before = model.weight.detach().clone()
-        assert factor == 1e10 and overflows == 6 and torch.isfinite(model.weight).all()  # 2^100 * 1e10 / 2^6 is a float32
+        # 2^100 * 1e10 / 2^6 is a float32
+        assert factor == 1e10 and overflows == 6 and torch.isfinite(model.weight).all()
     except InputError as error:
         assert factor == np.inf and step == 19 and "fp16" in str(error) and torch.isfinite(model.weight).all()
 
 
-# ---- no leak, the same twice -------------------------------------------------------------------------------------------------------------
+# ---- no leak, the same twice -----------------------------------------------------------------------------------------
 
 def weights_equal(a, b):
     a, b = (torch.load(path, weights_only=True) for path in (a, b))
     return all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"]) and all(
-        torch.equal(a["normalizer"][name], b["normalizer"][name]) for name in ("mean", "std", "log_scale")) and a["metrics"] == b["metrics"]
+        torch.equal(a["normalizer"][name], b["normalizer"][name])
+        for name in ("mean", "std", "log_scale")) and a["metrics"] == b["metrics"]
 
 
 def test_test_stays_change_nothing_that_is_learned_or_chosen(tmp_path, monkeypatch, small_models):
-    """Other values, minutes and labels of the test stays: equal weights, normalizer, metrics, threshold and best epoch, in both modes."""
+    """Other values, minutes and labels of the test stays: equal weights, normalizer, metrics, threshold and best epoch,
+    in both modes."""
     cohort = synthetic_cohort(24)
     split = np.arange(24) % 3
     split[np.flatnonzero(cohort.label == 1)[:3]] = 0, 1, 2  # both classes in each part
     cohort = replace(cohort, split=split.astype(np.int8))
     test = np.flatnonzero(split == 2)
-    other = replace(cohort, event_value=cohort.event_value.copy(), label=cohort.label.copy(), set_minute=cohort.set_minute.copy())
+    other = replace(cohort, event_value=cohort.event_value.copy(), label=cohort.label.copy(),
+                    set_minute=cohort.set_minute.copy())
     other.event_value[stay_event_index(cohort, test)] *= -7
     other.set_minute[ranges(cohort.stay_start[test], np.diff(cohort.stay_start)[test])] += 99
     other.label[test] = 1 - other.label[test]
@@ -554,7 +604,8 @@ def test_test_stays_change_nothing_that_is_learned_or_chosen(tmp_path, monkeypat
         monkeypatch.setattr(train, "load_cohort", lambda *_, data_set=data_set, **__: data_set)
         assert train.main([*PRETRAIN, "--max_epochs", "2", "--run_dir", str(tmp_path / name)]) == 0
         for mode in ([], ["--full_training"]):
-            assert train.main([*FINETUNE, str(tmp_path / name / "best.pt"), "--max_epochs", "2", *mode, "--run_dir", str(tmp_path / f"{name}{len(mode)}")]) == 0
+            assert train.main([*FINETUNE, str(tmp_path / name / "best.pt"), "--max_epochs", "2", *mode, "--run_dir",
+                               str(tmp_path / f"{name}{len(mode)}")]) == 0
     for run in ("", "0", "1"):
         assert weights_equal(tmp_path / f"a{run}" / "best.pt", tmp_path / f"b{run}" / "best.pt")
         same_run(tmp_path / f"a{run}", tmp_path / f"b{run}")
@@ -570,24 +621,29 @@ def test_labels_never_reach_pretraining(tmp_path, monkeypatch, small_models):
 
 def test_outcome_columns_are_never_inputs(tmp_path):
     read = []
-    for name, outcomes in (("a", OUTCOMES), ("b", OUTCOMES.replace("6,1,5,-1", "9,9,9,9").replace("16,8,8,4", "1,1,1,1"))):
+    for name, outcomes in (("a", OUTCOMES),
+                           ("b", OUTCOMES.replace("6,1,5,-1", "9,9,9,9").replace("16,8,8,4", "1,1,1,1"))):
         read.append(load_cohort(str(write_physionet(tmp_path / name, outcomes=outcomes)), cache_dir=tmp_path / "cache"))
     assert read[0].fingerprint == read[1].fingerprint
-    assert not {"SAPS-I", "SOFA", "Length_of_stay", "Survival", "In-hospital_death", "RecordID"} & set(read[0].variables)
+    assert not {"SAPS-I", "SOFA", "Length_of_stay", "Survival", "In-hospital_death",
+                "RecordID"} & set(read[0].variables)
 
 
 def test_scoring_data_that_overlap_the_training_stays_says_so(tmp_path, small_finetuned, capsys):
     cohort = synthetic_cohort(24)
     name = np.array(cohort.variables)[cohort.event_variable]
     stay = np.repeat(cohort.stay_id, cohort.stay_events)
-    table = pd.DataFrame({"stay_id": stay, "minute": np.repeat(cohort.set_minute, np.diff(cohort.set_start)), "variable": name, "value": cohort.event_value})
+    table = pd.DataFrame({"stay_id": stay, "minute": np.repeat(cohort.set_minute, np.diff(cohort.set_start)),
+                          "variable": name, "value": cohort.event_value})
     again = table.assign(stay_id="new-" + table["stay_id"])
     write(tmp_path / "data/events.csv", pd.concat([table, again]).to_csv(index=False))
-    labels = pd.DataFrame({"stay_id": [*cohort.stay_id, *("new-" + cohort.stay_id.astype(object))], "label": [*cohort.label, *cohort.label]})
+    labels = pd.DataFrame({"stay_id": [*cohort.stay_id, *("new-" + cohort.stay_id.astype(object))],
+                           "label": [*cohort.label, *cohort.label]})
     write(tmp_path / "data/labels.csv", labels.to_csv(index=False))
     assert main(["--checkpoint", str(small_finetuned), "--data_dir", str(tmp_path / "data")]) == 0
     seen = forged(small_finetuned)["split"]
-    assert f"{len(seen['train']) + len(seen['valid'])} stays left out whose ids the checkpoint was trained or selected on" in capsys.readouterr().out
+    left_out = len(seen["train"]) + len(seen["valid"])
+    assert f"{left_out} stays left out whose ids the checkpoint was trained or selected on" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("mode", SMALL)
@@ -602,5 +658,6 @@ def test_the_same_command_twice_gives_equal_bits(tmp_path, monkeypatch, small_pr
 def test_a_checkpoint_tells_where_it_comes_from(small_finetuned, capsys):
     assert main(["--checkpoint", str(small_finetuned)]) == 0
     source, out = forged(small_finetuned)["source"], capsys.readouterr().out
-    for told in (source["command"], f"seed {source['seed']}", source["fingerprint"], f"torch {torch.__version__}", f"numpy {np.__version__}"):
+    for told in (source["command"], f"seed {source['seed']}", source["fingerprint"], f"torch {torch.__version__}",
+                 f"numpy {np.__version__}"):
         assert told in out

@@ -1,4 +1,4 @@
-"""The model."""
+"""Tests of model.py: batched equals one by one, nothing leaks from the future, losses equal their formulas."""
 
 import itertools
 from dataclasses import replace
@@ -13,19 +13,19 @@ import train
 from data import InputError, StayDataset, stays_of
 from evaluate import CPU
 from finetune_config import FinetuneConfig, boosted_trees, classification_loss
-from model import (BoostedTrees, History, ModelConfig, SeqSetVAE, SeqSetVAEPretrain, SetVAE, load_weights, statistics_at,
-                   statistics_of_beliefs)
-from tests.plain_loop import close, plain_future, plain_pass, plain_statistics
-from tests.tiny import (
-    NAMES,
-    PLAIN,
-    batch_of,
-    build,
-    cohort_of,
-    encoded,
-    random_stays,
-    tiny,
+from model import (
+    BoostedTrees,
+    History,
+    ModelConfig,
+    SeqSetVAE,
+    SeqSetVAEPretrain,
+    SetVAE,
+    load_weights,
+    statistics_at,
+    statistics_of_beliefs,
 )
+from tests.plain_loop import close, plain_future, plain_pass, plain_statistics
+from tests.tiny import PLAIN, batch_of, build, cohort_of, encoded, random_stays, tiny
 
 
 @pytest.mark.parametrize("levels", [1, 2])
@@ -33,7 +33,8 @@ from tests.tiny import (
 @pytest.mark.parametrize("mab_residual", [True, False])
 @pytest.mark.parametrize("decoder, valueless", [
     (dict(decoder="readout"), 0.0), (dict(decoder="readout"), 0.3),
-    (dict(decoder="slots", slope_per_head=False, free_bits=0.6, logvar_bonus=0.1), 0.0)], ids=["readout", "valueless", "slots"])
+    (dict(decoder="slots", slope_per_head=False, free_bits=0.6, logvar_bonus=0.1), 0.0)],
+                         ids=["readout", "valueless", "slots"])
 def test_a_batch_equals_a_plain_loop_over_single_sets(decoder, mab_residual, presence, levels, valueless):
     model = build(SeqSetVAEPretrain, tiny(mab_residual=mab_residual, presence=presence, levels=levels, **decoder))
     stays = random_stays(valueless=valueless)
@@ -66,7 +67,8 @@ def test_the_set_vae_stands_alone(decoder):
 
 @pytest.mark.parametrize("full_training", [False, True])
 def test_a_stay_alone_and_in_any_batch_gets_the_same_logits(full_training):
-    model, stays = build(SeqSetVAE, tiny(classification_only=not full_training, summaries=True, head_variables=7)), random_stays((5, 1, 12, 3, 7), valueless=.2)
+    model = build(SeqSetVAE, tiny(classification_only=not full_training, summaries=True, head_variables=7))
+    stays = random_stays((5, 1, 12, 3, 7), valueless=.2)
     with torch.no_grad():
         together, turned = model(batch_of(stays)), model(batch_of(stays[::-1])).flip(0)
         alone = torch.cat([model(batch_of([stay])) for stay in stays])
@@ -79,7 +81,8 @@ def test_a_stay_alone_and_in_any_batch_gets_the_same_logits(full_training):
 @pytest.mark.parametrize("mab_residual", [True, False])
 def test_permuting_the_events_of_a_set_changes_nothing(mab_residual):
     model, stays = build(SeqSetVAEPretrain, tiny(mab_residual=mab_residual)), random_stays()
-    for a, b in zip(encoded(model, stays), encoded(model, [[(minute, events[::-1]) for minute, events in stay] for stay in stays])):
+    for a, b in zip(encoded(model, stays),
+                    encoded(model, [[(minute, events[::-1]) for minute, events in stay] for stay in stays])):
         close(a, b)
 
 
@@ -89,16 +92,16 @@ def test_a_duplicate_counts_because_a_set_is_a_multiset():
     assert (encoded(model, once)[0] - encoded(model, twice)[0]).abs().max() > 1e-3
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # History: causal, aware of time, the same in evaluation and in training
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("change", ["values", "minutes", "appended"])
 def test_the_future_never_reaches_the_past(change):
     model, (stay,) = build(SeqSetVAEPretrain, tiny()), random_stays((8,))
     minute, events = stay[-1]
-    other = {"values": stay[:-1] + [(minute, [(v, x + 3) for v, x in events])], "minutes": stay[:-1] + [(minute + 700, events)],
-             "appended": stay + random_stays((9,), seed=5)[0]}[change]
+    other = {"values": stay[:-1] + [(minute, [(v, x + 3) for v, x in events])],
+             "minutes": stay[:-1] + [(minute + 700, events)], "appended": stay + random_stays((9,), seed=5)[0]}[change]
     if change == "appended":
         other[8:] = [(minute + 10 + m, e) for m, e in other[8:]]
     (h,), (changed,) = encoded(model, [stay])[2], encoded(model, [other])[2]
@@ -132,13 +135,15 @@ def test_long_stays_in_blocks_of_queries_equal_the_whole(monkeypatch):
         first["loss"].backward()
         with torch.no_grad():
             h = model.history(first["mu"], batch.minute)
-        seen.append({"h": h, "loss": first["loss"]} | {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        seen.append({"h": h, "loss": first["loss"]}
+                    | {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     close(*seen)
     assert "history.slope" in seen[0] and "history.tau" in seen[0]
 
 
 def test_history_in_evaluation_equals_history_in_training_without_dropout():
-    """The fast path of nn.TransformerEncoder misreads a float mask, in evaluation only: ours must have no such second path."""
+    """The fast path of nn.TransformerEncoder misreads a float mask, in evaluation only: ours must have no such second
+    path."""
     history = build(lambda config, _: History(config), tiny(dropout=0.0))
     z, minute = torch.randn(3, 9, 16), torch.rand(3, 9).mul(2000).sort(1).values
     with torch.no_grad():
@@ -147,21 +152,24 @@ def test_history_in_evaluation_equals_history_in_training_without_dropout():
 
 def test_history_layer_equals_torch_encoder_layer_with_the_same_weights():
     history = build(lambda config, _: History(config), tiny(dropout=0.0))
-    theirs = nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, activation="gelu", batch_first=True, norm_first=True).train()
+    theirs = nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, activation="gelu", batch_first=True,
+                                        norm_first=True).train()
     theirs.load_state_dict(history.layers[0].state_dict())
     x, bias = torch.randn(3, 9, 16), history.time_bias(torch.rand(3, 9).mul(2000).sort(1).values)
     close(history.layers[0](x, bias), theirs(x, src_mask=bias.flatten(0, 1)))
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # What trains and what stays frozen
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 def without_gradient(model):
-    return {name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any() or not p.grad.isfinite().all())}
+    return {name for name, p in model.named_parameters() if p.requires_grad
+            and (p.grad is None or not p.grad.any() or not p.grad.isfinite().all())}
 
 
-@pytest.mark.parametrize("objective", [dict(), dict(decoder="slots"), dict(decoder="slots", learned_seeds=False, mab_residual=False)],
+@pytest.mark.parametrize("objective", [dict(), dict(decoder="slots"),
+                                       dict(decoder="slots", learned_seeds=False, mab_residual=False)],
                          ids=["readout", "learned seeds", "original"])
 def test_gradients_reach_every_parameter_in_pretraining(objective):
     model = build(SeqSetVAEPretrain, tiny(hide_sets=0.3, **objective)).train()
@@ -171,9 +179,11 @@ def test_gradients_reach_every_parameter_in_pretraining(objective):
 
 @pytest.mark.parametrize("decoder", ["readout", "slots"])
 def test_gradients_reach_every_parameter_in_full_training(decoder):
-    model = build(SeqSetVAE, tiny(classification_only=False, decoder=decoder), seed=3).train()  # a seed with a living ReLU among the gate's 4
+    # a seed with a living ReLU among the gate's 4
+    model = build(SeqSetVAE, tiny(classification_only=False, decoder=decoder), seed=3).train()
     losses = model.losses(batch := batch_of(random_stays((4, 6, 9, 5))))
-    (classification_loss(losses["logits"], batch.label, FinetuneConfig()) + losses["reconstruction"] + losses["kl"]).backward()
+    (classification_loss(losses["logits"], batch.label, FinetuneConfig()) + losses["reconstruction"]
+     + losses["kl"]).backward()
     assert without_gradient(model) == set()
 
 
@@ -183,11 +193,13 @@ def test_frozen_backbone_stays_in_evaluation_mode_and_only_the_head_trains():
     assert all(p.requires_grad == name.startswith("cls_head.") for name, p in model.named_parameters())
     batch = batch_of(random_stays())
     classification_loss(model(batch), batch.label, FinetuneConfig()).backward()
-    assert without_gradient(model) == set() and all(p.grad is None for name, p in model.named_parameters() if not name.startswith("cls_head."))
+    assert without_gradient(model) == set()
+    assert all(p.grad is None for name, p in model.named_parameters() if not name.startswith("cls_head."))
 
 
 def test_frozen_finetuning_leaves_the_backbone_bit_equal(pretrained, finetuned):
-    before, after = (torch.load(path, weights_only=True)["model"] for path in (pretrained, finetuned.with_name("last.pt")))
+    before, after = (torch.load(path, weights_only=True)["model"]
+                     for path in (pretrained, finetuned.with_name("last.pt")))
     backbone = [name for name in before if name.startswith(SeqSetVAE.BACKBONE)]
     assert set(before) - set(backbone) == {"mask_token"}
     assert all(torch.equal(before[name], after[name]) for name in backbone)
@@ -210,7 +222,8 @@ def test_cached_features_equal_uncached_ones(finetuned):
 
 def test_trainable_share_is_under_five_percent_at_default_size():
     settings = FinetuneConfig()
-    model = SeqSetVAE(ModelConfig(44, features=settings.features, fuse=settings.fuse, summaries=settings.summaries, head_widths=settings.head_widths, head_variables=44),
+    model = SeqSetVAE(ModelConfig(44, features=settings.features, fuse=settings.fuse, summaries=settings.summaries,
+                                  head_widths=settings.head_widths, head_variables=44),
                       torch.zeros(44, 64))
     total, trainable = (sum(p.numel() for p in model.parameters() if p.requires_grad or not t) for t in (False, True))
     assert 0 < trainable < 0.05 * total
@@ -230,7 +243,8 @@ def test_the_trees_of_the_head_predict_what_scikit_learn_fitted():
 
 @pytest.mark.parametrize("classification_only", [True, False])
 def test_trees_may_ask_for_every_feature_and_for_no_other(classification_only):
-    model = build(SeqSetVAE, tiny(classification_only=classification_only, summaries=True, head_variables=7, head_widths=(), head_trees=2))
+    model = build(SeqSetVAE, tiny(classification_only=classification_only, summaries=True, head_variables=7,
+                                  head_widths=(), head_trees=2))
     state, size = {name: x.clone() for name, x in model.state_dict().items()}, sum(model._feature_sizes().values())
     state["trees.feature"][0, 0] = size - 1
     load_weights(model, state, "best.pt")
@@ -248,15 +262,16 @@ def test_validation_is_deterministic(decoder):
     assert first == second and np.isfinite(first["val_loss"])
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Fusion, features, loss
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 def test_fusion_without_parameters_equals_its_formula():
     model, (mu, logvar) = build(SeqSetVAE, tiny()), torch.randn(2, 3, 5, 16)
     m, std = mu.double().numpy(), np.exp(0.5 * logvar.double().numpy())
     w = 1 / (1 + np.exp(-(1 - std.mean(-1, keepdims=True))))
-    close(model._fuse_vae_features(mu, logvar).double(), torch.from_numpy(w * m * (1 + 0.05 * np.tanh(std)) + (1 - w) * m))
+    close(model._fuse_vae_features(mu, logvar).double(),
+          torch.from_numpy(w * m * (1 + 0.05 * np.tanh(std)) + (1 - w) * m))
     assert build(SeqSetVAE, tiny(fuse=False))._fuse_vae_features(mu, logvar) is mu
 
 
@@ -272,7 +287,8 @@ def test_focal_loss_equals_its_formula():
     p = np.exp(logits.double().numpy()) / np.exp(logits.double().numpy()).sum(1, keepdims=True)
     p = p[np.arange(6), label]
     expected = -np.where(label == 1, 0.25, 0.75) * (1 - p) ** 2 * np.log(p)  # Lin et al. 2017, eq. 5
-    close(classification_loss(logits, label, FinetuneConfig(loss="focal", focal_alpha=0.25, focal_gamma=2.0)).double(), torch.tensor(expected.mean()))
+    close(classification_loss(logits, label, FinetuneConfig(loss="focal", focal_alpha=0.25, focal_gamma=2.0)).double(),
+          torch.tensor(expected.mean()))
 
 
 @pytest.mark.parametrize("features", ["stable", "multiscale"])
@@ -281,7 +297,8 @@ def test_focal_loss_equals_its_formula():
 def test_feature_sizes_agree_with_the_features(features, decoder, summaries):
     model = build(SeqSetVAE, tiny(features=features, decoder=decoder, summaries=summaries, head_variables=5))
     with torch.no_grad():
-        assert model.features(batch_of(random_stays())).shape == (4, 1, sum(model._feature_sizes().values())) == (4, 1, model.cls_head[0].in_features)
+        features = model.features(batch_of(random_stays()))
+    assert features.shape == (4, 1, sum(model._feature_sizes().values())) == (4, 1, model.cls_head[0].in_features)
 
 
 def test_stable_features_are_the_last_state_and_attention_to_it():
@@ -298,7 +315,8 @@ def test_summaries_are_the_exact_statistics_of_the_whole_stay():
     listed = [5, 0, 2, 6]
     model.head_variables.copy_(torch.tensor(listed))
     with torch.no_grad():
-        exact = model.features(batch_of(stays))[:, 0, -11 * 4 - 1:]  # 10 statistics and whether it was seen, a variable each; hours
+        # 10 statistics and whether it was seen, a variable each; hours
+        exact = model.features(batch_of(stays))[:, 0, -11 * 4 - 1:]
     for stay, row in zip(stays, exact.double()):
         statistics, exists = plain_statistics(stay)
         close(row, torch.from_numpy(np.concatenate([statistics[-1][:, listed].ravel(), exists[-1, 7, listed], [0]])))
@@ -329,7 +347,8 @@ def test_statistics_at_some_sets_are_those_of_all_sets():
     batch, everywhere = batch_of(stays), all_statistics(stays)
     slots = torch.tensor([[0, 12, 12], [2, 5, 5], [0, 7, 11], [8, 12, 12]])  # a set twice, and padding
     column = batch.variables[batch.stay_variables]
-    some = torch.where(column < 3, column, 3).masked_fill(torch.arange(column.shape[1]) >= batch.variable_counts[:, None], 3)
+    padded = torch.arange(column.shape[1]) >= batch.variable_counts[:, None]
+    some = torch.where(column < 3, column, 3).masked_fill(padded, 3)
     for ours, whole in zip(statistics_at(batch, slots, some, 3), everywhere):
         for p, q in itertools.product(range(4), range(3)):
             if slots[p, q] < 12:

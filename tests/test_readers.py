@@ -1,9 +1,13 @@
-"""Readers."""
+"""Tests of readers.py: each layout gives the exact cohort or one line that says what is wrong; no stale cache."""
 
+import itertools
 import os
 import pickle
+import shutil
 import sys
+import tarfile
 import time
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -27,36 +31,43 @@ from tests.tiny import (
     write_physionet,
 )
 
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # PhysioNet 2012
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_physionet_sets_that_lie_together_are_read_together(tmp_path):
     """Set b as its own archive beside set a: the cohort of all records, each with its own set's outcome."""
     first, second = ({name: RECORDS[name]} for name in RECORDS)
-    folder, other = write_physionet(tmp_path / "both", records=first, outcomes=OUTCOMES.replace("132540,16,8,8,4,1\n", "")), tmp_path / "other"
+    folder, other = tmp_path / "both", tmp_path / "other"
+    write_physionet(folder, records=first, outcomes=OUTCOMES.replace("132540,16,8,8,4,1\n", ""))
     write_physionet(other, archive=True, records=second, outcomes=OUTCOMES.replace("132539,6,1,5,-1,0\n", ""))
     (other / "set-a.tar.gz").rename(folder / "set-b.tar.gz")
     (other / "Outcomes-a.txt").rename(folder / "Outcomes-b.txt")
-    both, together = load_cohort(folder, cache_dir=tmp_path), load_cohort(write_physionet(tmp_path / "one"), cache_dir=tmp_path)
-    assert both.reader.endswith("a+b") and both.fingerprint == together.fingerprint and both.label.tolist() == together.label.tolist() == [0, 1]
+    both = load_cohort(folder, cache_dir=tmp_path)
+    together = load_cohort(write_physionet(tmp_path / "one"), cache_dir=tmp_path)
+    assert both.reader.endswith("a+b") and both.fingerprint == together.fingerprint
+    assert both.label.tolist() == together.label.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("archive", [False, True], ids=["folder", "tar.gz"])
 def test_physionet_reader_gives_the_expected_cohort(tmp_path, archive):
     cohort = load_cohort(write_physionet(tmp_path / "data", archive), cache_dir=tmp_path / "cache")
     assert as_lists(cohort) == {
-        "132539": [(0, [("Age", 54), ("Gender", 0), ("ICUType=4", 1)]), (7, [("HR", 73), ("HR", 77)]),  # -1 missing; duplicates kept
-                   (1565, [("BaseExcess", -1)])],                                                       # -1 is a value elsewhere
-        "132540": [(0, [("Age", 76), ("Gender", 1), ("Height", np.float32(175.3)), ("ICUType=2", 1), ("Weight", 80)]), (70, [("HR", 88)])]}
+        # A descriptor of -1 is missing, elsewhere it is a value; duplicates are kept.
+        "132539": [(0, [("Age", 54), ("Gender", 0), ("ICUType=4", 1)]), (7, [("HR", 73), ("HR", 77)]),
+                   (1565, [("BaseExcess", -1)])],
+        "132540": [(0, [("Age", 76), ("Gender", 1), ("Height", np.float32(175.3)), ("ICUType=2", 1), ("Weight", 80)]),
+                   (70, [("HR", 88)])]}
     assert cohort.label.tolist() == [0, 1] and {k: v for k, v in cohort.notes.items() if v} == {
         "rows with an empty parameter": 1, "descriptors not recorded (-1)": 2}
-    assert cohort.variables == ["Age", "BaseExcess", "Gender", "HR", "Height", "ICUType=2", "ICUType=4", "Weight"]  # no outcome among them
+    # no outcome among them
+    assert cohort.variables == ["Age", "BaseExcess", "Gender", "HR", "Height", "ICUType=2", "ICUType=4", "Weight"]
 
 
 def test_folder_and_archive_have_the_same_fingerprint(tmp_path):
-    a, b = (load_cohort(write_physionet(tmp_path / str(archive), archive), cache_dir=tmp_path / "cache") for archive in (False, True))
+    a, b = (load_cohort(write_physionet(tmp_path / str(archive), archive), cache_dir=tmp_path / "cache")
+            for archive in (False, True))
     assert a.fingerprint == b.fingerprint
 
 
@@ -68,9 +79,10 @@ def test_a_stay_without_an_outcome_is_unlabelled_not_a_survivor(tmp_path):
 def test_cached_cohort_equals_the_parsed_one_and_is_not_parsed_again(tmp_path, monkeypatch):
     folder = write_physionet(tmp_path / "data")
     first = load_cohort(folder, cache_dir=tmp_path / "cache")
-    monkeypatch.setattr("readers._records", lambda path: pytest.fail("parsed again"))
+    monkeypatch.setattr("readers._records", lambda *_: pytest.fail("parsed again"))
     second = load_cohort(folder, cache_dir=tmp_path / "cache")
-    assert as_lists(first) == as_lists(second) and first.fingerprint == second.fingerprint and first.notes == second.notes
+    assert as_lists(first) == as_lists(second) and first.fingerprint == second.fingerprint
+    assert first.notes == second.notes
 
 
 @pytest.mark.parametrize("name", [f"{name}.npy" for name in Cohort.ARRAYS] + ["meta.json"])
@@ -87,51 +99,61 @@ def test_a_stale_cache_is_rebuilt(tmp_path):
     load_cohort(folder, cache_dir=tmp_path / "cache")
     record = folder / "set-a" / "132540.txt"
     before = record.stat()
-    record.write_text(record.read_text().replace("HR,88", "HR,99"))  # the same length: only the time of the change tells
+    # the same length: only the time of the change tells
+    record.write_text(record.read_text().replace("HR,88", "HR,99"))
     os.utime(record, ns=(before.st_atime_ns, before.st_mtime_ns + 1_000_000))
     assert as_lists(load_cohort(folder, cache_dir=tmp_path / "cache"))["132540"][-1] == (70, [("HR", 99)])
 
 
-def test_set_a_of_physionet_2012_is_read_in_full_and_fast(tmp_path):
+def test_sets_a_b_and_c_of_physionet_2012_are_read_in_full_and_fast(tmp_path):
     folder = SHARED / "data" / "physionet2012"
-    if not (folder / "set-a.tar.gz").exists():
-        pytest.skip(f"PhysioNet 2012 set-a is not at {folder}: the reader was not tried on real data")
+    if not all((folder / f"set-{s}.tar.gz").exists() for s in "abc"):
+        pytest.skip(f"PhysioNet 2012 is not at {folder}: the reader was not tried on real data")
     began = time.process_time()
     cohort = load_cohort(folder, cache_dir=tmp_path)
     parsed, began = time.process_time() - began, time.process_time()
     load_cohort(folder, cache_dir=tmp_path)
     cached = time.process_time() - began
-    assert (len(cohort), (cohort.label == 1).sum(), len(cohort.variables)) == (4000, 554, 44)
-    assert (len(cohort.event_value), len(cohort.set_minute)) == (1_672_669, 292_178)
-    assert parsed < 4 and cached < 0.5
+    for name, deaths in (("a", 554), ("b", 568), ("c", 585)):
+        stays = np.isin(cohort.stay_id, pd.read_csv(folder / f"Outcomes-{name}.txt", dtype=str)["RecordID"])
+        assert (stays.sum(), cohort.label[stays].sum()) == (4000, deaths)
+    assert (len(cohort), len(cohort.variables), len(cohort.set_minute)) == (12_000, 44, 898_352)
+    # Every row but the stays' own numbers, the rows without a parameter and the descriptors that were not recorded.
+    rows, notes = 1_757_980 + 1_762_535 + 1_765_303, counted(cohort)
+    assert notes == {"rows with an empty parameter": 2403, "descriptors not recorded (-1)": 6739}
+    assert len(cohort.event_value) == rows - len(cohort) - sum(notes.values()) == 5_264_676
+    assert parsed < 12 and cached < 0.5
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # The other readers: each test writes its own small data and compares the exact cohort
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
-# ---- one long table ----------------------------------------------------------------------------------------------------------------
+# ---- one long table --------------------------------------------------------------------------------------------------
 
 
 def test_long_table_gives_the_exact_cohort(tmp_path, load):
     write(tmp_path / "d/events.csv", EVENTS)
     write(tmp_path / "d/labels.csv", "stay_id,label,split\n7,1,train\n8,,test\n9,0,valid\n12,1,test\n")
     cohort = load(tmp_path / "d")
-    assert events_of(cohort) == {"007": [(0, [("NA", 139)])], "7": [(0, [("HR", 90)]), (60, [("HR", 80), ("HR", 82)])],
-                                 "8": [(5, [("Na, serum", 140)])]}
-    assert cohort.variables == ["HR", "NA", "Na, serum"]
-    assert labels_of(cohort) == {"007": -1, "7": 1, "8": -1} and splits_of(cohort) == {"007": -1, "7": 0, "8": 2}
-    assert counted(cohort) == {"rows with an empty variable": 1, "rows without a finite value": 3, "outcomes of no stay": 1,
-                               "stays without an outcome (unlabelled)": 2, "stays without a split (neither trained on nor scored)": 1,
-                               "stays without a usable event": 1}
-    assert make_splits(cohort, 0) == {"train": ["7"], "valid": [], "test": ["8"]}
+    assert events_of(cohort) == {
+        "007": [(0, [("NA", 139)])], "7": [(0, [("HR", 90)]), (60, [("HR", 80), ("HR", 82)]), (61, [("pH", None)])],
+        "8": [(5, [("Na, serum", 140)])], "9": [(5, [("K", None)])]}
+    assert cohort.variables == ["HR", "K", "NA", "Na, serum", "pH"]
+    assert labels_of(cohort) == {"007": -1, "7": 1, "8": -1, "9": 0}
+    assert splits_of(cohort) == {"007": -1, "7": 0, "8": 2, "9": 1}
+    assert counted(cohort) == {"rows with an empty variable": 1, "rows without a finite value": 1,
+                               "outcomes of no stay with a usable event": 1, "splits of no stay with a usable event": 1,
+                               "stays without an outcome (unlabelled)": 2,
+                               "stays without a split (neither trained on nor scored)": 1}
+    assert make_splits(cohort, 0) == {"train": ["7"], "valid": ["9"], "test": ["8"]}
 
 
 def test_long_table_needs_no_labels_and_labels_leave_the_stays_identity_alone(tmp_path, load):
     write(tmp_path / "d/events.csv", EVENTS)
     bare = load(tmp_path / "d")
-    assert (bare.label == -1).all() and (bare.split == -1).all() and bare.vectors.shape == (3, 0) and np.isnan(bare.statistics).all()
+    assert (bare.label == -1).all() and (bare.split == -1).all() and bare.vectors.shape == (5, 0) and np.isnan(bare.statistics).all()
     write(tmp_path / "d/labels.csv", "stay_id,label\n7,1\n")
     labelled = load(tmp_path / "d")
     assert labels_of(labelled)["7"] == 1 and labelled.fingerprint == bare.fingerprint
@@ -139,13 +161,15 @@ def test_long_table_needs_no_labels_and_labels_leave_the_stays_identity_alone(tm
 
 def test_parquet_and_csv_of_one_table_are_one_cohort(tmp_path, load):
     pytest.importorskip("pyarrow")
-    table = pd.DataFrame({"stay_id": [10, 9, 9], "minute": [3, 0, 2], "variable": ["a", "b", "a"], "value": [1, 2.5, 3]})
+    table = pd.DataFrame({"stay_id": [10, 9, 9], "minute": [3, 0, 2], "variable": ["a", "b", "a"],
+                          "value": [1, 2.5, 3]})
     for name in "cp":
         (tmp_path / name).mkdir()
     table.to_csv(tmp_path / "c/events.csv", index=False)
     table.astype({"variable": "category"}).to_parquet(tmp_path / "p/events.parquet")
     from_csv, from_parquet = load(tmp_path / "c"), load(tmp_path / "p")
-    assert events_of(from_csv) == events_of(from_parquet) == {"10": [(3, [("a", 1)])], "9": [(0, [("b", 2.5)]), (2, [("a", 3)])]}
+    assert events_of(from_csv) == events_of(from_parquet) == {"10": [(3, [("a", 1)])],
+                                                              "9": [(0, [("b", 2.5)]), (2, [("a", 3)])]}
     assert from_csv.fingerprint == from_parquet.fingerprint
 
 
@@ -158,7 +182,7 @@ def test_parquet_and_csv_of_one_table_are_one_cohort(tmp_path, load):
     ("stay_id,minute,variable,value,value\n1,2,a,3,3\n", None, r"column value occurs twice"),
     ("stay_id,minute,variable,value\n1,2,a,3\n1,2,a,high\n", None, r"events.csv line 3: value is 'high', not a number"),
     ("stay_id,minute,variable,value\n1,00:30,a,3\n", None, r"line 2: minute is '00:30', not a number"),
-    ("stay_id,minute,variable,value\n1,2,a,3\n1,-5,a,3\n", None, r"line 3: minute is -5; give minutes since admission"),
+    ("stay_id,minute,variable,value\n1,2,a,3\n1,1e9,a,3\n", None, r"line 3: minute is 1e\+09; give minutes since admission"),
     ("stay_id,minute,variable,value\n1,,a,3\n", None, r"line 2: minute is missing; give minutes"),
     ("stay_id,minute,variable,value\n1,inf,a,3\n", None, r"line 2: minute is inf; give minutes"),
     ("stay_id,minute,variable,value\n,1,a,3\n", None, r"line 2: stay_id is missing"),
@@ -168,12 +192,19 @@ def test_parquet_and_csv_of_one_table_are_one_cohort(tmp_path, load):
     ("stay_id,minute,variable,value\n1,2,\"a,3\n", None, r"events.csv"),
     ("stay_id,minute,variable,value\n1,2,température,3\n".encode("latin1"), None, r"events.csv: not UTF-8"),
     ("stay_id,minute,variable,value\n1,2,a,3\n".encode("utf-16"), None, r"events.csv: not UTF-8"),
-    ("stay_id,minute,variable,value\n1,2,a,nan\n", None, r"no usable event"),
+    ("stay_id,minute,variable,value\n1,2,a,inf\n", None, r"no usable event"),
     (EVENTS, "stay_id,label\n7,2\n", r"labels.csv line 2: label is 2, not 0 or 1"),
     (EVENTS, "stay_id,label\n8,0\n7,dead\n", r"labels.csv line 3: label is 'dead', not a number"),
-    (EVENTS, "stay_id,label\n7,1\n8,0\n7.0,1\n", r"labels.csv line 4: stay_id is '7.0', which occurs twice"),
+    (EVENTS, "stay_id,label\n7,1\n8,0\n7.0,0\n",
+     r"labels.csv line 4: stay_id is '7.0', labelled twice and not alike \(7\); keep one line of each"),
+    (EVENTS, "stay_id,label,time\n7,1,3\n", r"labels.csv: its column time has no unit; name it minute or hour"),
+    (EVENTS, "stay_id,label,minute\n7,1,3\n8,1,\n", r"labels.csv line 3: minute is missing; give the time of the question"),
+    (EVENTS, "stay_id,label,prediction_time\n7,1,2020-01-01\n", r"prediction_time is a clock time, which these data do not know"),
+    (EVENTS, "stay_id,label,minute,split\n7,1,3,train\n7,1,4,test\n",
+     r"line 2: split is 'train', and another elsewhere for the same stay \(7\)"),
     (EVENTS, "stay_id,label\n,1\n", r"labels.csv line 2: stay_id is missing"),
-    (EVENTS, "stay_id,label,split\n7,1,train\n8,1,holdout\n", r"labels.csv line 3: split is 'holdout'; it is one of train, valid, test"),
+    (EVENTS, "stay_id,label,split\n7,1,train\n8,1,holdout\n",
+     r"labels.csv line 3: split is 'holdout'; it is one of train, valid, test"),
     (EVENTS, "stay_id,died\n7,1\n", r"labels.csv: no column label"),
     (EVENTS, "stay_id,label\n", r"labels.csv: a header and no row"),
 ])
@@ -195,11 +226,12 @@ def test_windows_text_reads_the_same(tmp_path, load):
 @pytest.mark.parametrize("columns, message", [
     ({"value": ["high"]}, "column value holds (large_)?string where numbers belong"),
     ({"stay_id": [pd.Timestamp(0)]}, "column stay_id holds timestamp.* where text or whole numbers belong"),
-    ({"minute": [-1]}, "events.parquet row 1: minute is -1"),
+    ({"minute": [1e8]}, "events.parquet row 1: minute is 1e\\+08"),
 ])
 def test_long_table_bad_parquet(tmp_path, load, columns, message):
     pytest.importorskip("pyarrow")
-    pd.DataFrame({"stay_id": [1], "minute": [2], "variable": ["a"], "value": [3.0]} | columns).to_parquet(tmp_path / "events.parquet")
+    pd.DataFrame({"stay_id": [1], "minute": [2], "variable": ["a"],
+                  "value": [3.0]} | columns).to_parquet(tmp_path / "events.parquet")
     with pytest.raises(InputError, match=message):
         load(tmp_path)
 
@@ -218,16 +250,18 @@ def test_damaged_parquet_two_tables_and_no_pyarrow(tmp_path, load, monkeypatch):
 
 
 def test_long_table_reads_a_million_events_a_second_or_nearly(tmp_path):
-    """A Python loop over rows would take minutes: the bound only tells vectorised code from a loop, on a busy machine too."""
+    """A Python loop over rows would take minutes: the bound only tells vectorised code from a loop, on a busy machine
+    too."""
     n, rng = 300_000, np.random.default_rng(0)
-    pd.DataFrame({"stay_id": np.arange(n) // 300, "minute": np.tile(np.arange(300), n // 300), "variable": rng.integers(0, 40, n).astype(str),
+    pd.DataFrame({"stay_id": np.arange(n) // 300, "minute": np.tile(np.arange(300), n // 300),
+                  "variable": rng.integers(0, 40, n).astype(str),
                   "value": rng.normal(size=n).round(2)}).to_csv(tmp_path / "events.csv", index=False)
     start = time.perf_counter()
     cohort = read_long_table(tmp_path)
     assert len(cohort.event_value) == n and time.perf_counter() - start < 6
 
 
-# ---- the original layout -------------------------------------------------------------------------------------------------------------
+# ---- the original layout ---------------------------------------------------------------------------------------------
 
 @pytest.fixture
 def original(tmp_path):
@@ -244,15 +278,17 @@ def original(tmp_path):
 
 def test_original_layout_gives_the_exact_cohort(original, load):
     cohort = load(original, params_map=str(original / "stats.csv"), label_file=str(original / "oc.csv"))
-    assert events_of(cohort) == {"200001.0": [(0, [("HR", 80), ("HR", 90)]), (30, [("K", 4)])], "200002.0": [(15, [("HR", 70)])],
-                                 "200003.0": [(1, [("New", 3)])]}
+    assert events_of(cohort) == {"200001.0": [(0, [("HR", 80), ("HR", 90)]), (30, [("K", 4)])],
+                                 "200002.0": [(15, [("HR", 70)])], "200003.0": [(1, [("New", 3)])]}
     assert labels_of(cohort) == {"200001.0": 1, "200002.0": -1, "200003.0": 0}
     assert splits_of(cohort) == {"200001.0": 0, "200002.0": 1, "200003.0": 2}
     np.testing.assert_array_equal(cohort.statistics, np.array([[85, 10], [np.nan] * 2, [np.nan] * 2], dtype=np.float32))
     np.testing.assert_array_equal(cohort.vectors, np.array([[1, 0, .5], [0, 2, 0], [np.nan] * 3], dtype=np.float32))
-    assert counted(cohort) == {"rows without a finite value": 1, "stays without an outcome (unlabelled)": 2, "outcomes of no stay": 1,
+    assert counted(cohort) == {"rows without a finite value": 1, "stays without an outcome (unlabelled)": 1,
+                               "outcomes of no stay with a usable event": 1,
                                "stays without a usable event": 1, "variables without given statistics (fitted)": 2,
-                               "given statistics of no variable": 1, "variables without given vectors (hashed from the name)": 1,
+                               "given statistics of no variable": 1,
+                               "variables without given vectors (hashed from the name)": 1,
                                "given vectors of no variable": 1}
     # patient_ehr itself may be named, as the original did
     assert load(original / "patient_ehr").fingerprint == cohort.fingerprint
@@ -261,7 +297,8 @@ def test_original_layout_gives_the_exact_cohort(original, load):
 def test_original_layout_feeds_normalizer_and_vectors(original, load):
     cohort = load(original, params_map=str(original / "stats.csv"))
     normalizer = Normalizer.fit(cohort, np.arange(len(cohort)))
-    assert normalizer.mean.tolist() == [85, 0, 0] and normalizer.std.tolist() == [10, 1, 1]  # K and New: fitted, constant
+    # K and New: fitted, constant
+    assert normalizer.mean.tolist() == [85, 0, 0] and normalizer.std.tolist() == [10, 1, 1]
     vectors = variable_vectors(cohort.variables, 3, cohort.vectors)
     assert vectors[:2].tolist() == [[1, 0, .5], [0, 2, 0]] and vectors[2].norm().item() == pytest.approx(1)
     assert vectors[2].equal(variable_vectors(["New"], 3)[0])
@@ -270,7 +307,8 @@ def test_original_layout_feeds_normalizer_and_vectors(original, load):
 
 
 def test_original_layout_set_index_tells_sets_apart(tmp_path, load):
-    write(tmp_path / "patient_ehr/train/1.csv", "variable,value,minute,set_index\na,1,10,0\nb,2,10,1\nc,3,10,0\nd,4,20,2\ne,5,15,2\n")
+    write(tmp_path / "patient_ehr/train/1.csv",
+          "variable,value,minute,set_index\na,1,10,0\nb,2,10,1\nc,3,10,0\nd,4,20,2\ne,5,15,2\n")
     cohort = load(tmp_path)
     assert events_of(cohort) == {"1": [(10, [("a", 1), ("c", 3)]), (10, [("b", 2)]), (15, [("d", 4), ("e", 5)])]}
     write(tmp_path / "patient_ehr/train/1.csv", "variable,value,minute,set_index\na,1,10,0\nb,2,10,\n")
@@ -294,12 +332,12 @@ def test_original_layout_in_parquet_equals_csv(original, tmp_path, load):
     ("patient_ehr/valid/200002.0.csv", "", "200002.0.csv: an empty file"),
     ("patient_ehr/valid/200002.0.csv", "value,minute\n1,2\n", "200002.0.csv line 1: other columns than in 200001.0.csv"),
     ("patient_ehr/valid/200002.0.csv", "variable,value,minute\nHR,80,1\nHR,x,2\n", "200002.0.csv line 3: value is 'x', not a number"),
-    ("patient_ehr/valid/200002.0.csv", "variable,value,minute\nHR,80,1\nHR,80,-2\n", "200002.0.csv line 3: minute is -2"),
+    ("patient_ehr/valid/200002.0.csv", "variable,value,minute\nHR,80,1\nHR,80,-2e8\n", "200002.0.csv line 3: minute is -2e\\+08"),
     ("patient_ehr/valid/200002.0.csv", "variable,value,minute\nHR,80,1,3\n", "200002.0.csv line 2: 4 cells where the columns are 3"),
     ("patient_ehr/valid/200001.0.csv", "variable,value,minute\nHR,80,1\n", "stay 200001.0 occurs more than once"),
     ("oc.csv", "ts_id,in_hospital_mortality\n200001,3\n", "oc.csv line 2: in_hospital_mortality is 3, not 0 or 1"),
-    ("oc.csv", "ts_id,in_hospital_mortality\n200001,1\n200001,1\n", "oc.csv line 3: ts_id is '200001', which occurs twice"),
-    ("oc.csv", "id,in_hospital_mortality\n200001,1\n", "oc.csv: no column ts_id"),
+    ("oc.csv", "ts_id,in_hospital_mortality\n200001,1\n200001,0\n", "oc.csv line 3: ts_id is '200001', labelled twice"),
+    ("oc.csv", "id,in_hospital_mortality\n200001,1\n", "oc.csv: no column stay_id or ts_id or RecordID or subject_id"),
     ("stats.csv", "variable,mean,std\nHR,1,1\nHR,1,1\n", "stats.csv line 3: variable is 'HR', where each line names another one"),
     ("stats.csv", "variable,mean,std\nHR,1,-1\n", "stats.csv line 2: std is -1, below 0"),
     ("stats.csv", "variable,mean,std\nHR,one,1\n", "stats.csv line 2: mean is 'one', not a number"),
@@ -321,8 +359,9 @@ def test_params_map_pickle_admits_plain_and_numpy_numbers(original, load, protoc
     assert cohort.statistics[:2].tolist() == [[85, 10], [4, 2.5]]
 
 
-@pytest.mark.parametrize("call", [Call(os.system, "touch {}"), Call(eval, "open('{}', 'w')"), Call(exec, "open('{}', 'w')"),
-                                  Call(getattr, "", "join"), Call(np.array, [1.0])])
+@pytest.mark.parametrize("call",
+                         [Call(os.system, "touch {}"), Call(eval, "open('{}', 'w')"), Call(exec, "open('{}', 'w')"),
+                          Call(getattr, "", "join"), Call(np.array, [1.0])])
 def test_params_map_pickle_executes_nothing(original, load, tmp_path, call):
     witness = tmp_path / "executed"
     call.call = call.call[0], tuple(a.format(witness) if isinstance(a, str) else a for a in call.call[1])
@@ -332,9 +371,12 @@ def test_params_map_pickle_executes_nothing(original, load, tmp_path, call):
     assert not witness.exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"\x80\x04garbage", pickle.dumps([1, 2]), pickle.dumps({"HR": {"mean": 1}}), pickle.dumps({"HR": 3}),
-                                     pickle.dumps({"HR": {"mean": "x", "std": 1}}), pickle.dumps({"HR": {"mean": 1, "std": -1}}),
-                                     b"cnumpy\ndtype\n(S'O8'\ntR.", b"cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n(S'O8'\ntRS'abcdefgh'\ntR."])
+@pytest.mark.parametrize("content", [b"", b"\x80\x04garbage", pickle.dumps([1, 2]), pickle.dumps({"HR": {"mean": 1}}),
+                                     pickle.dumps({"HR": 3}),
+                                     pickle.dumps({"HR": {"mean": "x", "std": 1}}),
+                                     pickle.dumps({"HR": {"mean": 1, "std": -1}}),
+                                     b"cnumpy\ndtype\n(S'O8'\ntR.",
+                                     b"cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n(S'O8'\ntRS'abcdefgh'\ntR."])
 def test_params_map_bad_pickle(original, load, content):
     write(original / "stats.pkl", content)
     with pytest.raises(InputError, match="stats.pkl"):
@@ -343,8 +385,8 @@ def test_params_map_bad_pickle(original, load, content):
 
 def test_options_are_refused_where_nothing_reads_them(original, tmp_path, load):
     write(tmp_path / "d/events.csv", EVENTS)
-    with pytest.raises(InputError, match="--label_file .*oc.csv: not read with a long table"):
-        load(tmp_path / "d", label_file=str(original / "oc.csv"))
+    with pytest.raises(InputError, match="--task death: not read with a long table"):
+        load(tmp_path / "d", task="death")
     with pytest.raises(InputError, match="--params_map .*: not read with the embedded cohort"):
         load_cohort(None, cache_dir=tmp_path / "cache", params_map=str(original / "stats.csv"))
     with pytest.raises(InputError, match="--label_file .*nowhere.csv: no such file"):
@@ -360,7 +402,7 @@ def test_cache_follows_the_options_and_their_files(original, load):
     assert labels_of(load(original, label_file=str(original / "oc.csv")))["200001.0"] == 0
 
 
-# ---- MEDS ----------------------------------------------------------------------------------------------------------------------------
+# ---- MEDS ------------------------------------------------------------------------------------------------------------
 
 def at(text):
     return pd.Timestamp(f"2020-01-{text}") if text else pd.NaT
@@ -388,59 +430,155 @@ def meds_folder(tmp_path):
     return folder
 
 
-def test_meds_without_labels_is_one_sample_a_subject(meds_folder, load):
+def test_meds_without_labels_is_one_unlabelled_point_at_the_end_of_each_subject(meds_folder, load):
     cohort = load(meds_folder)
-    assert events_of(cohort) == {"5": [(0, [("GENDER//F", 1), ("HR", 70)]), (1, [("HR", 80)]), (121, [("K", 4)])],
-                                 "6": [(0, [("ADMIT", 1)]), (5, [("K", 1)])], "7": [(0, [("GENDER//M", 1)])]}
+    assert events_of(cohort) == {
+        "5": [(0, [("GENDER//F", None), ("HR", 70)]), (1, [("HR", 80)]), (121, [("K", 4)])],
+        "6": [(0, [("ADMIT", None)]), (5, [("K", None)])], "7": [(0, [("GENDER//M", None)])]}
     assert splits_of(cohort) == {"5": 0, "6": 2, "7": 1} and (cohort.label == -1).all()
-    assert counted(cohort) == {"events without a code": 1, "MEDS_DEATH events": 1} and "MEDS_DEATH" not in cohort.variables
+    assert counted(cohort) == {"events without a code": 1, "MEDS_DEATH events": 1}
+    assert "MEDS_DEATH" not in cohort.variables
 
 
-def test_meds_sample_holds_events_up_to_and_including_the_prediction_time(meds_folder, load):
-    meds(meds_folder, "labels/death/0.parquet", subject_id=[5, 5, 5, 6, 99, 6],
-         prediction_time=[at("01 12:00"), at("01 10:00:29"), at("05 00:00"), at("03 00:04"), at("01 00:00"), at("02 00:00")],
+def points_of(cohort) -> dict:
+    """{stay: [(minute, label)...]}"""
+    return {str(stay): [(float(m), int(y)) for m, y in zip(cohort.point_minute[a:b], cohort.label[a:b])]
+            for stay, a, b in zip(cohort.stay_id, cohort.point_start, cohort.point_start[1:])}
+
+
+def test_meds_subject_is_one_stay_of_many_points_and_no_set_straddles_one(meds_folder, load):
+    bare = load(meds_folder)
+    times = [at("01 12:00"), at("01 10:00:29"), at("05 00:00"), at("03 00:04"), at("01 00:00"), at("02 00:00")]
+    meds(meds_folder, "data/train/1.parquet", subject_id=[5, 5], code=["Na", "K"], numeric_value=[1.0, 2],
+         time=[at("01 10:00:29"), at("01 10:00:59")])
+    meds(meds_folder, "labels/death/0.parquet", subject_id=[5, 5, 5, 6, 99, 6], prediction_time=times,
          boolean_value=[True, False, True, False, True, False])
     cohort = load(meds_folder)
     assert events_of(cohort) == {
-        "5@2020-01-01T12:00": [(0, [("GENDER//F", 1), ("HR", 70)]), (1, [("HR", 80)]), (121, [("K", 4)])],
-        "5@2020-01-01T10:00:29": [(0, [("GENDER//F", 1), ("HR", 70)])],  # the event one second later shares the minute, yet is the future
-        "5@2020-01-05": [(0, [("GENDER//F", 1), ("HR", 70)]), (1, [("HR", 80)]), (121, [("K", 4)])],
-        "6@2020-01-03T00:04": [(0, [("ADMIT", 1)])]}
-    assert cohort.label.tolist() == [1, 0, 1, 0] and cohort.split.tolist() == [0, 0, 0, 2]
-    assert counted(cohort) == {"events without a code": 1, "MEDS_DEATH events": 1, "labels of no subject": 1, "stays without a usable event": 1}
-    (meds_folder / "metadata/subject_splits.parquet").unlink()
-    with pytest.raises(InputError, match="subjects with several samples and no metadata/subject_splits.parquet"):
+        "5": [(0, [("GENDER//F", None), ("HR", 70)]), (1, [("Na", 1)]), (1.5, [("HR", 80), ("K", 2)]), (121, [("K", 4)])],
+        "6": [(0, [("ADMIT", None)]), (5, [("K", None)])], "7": [(0, [("GENDER//M", None)])]}
+    assert points_of(cohort) == {"5": [(1 + 29 / 60, 0), (121, 1), (5161, 1)], "6": [(-1440, 0), (4, 0)], "7": []}
+    assert splits_of(cohort) == {"5": 0, "6": 2, "7": 1}
+    assert counted(cohort) == {
+        "events without a code": 1, "MEDS_DEATH events": 1, "outcomes of no stay with a usable event": 1,
+        "stays without a question": 1, "prediction points before the first set of their stay (no answer)": 1}
+    shutil.rmtree(meds_folder / "labels")
+    assert load(meds_folder).fingerprint == cohort.fingerprint != bare.fingerprint and isinstance(cohort.event_value, np.memmap)
+    assert sorted(cohort.clock(cohort.point_stay, cohort.point_minute)) == sorted(np.delete(np.array(times, "datetime64[us]"), 4))
+
+
+def test_a_clock_time_of_any_microsecond_of_a_long_life_can_be_written_back(tmp_path, load):
+    rng, birth = np.random.default_rng(0), np.datetime64("1931-05-06T07:08:09.000001", "us")
+    times = birth + np.sort(rng.choice(2**51 + 2**50, 500)).astype("timedelta64[us]")  # 107 years
+    meds(tmp_path, "data/0.parquet", subject_id=[1, 1], time=[birth, times[100]], code=["MEDS_BIRTH", "a"])
+    meds(tmp_path, "labels/0.parquet", subject_id=[1] * 500, prediction_time=times, boolean_value=[False] * 500)
+    cohort = load(tmp_path)
+    assert np.array_equal(cohort.clock(cohort.point_stay, cohort.point_minute), times)
+
+
+def test_a_meds_task_is_chosen_among_several_and_shards_are_one(meds_folder, load):
+    at_noon = dict(subject_id=[5], prediction_time=[at("01 12:00")])
+    for shard, label in enumerate((True, False)):
+        meds(meds_folder, f"labels/death/{shard}.parquet", **at_noon | {"subject_id": [5 + shard]}, boolean_value=[label])
+    assert points_of(load(meds_folder)) == {"5": [(121, 1)], "6": [(-2160, 0)], "7": []}
+    meds(meds_folder, "labels/aki.parquet", **at_noon, boolean_value=[False])
+    with pytest.raises(InputError, match="labels: holds the tasks aki, death; choose one with --task NAME"):
         load(meds_folder)
+    with pytest.raises(InputError, match="holds the tasks aki, death"):
+        load(meds_folder, task="sepsis")
+    assert points_of(load(meds_folder, task="aki"))["5"] == [(121, 0)] and points_of(load(meds_folder, task="death"))["5"] == [(121, 1)]
+    elsewhere = load(meds_folder, label_file=str(meds_folder / "labels/aki.parquet"))
+    assert points_of(elsewhere)["5"] == [(121, 0)] and elsewhere.fingerprint == load(meds_folder, task="death").fingerprint
+
+
+def test_labels_at_times_are_points_in_minutes_or_hours(tmp_path, load):
+    write(tmp_path / "d/events.csv", EVENTS)
+    write(tmp_path / "d/labels.csv", "stay_id,label,hour,subject_id\n7,1,1.5,x\n7,0,0,x\n8,,-1,x\n7,1,1.5,\n")
+    cohort = load(tmp_path / "d")
+    assert points_of(cohort) == {"007": [], "7": [(0, 0), (90, 1)], "8": [(-60, -1)], "9": []}
+    assert cohort.subject.tolist() == ["007", "x", "x", "9"] and cohort.stay_label.tolist() == [-1, 1, -1, -1]
+    assert counted(cohort) == {
+        "rows with an empty variable": 1, "rows without a finite value": 1, "labels given more than once": 1,
+        "stays without a question": 2, "prediction points before the first set of their stay (no answer)": 1}
+    assert "data: 3 prediction points in 2 stays" in cohort.describe()
+    write(tmp_path / "d/labels.csv", "stay_id,label,minute\n7,1,90\n7,0,0\n8,,-60\n")
+    assert points_of(load(tmp_path / "d")) == points_of(cohort)
+    with pytest.raises(InputError, match="--hours 48: these labels have times of their own"):
+        load(tmp_path / "d", hours=48)
+
+
+def test_one_question_a_stay_after_some_hours_or_at_its_end(tmp_path, load):
+    write(tmp_path / "events.csv", "stay_id,minute,variable,value\n1,-10,a,1\n1,50,a,1\n1,51,a,1\n2,5,a,1\n2,9,a,1\n")
+    write(tmp_path / "labels.csv", "stay_id,label\n1,1\n")
+    assert points_of(load(tmp_path)) == {"1": [(51, 1)], "2": [(9, -1)]}
+    assert points_of(load(tmp_path, hours=1)) == {"1": [(50, 1)], "2": [(9, -1)]}
+
+
+@pytest.mark.parametrize("name, columns", [("o.csv", "RecordID,In-hospital_death"), ("o/0.csv", "subject_id,boolean_value"),
+                                           ("o/0.csv", "ts_id,in_hospital_mortality"), ("o.csv", "stay_id,label")])
+def test_labels_that_lie_elsewhere_replace_the_datas_own_whatever_their_columns(tmp_path, load, name, columns):
+    folder = write_physionet(tmp_path / "data")
+    before = load(folder)
+    write(tmp_path / name, f"{columns}\n132539,1\n132540.0,0\n")
+    cohort = load(folder, label_file=str((tmp_path / name).parents[name.count("/") - 1] if "/" in name else tmp_path / name))
+    assert labels_of(cohort) == {"132539": 1, "132540": 0} and labels_of(before) == {"132539": 0, "132540": 1}
+    assert cohort.fingerprint == before.fingerprint and len(list((tmp_path / "cache").iterdir())) == 1  # parsed once
+
+
+def test_a_split_file_overrides_the_datas_own_and_leaves_its_identity_alone(meds_folder, load):
+    write(meds_folder / "split.csv", "stay_id,split\n5,Heldout\n6.0,VALIDATION\n8,dev\n")
+    before, cohort = load(meds_folder), load(meds_folder, split_file=str(meds_folder / "split.csv"))
+    assert splits_of(cohort) == {"5": 2, "6": 1, "7": -1} and cohort.fingerprint == before.fingerprint
+    assert {"stays without a split (neither trained on nor scored)": 1, "splits of no stay with a usable event": 1}.items() <= counted(cohort).items()
+    write(meds_folder / "split.csv", "stay_id,split\n5,train\n5,test\n")
+    with pytest.raises(InputError, match=r"split.csv line 2: split is 'train', and another elsewhere for the same stay \(5\)"):
+        load(meds_folder, split_file=str(meds_folder / "split.csv"))
+
+
+def test_physionet_2012_without_outcomes_is_unlabelled(tmp_path, load):
+    (write_physionet(tmp_path / "data") / "Outcomes-a.txt").unlink()
+    cohort = load(tmp_path / "data")
+    assert cohort.label.tolist() == [-1, -1] and "0 labelled" in cohort.describe()
 
 
 def test_meds_agrees_with_a_plain_loop(tmp_path, load):
     pytest.importorskip("pyarrow")
     rng = np.random.default_rng(3)
     n, start = 400, np.datetime64("2021-03-04T05:06:07", "us")
-    subject, time = rng.integers(0, 12, n) * 10**17, start + rng.integers(0, 5000, n) * np.timedelta64(20, "s")
+    subject, time = rng.integers(0, 12, n) * 10**17, start + rng.integers(0, 400, n) * np.timedelta64(20, "s")
     time[rng.random(n) < .1] = np.datetime64("NaT")
-    code, value = rng.choice(["a", "b", "c", "MEDS_DEATH"], n), np.where(rng.random(n) < .3, np.nan, rng.normal(size=n)).astype(np.float32)
+    code = rng.choice(["a", "b", "c", "MEDS_DEATH"], n)
+    value = np.where(rng.random(n) < .3, np.nan, rng.normal(size=n)).astype(np.float32)
     meds(tmp_path, "data/0.parquet", subject_id=subject, time=time, code=code, numeric_value=value)
-    asked = pd.DataFrame({"s": rng.integers(0, 12, 30) * 10**17, "t": start + rng.integers(0, 5000, 30) * np.timedelta64(20, "s")}).drop_duplicates()
+    asked = pd.DataFrame({"s": rng.integers(0, 12, 900) * 10**17, "t": start + rng.integers(0, 800, 900) * np.timedelta64(10, "s")}).drop_duplicates()
     meds(tmp_path, "labels/0.parquet", subject_id=asked.s, prediction_time=asked.t, boolean_value=rng.random(len(asked)) < .5)
     meds(tmp_path, "metadata/subject_splits.parquet", subject_id=np.arange(12) * 10**17, split=["train"] * 12)
-    found = events_of(load(tmp_path))
-    expected = {}
-    for s, t in asked.itertuples(index=False):
+    cohort, expected, known = load(tmp_path), {}, {}
+    for s in np.unique(subject):
         mine = (subject == s) & (code != "MEDS_DEATH")
         origin = np.nanmin(time[mine & ~np.isnat(time)]).astype("datetime64[m]")
         sets = {}
-        for i in np.flatnonzero(mine & (np.isnat(time) | (time <= np.datetime64(t)))):
+        for i in np.flatnonzero(mine):
             minute = 0 if np.isnat(time[i]) else (time[i].astype("datetime64[m]") - origin).astype(int)
-            sets.setdefault(float(minute), []).append((str(code[i]), 1.0 if np.isnan(value[i]) else round(float(value[i]), 4)))
-        if sets:
-            expected[f"{s}@{np.datetime_as_string(np.datetime64(t, 'us'), unit='auto')}"] = sorted((m, sorted(e)) for m, e in sets.items())
-    assert {stay: [(m, sorted(e)) for m, e in sets] for stay, sets in found.items()} == expected
+            sets.setdefault(float(minute), []).append((str(code[i]), None if np.isnan(value[i]) else round(float(value[i]), 4)))
+        expected[str(s)] = sorted((m, sorted(e, key=str)) for m, e in sets.items())
+        for t in asked.t[asked.s == s]:
+            known[str(s), t] = (mine & (np.isnat(time) | (time <= np.datetime64(t)))).sum()
+    whole = replace(cohort, set_minute=np.floor(cohort.set_minute))
+    found = {stay: [(m, sorted((e for _, events in group for e in events), key=str))
+                    for m, group in itertools.groupby(sets, key=lambda s: s[0])] for stay, sets in events_of(whole).items()}
+    assert found == expected and len(cohort.set_minute) > sum(map(len, expected.values()))  # some minutes are cut
+    for p, minute, t in zip(cohort.point_stay, cohort.point_minute, cohort.clock(cohort.point_stay, cohort.point_minute)):
+        sets = slice(*cohort.stay_start[p:p + 2])
+        seen = np.searchsorted(cohort.set_minute[sets], minute, side="right")
+        events = cohort.set_start[cohort.stay_start[p] + seen] - cohort.set_start[cohort.stay_start[p]]
+        assert events == (known[cohort.stay_id[p], pd.Timestamp(t)] if seen else 0)
 
 
 def test_meds_keeps_distinct_minutes_apart_decades_after_birth(tmp_path, load):
     pytest.importorskip("pyarrow")
-    times = [pd.Timestamp("1940-01-01"), *(pd.Timestamp("2020-01-01 00:00") + pd.Timedelta(minutes=i) for i in range(4))]
+    times = [pd.Timestamp("1940-01-01"),
+             *(pd.Timestamp("2020-01-01 00:00") + pd.Timedelta(minutes=i) for i in range(4))]
     meds(tmp_path, "data/0.parquet", subject_id=[1] * 5, time=times, code=["MEDS_BIRTH", *"abcd"])
     cohort = load(tmp_path)
     assert np.diff(cohort.set_start).tolist() == [1] * 5 and (np.diff(cohort.set_minute) >= 0).all()
@@ -450,12 +588,11 @@ def test_meds_keeps_distinct_minutes_apart_decades_after_birth(tmp_path, load):
     ("data/1.parquet", {"subject_id": [5], "time": [at("01 00:00")]}, "1.parquet: no column code"),
     ("data/1.parquet", {"subject_id": [5], "time": [at("01 00:00")], "code": [3.5], "numeric_value": ["x"]}, "the files' columns differ in type"),
     ("data/1.parquet", {"subject_id": [None], "time": [at("01 00:00")], "code": ["a"]}, "data/1.parquet row 1: subject_id is missing"),
-    ("metadata/subject_splits.parquet", {"subject_id": [5], "split": ["dev"]}, "row 1: split is 'dev'; it is one of train, tuning, held_out"),
-    ("metadata/subject_splits.parquet", {"subject_id": [5, 5], "split": ["train", "train"]}, "row 2: subject_id is '5', where each row"),
+    ("metadata/subject_splits.parquet", {"subject_id": [5], "split": ["holdout"]}, "row 1: split is 'holdout'; it is one of train"),
+    ("metadata/subject_splits.parquet", {"subject_id": [5, 5], "split": ["train", "tuning"]}, "row 1: split is 'train', and another"),
     ("labels/0.parquet", {"subject_id": [5], "prediction_time": [at(None)], "boolean_value": [True]}, "row 1: prediction_time is missing"),
-    ("labels/0.parquet", {"subject_id": [5, 5], "prediction_time": [at("01 00:00")] * 2, "boolean_value": [True, True]},
-     "row 2: prediction_time is '2020-01-01.*', twice for one subject"),
-    ("labels/0.parquet", {"subject_id": [99], "prediction_time": [at("01 00:00")], "boolean_value": [True]}, "no usable event"),
+    ("labels/0.parquet", {"subject_id": [5, 5], "prediction_time": [at("01 00:00")] * 2, "boolean_value": [True, False]},
+     "row 2: subject_id is '5', labelled twice and not alike"),
 ])
 def test_meds_bad_input(meds_folder, load, name, columns, message):
     meds(meds_folder, name, **columns)
@@ -463,24 +600,36 @@ def test_meds_bad_input(meds_folder, load, name, columns, message):
         load(meds_folder)
 
 
-# ---- PhysioNet 2019 --------------------------------------------------------------------------------------------------------------------
+# ---- PhysioNet 2019 --------------------------------------------------------------------------------------------------
 
 def test_physionet2019_gives_the_exact_cohort(tmp_path, load):
-    write(tmp_path / "training_setA/p000001.psv", "HR|Temp|Age|ICULOS|SepsisLabel\nNaN|NaN|70.5|1|0\n80|36.6|70.5|2|0\n82|NaN|70.5|3|1\n")
-    write(tmp_path / "training_setB/p100001.psv", "HR|Temp|Age|ICULOS|SepsisLabel\n90|inf|NaN|4|0\nNaN|NaN|50|5|0\nNaN|37|50|6|0\n")
+    write(tmp_path / "training_setA/p000001.psv",
+          "HR|Temp|Age|ICULOS|SepsisLabel\nNaN|NaN|70.5|1|0\n80|36.6|70.5|2|0\n82|NaN|70.5|3|1\n")
+    write(tmp_path / "training_setB/p100001.psv",
+          "HR|Temp|Age|ICULOS|SepsisLabel\n90|inf|NaN|4|0\nNaN|NaN|50|5|0\nNaN|37|50|6|0\n")
     cohort = load(tmp_path)
     assert events_of(cohort) == {"p000001": [(0, [("Age", 70.5), ("ICULOS", 1)]), (60, [("HR", 80), ("Temp", 36.6)]), (120, [("HR", 82)])],
                                  "p100001": [(0, [("HR", 90), ("ICULOS", 4)]), (60, [("Age", 50)]), (120, [("Temp", 37)])]}
-    assert cohort.variables == ["Age", "HR", "ICULOS", "Temp"] and labels_of(cohort) == {"p000001": 1, "p100001": 0}
+    assert cohort.variables == ["Age", "HR", "ICULOS", "Temp"] and points_of(cohort) == {
+        "p000001": [(0, 0), (60, 0), (120, 1)], "p100001": [(0, 0), (60, 0), (120, 0)]}
     assert counted(cohort) == {"repeated descriptors": 7, "infinite values": 1}
+    for letter in "AB":
+        with tarfile.open(tmp_path / f"training_set{letter}.tar.gz", "w:gz") as archive:
+            archive.add(tmp_path / f"training_set{letter}", arcname=f"training_set{letter}")
+        shutil.rmtree(tmp_path / f"training_set{letter}")
+    packed = load(tmp_path)
+    assert packed.fingerprint == cohort.fingerprint and points_of(packed) == points_of(cohort)
+
+
+def test_physionet2019_without_labels_is_asked_every_hour(tmp_path, load):
+    write(tmp_path / "training_setA/p1.psv", "HR|Temp\n80|37\nNaN|NaN\n")
+    assert points_of(load(tmp_path)) == {"p1": [(0, -1), (60, -1)]}
 
 
 @pytest.mark.parametrize("text, message", [
     ("HR|SepsisLabel\n80|0\n81|2\n", r"p1.psv line 3: SepsisLabel is 2, not 0 or 1"),
     ("HR|SepsisLabel\n80|\n", r"p1.psv line 2: SepsisLabel is missing, not 0 or 1"),
     ("HR|SepsisLabel\nfast|0\n", r"p1.psv line 2: HR is 'fast', not a number"),
-    ("HR|Temp\n80|37\n", r"p1.psv: no column SepsisLabel"),
-    ("HR,SepsisLabel\n80,0\n", r"p1.psv: no column SepsisLabel"),
     ("", r"p1.psv: an empty file"),
     ("HR|SepsisLabel\n", r"a header and no row"),
 ])

@@ -1,4 +1,4 @@
-"""Training."""
+"""Tests of train.py: an interrupted run, resumed, and a run of several processes end as the undisturbed single one."""
 
 import itertools
 import os
@@ -20,15 +20,17 @@ from readers import synthetic_cohort
 from tests.plain_loop import close
 from tests.tiny import FINETUNE, PRETRAIN, finished, same_run, small_process, tiny
 
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Resuming
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("step", [1, 4, 6])  # in the first epoch, at its last step, in the second
 def test_pretraining_interrupted_and_resumed_ends_with_equal_bits(tmp_path, monkeypatch, step):
     monkeypatch.setattr(train, "ModelConfig", lambda v: tiny(num_variables=v))
-    command, check = ["--mode", "pretrain", "--synthetic_stays", "24", "--device", "cpu", "--max_epochs", "2", "--batch_size", "3"], train.finite_or_stop
+    command = ["--mode", "pretrain", "--synthetic_stays", "24", "--device", "cpu", "--max_epochs", "2",
+               "--batch_size", "3"]
+    check = train.finite_or_stop
     assert train.main([*command, "--run_dir", str(tmp_path / "whole")]) == 0
     assert len(pd.read_csv(tmp_path / "whole" / "metrics.csv")) == 2
 
@@ -45,7 +47,8 @@ def test_pretraining_interrupted_and_resumed_ends_with_equal_bits(tmp_path, monk
 
 
 def test_the_command_printed_at_an_interruption_goes_on_with_the_run(tmp_path, monkeypatch, capsys):
-    """It names the run folder alone: data, epochs and batch size must come from the run, or other stays are trained on in silence."""
+    """It names the run folder alone: data, epochs and batch size must come from the run, or other stays are trained on
+    in silence."""
     monkeypatch.setattr(train, "ModelConfig", lambda v: tiny(num_variables=v))
     assert train.main([*PRETRAIN, "--max_epochs", "2", "--run_dir", str(tmp_path / "whole")]) == 0
     check = train.finite_or_stop
@@ -54,8 +57,10 @@ def test_the_command_printed_at_an_interruption_goes_on_with_the_run(tmp_path, m
         train.main([*PRETRAIN, "--max_epochs", "2", "--run_dir", str(tmp_path / "cut")])
     monkeypatch.setattr(train, "finite_or_stop", check)
     cohort, load = synthetic_cohort(24), train.load_cohort
-    monkeypatch.setattr(train, "load_cohort", lambda *a, **k: cohort if load(*a, **k).fingerprint == cohort.fingerprint else pytest.fail("other data"))
-    command = next(line for line in capsys.readouterr().out.splitlines() if "python train.py" in line and "--resume" in line)
+    monkeypatch.setattr(train, "load_cohort", lambda *a, **k: cohort if load(*a, **k).fingerprint == cohort.fingerprint
+                        else pytest.fail("other data"))
+    command = next(line for line in capsys.readouterr().out.splitlines() if "python train.py" in line
+                   and "--resume" in line)
     assert train.main(command.split("train.py ")[1].split()) == 0
     same_run(tmp_path / "whole", tmp_path / "cut")
 
@@ -63,20 +68,24 @@ def test_the_command_printed_at_an_interruption_goes_on_with_the_run(tmp_path, m
 def test_a_stay_that_the_checkpoint_knows_keeps_its_part_in_other_data():
     """Else a stay pretrained on could be tested on after more data are put beside the old."""
     cohort = synthetic_cohort(60)
-    known = {"train": cohort.stay_id[:30].tolist(), "valid": cohort.stay_id[30:34].tolist(), "test": cohort.stay_id[34:40].tolist()}
+    known = {"train": cohort.stay_id[:30].tolist(), "valid": cohort.stay_id[30:34].tolist(),
+             "test": cohort.stay_id[34:40].tolist()}
     split = train.splits_beside(known, cohort, seed=3)
     assert all(set(ids) <= set(split[part]) for part, ids in known.items())
-    assert sorted(sum(split.values(), [])) == sorted(cohort.stay_id) and train.splits_beside({}, cohort, 3) == make_splits(cohort, 3)
+    assert sorted(sum(split.values(), [])) == sorted(cohort.stay_id)
+    assert train.splits_beside({}, cohort, 3) == make_splits(cohort, 3)
 
 
 @pytest.mark.parametrize("full_training", [False, True])
 def test_finetuning_interrupted_and_resumed_ends_with_equal_bits(tmp_path, monkeypatch, full_training):
     tiny_run = tmp_path / "pretrain"
-    monkeypatch.setattr(train.finetune.__defaults__[0], "max_trainable_ratio", 1.0)  # of a tiny backbone the head is more than 5%
+    # of a tiny backbone the head is more than 5%
+    monkeypatch.setattr(train.finetune.__defaults__[0], "max_trainable_ratio", 1.0)
     with monkeypatch.context() as patch:
         patch.setattr(train, "ModelConfig", lambda v: tiny(num_variables=v))
         assert train.main([*PRETRAIN, "--run_dir", str(tiny_run)]) == 0
-    command = ["--mode", "finetune", "--device", "cpu", "--max_epochs", "2", "--pretrained_ckpt", str(tiny_run / "best.pt")]
+    command = ["--mode", "finetune", "--device", "cpu", "--max_epochs", "2", "--pretrained_ckpt",
+               str(tiny_run / "best.pt")]
     command += ["--full_training"] * full_training
     assert train.main([*command, "--run_dir", str(tmp_path / "whole")]) == 0
     with monkeypatch.context() as patch:  # a signal in the first epoch is obeyed at its end
@@ -87,10 +96,10 @@ def test_finetuning_interrupted_and_resumed_ends_with_equal_bits(tmp_path, monke
     same_run(tmp_path / "whole", tmp_path / "cut")
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
-# Several processes: two ranks of torchrun against one process. 15 training stays in batches of 7: the last one has fewer stays than ranks;
-# 4 validation stays, evaluated 3 at a time
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
+# Several processes: two ranks of torchrun against one process. 15 training stays in batches of 7: the last one has
+# fewer stays than ranks; 4 validation stays, evaluated 3 at a time
+# ----------------------------------------------------------------------------------------------------------------------
 
 RANKS = {"pretrain": [*PRETRAIN, "--precision", "fp32", "--batch_size", "7", "--max_epochs", "3",
                       "--set", "warmup_steps=1", "--set", "beta_warmup_steps=1"],  # at full speed from the first step
@@ -100,8 +109,8 @@ RANKS = {"pretrain": [*PRETRAIN, "--precision", "fp32", "--batch_size", "7", "--
 
 
 def small_rank(home: str, command: list, deterministic: bool = True, interrupted_at: int | None = None):
-    """What a rank, or the single process that it is compared with, does. `deterministic`: nothing is hidden, dropped or sampled.
-    `interrupted_at`: the step, or the epoch of the head, in which SIGTERM reaches the last rank alone."""
+    """What a rank, or the single process that it is compared with, does. `deterministic`: nothing is hidden, dropped or
+    sampled. `interrupted_at`: the step, or the epoch of the head, in which SIGTERM reaches the last rank alone."""
     def interrupting(steps, function):
         def call(*a):
             if next(steps) == interrupted_at and train.RANK == train.WORLD - 1:
@@ -130,7 +139,8 @@ def exit_codes(processes, ranks_home):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        ranks = [processes(target=forked_rank, args=(rank, port, str(ranks_home), command, options), daemon=True) for rank in range(2)]
+        ranks = [processes(target=forked_rank, args=(rank, port, str(ranks_home), command, options), daemon=True)
+                 for rank in range(2)]
         for process in ranks:
             process.start()
         return [finished(process) for process in ranks], (ranks_home / "log").read_text()
@@ -159,17 +169,21 @@ def test_a_batch_is_divided_by_events_and_every_stay_is_in_one_part(ranks):
         sums = np.array([events[part].sum() for part in parts])
         assert (sums > 0).sum() == min(stays, ranks)
         fullest = parts[sums.argmax()]
-        assert len(fullest) == 1 or sums.max() - events[fullest].min() <= sums.min()  # no stay can move and make the fullest less full
+        # no stay can move and make the fullest less full
+        assert len(fullest) == 1 or sums.max() - events[fullest].min() <= sums.min()
 
 
 @pytest.mark.parametrize("mode", RANKS)
 def test_two_ranks_of_torchrun_learn_what_one_process_learns(ranks_home, mode):
     """The same losses, validation figures and weights, and one set of files."""
     (ranks_home / "log").unlink(missing_ok=True)
-    rank = [sys.executable, "-c", f"import sys; from tests.test_train import small_rank; small_rank({str(ranks_home)!r}, sys.argv[1:])"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python", *rank]
+    rank = [sys.executable, "-c",
+            f"import sys; from tests.test_train import small_rank; small_rank({str(ranks_home)!r}, sys.argv[1:])"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python",
+                *rank]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(train.__file__).resolve().parent)}
-    ended = subprocess.run([*torchrun, *RANKS[mode], "--run_dir", f"ranks {mode}"], env=environment, capture_output=True, text=True, timeout=300)
+    ended = subprocess.run([*torchrun, *RANKS[mode], "--run_dir", f"ranks {mode}"], env=environment,
+                           capture_output=True, text=True, timeout=300)
     printed = (ranks_home / "log").read_text()
     assert ended.returncode == 0, printed + ended.stderr
     one, two = ranks_home / mode, ranks_home / f"ranks {mode}"
@@ -181,7 +195,8 @@ def test_two_ranks_of_torchrun_learn_what_one_process_learns(ranks_home, mode):
         a, b = (torch.load(run / name, weights_only=True)["model"] for run in (one, two))
         assert list(a) == list(b)
         for weight in a:
-            if weight.endswith("in_proj_bias"):  # what is added to every key cancels in the softmax: its gradient is rounding, which Adam scales up
+            # what is added to every key cancels in the softmax: its gradient is rounding, which Adam scales up
+            if weight.endswith("in_proj_bias"):
                 (a[weight], b[weight]) = (torch.cat([x.chunk(3)[0], x.chunk(3)[2]]) for x in (a[weight], b[weight]))
             close(a[weight], b[weight])
     assert sorted(path.name for path in two.iterdir()) == [".lock", "best.pt", "config.json", "last.pt", "metrics.csv"]
@@ -195,14 +210,18 @@ def test_a_signal_to_one_rank_saves_and_the_resumed_run_ends_with_equal_bits(ran
     codes, printed = exit_codes(*RANKS[mode], "--run_dir", cut, deterministic=False, interrupted_at=1)
     assert codes == [130, 130] and printed.count("saved; go on with:") == 1, printed
     states = torch.load(ranks_home / cut / "last.pt", weights_only=True)["trainer"]["random"]
-    assert torch.equal(*(state["torch"] for state in states)) == (mode == "head")  # each rank draws masks of its own; the head is the same on all
+    # each rank draws masks of its own; the head is the same on all
+    assert torch.equal(*(state["torch"] for state in states)) == (mode == "head")
     assert exit_codes(*RANKS[mode], "--resume", cut, deterministic=False)[0] == [0, 0]
     same_run(ranks_home / whole, ranks_home / cut)
 
 
 @pytest.mark.parametrize("option, error", [
-    (["--run_dir", "pretrain"], "pretrain: exists already; choose another --run_dir, or continue it with --resume pretrain"),    # of rank 0 alone
-    (["--data_dir", "nowhere"], "nowhere: no such folder; --data_dir takes the folder that holds the data"),                     # of each
+    # of rank 0 alone
+    (["--run_dir", "pretrain"],
+     "pretrain: exists already; choose another --run_dir, or continue it with --resume pretrain"),
+    # of each
+    (["--data_dir", "nowhere"], "nowhere: no such folder; --data_dir takes the folder that holds the data"),
 ])
 def test_an_error_is_one_line_and_no_rank_waits(exit_codes, option, error):
     codes, printed = exit_codes(*RANKS["pretrain"], *option)

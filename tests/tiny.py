@@ -1,4 +1,5 @@
-"""A tiny world that the tests share."""
+"""A tiny world that the tests share: stays as plain lists, models of width 16, data folders of a few lines,
+and the command lines that train on them."""
 
 import io
 import os
@@ -12,14 +13,7 @@ import pandas as pd
 import torch
 
 import train
-from data import (
-    Cohort,
-    EventBatch,
-    Normalizer,
-    StayDataset,
-    build_cohort,
-    variable_vectors,
-)
+from data import Cohort, EventBatch, Normalizer, StayDataset, build_cohort, variable_vectors
 from model import ModelConfig
 from readers import load_cohort
 from train import finetune
@@ -27,29 +21,33 @@ from train import finetune
 SHARED = Path(train.__file__).resolve().parent.parent / "shared"
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
-# A tiny world: stays as plain lists [[(minute, [(variable, value), ...]), ...], ...], seven variables, models of width 16
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
+# A tiny world: stays as plain lists [[(minute, [(variable, value), ...]), ...], ...], seven variables, models of width
+# 16
+# ----------------------------------------------------------------------------------------------------------------------
 
 NAMES = [f"lab{v}" for v in range(7)]
-PLAIN = Normalizer(NAMES, np.zeros(7, np.float32), np.ones(7, np.float32), np.zeros(7, np.float32))  # values as they are
+# values as they are
+PLAIN = Normalizer(NAMES, np.zeros(7, np.float32), np.ones(7, np.float32), np.zeros(7, np.float32))
 
 
 def random_stays(lengths=(1, 4, 9, 6), seed=0, valueless=0.0):
-    """Sets of 1 to 9 events, variables drawn with replacement: multisets. `valueless`: the share of events without a value."""
+    """Sets of 1 to 9 events, variables drawn with replacement: multisets. `valueless`: the share of events without a
+    value."""
     rng = np.random.default_rng(seed)
     stays = [[(int(minute), [(int(v), float(rng.normal())) for v in rng.integers(0, 7, rng.integers(1, 10))])
               for minute in np.sort(rng.choice(3000, length, replace=False))] for length in lengths]
     if valueless:
-        stays = [[(minute, [(v, np.nan if rng.random() < valueless else x) for v, x in events]) for minute, events in stay]
+        stays = [[(minute, [(v, np.nan if rng.random() < valueless else x) for v, x in events])
+                  for minute, events in stay]
                  for stay in stays]
     return stays
 
 
 def cohort_of(stays) -> Cohort:
     events = [(p, minute, v, x) for p, stay in enumerate(stays) for minute, events in stay for v, x in events]
-    return build_cohort("handmade", NAMES, *map(np.array, zip(*events)), stay_id=[f"stay{p}" for p in range(len(stays))],
-                        label=np.arange(len(stays)) % 2)
+    return build_cohort("handmade", NAMES, *map(np.array, zip(*events)),
+                        stay_id=[f"stay{p}" for p in range(len(stays))], label=np.arange(len(stays)) % 2)
 
 
 def batch_of(stays, max_groups=6) -> EventBatch:
@@ -57,12 +55,13 @@ def batch_of(stays, max_groups=6) -> EventBatch:
 
 
 def tiny(**changes) -> ModelConfig:
-    return ModelConfig(**{**dict(num_variables=7, input_dim=12, reduced_dim=8, set_dim=12, latent_dim=16, set_heads=2, inducing=3, layers=2, heads=2,
-                                 ff_dim=24), **changes})
+    return ModelConfig(**{**dict(num_variables=7, input_dim=12, reduced_dim=8, set_dim=12, latent_dim=16, set_heads=2,
+                                 inducing=3, layers=2, heads=2, ff_dim=24), **changes})
 
 
 def build(kind, config, seed=1):
-    """A model in evaluation mode whose every parameter is off its initial value (a LayerNorm that starts as the identity hides mistakes)."""
+    """A model in evaluation mode whose every parameter is off its initial value (a LayerNorm that starts as the
+    identity hides mistakes)."""
     torch.manual_seed(seed)
     model = kind(config, variable_vectors([f"lab{v}" for v in range(config.num_variables)], config.input_dim)).eval()
     with torch.no_grad():
@@ -84,7 +83,8 @@ FINETUNE = ["--mode", "finetune", "--device", "cpu", "--max_epochs", "1", "--pre
 
 
 def one_error_line(capsys, code, named):
-    """The whole contract of a refused input: exit code 2 and one line on stderr that starts with error: and names the culprit."""
+    """The whole contract of a refused input: exit code 2 and one line on stderr that starts with error: and names the
+    culprit."""
     error = capsys.readouterr().err
     assert code == 2 and error.startswith("error: ") and error.count("\n") == 1 and str(named) in error, error
 
@@ -109,8 +109,9 @@ def as_lists(cohort: Cohort):
     """stay id -> [(minute, [(variable name, value), ...]), ...]"""
     out = {}
     for p, name in enumerate(cohort.stay_id):
-        out[str(name)] = [(float(cohort.set_minute[t]), [(cohort.variables[cohort.event_variable[e]], float(cohort.event_value[e]))
-                                                         for e in range(cohort.set_start[t], cohort.set_start[t + 1])])
+        out[str(name)] = [(float(cohort.set_minute[t]),
+                           [(cohort.variables[cohort.event_variable[e]], float(cohort.event_value[e]))
+                            for e in range(cohort.set_start[t], cohort.set_start[t + 1])])
                           for t in range(cohort.stay_start[p], cohort.stay_start[p + 1])]
     return out
 
@@ -118,12 +119,14 @@ def as_lists(cohort: Cohort):
 RECORDS = {
     "132539": "00:00,RecordID,132539\n00:00,Age,54\n00:00,Gender,0\n00:00,Height,-1\n00:00,ICUType,4\n00:00,Weight,-1\n"
               "00:07,HR,73\n00:07,HR,77\n00:07,,3\n26:05,BaseExcess,-1\n",
-    "132540": "00:00,RecordID,132540\n00:00,Age,76\n00:00,Gender,1\n00:00,Height,175.3\n00:00,ICUType,2\n00:00,Weight,80\n01:10,HR,88\n",
+    "132540": "00:00,RecordID,132540\n00:00,Age,76\n00:00,Gender,1\n00:00,Height,175.3\n"
+              "00:00,ICUType,2\n00:00,Weight,80\n01:10,HR,88\n",
 }
 OUTCOMES = "RecordID,SAPS-I,SOFA,Length_of_stay,Survival,In-hospital_death\n132539,6,1,5,-1,0\n132540,16,8,8,4,1\n"
 
 
-def write_physionet(folder: Path, archive=False, records=RECORDS, outcomes=OUTCOMES, header="Time,Parameter,Value\n") -> Path:
+def write_physionet(folder: Path, archive=False, records=RECORDS, outcomes=OUTCOMES,
+                    header="Time,Parameter,Value\n") -> Path:
     folder.mkdir(parents=True)
     (folder / "Outcomes-a.txt").write_text(outcomes)
     if archive:
@@ -147,13 +150,13 @@ def same_run(whole: Path, resumed: Path):
 
 
 def events_of(cohort) -> dict:
-    """{stay: [(minute, {variable: values of the set in order})...]}: a cohort spelled out."""
+    """{stay: [(minute, [(variable, value or None), ...])...]}: a cohort spelled out."""
     stays = {}
     for p, stay in enumerate(cohort.stay_id):
         sets = []
         for t in range(cohort.stay_start[p], cohort.stay_start[p + 1]):
             events = slice(cohort.set_start[t], cohort.set_start[t + 1])
-            sets.append((float(cohort.set_minute[t]), [(cohort.variables[v], round(float(x), 4))
+            sets.append((float(cohort.set_minute[t]), [(cohort.variables[v], None if np.isnan(x) else round(float(x), 4))
                                                        for v, x in zip(cohort.event_variable[events], cohort.event_value[events])]))
         stays[str(stay)] = sets
     return stays
@@ -184,7 +187,8 @@ EVENTS = """stay_id,minute,variable,value
 """
 
 SOAK = "SEQSETVAE_SOAK" in os.environ  # set by `python test_suite.py --soak`
-SMALL = {"pretrain": [*PRETRAIN, "--batch_size", "3", "--max_epochs", "3"], "head": [*FINETUNE, "pretrain/best.pt", "--max_epochs", "6"],
+SMALL = {"pretrain": [*PRETRAIN, "--batch_size", "3", "--max_epochs", "3"],
+         "head": [*FINETUNE, "pretrain/best.pt", "--max_epochs", "6"],
          "full training": [*FINETUNE, "pretrain/best.pt", "--full_training", "--batch_size", "3", "--max_epochs", "2"]}
 
 
@@ -197,7 +201,8 @@ def small_process(home: str, command: list, **changes):
     """What a child process does: a run of a tiny model in the folder `home`, its output in the file log there."""
     os.chdir(home)
     sys.stdout = sys.stderr = open("log", "a", buffering=1)
-    train.ModelConfig, train.load_cohort = lambda v: tiny(num_variables=v, **changes), partial(load_cohort, cache_dir="cache")
+    train.ModelConfig = lambda v: tiny(num_variables=v, **changes)
+    train.load_cohort = partial(load_cohort, cache_dir="cache")
     finetune.__defaults__[0].max_trainable_ratio = 1.0
     sys.exit(train.main(command))
 
@@ -215,7 +220,8 @@ def write_long_table(folder: Path, cohort, labels: bool) -> Path:
     sets = np.repeat(np.arange(len(cohort.set_minute)), np.diff(cohort.set_start))
     stay = np.searchsorted(cohort.stay_start, sets, side="right") - 1
     folder.mkdir()
-    pd.DataFrame({"stay_id": cohort.stay_id[stay], "minute": cohort.set_minute[sets], "variable": np.array(cohort.variables)[cohort.event_variable],
+    pd.DataFrame({"stay_id": cohort.stay_id[stay], "minute": cohort.set_minute[sets],
+                  "variable": np.array(cohort.variables)[cohort.event_variable],
                   "value": cohort.event_value}).to_csv(folder / "events.csv", index=False)
     if labels:
         pd.DataFrame({"stay_id": cohort.stay_id, "label": cohort.label}).to_csv(folder / "labels.csv", index=False)
