@@ -22,21 +22,9 @@ from data import StayDataset
 from evaluate import CHECKPOINT, CPU, open_classifier, risk_over_time
 from model import ModelConfig, SeqSetVAE, load_checkpoint_weights
 from protocol import BASELINES, Cell, predictions_path, print_protocol
-from readers import synthetic_cohort
+from readers import synthetic_cohort, write_long_table
 from test_suite import main
-from tests.tiny import (
-    FINETUNE,
-    PLAIN,
-    SHARED,
-    build,
-    cohort_of,
-    labels_of,
-    one_error_line,
-    random_stays,
-    tiny,
-    write,
-    write_long_table,
-)
+from tests.tiny import FINETUNE, PLAIN, SHARED, build, cohort_of, labels_of, one_error_line, random_stays, tiny, write
 from train import encode_stays, predict
 
 # ----------------------------------------------------------------------------------------------------------------------
