@@ -16,27 +16,17 @@ from sklearn.metrics import roc_auc_score
 
 import benchmark
 import data
+import readers
+import test_suite
 import train
 from benchmark import PLAIN_LOOP, asked_at_the_end, assert_plain_loop_agrees
 from data import StayDataset, with_points
 from evaluate import CHECKPOINT, CPU, bootstrap, open_classifier, risk_over_time
 from model import ModelConfig, SeqSetVAE, load_checkpoint_weights
 from protocol import BASELINES, Cell, predictions_path, print_protocol
-from readers import synthetic_cohort
+from readers import synthetic_cohort, write_long_table
 from test_suite import main
-from tests.tiny import (
-    FINETUNE,
-    PLAIN,
-    SHARED,
-    build,
-    cohort_of,
-    labels_of,
-    one_error_line,
-    random_stays,
-    tiny,
-    write,
-    write_long_table,
-)
+from tests.tiny import FINETUNE, PLAIN, SHARED, build, cohort_of, labels_of, one_error_line, random_stays, tiny, write
 from train import encode_points, predict, probability_of
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -275,16 +265,34 @@ def test_the_readmes_examples_of_data_are_read(tmp_path, load, monkeypatch, fold
 
 
 def test_the_readmes_commands_for_ones_own_table(tmp_path, capsys, monkeypatch):
-    """As printed there, but on 60 stays and for one epoch."""
+    """As printed there, but for one epoch."""
     pytest.importorskip("matplotlib")
-    cohort = synthetic_cohort(60)
-    write_long_table(tmp_path / "my_table", replace(cohort, stay_id=np.arange(1001, 1061).astype(str)), labels=True)
     monkeypatch.chdir(tmp_path)
-    commands = {"train.py": lambda options: train.main([*options, "--max_epochs", "1"]), "test_suite.py": main}
+    commands = {"readers.py": readers.main, "train.py": lambda options: train.main([*options, "--max_epochs", "1"]),
+                "test_suite.py": main}
     for line in (line for _, block in readme_blocks("run") for line in block.splitlines()):
         python, script, *options = shlex.split(line, comments=True)
         assert python == "python" and commands[script](options) == 0, line
     assert "Stay 1001 (label" in capsys.readouterr().out
-    assert json.loads(Path("mine.json").read_text())["stays"] == 12
-    assert len(pd.read_csv("mine.csv")) == len(np.load("mine.npz")["h"]) == 60
+    assert json.loads(Path("mine.json").read_text())["stays"] == 40
+    assert len(pd.read_csv("mine.csv")) == 200
     assert len(list(Path("mine-plots").glob("*.png"))) == 4
+
+
+@pytest.mark.parametrize("document", ["README.md", "RESULTS.md"])
+def test_every_command_of_the_documents_has_options_that_exist(monkeypatch, document):
+    """Each line of a shell block, parsed by the command that it names, which then does nothing."""
+    done = []
+    for module, name in ((train, "pretrain"), (train, "finetune"), (readers, "write_long_table"),
+                         (test_suite, "performance"), (test_suite, "protocol"), (test_suite, "benchmark")):
+        monkeypatch.setattr(module, name, lambda *a, name=name: done.append(name))
+    monkeypatch.setattr(pytest, "main", lambda arguments: done.append("tests") or 0)
+    monkeypatch.delenv("SEQSETVAE_SOAK", raising=False)
+    commands = {"readers.py": readers.main, "train.py": train.main, "test_suite.py": main}
+    text = Path(train.__file__).with_name(document).read_text()
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    for count, line in enumerate(lines, 1):
+        launcher, script, *options = shlex.split(line.replace("torchrun --standalone --nproc_per_node=2", "python"),
+                                                 comments=True)
+        assert launcher == "python" and commands[script](options) == 0 and len(done) == count, line
+    assert lines

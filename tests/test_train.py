@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import data
 import train
 from data import balanced_parts, make_splits
 from readers import synthetic_cohort
