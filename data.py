@@ -23,8 +23,7 @@ import pandas as pd
 import torch
 from sklearn.model_selection import train_test_split
 
-READER_VERSION = 4  # raise it when a reader's output changes: older caches are then rebuilt
-CACHE_DIR = Path(__file__).resolve().parent / ".cache"
+READER_VERSION = 5  # raise it when a reader's output changes: older caches are then rebuilt
 SPLITS = ("train", "valid", "test")  # codes 0, 1, 2 in `Cohort.split`; -1 is unassigned
 MINUTE = 60_000_000  # microseconds
 
@@ -88,7 +87,8 @@ class Cohort:
     label: np.ndarray           # [Q] int8, -1: none
     statistics: np.ndarray      # [V, 2] float32, mean and standard deviation given with the data, NaN: none
     vectors: np.ndarray         # [V, D] float32, vectors given with the data, NaN: none; D is 0 where no variable has one
-    notes: dict = field(default_factory=dict)  # what the reader skipped: reason -> count
+    notes: dict = field(default_factory=dict)     # what the reader skipped or met: reason -> count
+    examples: dict = field(default_factory=dict)  # reason -> the place of the first
     fingerprint: str = ""       # digest of the stays, not of their labels: a split holds when labels come later
 
     STAYS = ("event_variable", "event_value", "event_offset", "set_start", "set_minute", "stay_start", "stay_id", "subject", "origin",
@@ -133,25 +133,31 @@ class Cohort:
         labelled = self.label >= 0
         lines = [f"data: {self.reader}: {len(self):,} stays, {len(self.set_minute):,} sets, {len(self.event_value):,} events, "
                  f"{len(self.variables)} variables, {labelled.sum():,} labelled ({(self.label == 1).sum():,} positive)"]
+        last = self.set_minute[self.stay_start[1:] - 1]
+        first, sets = self.set_minute[self.stay_start[:-1]], np.diff(self.stay_start)
+        lines.append(f"data: minutes {first.min():,.0f} to {last.max():,.0f}; a median stay lasts {np.median(last - first) / 60:,.1f} hours and has "
+                     f"{np.median(sets):,.0f} sets, {np.median(self.stay_events):,.0f} events")
         if len(self.label) != len(self):
             lines.append(f"data: {len(self.label):,} prediction points in {(np.diff(self.point_start) > 0).sum():,} stays")
         divided = divided_subjects(self, {name: self.stay_id[self.split == code] for code, name in enumerate(SPLITS)})
         if divided:
             lines.append(f"data: patients in two parts: {divided:,}")
-        lines += [f"data: skipped: {count:,} {reason}" for reason, count in self.notes.items() if count]
+        lines += [f"data: {count:,} {reason}" + (f", the first: {self.examples[reason]}" if reason in self.examples else "")
+                  for reason, count in self.notes.items() if count]
         return "\n".join(lines)
 
 
 def build_cohort(reader, variables, stay, minute, variable, value, stay_id, label=None, split=None, notes=None, set_key=None,
-                 statistics=None, vectors=None, subject=None, origin=None, offset=None) -> Cohort:
+                 statistics=None, vectors=None, subject=None, origin=None, offset=None, whole=False) -> Cohort:
     """Sort flat events into a `Cohort`. A set is all events of one stay at one minute; duplicates are kept (a set is a multiset).
 
     Args:
         variables: [V] names; stay, minute, variable, value: [E] stay index, minutes, variable index, raw value of each event.
         stay_id, label, split, subject, origin: [P]; None: no label, unassigned, each stay a subject of its own, clock time unknown.
-        offset: [E] microseconds since the minute (None: none).
+        offset: [E] microseconds since the minute, -1 for static events, which come first (None: none).
         set_key: [E] number by which the source tells sets of one minute apart (None: it does not).
         statistics, vectors: what the data give for variables, as DataFrames indexed by name (None: nothing).
+        whole: these are some stays of a larger cohort, whose vocabulary `variables` is, in order.
     Stays without any event are left out and counted in `notes`; the vocabulary keeps only variables that occur, sorted by name.
     Raises InputError when a stay id occurs twice.
     """
@@ -162,20 +168,26 @@ def build_cohort(reader, variables, stay, minute, variable, value, stay_id, labe
         raise InputError(f"{reader}: stay {ids[counts > 1][0]} occurs more than once; give each stay an id of its own")
     split = np.full(len(stay_id), -1) if split is None else np.asarray(split)
 
-    used = np.unique(stay)
+    events = np.bincount(stay, minlength=len(stay_id))
+    used = np.flatnonzero(events)
     notes["stays without a usable event"] = len(stay_id) - len(used)
     if not len(used):
         raise InputError(f"{reader}: no usable event in any stay; check the files' columns and values")
-    stay = np.searchsorted(used, stay)
-    present = np.unique(variable)
+    stay = (np.cumsum(events > 0) - 1)[stay]
+    present = np.arange(len(variables)) if whole else np.flatnonzero(np.bincount(variable, minlength=len(variables)))
     order = np.argsort(np.asarray(variables, dtype=str)[present])
     rank = np.zeros(len(variables), dtype=np.int64)
     rank[present[order]] = np.arange(len(present))
 
     keys = ([] if set_key is None else [set_key]) + [np.asarray(minute), stay]
-    # Stable: events of one time keep their order in the file.
-    sequence = np.lexsort(([] if offset is None else [np.asarray(offset)]) + keys)
-    keys = [key[sequence] for key in keys]
+    fine = ([] if offset is None else [np.asarray(offset)]) + keys
+    rising = True
+    for key in fine:
+        step = np.diff(key)
+        rising = (step > 0) | (step == 0) & rising
+    if not np.all(rising):
+        sequence = np.lexsort(fine)  # stable: events of one time keep their order in the file
+        variable, value, keys, offset = variable[sequence], value[sequence], [key[sequence] for key in keys], offset if offset is None else offset[sequence]
     minute, stay = keys[-2:]
     set_first = np.append(0, 1 + np.flatnonzero(np.any([key[1:] != key[:-1] for key in keys], axis=0)))
     stay_start = np.searchsorted(stay[set_first], np.arange(len(used) + 1)).astype(np.int64)
@@ -183,11 +195,11 @@ def build_cohort(reader, variables, stay, minute, variable, value, stay_id, labe
     cohort = Cohort(
         reader=reader,
         variables=names,
-        event_variable=rank[variable[sequence]].astype(np.int16 if len(present) < 2**15 else np.int32),
-        event_value=np.asarray(value, dtype=np.float32)[sequence],
+        event_variable=rank[variable].astype(np.int16 if len(present) < 2**15 else np.int32),
+        event_value=np.asarray(value, dtype=np.float32),
         set_start=np.append(set_first, len(stay)).astype(np.int64),
         set_minute=minute[set_first].astype(np.float64),
-        event_offset=np.zeros(0, dtype=np.int32) if offset is None else np.asarray(offset, dtype=np.int32)[sequence],
+        event_offset=np.zeros(0, dtype=np.int32) if offset is None else np.maximum(offset, 0).astype(np.int32),
         stay_start=stay_start,
         stay_id=stay_id[used],
         subject=(stay_id if subject is None else np.asarray(subject, dtype=str))[used],
@@ -282,11 +294,12 @@ def write_cache(folder: Path, parts: Iterable[Cohort]) -> None:
     with clear_write_error(folder):
         temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
         try:
-            headers, notes = {}, Counter()
+            headers, notes, examples = {}, Counter(), {}
             with ExitStack() as stack:
                 files = {name: stack.enter_context(open(temporary / f"{name}.npy", "wb")) for name in Cohort.ARRAYS}
                 for part, rows in pieces(parts):
                     notes.update(part.notes)
+                    examples |= part.examples
                     for name, array in rows.items():
                         array = np.ascontiguousarray(array)
                         if name not in headers:
@@ -298,7 +311,7 @@ def write_cache(folder: Path, parts: Iterable[Cohort]) -> None:
                 for name, header in headers.items():  # NumPy leaves room in a header for the rows to grow
                     files[name].seek(0)
                     np.lib.format.write_array_header_1_0(files[name], header)
-            cohort = replace(part, notes=dict(notes), **{name: np.load(temporary / f"{name}.npy", mmap_mode="r") for name in Cohort.ARRAYS})
+            cohort = replace(part, notes=dict(notes), examples=examples, **{name: np.load(temporary / f"{name}.npy", mmap_mode="r") for name in Cohort.ARRAYS})
             cohort.fingerprint = cohort.digest()
             meta = {f.name: getattr(cohort, f.name) for f in fields(Cohort) if f.name not in Cohort.ARRAYS}
             meta["shapes"] = {name: list(header["shape"]) for name, header in headers.items()}
