@@ -78,9 +78,9 @@ def check_settings(settings, bounds: dict) -> None:
 
 
 def classification_loss(logits, label, config: FinetuneConfig, weight=None, total=None) -> torch.Tensor:
-    """Focal loss (Lin et al. 2017, eq. 5) or label-smoothed cross-entropy: logits [..., classes], label [...], weight [...]
-    (None: 1 where there is a label, which is not -1) -> [], the mean over points: their sum over `total` (None: that of the
-    weights)."""
+    """Focal loss (Lin et al. 2017, eq. 5) or label-smoothed cross-entropy: logits [..., classes], label [...],
+    weight [...] (None: 1 where there is a label, which is not -1) -> [], the mean over points: their sum over `total`
+    (None: that of the weights)."""
     logits, label = logits.float().flatten(0, -2), label.flatten()
     weight = (label >= 0).float() if weight is None else weight.flatten()
     if config.loss == "cross_entropy":
@@ -105,8 +105,8 @@ def number_of_trees(config: FinetuneConfig, points: int) -> int | None:
 
 
 def boosted_trees(config: FinetuneConfig, points: int, seed: int):
-    """What fits the trees beside the head to so many points: stochastic gradient boosting (Friedman 2002), or boosting on
-    histograms (Ke et al. 2017)."""
+    """What fits the trees beside the head to so many points: stochastic gradient boosting (Friedman 2002), or boosting
+    on histograms (Ke et al. 2017)."""
     shared = dict(max_depth=config.tree_depth, max_features=config.tree_features, min_samples_leaf=config.tree_leaf,
                   random_state=seed)
     if points > MANY_POINTS:
@@ -124,7 +124,7 @@ def head_optimizer(model: SeqSetVAE, config: FinetuneConfig) -> torch.optim.Opti
 
 
 def head_rate(config: FinetuneConfig, epoch: int) -> float:
-    """The head's learning rate in this epoch: cosines to zero, each twice as long as the last (SGDR, Loshchilov & Hutter)."""
+    """The head's learning rate in this epoch: cosines to zero, each twice as long as the last (SGDR)."""
     cycle = (epoch // config.restart_epochs + 1).bit_length() - 1
     first, length = config.restart_epochs * (2**cycle - 1), config.restart_epochs * 2**cycle
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (epoch - first) / length))

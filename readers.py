@@ -4,6 +4,7 @@ A reader yields `Events`, part after part; `_spool` writes them to disk as they 
 a time: what is held in memory does not grow with the data.
 """
 
+import argparse
 import hashlib
 import json
 import os
@@ -894,3 +895,45 @@ def _cached(reader: Reader, folder: Path | None, synthetic_stays: int, home: Pat
         with clear_write_error(cached), tempfile.TemporaryDirectory(prefix=".reading-", dir=home) as temporary:
             write_cache(cached, _Spool(source, report, Path(temporary), rename).parts(source))
     return open_cache(cached)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# An example of one's own table: python readers.py --example my_table
+# ----------------------------------------------------------------------------------------------------------------------
+
+def write_long_table(folder: Path, cohort: Cohort, labels: bool = True) -> Path:
+    """Write a cohort as a long table: events.csv and, with `labels`, labels.csv of a new folder. Raises InputError where
+    the folder exists."""
+    if folder.exists():
+        raise InputError(f"{folder}: exists already; give a new folder")
+    sets = np.repeat(np.arange(len(cohort.set_minute)), np.diff(cohort.set_start))
+    stay = np.searchsorted(cohort.stay_start, sets, side="right") - 1
+    with clear_write_error(folder):
+        folder.mkdir(parents=True)
+        pd.DataFrame({"stay_id": cohort.stay_id[stay], "minute": cohort.set_minute[sets],
+                      "variable": np.array(cohort.variables)[cohort.event_variable],
+                      "value": cohort.event_value}).to_csv(folder / "events.csv", index=False)
+        if labels:
+            table = pd.DataFrame({"stay_id": cohort.stay_id, "label": cohort.stay_label})
+            table.to_csv(folder / "labels.csv", index=False)
+    return folder
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description="Write an example of the long table that train.py --data_dir reads: "
+                                                 "200 stays of the embedded cohort.", allow_abbrev=False)
+    parser.add_argument("--example", metavar="DIR", required=True, help="the new folder of events.csv and labels.csv")
+    folder = Path(parser.parse_args(argv).example)
+    cohort = replace(synthetic_cohort(200), stay_id=np.arange(1001, 1201).astype(str))
+    try:
+        write_long_table(folder, cohort)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{folder}: events.csv, {len(cohort.event_value):,} events of {len(cohort)} stays, and labels.csv")
+    print(f"next: python train.py --mode pretrain --data_dir {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

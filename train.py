@@ -80,7 +80,8 @@ class PretrainConfig:
         check_settings(self, dict.fromkeys(counts, (1, math.inf)))
 
 
-FOLLOWING = ("num_variables", "classes", "classification_only", "head_trees", "head_variables")  # from the data and other settings
+# Of the model's settings those that follow from the data and from other settings.
+FOLLOWING = ("num_variables", "classes", "classification_only", "head_trees", "head_variables")
 MODEL_FIELDS = {f.name: f for f in fields(ModelConfig) if f.name not in FOLLOWING}
 FINETUNE_FIELDS = {f.name: f for f in fields(FinetuneConfig)}  # what ModelConfig calls alike is the same thing
 # Of the model's settings those that a backbone can be finetuned with, whatever it was pretrained with.
@@ -144,8 +145,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--config", metavar="JSON",
         help="take all settings from another run's config.json; what the command line says besides goes before it")
     add("--resume", metavar="RUN_DIR",
-        help="go on with the run in this folder, from its last.pt, with its settings; auto: with the one in --run_dir, or "
-             "start it there")
+        help="go on with the run in this folder, from its last.pt, with its settings; auto: with the one in --run_dir, "
+             "or start it there")
     add("--device", default="auto",
         help="auto (cuda if there is one, else cpu), cpu, cuda, cuda:1, mps (never run so far) (default: %(default)s)")
     add("--precision", choices=("auto", *PRECISIONS), default="auto",
@@ -185,24 +186,25 @@ def fraction(text: str) -> float:
 
 
 def shorthand(name: str):
-    """The type of an option --NAME N that stands for a --set (of the setting that full training has of its own, there)."""
+    """The type of an option --NAME N that stands for a --set; in full training, of the setting of its own."""
     def number(text: str) -> str:
         return f"--{name}={positive(text)}"
     return number
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
-    """The options, and: `changes`, the settings that --set and its shorthands give; `last`, the last.pt to go on from, or
-    None; `origin`, the `source` (see `source_of`) of the run whose settings these are, or None.
+    """The options, and: `options`, the same as a run records them; `changes`, the settings that --set and its shorthand
+    give; `last`, the last.pt to go on from, or None; `origin`, the `source` (see `source_of`) of the run whose settings
+    these are, or None.
 
     What a run recorded stands for a command line, which is put before the one given."""
     argv, parser = sys.argv[1:] if argv is None else argv, make_parser()
     given = parser.parse_args(argv)
     folder = folder_to_resume(given)
     last = folder and from_rank_0(lambda: read_last(folder, given.mode))
-    record = last or given.config and read_config(given.config, given.mode)
-    words = command_line_of(record) if record else []
-    arguments = parser.parse_args([*words, *argv])
+    config = given.config and read_config(given.config, given.mode or last and last["mode"])
+    recorded = [command_line_of(record) for record in (last, config) if record]
+    arguments = parser.parse_args([*itertools.chain(*recorded), *argv])
     if not arguments.mode:
         parser.error("--mode pretrain or --mode finetune is needed")
     if arguments.mode == "finetune" and not arguments.pretrained_ckpt:
@@ -210,11 +212,11 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     for name in OPTIONS_OF["finetune" if arguments.mode == "pretrain" else "pretrain"]:
         if getattr(arguments, name) != parser.get_default(name):
             raise InputError(f"--{name}: no option of --mode {arguments.mode}; leave it out")
-    arguments.changes = changed_settings(arguments)
+    arguments.options, arguments.changes = options_of(arguments), changed_settings(arguments)
     if last:
-        refuse_changes(parser.parse_args(words), arguments, folder)
+        refuse_changes(parser.parse_args(recorded[0]), arguments, folder)
         arguments.resume = folder
-    arguments.last, arguments.origin = last, record and record["source"]
+    arguments.last, arguments.origin = last, (last or config or {}).get("source")
     return arguments
 
 
@@ -235,7 +237,7 @@ def why_unknown(name: str, known: dict, mode: str) -> str:
     if mode == "finetune" and name in MODEL_FIELDS:
         return "the pretrained checkpoint decides it; set it when pretraining, or add --random_init"
     near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
-    return f"--mode {mode} has no such setting; " + (f"near: {', '.join(near)}" if near else "--help tells what lists them")
+    return f"--mode {mode} has no such setting; {'near: ' + ', '.join(near) if near else 'see --help'}"
 
 
 def setting(name: str, text: str, field):
@@ -264,9 +266,10 @@ def changed(config, changes: dict):
 PATHS = ("data_dir", "params_map", "label_file", "pretrained_ckpt")
 # Options that a resumed run takes anew, and what is no setting of a run.
 OBEYED = ("device", "precision", "data_dir", "params_map", "label_file")
-OPTIONS_OF = {"pretrain": ("objective",), "finetune": ("pretrained_ckpt", "label_fraction", "full_training", "random_init",
-                                                       "allow_partial", "set_heads", "transformer_heads")}
-NO_OPTION = ("mode", "set", "config", "resume", "run_dir", "changes", "last", "origin")
+OPTIONS_OF = {"pretrain": ("objective",),
+              "finetune": ("pretrained_ckpt", "label_fraction", "full_training", "random_init", "allow_partial",
+                           "set_heads", "transformer_heads")}
+NO_OPTION = ("mode", "set", "config", "resume", "run_dir")
 
 
 def options_of(arguments) -> dict:
@@ -309,8 +312,8 @@ def read_last(folder: str, mode: str | None) -> dict:
     path = Path(folder) / "last.pt"
     content = read_checkpoint(path)
     if "run" not in content or mode not in (None, content["mode"]):
-        raise InputError(f"{path}: not the last.pt of a run with --mode {mode or 'pretrain or finetune'}; resume it with "
-                         "its own mode, and with the version that started it")
+        raise InputError(f"{path}: not the last.pt of a run with --mode {mode or 'pretrain or finetune'}; resume it "
+                         "with its own mode, and with the version that started it")
     return content
 
 
@@ -330,12 +333,12 @@ def read_config(path: str, mode: str | None) -> dict:
 
 def refuse_changes(before, after, folder: str) -> None:
     """Raises InputError where the command line asks a resumed run for what it cannot become."""
-    old, new = (options_of(arguments) | changed_settings(arguments) for arguments in (before, after))
+    old, new = options_of(before) | changed_settings(before), after.options | after.changes
     obeyed = *OBEYED, "full_max_epochs" if after.full_training else "max_epochs"
     for name in new:
         if new[name] != old.get(name) and name not in obeyed:
-            raise InputError(f"--resume {folder}: {name} is {old.get(name)} in this run and cannot become {new[name]}; leave "
-                             f"it out, or start a new run with --config {folder}/config.json")
+            raise InputError(f"--resume {folder}: {name} is {old.get(name)} in this run and cannot become {new[name]}; "
+                             f"leave it out, or start a new run with --config {folder}/config.json")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -349,8 +352,8 @@ MACHINE, MACHINES = int(os.environ.get("GROUP_RANK", 0)), int(os.environ.get("GR
 
 
 def launcher() -> list[str]:
-    """The words of the command line before the script: torchrun's as they were given, where the system tells them (Linux;
-    it is the parent process), else ones of the same meaning."""
+    """The words of the command line before the script: torchrun's as they were given, where the system tells them (on
+    Linux; it is the parent process), else ones of the same meaning."""
     if WORLD == 1:
         return ["python"]
     with suppress(OSError):
@@ -373,8 +376,8 @@ def summed(x: torch.Tensor) -> torch.Tensor:
 
 
 def gathered(value) -> list:
-    """`value` of every rank. Raises the InputError of a rank that failed meanwhile (see `main`), so that none waits for it
-    forever."""
+    """`value` of every rank. Raises the InputError of a rank that failed meanwhile (see `main`), so that none waits for
+    it forever."""
     values = [value] * WORLD
     if WORLD > 1:
         dist.all_gather_object(values, value)
@@ -415,10 +418,10 @@ def in_turn():
 
 
 def data_parallel(model, seed: int):
-    """The model to call in training: its backward pass averages the gradients over ranks. (Every parameter takes part in
-    every step, so none is looked for that does not; no buffer changes.) From here on each rank draws
-    masks, dropout and z of its own, so that a run of several ranks equals one of a single process where these are off:
-    the objective itself is the same mean over the batch's stays."""
+    """The model to call in training: its backward pass averages the gradients over ranks. (Every parameter takes part
+    in every step, so none is looked for that does not; no buffer changes.) From here on each rank draws masks, dropout
+    and z of its own, so that a run of several ranks equals one of a single process where these are off: the objective
+    itself is the same mean over the batch's stays."""
     if WORLD == 1:
         return model
     torch.manual_seed(seed + RANK)
@@ -468,8 +471,8 @@ def read_cohort(data_dir, synthetic_stays, params_map, label_file) -> Cohort:
     machines = gathered((cohort.fingerprint, label_digest(cohort), platform.node()))
     for rank, machine in enumerate(machines):
         if machine[:2] != machines[0][:2]:
-            raise InputError(f"{cohort.reader}: rank {rank} on {machine[2]} read other data ({machine[0]}) than rank 0 on "
-                             f"{machines[0][2]} ({machines[0][0]}); give every machine the same data and labels")
+            raise InputError(f"{cohort.reader}: rank {rank} on {machine[2]} read other data ({machine[0]}) than rank 0 "
+                             f"on {machines[0][2]} ({machines[0][0]}); give every machine the same data and labels")
     return cohort
 
 
@@ -482,7 +485,7 @@ def label_digest(cohort: Cohort) -> str:
 
 
 def loader(dataset: StayDataset, batches: list, device: torch.device):
-    """Batches of stay indices -> EventBatches on the device. On CUDA a worker prepares them; copies are asynchronous."""
+    """Batches of stay indices -> EventBatches on the device. On CUDA workers prepare them; copies are asynchronous."""
     cuda = device.type == "cuda"
     batches = torch.utils.data.DataLoader(dataset, sampler=batches, batch_size=None, num_workers=2 if cuda else 0,
                                           pin_memory=cuda, worker_init_fn=leave_process_group,
@@ -491,7 +494,7 @@ def loader(dataset: StayDataset, batches: list, device: torch.device):
 
 
 def leave_process_group(worker: int) -> None:
-    """torchrun signals a whole group of processes; a loader's worker that it ended would end the run before it saved."""
+    """torchrun signals a whole group of processes; a loader's worker that it ended would end the run unsaved."""
     if hasattr(os, "setpgrp"):  # Windows has no such groups
         os.setpgrp()
 
@@ -518,12 +521,12 @@ def progress(iterable, total: int, what: str):
 class Run:
     """One training run. All ranks call its methods; rank 0 alone has the folder.
 
-    best: figures of the best epoch; epoch: epochs done; done: steps done in the next one, of which totals are the sums."""
+    best: figures of the best epoch; epoch: epochs done; done: steps done in the next, of which totals are the sums."""
 
     def __init__(self, arguments, config, model, dataset: StayDataset, split: dict, source: dict, best: dict):
         self.model, self.dataset, self.split, self.best = model, dataset, split, best
         self.epoch, self.done, self.totals, self.rows = 0, 0, {}, []
-        options = options_of(arguments) | {name: source[name] for name in ("device", "precision")}
+        options = arguments.options | {name: source[name] for name in ("device", "precision")}
         self.record = {"mode": arguments.mode, "run": {"options": options, "settings": asdict(config)},
                        "model_config": asdict(model.config), "source": source}
         last = arguments.last
@@ -593,7 +596,7 @@ class Run:
         sys.exit(130)
 
     def finish(self, figures: str, following: list) -> Path:
-        """Say where the best checkpoint lies, its figures, the command that follows; give up the folder and the signals."""
+        """Say where the best checkpoint lies, its figures, the command that follows; give up folder and signals."""
         best = self.folder / "best.pt"
         print(f"best checkpoint: {best} (epoch {self.best['epoch']}, {figures})")
         print(f"next: {shlex.join(['python', *following, str(best)])}")
@@ -666,8 +669,8 @@ class Run:
 
 
 def new_folder(arguments) -> Path:
-    """Make the folder of a new run: the one asked for, or one named after the mode and the time (and a number, where several
-    start in one second)."""
+    """Make the folder of a new run: the one asked for, or one named after the mode and the time (and a number, where
+    several start in one second)."""
     started = CHECKPOINTS / f"{arguments.mode}-{time.strftime('%Y%m%d-%H%M%S')}"
     for number in itertools.count(1):
         folder = Path(arguments.run_dir or (started if number == 1 else f"{started}-{number}"))
@@ -697,9 +700,9 @@ def restore_random_states(states: dict, device: torch.device) -> None:
 
 def source_of(arguments, cohort: Cohort, device: torch.device, dtype: torch.dtype) -> dict:
     """Where a checkpoint comes from, for whoever must reproduce it."""
-    options = options_of(arguments)
     libraries = (("torch", torch), ("numpy", np), ("pandas", pd), ("scikit-learn", sklearn))
-    return {**{name: options[name] for name in ("data_dir", "params_map", "label_file", "synthetic_stays", "seed")},
+    options = ("data_dir", "params_map", "label_file", "synthetic_stays", "seed")
+    return {**{name: arguments.options[name] for name in options},
             "reader": cohort.reader, "fingerprint": cohort.fingerprint, "labels": label_digest(cohort),
             "command": shlex.join([*launcher(), Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": git_commit(),
             "versions": {"python": platform.python_version(), **{name: str(it.__version__) for name, it in libraries}},
@@ -752,8 +755,8 @@ class Training:
         self.run.restore(self.device, optimizer=self.optimizer, scaler=self.scaler)
 
     def epoch(self) -> dict[str, float]:
-        """The run's next epoch, or what is left of it: the means of the reported terms over its stays. A signal is obeyed
-        at the end of the step."""
+        """The run's next epoch, or what is left of it: the means of the reported terms over its stays. A signal is
+        obeyed at the end of the step."""
         run, cohort = self.run, self.run.dataset.cohort
         dataset, stays = self.data(run.epoch)
         run.model.train()
@@ -762,7 +765,7 @@ class Training:
         first = run.epoch * len(batches)
         left = batches[run.done:]
         parts = [split_batch(sizes, batch, WORLD)[RANK::WORLD] for batch in left]
-        # A part without a stay takes the batch's first one, which counts nothing: the other ranks wait for its gradient.
+        # A part without a stay takes the batch's first one, which counts nothing: other ranks wait for its gradient.
         own = [stays[part if len(part) else batch[:1]] for batch, some in zip(left, parts) for part in some]
         stream = loader(dataset, own, self.device)
         bar = progress(zip(left, parts), len(left), f"epoch {run.epoch + 1}")
@@ -872,8 +875,8 @@ def pretrain(arguments) -> Path:
     decayed, plain = ([p for p in model.parameters() if (p.dim() > 1) == matrix] for matrix in (True, False))
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
-    training = Training(run, lambda epoch: (dataset, train), objective, rate, optimizer, config.batch_size, config.clip, arguments.seed, device,
-                        dtype)
+    training = Training(run, lambda epoch: (dataset, train), objective, rate, optimizer, config.batch_size, config.clip,
+                        arguments.seed, device, dtype)
     for epoch in run.epochs(config.max_epochs):
         if epoch - run.best["epoch"] > config.patience:
             print(f"early stop: val_loss has not improved for {config.patience} epochs")
@@ -883,7 +886,8 @@ def pretrain(arguments) -> Path:
                "learning_rate": optimizer.param_groups[0]["lr"]}
         improved = row["val_loss"] < run.best["val_loss"]
         run.end_of_epoch(row, improved)
-        print(f"epoch {epoch + 1:3d}: loss {row['loss']:.4f}, val_loss {row['val_loss']:.4f}{' *' if improved else ''}, "
+        star = " *" if improved else ""
+        print(f"epoch {epoch + 1:3d}: loss {row['loss']:.4f}, val_loss {row['val_loss']:.4f}{star}, "
               f"val_reconstruction {row['val_reconstruction']:.4f}, KL {row['val_kl']:.1f} a set, active units "
               f"{row['active_units']}/{model_config.latent_dim}, {time.time() - began:.0f} s{skipped(row)}")
         if row["active_units"] < model_config.latent_dim // 20:
@@ -932,8 +936,9 @@ def open_checkpoint(path, data_dir=None, synthetic_stays=None, params_map=None, 
         return content, cohort, None, None, True
     dataset = StayDataset(cohort, Normalizer.from_state(content["normalizer"], path), points=True)
     if len(dataset.unknown_variables) == len(cohort.variables):
-        raise InputError(f"{path}: its vocabulary holds none of the data's variables ({', '.join(cohort.variables[:5])} "
-                         "...); pretrain on this data, or rename its variables")
+        named = ", ".join(cohort.variables[:5])
+        raise InputError(f"{path}: its vocabulary holds none of the data's variables ({named} ...); pretrain on this "
+                         "data, or rename its variables")
     return content, cohort, dataset, content["split"], cohort.fingerprint != source["fingerprint"]
 
 
@@ -987,8 +992,8 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
         arguments.pretrained_ckpt, arguments.data_dir, arguments.synthetic_stays, arguments.params_map,
         arguments.label_file)
     if content.get("mode", "pretrain") != "pretrain":
-        raise InputError(f"{arguments.pretrained_ckpt}: a checkpoint of --mode {content['mode']}; --pretrained_ckpt takes "
-                         "one of --mode pretrain")
+        raise InputError(f"{arguments.pretrained_ckpt}: a checkpoint of --mode {content['mode']}; --pretrained_ckpt "
+                         "takes one of --mode pretrain")
     print(cohort.describe())
     if new:
         split = splits_beside(content.get("subjects", {}), cohort, arguments.seed)
@@ -1027,23 +1032,25 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
     print(f"split: {', '.join(counts)}, {len(split['test']):,} test stays"
           f"{f' (seed {arguments.seed})' if new else ' of the checkpoint'}; run folder {run.folder}")
 
-    (train_everything if full else train_head)(arguments, config, run, train, labelled_points(cohort, valid), device, dtype)
+    trainer = train_everything if full else train_head
+    trainer(arguments, config, run, train, labelled_points(cohort, valid), device, dtype)
     return run.finish(f"validation AUROC {run.best['val_auc']:.4f}, AUPRC {run.best['val_auprc']:.4f}",
                       ["test_suite.py", "--checkpoint"])
 
 
-def new_classifier(arguments, config: FinetuneConfig, content: dict, dataset: StayDataset, listed, points: int) -> SeqSetVAE:
-    """The model to be finetuned, with the checkpoint's backbone or an untrained one of its sizes; listed [K]: the variables
-    of which its head is told; points: from how many it learns. Raises InputError where weights of the backbone are
-    missing."""
+def new_classifier(arguments, config: FinetuneConfig, content: dict, dataset: StayDataset, listed: np.ndarray,
+                   points: int) -> SeqSetVAE:
+    """The model to be finetuned, with the checkpoint's backbone or an untrained one of its sizes; listed [K]: the
+    variables of which its head is told; points: from how many it learns. Raises InputError where weights of the
+    backbone are missing."""
     path, full, cohort = arguments.pretrained_ckpt, arguments.full_training, dataset.cohort
     backbone = checkpoint_config(content, len(dataset.normalizer.variables), path, arguments.set_heads,
                                  arguments.transformer_heads)
     # The trees are fitted to the backbone as it is before full training: to an untrained one that says nothing.
     trees = None if full and arguments.random_init else number_of_trees(config, points)
-    model_config = replace(changed(backbone, arguments.changes), classification_only=not full, head_trees=trees,
-                           head_variables=len(listed),
-                           **{name: value for name, value in asdict(config).items() if name in MODEL_FIELDS})
+    head = {name: value for name, value in asdict(config).items() if name in MODEL_FIELDS}
+    head |= {"classification_only": not full, "head_trees": trees, "head_variables": len(listed)}
+    model_config = replace(changed(backbone, arguments.changes), **head)
     vocabulary = content.get("vocabulary")
     if vocabulary is None:
         vocabulary = variable_vectors(cohort.variables, backbone.input_dim, cohort.vectors)
@@ -1074,8 +1081,8 @@ def ranking(label: np.ndarray, probability: np.ndarray) -> dict:
 
 
 def training_points(cohort: Cohort, stays: np.ndarray, config: FinetuneConfig, seed: int, epoch: int):
-    """The labelled points [n] of these stays from which an epoch learns: all of class 1 and, where points are many, a seeded
-    sample of the others; and their weights [n], so that a sampled one stands for those left out."""
+    """The labelled points [n] of these stays from which an epoch learns: all of class 1 and, where points are many, a
+    seeded sample of the others; and their weights [n], so that a sampled one stands for those left out."""
     points = labelled_points(cohort, stays)
     negative = points[cohort.label[points] == 0]
     positives = len(points) - len(negative)
@@ -1089,9 +1096,9 @@ def training_points(cohort: Cohort, stays: np.ndarray, config: FinetuneConfig, s
 
 @torch.no_grad()
 def encode_points(model: SeqSetVAE, dataset: StayDataset, points: np.ndarray, device, through=None) -> torch.Tensor:
-    """Head input of these prediction points before standardisation, [n, F], or `through` it (a function of [m, F] that gives
-    [m, c]): one pass of the backbone over their stays, in float32 whatever the precision of training, so that a score does
-    not depend on the machine."""
+    """Head input of these prediction points before standardisation, [n, F], or `through` it (a function of [m, F] that
+    gives [m, c]): one pass of the backbone over their stays, in float32 whatever the precision of training, so that a
+    score does not depend on the machine."""
     model.eval()
     dataset, stays = dataset.asking(points), stays_with(dataset.cohort, points)
     batches, result = evaluation_batches(dataset, stays), None
@@ -1150,9 +1157,10 @@ def head_epoch(model, features, label, weight, optimizer, config: FinetuneConfig
 
 @dataclass
 class HeadTraining:
-    """Epochs of the head on cached features of the training points of a frozen backbone, encoded once. Equal to uncached
-    training, since the backbone is deterministic in evaluation mode. Of several ranks each trains the same head on all
-    features, from the same seed: that takes seconds, less than reducing the gradients of so small a model at every step."""
+    """Epochs of the head on cached features of the training points of a frozen backbone, encoded once. Equal to
+    uncached training, since the backbone is deterministic in evaluation mode. Of several ranks each trains the same
+    head on all features, from the same seed: that takes seconds, less than reducing the gradients of so small a model
+    at every step."""
 
     run: Run
     config: FinetuneConfig

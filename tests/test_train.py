@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import data
 import train
 from data import balanced_parts, make_splits
 from readers import synthetic_cohort
@@ -117,7 +118,7 @@ def small_rank(home: str, command: list, deterministic: bool = True, interrupted
                 os.kill(os.getpid(), signal.SIGTERM)
             return function(*a)
         return call
-    train.EVALUATION_BATCH = 3
+    data._MOST_EVENTS = 60
     train.update, train.ranking = (interrupting(itertools.count(), function) for function in (train.update, train.ranking))
     if deterministic:
         F.dropout = lambda x, *_: x
