@@ -344,7 +344,7 @@ FORGED = {  # of a finetuned checkpoint: its content, or its bytes
     "no source": lambda good: forged(good, source={}),
     "no split": lambda good: forged(good, split={}),
     "no metrics": lambda good: forged(good, metrics={}),
-    "another version": lambda good: forged(good, format=2),
+    "another version": lambda good: forged(good, format=3), "an earlier version": lambda good: forged(good, format=1),
 }
 
 
@@ -643,7 +643,7 @@ def test_scoring_data_that_overlap_the_training_stays_says_so(tmp_path, small_fi
     assert main(["--checkpoint", str(small_finetuned), "--data_dir", str(tmp_path / "data")]) == 0
     seen = forged(small_finetuned)["split"]
     left_out = len(seen["train"]) + len(seen["valid"])
-    assert f"{left_out} stays left out whose ids the checkpoint was trained or selected on" in capsys.readouterr().out
+    assert f"{left_out} stays left out of subjects that the checkpoint was trained or selected on" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("mode", SMALL)
