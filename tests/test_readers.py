@@ -737,11 +737,11 @@ def test_parts_of_a_parquet_folder_durations_and_clock_times_are_one_cohort(tmp_
     table = pd.read_csv(io.StringIO(ROWS))
     minute = pd.to_timedelta(table["minute"], unit="min")
     clock = pd.Timestamp("2020-03-01 10:00:30") + minute  # stay 2 begins at 09:55:30
-    for name, time in {"number": table["minute"], "duration": minute, "clock": clock}.items():
+    for name, column in {"number": table["minute"], "duration": minute, "clock": clock}.items():
         (tmp_path / name / "events.parquet").mkdir(parents=True)
         write(tmp_path / name / "events.parquet/_SUCCESS", "")
         for i, part in enumerate((table[:3], table[3:])):
-            part.assign(minute=time).to_parquet(tmp_path / name / f"events.parquet/{i}.snappy.parquet")
+            part.assign(minute=column).to_parquet(tmp_path / name / f"events.parquet/{i}.snappy.parquet")
     assert events_of(load(tmp_path / "number")) == events_of(load(tmp_path / "duration")) == SPELLED
     cohort = load(tmp_path / "clock")
     assert events_of(cohort) == SPELLED | {"2": [(0, [("K", 4)]), (10, [("Na", 140.5)])]}
@@ -792,8 +792,7 @@ def test_reading_holds_as_much_memory_for_many_stays_as_for_few(tmp_path, monkey
     assert peak(2000) < 1.3 * peak(200)
 
 
-# ---- cells that are no plain numbers, and all that is wrong at once
-# ----------------------------------------------------
+# ---- cells that are no plain numbers, and all that is wrong at once --------------------------------------------------
 
 
 def test_values_beyond_a_measuring_range_enter_as_their_bound(tmp_path, load):
