@@ -20,7 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from data import Normalizer, StayDataset, at_end, epoch_batches, sorted_batches, variable_vectors, write_atomically
+from data import (InputError, Normalizer, StayDataset, at_end, build_cohort, epoch_batches, sorted_batches, split_batch,
+                  variable_vectors, write_atomically)
 from finetune_config import FinetuneConfig, head_optimizer
 from model import ModelConfig, SeqSetVAE, SeqSetVAEPretrain
 from readers import load_cohort
@@ -303,3 +304,117 @@ padding; % of peak: of the float32 product of two {MATMUL} x {MATMUL} matrices t
     new = pd.DataFrame([common | {"what": what, "value": f"{value:.6g}", "unit": unit} for what, value, unit in facts])
     write_atomically(path, lambda out: out.write_text(old + new.to_csv(index=False, header=not old)))
     print(f"{len(new)} rows appended to {path}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scale: the cost follows the events, neither the vocabulary nor the number of subjects
+# ----------------------------------------------------------------------------------------------------------------------
+
+VOCABULARIES = (100, 1000, 5000, 20_000)
+SUBJECTS, PART, STEPS = 50_000, 20, 100  # of the written MEDS data, the part of it that is compared, steps of training
+
+
+def zipf(rng, size, variables: int) -> np.ndarray:
+    """Indices of variables, drawn by Zipf's law with exponent 1."""
+    chance = np.cumsum(1 / np.arange(1, variables + 1))
+    return np.searchsorted(chance, rng.random(size) * chance[-1])
+
+
+def zipf_cohort(variables: int, stays: int = 300, sets: int = 150, events: int = 4):
+    """Stays of the same number of sets and events, whatever the vocabulary."""
+    rng, n = np.random.default_rng(0), stays * sets * events
+    stay, minute = np.repeat(np.arange(stays), sets * events), np.tile(np.repeat(20.0 * np.arange(sets), events), stays)
+    return build_cohort("Zipf", [f"v{i:05d}" for i in range(variables)], stay, minute, zipf(rng, n, variables),
+                        rng.normal(size=n), np.arange(stays).astype(str))
+
+
+def write_meds(folder: Path, subjects: int, events: int = 2000, codes: int = 20_000, shard: int = 500) -> None:
+    """A MEDS data set as large as a hospital's: half of its codes with a number, some four events a charted minute."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise InputError("--benchmark scale writes Parquet, which needs pyarrow; pip install pyarrow") from None
+    names = pyarrow.array([f"CODE//{i:05d}" for i in range(codes)])
+    (folder / "data").mkdir(parents=True)
+    for first in range(0, subjects, shard):
+        rng, n = np.random.default_rng([0, first]), min(shard, subjects - first)
+        code = zipf(rng, n * events, codes).astype(np.int32)
+        minute = np.cumsum(rng.random((n, events)) < .25, axis=1) * 7 + rng.integers(0, 20_000_000, (n, 1))
+        table = pyarrow.table({
+            "subject_id": np.repeat(np.arange(first, first + n) + 10_000_000, events),
+            "time": pyarrow.array((minute.ravel() * 60_000_000).astype("datetime64[us]")),
+            "code": pyarrow.DictionaryArray.from_arrays(code, names).cast(pyarrow.string()),
+            "numeric_value": pyarrow.array(rng.normal(size=n * events).astype(np.float32), mask=code % 2 > 0)})
+        parquet.write_table(table, folder / "data" / f"{first // shard}.parquet")
+
+
+def training_time(cohort, steps: int | None = None) -> tuple[float, int]:
+    """Seconds of so many steps of pretraining (None: an epoch) with the defaults, and their stays; one step before."""
+    stays, settings = np.arange(len(cohort)), train.PretrainConfig()
+    dataset = StayDataset(cohort, Normalizer.fit(cohort, stays))
+    model = new_pretraining(ModelConfig(len(cohort.variables)), dataset).train()
+    optimizer, scaler = torch.optim.AdamW(model.parameters(), fused=True), torch.amp.GradScaler("cpu", enabled=False)
+    sizes = dataset.sizes(stays)
+    batches = epoch_batches(sizes.sets, settings.batch_size, 0, 0)[:steps]
+    for i, batch in enumerate([batches[0], *batches]):
+        if i == 1:
+            began = time.perf_counter()
+        *parts, last = split_batch(sizes, batch, 1)
+        for part in parts:
+            (model(dataset[part], 0.0)["loss"] * len(part) / len(batch)).backward()
+        update(model, model(dataset[last], 0.0)["loss"] * len(last) / len(batch), optimizer, scaler, settings.clip)
+    return time.perf_counter() - began, sum(map(len, batches))
+
+
+def vocabulary_work(variables: int):
+    return training_time(zipf_cohort(variables))
+
+
+def reading_work(folder: Path, cache: Path):
+    began, cohort = time.perf_counter(), load_cohort(folder, cache_dir=cache)
+    return time.perf_counter() - began, len(cohort.event_value)
+
+
+def training_work(folder: Path, cache: Path):
+    return training_time(load_cohort(folder, cache_dir=cache), STEPS)
+
+
+def answer(pipe, threads: int, work, arguments) -> None:
+    keep_freed_memory(), torch.set_num_threads(threads)
+    pipe.send((*work(*arguments), peak_memory(torch.device("cpu"))))
+
+
+def alone(work, *arguments) -> tuple:
+    """What `work` gives, and the peak memory in MB, in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    mine, theirs = context.Pipe()
+    process = context.Process(target=answer, args=(theirs, torch.get_num_threads(), work, arguments))
+    process.start()
+    theirs.close()
+    try:
+        return mine.recv()
+    except EOFError:
+        raise InputError(f"--benchmark scale: the measurement ended early (exit code {process.exitcode}); see above") from None
+
+
+def scale() -> None:
+    """Print how time and memory grow with the vocabulary at the same events, and with the number of subjects."""
+    print(f"{machine_name(torch.device('cpu'))}, {torch.get_num_threads()} threads, torch {torch.__version__}\n"
+          "\none epoch of pretraining, 300 stays x 150 sets x 4 events of V variables (Zipf)\n"
+          "     V  seconds  x V=100  peak MB")
+    first = None
+    for variables in VOCABULARIES:
+        seconds, _, memory = alone(vocabulary_work, variables)
+        first = first or seconds
+        print(f"{variables:6,d}  {seconds:7.1f}  {seconds / first:7.2f}  {memory:7,.0f}", flush=True)
+    print(f"\nsharded MEDS, 2,000 events a subject, 20,000 codes; {STEPS} steps of pretraining\n"
+          "subjects       events  read s  events/s  peak MB  stays/s trained  peak MB")
+    with tempfile.TemporaryDirectory() as home:
+        for subjects in (SUBJECTS // PART, SUBJECTS):
+            folder, cache = Path(home) / str(subjects), Path(home) / f"cache {subjects}"
+            write_meds(folder, subjects)
+            seconds, events, memory = alone(reading_work, folder, cache)
+            trained, stays, peak = alone(training_work, folder, cache)
+            print(f"{subjects:8,d}  {events:11,d}  {seconds:6.1f}  {events / seconds:8,.0f}  {memory:7,.0f}  "
+                  f"{stays / trained:15.2f}  {peak:7,.0f}", flush=True)

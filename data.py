@@ -749,14 +749,14 @@ class StayDataset(torch.utils.data.Dataset):
         length = len(minute) // stays
         order = np.lexsort((slot, local, slot // length))
         pair_change = (np.diff(local[order], prepend=-1) != 0) | (np.diff(slot[order] // length, prepend=-1) != 0)  # [E]
-        begin = np.flatnonzero(pair_change | (np.diff(slot[order], prepend=-1) != 0))                        # [C], in events
+        begin = np.flatnonzero(pair_change | (np.diff(slot[order], prepend=-1) != 0))                   # [C], in events
         count = np.diff(begin, append=len(order))
         numbers = np.add.reduceat(valued[order].astype(np.int64), begin) if len(begin) else count
         total = np.add.reduceat(value[order].astype(np.float64), begin) if len(begin) else count
         cell_value = (total / np.maximum(numbers, 1)).astype(np.float32)
         cell_slot, cell_valued = slot[order][begin], numbers > 0
         pair = np.cumsum(pair_change)[begin] - 1                                                             # [C]
-        pair_begin = np.flatnonzero(np.diff(pair, prepend=-1))                                               # [pairs], in cells
+        pair_begin = np.flatnonzero(np.diff(pair, prepend=-1))                                       # [pairs], in cells
         pair_stay = cell_slot[pair_begin] // length
         counts = np.bincount(pair_stay, minlength=stays)
         width = round_up(max(1, counts.max()))

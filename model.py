@@ -40,7 +40,7 @@ class ModelConfig:
     levels: int = 1                 # ISAB levels
     set_heads: int = 2
     inducing: int = 4               # m
-    mab_residual: bool = True       # MAB of Lee et al. 2019 (True) or of the original SeqSetVAE, without residuals (False)
+    mab_residual: bool = True    # MAB of Lee et al. 2019 (True) or of the original SeqSetVAE, without residuals (False)
     presence: bool = True           # learned term that says *that* a variable was measured, whatever its value
     # History
     layers: int = 3
@@ -49,9 +49,9 @@ class ModelConfig:
     dropout: float = 0.0
     slope_per_head: bool = True     # one slope of the time bias a head, or a single one
     # Decoder and objective
-    decoder: str = "readout"        # each variable's value, presence and history; "slots": a set of points, Chamfer distance
+    decoder: str = "readout"   # each variable's value, presence and history; "slots": a set of points, Chamfer distance
     key_dim: int = 64               # r, of the key by which a read-out asks for a variable
-    asked_sets: int = 64            # of a stay, at most, whose presence, history and future are asked for; of more a sample
+    asked_sets: int = 64        # of a stay, at most, whose presence, history and future are asked for; of more a sample
     asked_variables: int = 96       # of a stay, at most, likewise
     other_variables: int = 128      # that the stay does not hold, a sample, asked whether they were measured
     learned_seeds: bool = True      # slots decoder: learned slot seeds, or pure noise as in the original
@@ -377,7 +377,7 @@ FUTURE_STATISTICS = ("mean", "max", "min")
 class Statistics(NamedTuple):
     """What the stays showed of n variables up to Q sets of each, that set included, and will show after it."""
 
-    past: torch.Tensor           # [B, Q, 10, n] in the order of HISTORY_STATISTICS, 0 where there is none; slope in units a day
+    past: torch.Tensor   # [B, Q, 10, n] in the order of HISTORY_STATISTICS, 0 where there is none; slope in units a day
     past_exists: torch.Tensor    # [B, Q, 10, n] bool: the count once the variable was seen, the others once it had a value
     future: torch.Tensor         # [B, Q, 3, n] in the order of FUTURE_STATISTICS
     future_exists: torch.Tensor  # [B, Q, 3, n] bool
@@ -411,7 +411,7 @@ def statistics(value, day, valued, count, row, first, shape) -> Statistics:
     largest, smallest = extreme(value, "amax", -math.inf), extreme(value, "amin", math.inf)
     events = total(count, row)
     index = torch.arange(len(value), device=value.device)
-    last = extreme(index, "amax", -1)[:, :asked].cummax(1).values                                     # [B, Q, n], -1: none
+    last = extreme(index, "amax", -1)[:, :asked].cummax(1).values                                  # [B, Q, n], -1: none
 
     sums = [s[:, :asked].cumsum(1) for s in (n, x, xx, t, tt, tx)]
     exists, (times, x_mean, xx_mean, t_mean, tt_mean, tx_mean) = sums[0] > 0, (s / sums[0].clamp(min=1) for s in sums)
@@ -423,11 +423,11 @@ def statistics(value, day, valued, count, row, first, shape) -> Statistics:
     seen = events[:, :asked].cumsum(1)
     high, low = origin + largest[:, :asked].cummax(1).values, origin + smallest[:, :asked].cummin(1).values
     past = torch.stack([latest, origin.expand_as(mean), mean, high, low, std, slope, seen.log1p(), latest.abs(), mean.abs()], dim=2)
-    counts = torch.tensor([name == "log count" for name in HISTORY_STATISTICS], device=value.device)[:, None]      # [10, 1]
+    counts = torch.tensor([name == "log count" for name in HISTORY_STATISTICS], device=value.device)[:, None]  # [10, 1]
     past_exists = exists[:, :, None] | counts & (seen > 0)[:, :, None]
 
     def later(x, accumulate):
-        return accumulate(x[:, 1:].flip(1)).flip(1)                                                   # over the intervals after each
+        return accumulate(x[:, 1:].flip(1)).flip(1)                                      # over the intervals after each
 
     times, x = later(n, lambda x: x.cumsum(1)), later(x, lambda x: x.cumsum(1))
     high, low = later(largest, lambda x: x.cummax(1).values), later(smallest, lambda x: x.cummin(1).values)
@@ -454,7 +454,7 @@ def statistics_of_beliefs(values, believed, minute, slots) -> Statistics:
     """The same of what the latents of a stay's sets tell: values [B, L, n], believed [B, L, n] bool, minute [B, L]; see `statistics_at`."""
     stays, length, width = values.shape
     asked = slots.shape[1]
-    at = believed.to(torch.uint8).argmax(1, keepdim=True)                                             # [B, 1, n], of the first belief
+    at = believed.to(torch.uint8).argmax(1, keepdim=True)                               # [B, 1, n], of the first belief
     first = values.gather(1, at)
     day = (minute[..., None] - minute.gather(1, at.squeeze(1))[:, None]).div(1440).float()            # [B, L, n]
     stay = torch.arange(stays, device=values.device)[:, None, None]
@@ -563,7 +563,7 @@ class SetVAE(nn.Module):
         x = F.embedding(batch.event_variable, direction) * batch.event_value[:, None]                # [E, r]
         if presence and self.presence is not None:
             x = x + F.embedding(batch.event_variable, self.presence(vectors))
-        return F.embedding(batch.token_event, F.pad(x, (0, 0, 0, 1)))                                # row E is the padding
+        return F.embedding(batch.token_event, F.pad(x, (0, 0, 0, 1)))                             # row E is the padding
 
     def _pooled_levels(self, batch: EventBatch, drop_events: float = 0.0):
         """Yield the mean over its events of every set after each level, [S, w] in the groups' order."""
@@ -631,7 +631,7 @@ class SetVAE(nn.Module):
         (stays, asked), width = question.slots.shape, question.variables.shape[1]
         interval = interval_of(question.slots, batch.minute.shape[1])                                # [B, L]
         position = torch.arange(interval.shape[1], device=interval.device)
-        exact = F.pad(question.slots, (0, 1), value=-1).gather(1, interval) == position              # a set that is asked for
+        exact = F.pad(question.slots, (0, 1), value=-1).gather(1, interval) == position        # a set that is asked for
         column = question.column.flatten()[batch.cell_pair]
         row = batch.cell_slot // interval.shape[1] * asked + interval.flatten()[batch.cell_slot]
         row = torch.where(exact.flatten()[batch.cell_slot] & (column < width), row * width + column, stays * asked * width)
@@ -1008,7 +1008,7 @@ def prefix_moments(x, slots):
     of [B, Q, c]."""
     count = (slots + 1)[..., None]
     mean = at_slots(x.cumsum(1), slots) / count
-    centre = at_slots(x, slots[:, -1:])                                                               # squares cancel less around a value
+    centre = at_slots(x, slots[:, -1:])                                             # squares cancel less around a value
     shifted = x - centre
     shift = at_slots(shifted.cumsum(1), slots) / count
     spread = (at_slots(shifted.square().cumsum(1), slots) / count - shift.square()).clamp(min=0)

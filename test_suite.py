@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmark import benchmark
+from benchmark import benchmark, scale
 from data import InputError
 from evaluate import performance
 from protocol import baselines, protocol
@@ -54,8 +54,9 @@ def main(argv=None) -> int:
     add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], metavar="N",
         help="splits of the protocol (default: 0 1 2 3 4)")
     add = parser.add_argument_group("benchmark").add_argument
-    add("--benchmark", action="store_true",
-        help="measure speed and memory on --data_dir or the embedded cohort (OMP_NUM_THREADS sets the threads)")
+    add("--benchmark", nargs="?", const="speed", choices=("speed", "scale"),
+        help="speed and memory on --data_dir or the embedded cohort; scale: how both grow with the vocabulary and the "
+             "number of subjects (OMP_NUM_THREADS sets the threads)")
 
     add = parser.add_argument_group("tests").add_argument
     add("--soak", action="store_true",
@@ -71,7 +72,7 @@ def main(argv=None) -> int:
                 raise InputError("--protocol needs --data_dir, for instance ../shared/data/physionet2012")
             protocol(arguments.data_dir, arguments.seeds, Path(arguments.protocol))
         elif arguments.benchmark:
-            benchmark(arguments)
+            scale() if arguments.benchmark == "scale" else benchmark(arguments)
         elif arguments.checkpoint:
             performance(arguments, baselines if arguments.baselines else None)
         elif sys.argv[1:] if argv is None else argv:
