@@ -426,7 +426,9 @@ def data_parallel(model, seed: int):
     if WORLD == 1:
         return model
     torch.manual_seed(seed + RANK)
-    return DistributedDataParallel(model, broadcast_buffers=False)
+    parallel = DistributedDataParallel(model)
+    parallel.broadcast_buffers = False  # as an argument deprecated in new versions, whose name for it old ones lack
+    return parallel
 
 
 # ----------------------------------------------------------------------------------------------------------------------
