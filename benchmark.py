@@ -20,21 +20,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from data import Normalizer, StayDataset, epoch_batches, sorted_batches, variable_vectors, write_atomically
+from data import Normalizer, StayDataset, at_end, epoch_batches, sorted_batches, variable_vectors, write_atomically
 from finetune_config import FinetuneConfig, head_optimizer
 from model import ModelConfig, SeqSetVAE, SeqSetVAEPretrain
 from readers import load_cohort
 from tests.plain_loop import close, plain_features, plain_pass
-from train import (
-    CHECKPOINTS,
-    EVALUATION_BATCH,
-    encode_stays,
-    head_epoch,
-    keep_freed_memory,
-    predict,
-    prepare_head,
-    update,
-)
+from train import CHECKPOINTS, data_options, encode_points, head_epoch, keep_freed_memory, prepare_head, probability_of, update
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Benchmark: our batched model beside the plain loop (above), in one run and on one number of threads
@@ -49,6 +40,11 @@ BENCHMARK = {
 ROUNDS, LOOPED = 3, 8  # passes timed; stays of the plain loop
 # width of the matrices whose product tells the peak, and products a pass: one alone would time the threads' waking
 MATMUL, PRODUCTS = 3072, 8
+
+
+def asked_at_the_end(cohort, normalizer) -> StayDataset:
+    """One question a stay, at its end, whatever the data ask: the plain loop knows no other."""
+    return StayDataset(at_end(cohort, np.full(len(cohort), -1)), normalizer, points=True)
 
 
 def spread(items, n: int) -> list:
@@ -80,7 +76,8 @@ def new_classifier(config, dataset) -> tuple[SeqSetVAE, FinetuneConfig]:
         settings = FinetuneConfig(features="stable", summaries=False, head_widths=(d, d // 2, d // 4), trees=None,
                                   loss="focal")
     config = replace(config, head_trees=settings.trees, fuse=settings.fuse, features=settings.features,
-                     summaries=settings.summaries, head_widths=settings.head_widths)
+                     summaries=settings.summaries, head_widths=settings.head_widths,
+                     head_variables=min(config.num_variables, settings.most_variables))
     return SeqSetVAE(config, variable_vectors(dataset.normalizer.variables, config.input_dim)), settings
 
 
@@ -92,13 +89,15 @@ def assert_plain_loop_agrees(config, dataset, stays) -> None:
     with torch.no_grad():
         losses, (_, plain) = model(dataset[stays], beta=1.0), plain_pass(model, lists)
         close(torch.stack([losses["reconstruction"], losses["kl"]]), torch.stack(plain))
-        close(head.features(dataset[stays]), torch.stack([plain_features(head, stay) for stay in lists]))
+        close(head.features(dataset[stays])[:, 0], torch.stack([plain_features(head, stay) for stay in lists]))
 
 
 def pretrain_work(how, config, batches, dataset, device):
-    """Forward, backward and optimizer step of every batch. The plain loop goes backward after each stay, so it holds one stay in memory."""
+    """Forward, backward and optimizer step of every batch. The plain loop goes backward after each stay, so it holds
+    one stay in memory."""
     model, clip = new_pretraining(config, dataset).to(device).train(), train.PretrainConfig.clip
-    optimizer, scaler = torch.optim.AdamW(model.parameters(), fused=True), torch.amp.GradScaler(device.type, enabled=False)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=False)
     batches = [plain_stays(dataset, stays) if how == PLAIN_LOOP else dataset[stays].to(device) for stays in batches]
 
     def plain():
@@ -123,6 +122,7 @@ def classifier_work(task, epochs, how, config, batches, dataset, device):
     (model, settings), stays = new_classifier(config, dataset), np.concatenate(batches)
     optimizer = head_optimizer(model.to(device), settings)
     label = torch.arange(len(stays), device=device) % 2  # any labels take the same time, and some data have none
+    weight = torch.ones(len(stays), device=device)
     lists = plain_stays(dataset, stays) if how == PLAIN_LOOP else None
 
     @torch.no_grad()
@@ -131,14 +131,19 @@ def classifier_work(task, epochs, how, config, batches, dataset, device):
             model.eval()
             return torch.stack([plain_features(model, stay) for stay in lists])
         with torch.amp.autocast(device.type, torch.bfloat16, enabled=how == "bf16"):
-            return encode_stays(model, dataset, stays, device)
+            return encode_points(model, dataset, np.sort(stays), device)  # a stay's one point has the stay's number
+
+    @torch.no_grad()
+    def inference():
+        return probability_of(model.classify(encode()))
 
     def finetuning():
         features = encode()
-        prepare_head(model, features, label, settings, seed=0)
+        prepare_head(model, features, label, weight, settings, seed=0)
         for epoch in range(1 if how == PLAIN_LOOP else epochs):
-            head_epoch(model, features, label, optimizer, settings, epoch_batches(np.ones(len(stays)), settings.batch_size, 0, epoch))
-    return (lambda: predict(model, encode())) if task == INFERENCE else finetuning
+            batches = epoch_batches(np.ones(len(stays)), settings.batch_size, 0, epoch)
+            head_epoch(model, features, label, weight, optimizer, settings, batches)
+    return inference if task == INFERENCE else finetuning
 
 
 def matmul_work(width, dataset, device):
@@ -173,7 +178,7 @@ def timed_process(pipe, threads, load, normalizer, device, work) -> None:
     memory."""
     keep_freed_memory(), torch.set_num_threads(threads)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    imports, run = peak_memory(device), work(StayDataset(load(), normalizer), device)
+    imports, run = peak_memory(device), work(asked_at_the_end(load(), normalizer), device)
     pipe.send(imports)
     with contextlib.suppress(EOFError):  # the other end was closed
         while pipe.recv():
@@ -228,7 +233,7 @@ def measure(dataset, load, device) -> tuple[pd.DataFrame, float]:
     for sizes, (make_config, steps, passes, epochs, hows) in BENCHMARK.items():
         config, finetune = make_config(len(dataset.normalizer.variables)), f"{epochs}-epoch finetune"
         pretrained = epoch_batches(lengths, train.PretrainConfig.batch_size, 0, 0)[:steps]
-        evaluated = spread(sorted_batches(dataset.cohort, np.arange(len(dataset.cohort)), EVALUATION_BATCH), passes)
+        evaluated = spread(sorted_batches(dataset.sizes(np.arange(len(dataset.cohort)))), passes)
         if PLAIN_LOOP in hows:
             assert_plain_loop_agrees(config, dataset, evaluated[-1][:2])
         flops = {PRETRAIN_STEP: pretrain_flops(config, pretrained, dataset), MATMUL_PEAK: PRODUCTS * 2 * MATMUL**3}
@@ -260,13 +265,12 @@ def benchmark(arguments) -> None:
     """Measure, print the table, and append it to checkpoints/benchmark.csv, a row a number."""
     device, facts = torch.device("cuda" if torch.cuda.is_available() else "cpu"), []
     with tempfile.TemporaryDirectory() as cache:
-        load = partial(load_cohort, arguments.data_dir, cache_dir=Path(cache), params_map=arguments.params_map,
-                       label_file=arguments.label_file)
+        load = partial(load_cohort, cache_dir=Path(cache), **data_options(arguments))
         for what in ("parsed" if arguments.data_dir else "generated", "from the cache"):
             began, cohort = time.perf_counter(), load()
             facts.append((f"data, {what}", time.perf_counter() - began, "s"))
         print(cohort.describe())
-        dataset = StayDataset(cohort, Normalizer.fit(cohort, np.arange(len(cohort))))
+        dataset = asked_at_the_end(cohort, Normalizer.fit(cohort, np.arange(len(cohort))))
         facts += padding(dataset, epoch_batches(np.diff(cohort.stay_start), train.PretrainConfig.batch_size, 0, 0)[:64])
         rows, imports = measure(dataset, load, device)
     facts.append(("memory of the imports alone", imports, "MB"))

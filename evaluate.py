@@ -4,7 +4,6 @@
 """
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,19 +21,10 @@ from sklearn.metrics import (
 )
 from sklearn.preprocessing import StandardScaler
 
-from data import (
-    InputError,
-    Normalizer,
-    StayDataset,
-    make_splits,
-    sorted_batches,
-    stay_event_index,
-    stays_of,
-    variable_vectors,
-    write_atomically,
-)
-from model import SeqSetVAE, checkpoint_config, load_weights, original_classifier
-from train import EVALUATION_BATCH, evaluation_loader, labelled, open_checkpoint, predict, progress
+from data import (InputError, Normalizer, StayDataset, labelled_points, make_splits, point_slots, stay_event_index, stays_of,
+                  stays_with, variable_vectors, with_points, write_atomically)
+from model import SeqSetVAE, at_slots, checkpoint_config, load_weights, original_classifier, real_sets
+from train import data_options, encode_points, evaluation_loader, open_checkpoint, predict
 
 CPU = torch.device("cpu")
 
@@ -43,9 +33,9 @@ CPU = torch.device("cpu")
 # Performance analysis of a checkpoint
 # ----------------------------------------------------------------------------------------------------------------------
 
-def open_classifier(path, data_dir=None, params_map=None, label_file=None, set_heads=None, transformer_heads=None):
+def open_classifier(path, given: dict = {}, set_heads=None, transformer_heads=None):
     """A finetuned checkpoint ready to score: (model, content, cohort, dataset, new); see `train.open_checkpoint`."""
-    content, cohort, dataset, _, new = open_checkpoint(path, data_dir, params_map=params_map, label_file=label_file)
+    content, cohort, dataset, _, new = open_checkpoint(path, given)
     if "format" not in content:
         return open_original(path, content, cohort, set_heads, transformer_heads)
     if content.get("mode") != "finetune":
@@ -68,38 +58,43 @@ def open_original(path, content, cohort, set_heads, transformer_heads):
     model = original_classifier(content, config, variable_vectors(cohort.variables, config.input_dim, cohort.vectors),
                                 path)
     split = make_splits(cohort, 0)
-    dataset = StayDataset(cohort, Normalizer.fit(cohort, stays_of(cohort, split["train"])))
+    dataset = StayDataset(cohort, Normalizer.fit(cohort, stays_of(cohort, split["train"])), points=True)
     source = {"command": "the original implementation", "fingerprint": cohort.fingerprint,
               "versions": {"pytorch-lightning": str(content.get("pytorch-lightning_version", "unknown"))}}
     metrics = {"epoch": content.get("epoch"), "threshold": 0.5}
     return model, content | {"source": source, "split": split, "metrics": metrics}, cohort, dataset, False
 
 
-def scored_stays(content, cohort, new) -> tuple[np.ndarray, str]:
-    """The labelled stays that may be scored, and what they are: the recorded test split; of other data, all that were
-    not trained on."""
+def scored_points(content, cohort, new) -> tuple[np.ndarray, str]:
+    """The labelled points that may be scored, and what they are: those of the recorded test split; of other data, of all
+    subjects that were not trained or selected on."""
     if not new:
         recorded_by = "checkpoint" if "format" in content else "data"
-        return labelled(cohort, content["split"]["test"]), f"the test split that the {recorded_by} recorded"
-    seen = np.isin(cohort.stay_id, content["split"]["train"] + content["split"]["valid"])
-    stays = np.flatnonzero((cohort.label >= 0) & ~seen)
+        stays = stays_of(cohort, content["split"]["test"])
+        return labelled_points(cohort, stays), f"the test split that the {recorded_by} recorded"
+    seen = np.isin(cohort.subject, content["subjects"]["train"] + content["subjects"]["valid"])
     what = "all labelled stays of other data than the checkpoint's"
     if seen.any():
-        what += f"; {seen.sum():,} stays left out whose ids the checkpoint was trained or selected on"
-    return stays, what
+        what += f"; {seen.sum():,} stays left out of subjects that the checkpoint was trained or selected on"
+    return labelled_points(cohort, np.flatnonzero(~seen)), what
 
 
-def bootstrap(label, *probabilities, repeats: int = 1000, seed: int = 0) -> np.ndarray:
-    """[repeats, n, 2] AUROC and AUPRC of n methods on the same resampled stays (Efron & Tibshirani 1993): paired
-    between methods."""
+def bootstrap(group, label, *probabilities, repeats: int = 1000, seed: int = 0) -> np.ndarray:
+    """[repeats, n, 2] AUROC and AUPRC of n methods on the same resampled groups, such as stays, of points (Efron &
+    Tibshirani 1993): paired between methods. group, label [points]."""
     rng = np.random.default_rng(seed)
-    draws = []
+    group = np.unique(group, return_inverse=True)[1]
+    groups, draws = group.max() + 1, []
     while len(draws) < repeats:
-        i = rng.integers(0, len(label), len(label))
-        if 0 < label[i].sum() < len(label):
-            draws.append([(roc_auc_score(label[i], p[i]), average_precision_score(label[i], p[i]))
-                          for p in probabilities])
+        weight = np.bincount(rng.integers(0, groups, groups), minlength=groups)[group]
+        drawn = weight > 0
+        if len(np.unique(label[drawn])) == 2:
+            draws.append([[measure(label[drawn], p[drawn], sample_weight=weight[drawn])
+                           for measure in (roc_auc_score, average_precision_score)] for p in probabilities])
     return np.array(draws)
+
+
+MANY_POINTS = 20_000  # of which a bootstrap draws 200 samples, not 1,000
 
 
 def interval(draws: np.ndarray) -> str:
@@ -120,9 +115,8 @@ def performance(arguments, baselines=None) -> None:
     what is asked for."""
     path = arguments.checkpoint
     folder = arguments.plots and picture_folder(arguments.plots)
-    model, content, cohort, dataset, new = open_classifier(path, arguments.data_dir, arguments.params_map,
-                                                           arguments.label_file,
-                                                           arguments.set_heads, arguments.transformer_heads)
+    model, content, cohort, dataset, new = open_classifier(path, data_options(arguments), arguments.set_heads,
+                                                           arguments.transformer_heads)
     source = content["source"]
     figures = {"checkpoint": str(path), "epoch": content["metrics"]["epoch"], "command": source["command"],
                "seed": source.get("seed"),
@@ -134,29 +128,29 @@ def performance(arguments, baselines=None) -> None:
     versions = ", ".join(f"{name} {version}" for name, version in source["versions"].items())
     print(f"checkpoint: seed {source.get('seed', 'unknown')}, data {source['fingerprint']}, {versions}")
     stay = find_stay(cohort, arguments.trajectory)
-    stays, what = scored_stays(content, cohort, new)
-    label = cohort.label[stays].astype(int)
+    points, what = scored_points(content, cohort, new)
+    label = cohort.label[points].astype(int)
     unscored = len(np.unique(label)) < 2 and (f"{cohort.reader}: the stays to be scored hold one class or none "
-                                              f"({len(stays)} stays); AUROC needs both")
+                                              f"({len(stays_with(cohort, points))} stays); AUROC needs both")
     if unscored and not (arguments.predictions or arguments.embeddings or arguments.trajectory):
         raise InputError(f"{unscored}; --predictions needs no label")
 
-    rows = np.arange(len(cohort)) if arguments.predictions or arguments.embeddings else stays
-    features, h = embed_stays(model, dataset, rows)
-    probability = predict(model, features)
+    rows = answered_points(dataset) if arguments.predictions or arguments.embeddings else points
+    probability = predict(model, dataset, rows, CPU)
     if arguments.predictions:
-        write_predictions(arguments.predictions, content, cohort, probability)
+        write_predictions(arguments.predictions, content, dataset, rows, probability)
     if arguments.embeddings:
-        write_embeddings(arguments.embeddings, cohort.stay_id[rows], features, h)
-    scored = np.searchsorted(rows, stays)
+        write_embeddings(arguments.embeddings, model, dataset, rows)
+    scored = np.searchsorted(rows, points)
     methods = {CHECKPOINT: probability[scored]}
     if unscored:
         print(f"nothing to score: {unscored}")
     else:
         if baselines:
-            methods |= baselines(arguments, content, cohort, dataset, stays, new)
-        figures |= {"scored": what, **score_figures(label, methods, content["metrics"]["threshold"]),
-                    "model": model_figures(model, dataset, stays)}
+            methods |= baselines(arguments, content, cohort, dataset, points, new)
+        stays = cohort.point_stay[points]
+        figures |= {"scored": what, **score_figures(stays, label, methods, content["metrics"]["threshold"]),
+                    "model": model_figures(model, dataset, np.unique(stays))}
         print_figures(figures,
                       "no threshold was recorded" if "format" not in content else "best F1 of the validation split")
     if stay is not None:
@@ -169,28 +163,32 @@ def performance(arguments, baselines=None) -> None:
         if not unscored:
             plot_ranking(folder, label, methods)
             plot_calibration(folder, label, probability[scored])
-        if len(rows) > 2:
-            plot_features(folder, features, cohort.label[rows])
+        shown = np.random.default_rng(0).permutation(rows)[:MOST_SHOWN]
+        if len(shown) > 2:
+            shown.sort()
+            plot_features(folder, encode_points(model, dataset, shown, CPU), cohort.label[shown])
         if stay is not None:
             plot_trajectory(folder, figures["trajectory"], dataset, stay, content["metrics"]["threshold"])
         print(f"pictures: {', '.join(sorted(file.name for file in folder.glob('*.png')))} in {folder}")
 
 
 CHECKPOINT = "this checkpoint"
+MOST_SHOWN = 5000  # points in the picture of the features
 
 
-def score_figures(label, methods: dict, threshold: float) -> dict:
-    """Plain numbers about the probabilities [n] of each method on the stays with `label` [n]; the checkpoint's in
-    full."""
+def score_figures(stays, label, methods: dict, threshold: float) -> dict:
+    """Plain numbers about the probabilities [n] of each method on points of these stays [n] with `label` [n]; the
+    checkpoint's in full."""
     probability, prevalence = methods[CHECKPOINT], label.mean()
-    draws, compared = bootstrap(label, *methods.values()), {}
+    draws = bootstrap(stays, label, *methods.values(), repeats=200 if len(label) > MANY_POINTS else 1000)
+    compared = {}
     for i, (name, p) in enumerate(methods.items()):
         values = {"auroc": roc_auc_score(label, p), "auprc": average_precision_score(label, p)}
         compared[name] = {measure: {"value": float(value),
                                     "interval": np.percentile(draws[:, i, j], [2.5, 97.5]).tolist()}
                           for j, (measure, value) in enumerate(values.items())}
     tn, fp, fn, tp = confusion_matrix(label, probability >= threshold).ravel().tolist()
-    return {"stays": len(label), "positive": int(label.sum()), "prevalence": float(prevalence), "methods": compared,
+    return {"stays": len(np.unique(stays)), "points": len(label), "positive": int(label.sum()), "prevalence": float(prevalence), "methods": compared,
             "brier": float(brier_score_loss(label, probability)),
             "brier_of_prevalence": float(prevalence * (1 - prevalence)),
             "calibration_error": calibration_error(label, probability),
@@ -216,7 +214,8 @@ def print_figures(figures: dict, threshold_is: str) -> None:
         return "{:.4f}  95% [{:.3f}, {:.3f}]".format(measure["value"], *measure["interval"])
 
     own, spread, head = figures["methods"][CHECKPOINT], figures["probability"], figures["model"]
-    print("\nScored: {stays:,} stays, {positive:,} positive ({prevalence:.1%}): {scored}".format(**figures))
+    points = "{points:,} points in ".format(**figures) if figures["points"] > figures["stays"] else ""
+    print(f"\nScored: {points}" + "{stays:,} stays, {positive:,} positive ({prevalence:.1%}): {scored}".format(**figures))
     print(f"AUROC                {with_interval(own['auroc'])}")
     print(f"AUPRC                {with_interval(own['auprc'])}  (prevalence {figures['prevalence']:.4f})")
     print("Brier score          {brier:.4f}  (prevalence alone: {brier_of_prevalence:.4f})".format(**figures))
@@ -236,37 +235,52 @@ def print_figures(figures: dict, threshold_is: str) -> None:
             print(row.replace("  95%", " "))
 
 
-def write_predictions(path, content, cohort, probability) -> None:
-    """Probability of every stay of the data, with its label (empty: none) and the split the checkpoint knows it
-    from."""
-    split = np.full(len(cohort), "", dtype=object)
+def answered_points(dataset) -> np.ndarray:
+    """Indices [n] of the points that have an answer: those with a set at or before them, of stays of which the checkpoint
+    knows a variable."""
+    cohort = dataset.cohort
+    index, slot = point_slots(cohort, np.arange(len(cohort)))
+    known = np.append(0, np.cumsum(dataset.variable[cohort.event_variable] >= 0))[cohort.set_start[cohort.stay_start]]
+    known = np.diff(known) > 0
+    return index[(slot >= 0) & known[cohort.point_stay[index]]]
+
+
+def write_predictions(path, content, dataset, points, probability) -> None:
+    """A row a prediction point of the data: its probability (empty: no answer), label (empty: none) and the split that the
+    checkpoint knows its stay from."""
+    cohort = dataset.cohort
+    split, answers = np.full(len(cohort), "", dtype=object), np.full(len(cohort.label), np.nan)
     for name, ids in content["split"].items():
         split[stays_of(cohort, ids)] = name
-    table = pd.DataFrame({"stay_id": cohort.stay_id, "probability": probability, "split": split,
+    answers[points] = probability
+    stay = cohort.point_stay
+    table = pd.DataFrame({"stay_id": cohort.stay_id[stay], "minute": cohort.point_minute, "probability": answers,
+                          "split": split[stay],
                           "label": pd.array(np.where(cohort.label >= 0, cohort.label, np.nan), dtype="Int64")})
     write_atomically(path, lambda out: table.to_csv(out, index=False))
-    print(f"predictions: {len(table):,} stays written to {path}")
+    print(f"predictions: {len(table):,} points of {len(np.unique(stay)):,} stays written to {path}")
+    empty = table[table["probability"].isna()]
+    if len(empty):
+        print(f"predictions: {len(empty):,} without a probability, as nothing that the checkpoint knows lies before them "
+              f"(stay {empty['stay_id'].iloc[0]} at minute {empty['minute'].iloc[0]:g})")
 
 
 @torch.no_grad()
-def embed_stays(model, dataset, stays) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of every stay the head input before standardisation [n, F] (as `train.encode_stays`) and h after its last set
-    [n, d]."""
-    features = torch.zeros(len(stays), sum(model._feature_sizes().values()))
-    end = torch.zeros(len(stays), model.config.latent_dim)
-    batches = sorted_batches(dataset.cohort, stays, EVALUATION_BATCH)
-    for places, batch in zip(batches, progress(evaluation_loader(dataset, stays, CPU), len(batches), "encoding")):
-        _, _, z, h = model.encode(batch)
-        features[places], end[places] = model._head_input(z, h, batch), h[torch.arange(len(h)), batch.lengths - 1]
-    return features, end
+def write_embeddings(path, model, dataset, points) -> None:
+    """Of every point the head input before standardisation [n, F] and h of its set [n, d]."""
+    features, cohort = encode_points(model, dataset, points, CPU), dataset.cohort
+    h = torch.zeros(len(points), model.config.latent_dim)
+    asking = dataset.asking(points)
+    for batch in evaluation_loader(asking, stays_with(cohort, points), CPU):
+        real = batch.point >= 0
+        h[batch.point[real]] = at_slots(model.encode(batch)[3], batch.point_slot)[real]
 
-
-def write_embeddings(path, stay_id, features, h) -> None:
     def write(out):
         with open(out, "wb") as file:  # given a name, NumPy would append .npz
-            np.savez(file, stay_id=stay_id, features=features.numpy(), h=h.numpy())
+            np.savez(file, stay_id=cohort.stay_id[cohort.point_stay[points]], minute=cohort.point_minute[points],
+                     features=features.numpy(), h=h.numpy())
     write_atomically(path, write)
-    print(f"embeddings: {len(stay_id):,} stays, features [{features.shape[1]}] and h [{h.shape[1]}], written to {path}")
+    print(f"embeddings: {len(points):,} points, features [{features.shape[1]}] and h [{h.shape[1]}], written to {path}")
 
 
 @torch.no_grad()
@@ -274,7 +288,7 @@ def active_units(model, dataset, stays) -> int:
     """Units of mu whose variance over the sets of these stays exceeds 0.01 (Burda et al. 2016, section 5.2)."""
     mus = []
     for batch in evaluation_loader(dataset, stays, torch.device("cpu")):
-        mus.append(model.setvae.encode(batch)[0][batch.slot_set < len(batch.group_slot)])
+        mus.append(model.setvae.encode(batch)[0][real_sets(batch)])
     return int((torch.cat(mus).var(0) > 0.01).sum())
 
 
@@ -293,25 +307,18 @@ def find_stay(cohort, stay_id) -> int | None:
     return int(found[0])
 
 
-@torch.no_grad()
-def risk_over_time(model, dataset, stay: int, together: int = 32) -> dict:
-    """The risk after every set of a stay, as if the stay had ended there. The model is causal: one pass gives z and h
-    of all L sets, and the L prefixes differ only in where they end; `together` of them make a batch."""
-    batch, cohort = dataset[np.array([stay])], dataset.cohort
-    _, _, z, h = model.encode(batch)                                                                 # [1, L, d]
-    risk = []
-    for ends in torch.arange(1, int(batch.lengths) + 1).split(together):
-        n = len(ends)
-        # What `_head_input` reads of a batch; events after a prefix's end lie in slots that no causal statistic at its
-        # end sees.
-        prefixes = replace(batch, lengths=ends, label=batch.label.expand(n), minute=batch.minute.expand(n, -1),
-                           event_variable=batch.event_variable.repeat(n), event_value=batch.event_value.repeat(n),
-                           event_slot=(torch.arange(n)[:, None] * batch.minute.shape[1] + batch.event_slot).flatten())
-        risk += predict(model, model._head_input(z.expand(n, -1, -1), h.expand(n, -1, -1), prefixes)).tolist()
-    sets = np.arange(cohort.stay_start[stay], cohort.stay_start[stay + 1])
-    return {"stay": str(cohort.stay_id[stay]), "label": int(cohort.label[stay]),
-            "minute": cohort.set_minute[sets].tolist(),
-            "events": np.diff(cohort.set_start)[sets].tolist(), "risk": risk}
+def risk_over_time(model, dataset, stay: int) -> dict:
+    """The risk at every minute at which something was charted, as if the stay had ended there. The model is causal: one
+    pass answers all."""
+    cohort = dataset.cohort
+    sets = slice(cohort.stay_start[stay], cohort.stay_start[stay + 1])
+    minute, first = np.unique(cohort.set_minute[sets], return_index=True)
+    events = np.add.reduceat(np.diff(cohort.set_start)[sets], first)
+    count = np.where(np.arange(len(cohort)) == stay, len(minute), 0)
+    asked = with_points(cohort, count, minute, np.full(len(minute), -1))
+    risk = predict(model, dataset.of(asked), np.arange(len(minute)), CPU)
+    return {"stay": str(cohort.stay_id[stay]), "label": int(cohort.stay_label[stay]), "minute": minute.tolist(),
+            "events": events.tolist(), "risk": risk.tolist()}
 
 
 LABEL_NAMES = {-1: "no label", 0: "label 0", 1: "label 1"}

@@ -848,9 +848,10 @@ class AttentionPool(nn.Module):
         super().__init__()
         self.attention_pool = Attention(dim, heads)
 
-    def forward(self, h, last, reached):
-        """h [B, L, d], last [B, Q, d], reached [B, Q, L] bool -> [B, Q, d]."""
+    def forward(self, h, last, slots):
+        """h [B, L, d], last [B, Q, d] of the sets at slots [B, Q] -> [B, Q, d]."""
         pool = self.attention_pool
+        reached = torch.arange(h.shape[1], device=h.device) <= slots[..., None]                       # [B, Q, L]
         return pool.out_proj(pool.attend(pool.project_query(last), pool.project_key_value(h), reached[:, None]))
 
 
@@ -916,14 +917,13 @@ class SeqSetVAE(nn.Module):
         [B, Q, d] of mean, max and learned attention pool."""
         if slots is None:
             slots = torch.full((len(h), 1), h.shape[1] - 1, device=h.device)
-        reached = torch.arange(h.shape[1], device=h.device) <= slots[..., None]                       # [B, Q, L]
         last = at_slots(h, slots)                                                                     # [B, Q, d]
-        attention, pools = attention_pool(h, last, reached), []
+        attention, pools = attention_pool(h, last, slots), []
         if self.config.features == "multiscale" or not self.config.classification_only:
             pools = prefix_moments(h, slots)[:2]                                                      # mean, max
         features = [last, attention, *pools] if self.config.features == "multiscale" else [0.7 * last + 0.3 * attention]
         if not self.config.classification_only:
-            features.insert(0, self.feature_projection(torch.cat([*pools, self.feature_fusion(h, last, reached)], dim=-1)))
+            features.insert(0, self.feature_projection(torch.cat([*pools, self.feature_fusion(h, last, slots)], dim=-1)))
         return torch.cat(features, dim=-1)
 
     def encode(self, batch: EventBatch):
@@ -985,10 +985,15 @@ class SeqSetVAE(nn.Module):
         return {"logits": logits, "reconstruction": sum(terms.values()).mean(), "kl": self.setvae.kl(mu, logvar, batch)}
 
 
-def attention_pool(h, last, reached):
-    """Parameter-free: mean of h_t weighted by softmax(h_t . h_last): h [B, L, d], last [B, Q, d], reached [B, Q, L] -> [B, Q, d]."""
-    score = (last @ h.mT).masked_fill(~reached, -math.inf)                                            # [B, Q, L]
-    return score.softmax(-1) @ h
+def attention_pool(h, last, slots):
+    """Parameter-free: mean of h_t up to a point's set, weighted by softmax(h_t . h_last): h [B, L, d], last [B, Q, d] of the sets at
+    slots [B, Q] -> [B, Q, d]. A block of points after another: of a long stay asked at each set [Q, L] is too much."""
+    position = torch.arange(h.shape[1], device=h.device)
+    pooled = []
+    for queries, ends in zip(last.split(QUERY_BLOCK, dim=1), slots.split(QUERY_BLOCK, dim=1)):
+        score = (queries @ h.mT).masked_fill(position > ends[..., None], -math.inf)                   # [B, block, L]
+        pooled.append(score.softmax(-1) @ h)
+    return torch.cat(pooled, dim=1)
 
 
 def prefix_moments(x, slots):
@@ -1009,9 +1014,10 @@ def prefix_moments(x, slots):
 
 CHECKPOINT_FORMAT = 2
 _CHECKPOINT_TYPES = {"mode": str, "model_config": dict, "model": dict, "vocabulary": torch.Tensor, "normalizer": dict, "split": dict,
-                     "source": dict, "metrics": dict}  # see train.model_content
-_CHECKPOINT_ENTRIES = {"normalizer": ("variables", "mean", "std", "log_scale", "clip"), "split": SPLITS, "metrics": ("epoch",),
-                       "source": ("data_dir", "synthetic_stays", "fingerprint", "seed", "command", "versions")}
+                     "subjects": dict,                     "source": dict, "metrics": dict}  # see train.model_content
+_CHECKPOINT_ENTRIES = {"normalizer": ("variables", "mean", "std", "log_scale", "clip"), "split": SPLITS,
+                       "subjects": SPLITS, "metrics": ("epoch",),
+                       "source": ("data", "fingerprint", "seed", "command", "versions")}
 _WRAPPERS = ("module.", "_orig_mod.", "model.")  # DDP, torch.compile, a LightningModule's attribute
 # Prefix in the original implementation -> ours.
 _ORIGINAL_NAMES = {
@@ -1039,7 +1045,9 @@ def read_checkpoint(path, device="cpu") -> dict:
     if not isinstance(content, dict) or not content:
         raise InputError(f"{path}: holds {type(content).__name__}, not a checkpoint; give a file that train.py wrote")
     if content.get("format", CHECKPOINT_FORMAT) != CHECKPOINT_FORMAT:
-        raise InputError(f"{path}: checkpoint format {content['format']}, this version reads {CHECKPOINT_FORMAT}; use the matching version")
+        mend = "commit 42f6991 reads it" if content["format"] == 1 else "use the version that wrote it"
+        raise InputError(f"{path}: checkpoint format {content['format']}, this version reads {CHECKPOINT_FORMAT}; {mend}, "
+                         "or make it again")
     lacking = [name for name, kind in _CHECKPOINT_TYPES.items() if not isinstance(content.get(name), kind)]
     lacking = lacking or [f"{name}[{entry}]" for name, entries in _CHECKPOINT_ENTRIES.items() for entry in entries if entry not in content[name]]
     if "format" in content and lacking:

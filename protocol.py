@@ -17,10 +17,10 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
-from data import InputError, stay_event_index, write_atomically
+from data import InputError, labelled_points, ranges, search_after, stays_of, write_atomically
 from evaluate import CPU, bootstrap, interval, open_classifier
 from finetune_config import FinetuneConfig
-from train import encode_stays, finetune, label_subset, labelled, open_checkpoint, parse_arguments, predict, pretrain
+from train import data_options, finetune, label_subset, labelled, open_checkpoint, parse_arguments, predict, pretrain
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Hand-made baselines
@@ -29,11 +29,15 @@ from train import encode_stays, finetune, label_subset, labelled, open_checkpoin
 BASELINES = ("logistic regression on summaries", "gradient boosting on summaries")
 
 
-def summary_table(cohort, stays) -> pd.DataFrame:
-    """Hand-made features of each stay: first, last, min, max, mean, sd, count and slope (a day) of every variable,
-    descriptors included; raw units, NaN where a variable was not measured."""
-    events = stay_event_index(cohort, stays)
-    table = pd.DataFrame({"stay": np.repeat(np.arange(len(stays)), cohort.stay_events[stays]),
+def summary_table(cohort, points) -> pd.DataFrame:
+    """Hand-made features of the stay up to each prediction point: first, last, min, max, mean, sd, count and slope (a day)
+    of every variable, descriptors included; raw units, NaN where a variable was not measured."""
+    stays = cohort.point_stay[points]
+    first, end = cohort.stay_start[stays], cohort.stay_start[stays + 1]
+    end = search_after(cohort.set_minute, cohort.point_minute[points], first, end)
+    number = cohort.set_start[end] - cohort.set_start[first]
+    events = ranges(cohort.set_start[first], number)
+    table = pd.DataFrame({"stay": np.repeat(np.arange(len(points)), number),
                           "variable": cohort.event_variable[events],
                           "value": cohort.event_value[events].astype(np.float64)})
     sets = np.searchsorted(cohort.set_start, events, side="right") - 1
@@ -44,14 +48,14 @@ def summary_table(cohort, stays) -> pd.DataFrame:
     day, square, product = (groups[name].mean() for name in ("day", "square", "product"))
     spread = square - day ** 2
     summary["slope"] = ((product - day * summary["mean"]) / spread.where(spread > 1e-9)).fillna(0)
-    wide = summary.unstack("variable").reindex(range(len(stays)))
+    wide = summary.unstack("variable").reindex(range(len(points)))
     wide["count"] = wide["count"].fillna(0)
     wide.columns = [f"{cohort.variables[v]} {name}" for name, v in wide.columns]
     return wide
 
 
 def hand_made_baselines(cohort, train, test) -> dict[str, np.ndarray]:
-    """Probabilities of the test stays by logistic regression (penalty chosen by cross-validation inside the training
+    """Probabilities at the test points by logistic regression (penalty chosen by cross-validation inside the training
     stays) and by HistGradientBoosting (scikit-learn's defaults, and shallow trees chosen likewise) on
     `summary_table`."""
     both = summary_table(cohort, np.concatenate([train, test]))
@@ -69,22 +73,21 @@ def hand_made_baselines(cohort, train, test) -> dict[str, np.ndarray]:
             BASELINES[1]: boosting.fit(x.to_numpy(), y).predict_proba(x_test.to_numpy())[:, 1]}
 
 
-def baselines(arguments, content, cohort, dataset, stays, new) -> dict[str, np.ndarray]:
-    """Probabilities of the scored stays by the hand-made baselines and by an untrained backbone of the checkpoint's
+def baselines(arguments, content, cohort, dataset, points, new) -> dict[str, np.ndarray]:
+    """Probabilities at the scored points by the hand-made baselines and by an untrained backbone of the checkpoint's
     config under the same head, all trained on the checkpoint's training stays."""
     if new or "format" not in content:
         raise InputError(f"{arguments.checkpoint}: --baselines are fitted on the data that train.py made the "
                          f"checkpoint with; leave {'--data_dir' if new else '--baselines'} out")
-    methods = hand_made_baselines(cohort, labelled(cohort, content["split"]["train"]), stays)
+    methods = hand_made_baselines(cohort, labelled_points(cohort, stays_of(cohort, content["split"]["train"])), points)
     with tempfile.TemporaryDirectory() as folder:
         pretrained = Path(folder) / "untrained.pt"
         torch.save(content | {"mode": "pretrain"}, pretrained)
-        given = [f"--{name}={path}"
-                 for name in ("data_dir", "params_map", "label_file") if (path := getattr(arguments, name))]
+        given = [f"--{name}={value}" for name, value in data_options(arguments).items()]
         path = finetune(parse_arguments(["--mode", "finetune", "--pretrained_ckpt", str(pretrained), "--random_init",
                                          "--run_dir", f"{folder}/run", *given]))
-        model = open_classifier(path, arguments.data_dir, arguments.params_map, arguments.label_file)[0]
-        return methods | {"untrained backbone, same head": predict(model, encode_stays(model, dataset, stays, CPU))}
+        model = open_classifier(path, data_options(arguments))[0]
+        return methods | {"untrained backbone, same head": predict(model, dataset, points, CPU)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -145,8 +148,9 @@ def predictions_path(home: Path, method: str, fraction: float) -> Path:
     return home / f"{method} {fraction:.0%}.csv"
 
 
-def save_predictions(path: Path, cohort, stays, probability) -> None:
-    table = pd.DataFrame({"stay_id": cohort.stay_id[stays], "label": cohort.label[stays], "probability": probability})
+def save_predictions(path: Path, cohort, points, probability) -> None:
+    table = pd.DataFrame({"stay_id": cohort.stay_id[cohort.point_stay[points]], "minute": cohort.point_minute[points],
+                          "label": cohort.label[points], "probability": probability})
     write_atomically(path, lambda out: table.to_csv(out, index=False))
 
 
@@ -160,18 +164,18 @@ def predict_cell(cell: Cell, checkpoint: Path, home: Path, common: list) -> None
     options += ["--full_training"] * cell.full + ["--random_init"] * (not cell.pretrained)
     best = finetune(parse_arguments(options), replace(FinetuneConfig(), fuse=cell.fuse, summaries=cell.summaries))
     model, content, cohort, dataset, _ = open_classifier(best)
-    stays = labelled(cohort, content["split"]["test"])
-    save_predictions(path, cohort, stays, predict(model, encode_stays(model, dataset, stays, torch.device("cpu"))))
+    points = labelled_points(cohort, stays_of(cohort, content["split"]["test"]))
+    save_predictions(path, cohort, points, predict(model, dataset, points, CPU))
 
 
 def predict_baselines(checkpoint: Path, home: Path, seed: int) -> None:
     content, cohort, _, split, _ = open_checkpoint(checkpoint)
-    train, test = labelled(cohort, split["train"]), labelled(cohort, split["test"])
+    train, test = labelled(cohort, split["train"]), labelled_points(cohort, stays_of(cohort, split["test"]))
     for fraction in FRACTIONS:
         if all(predictions_path(home, method, fraction).exists() for method in BASELINES):
             continue
         part = label_subset(cohort, train, fraction, seed)
-        for method, probability in hand_made_baselines(cohort, part, test).items():
+        for method, probability in hand_made_baselines(cohort, labelled_points(cohort, part), test).items():
             save_predictions(predictions_path(home, method, fraction), cohort, test, probability)
 
 
@@ -199,7 +203,7 @@ def print_protocol(folder: Path) -> None:
             cells = [f"{m:.3f} ± {d:.3f}" for m, d in zip(s.mean(0), spread)]
             if base and method != base:
                 shared = [seed for seed in tables if seed in rows[base]]
-                draws = np.mean([np.diff(bootstrap(tables[seed]["label"].to_numpy(),
+                draws = np.mean([np.diff(bootstrap(tables[seed]["stay_id"].to_numpy(), tables[seed]["label"].to_numpy(),
                                                    rows[base][seed]["probability"].to_numpy(),
                                                    tables[seed]["probability"].to_numpy(), repeats=200, seed=i),
                                          axis=1)[:, 0]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import train
-from data import EventBatch
+from data import Normalizer, StayDataset, build_cohort
 from model import (
     _CHECKPOINT_ENTRIES,
     _CHECKPOINT_TYPES,
@@ -33,7 +33,7 @@ def test_a_pretrained_backbone_loads_whole_behind_any_prefix(tmp_path, prefix, c
     state = {prefix + name: tensor for name, tensor in model.state_dict().items()}
     rest = {name: dict.fromkeys(_CHECKPOINT_ENTRIES.get(name, ())) if kind is dict else kind()
             for name, kind in _CHECKPOINT_TYPES.items()}
-    torch.save({"ours": rest | {"format": 1, "model": state}, "bare": state,
+    torch.save({"ours": rest | {"format": 2, "model": state}, "bare": state,
                 "state_dict": {"state_dict": state}}[container], tmp_path / "some.pt")
     report = load_backbone(classifier, load_checkpoint_weights(tmp_path / "some.pt"))
     assert report.complete and not report.unexpected and report.skipped == ["mask_token"]
@@ -64,15 +64,13 @@ def fixture_of_the_original(name):
         pytest.skip(f"{path} is absent: compatibility with the original implementation was not tried")
     expected = {key: torch.from_numpy(x) for key, x in np.load(path.with_name(f"{name}_expected.npz")).items()}
     vectors, values = (torch.cat([expected[f"{kind}_{i}"] for i in range(5)]) for kind in ("var", "val"))
-    sizes = torch.tensor([len(expected[f"val_{i}"]) for i in range(5)])
-    events, width, column = len(values), int(sizes.max()), torch.arange(int(sizes.max()))
-    cells = torch.where(column < sizes[:, None], (sizes.cumsum(0) - sizes)[:, None] + column, events)
-    batch = EventBatch(event_variable=torch.arange(events), event_value=values,
-                       event_slot=torch.arange(5).repeat_interleave(sizes),
-                       groups=[(5, width)], token_event=cells.flatten(), group_slot=torch.arange(5),
-                       slot_set=torch.arange(5)[None],
-                       minute=expected["minutes"].float()[None], lengths=torch.tensor([5]), label=torch.tensor([0]),
-                       stay=torch.tensor([0]))
+    minutes = expected["minutes"].double().numpy()
+    names = [f"event {i:05d}" for i in range(len(values))]
+    sizes = [len(expected[f"val_{i}"]) for i in range(5)]
+    cohort = build_cohort("fixture", names, np.zeros(len(values), int), np.repeat(minutes, sizes), np.arange(len(values)),
+                          values, ["stay"], [0])
+    plain = Normalizer(names, *(np.full(len(values), x, np.float32) for x in (0, 1, 0)), clip=np.inf)
+    batch = StayDataset(cohort, plain, points=True)[np.array([0])]
     return read_checkpoint(path), expected, batch, vectors, path
 
 
@@ -85,7 +83,7 @@ def test_an_original_pretraining_checkpoint_gives_its_outputs():
         mu, logvar = model.setvae.encode(batch)
         h = model.history(mu, batch.minute)
     for mine, name in ((mu, "mu"), (logvar, "logvar"), (h, "h")):
-        close(mine[0], expected[name])
+        close(mine[0, :5], expected[name])
 
 
 def test_an_original_finetuned_checkpoint_gives_its_features_and_logits():
@@ -97,5 +95,5 @@ def test_an_original_finetuned_checkpoint_gives_its_features_and_logits():
     model.cls_head.load_state_dict({name.removeprefix("cls_head."): x
                                     for name, x in state.items() if name.startswith("cls_head.")})
     with torch.no_grad():
-        close(model.features(batch)[0], expected["features"])
-        close(model(batch)[0], expected["logits"])
+        close(model.features(batch)[0, 0], expected["features"].squeeze())
+        close(model(batch)[0, 0], expected["logits"].squeeze())

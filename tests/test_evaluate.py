@@ -4,7 +4,6 @@ import json
 import re
 import shlex
 import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,28 +15,18 @@ from sklearn.metrics import roc_auc_score
 
 import benchmark
 import data
+import readers
+import test_suite
 import train
-from benchmark import PLAIN_LOOP, assert_plain_loop_agrees
-from data import StayDataset
-from evaluate import CHECKPOINT, CPU, open_classifier, risk_over_time
+from benchmark import PLAIN_LOOP, asked_at_the_end, assert_plain_loop_agrees
+from data import StayDataset, with_points
+from evaluate import CHECKPOINT, CPU, bootstrap, open_classifier, risk_over_time
 from model import ModelConfig, SeqSetVAE, load_checkpoint_weights
 from protocol import BASELINES, Cell, predictions_path, print_protocol
-from readers import synthetic_cohort
+from readers import synthetic_cohort, write_long_table
 from test_suite import main
-from tests.tiny import (
-    FINETUNE,
-    PLAIN,
-    SHARED,
-    build,
-    cohort_of,
-    labels_of,
-    one_error_line,
-    random_stays,
-    tiny,
-    write,
-    write_long_table,
-)
-from train import encode_stays, predict
+from tests.tiny import FINETUNE, PLAIN, SHARED, build, cohort_of, labels_of, one_error_line, random_stays, tiny, write
+from train import encode_points, predict, probability_of
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What users bring and take away: original checkpoints, predictions, pictures, the commands of the README
@@ -103,14 +92,14 @@ def test_an_original_finetuned_checkpoint_is_scored_with_its_data(tmp_path, caps
     assert json.loads((tmp_path / "a.json").read_text())["stays"] == 10  # patient_ehr/test
 
     # The probabilities are those of its weights on the data's values, vectors and statistics.
-    model, _, cohort, dataset, _ = open_classifier(whole, original_data[1], original_data[3], original_data[5])
+    model, _, cohort, dataset, _ = open_classifier(whole, dict(zip(("data_dir", "params_map", "label_file"), original_data[1::2])))
     assert model.config.features == "stable" and model.config.head_widths is None and model.trees is None
     assert model.config.classification_only
     assert dataset.normalizer.mean.tolist() == [5] * 7
     assert torch.equal(model.setvae.vocabulary, torch.from_numpy(np.array(cohort.vectors)))
     table = pd.read_csv(tmp_path / "whole.csv")
     with torch.no_grad():
-        expected = model(dataset[np.arange(len(cohort))]).softmax(-1)[:, 1]
+        expected = model(dataset[np.arange(len(cohort))]).softmax(-1)[:, 0, 1]
     np.testing.assert_allclose(table["probability"], expected, atol=1e-6)
     capsys.readouterr()
     one_error_line(capsys, main(["--checkpoint", str(whole), "--data_dir", original_data[1]]), "--params_map")
@@ -120,19 +109,45 @@ def test_an_original_finetuned_checkpoint_is_scored_with_its_data(tmp_path, caps
     one_error_line(capsys, main(["--checkpoint", str(whole), *original_data, "--baselines"]), "--baselines")
 
 
-@pytest.mark.parametrize("config", [dict(features="beliefs", summaries=True), dict(features="multiscale"),
-                                    dict(classification_only=False),
-                                    dict(decoder="slots", features="stable", summaries=True)])
+CONFIGS = [dict(features="beliefs", summaries=True, head_variables=5), dict(features="multiscale", head_variables=7),
+           dict(classification_only=False, head_variables=3),
+           dict(decoder="slots", features="stable", summaries=True, head_variables=7)]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
 def test_the_risk_over_time_equals_scoring_the_truncated_stay(config):
-    stay = random_stays([37])[0]
+    stay = random_stays([37], valueless=.1)[0]
     model, cohort = build(SeqSetVAE, tiny(**config)), cohort_of([random_stays([5])[0], stay])
-    trajectory = risk_over_time(model, StayDataset(cohort, PLAIN), 1, together=8)
-    truncated = StayDataset(cohort_of([stay[:end] for end in range(1, 38)]), PLAIN)
+    trajectory = risk_over_time(model, StayDataset(cohort, PLAIN, points=True), 1)
+    truncated = StayDataset(cohort_of([stay[:end] for end in range(1, 38)]), PLAIN, points=True)
     # float32, in other batches
-    np.testing.assert_allclose(trajectory["risk"], predict(model, encode_stays(model, truncated, np.arange(37), CPU)),
-                               atol=1e-5)
+    np.testing.assert_allclose(trajectory["risk"], predict(model, truncated, np.arange(37), CPU), atol=1e-5)
     assert trajectory["minute"] == [minute for minute, _ in stay]
     assert trajectory["events"] == [len(events) for _, events in stay]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_what_comes_after_a_stays_last_point_changes_no_bit_of_its_features(config):
+    model, (stay, other) = build(SeqSetVAE, tiny(**config)), random_stays([9, 12])
+    minute = [float(m) for m, _ in stay]
+    features = []
+    for tail in (other, [(m + 1, [(v, x + 7) for v, x in events]) for m, events in other]):
+        whole = stay + [(m + minute[-1] + 30, events) for m, events in tail]
+        cohort = with_points(cohort_of([whole]), np.array([2]), np.array([minute[4], minute[-1] + 20]), np.array([0, 1]))
+        features.append(encode_points(model, StayDataset(cohort, PLAIN, points=True), np.arange(2), CPU))
+    assert torch.equal(*features) and (features[0][0] - features[0][1]).abs().max() > 1e-3
+    if config.get("summaries"):
+        assert features[0][:, -1].tolist() == [0, pytest.approx(20 / 60)]  # hours since the last set
+
+
+def test_intervals_resample_stays_not_points():
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, 2, 40)
+    p = label + rng.normal(size=40)
+    once = bootstrap(np.arange(40), label, p, repeats=300)
+    many = bootstrap(np.repeat(np.arange(40), 25), np.repeat(label, 25), np.repeat(p, 25), repeats=300)
+    assert np.allclose(once[..., 0], many[..., 0])  # the same points again are no more evidence
+    assert bootstrap(np.arange(1000), np.repeat(label, 25), np.repeat(p, 25), repeats=300).std(0)[0, 0] < .4 * once.std(0)[0, 0]
 
 
 def test_the_analysis_writes_what_is_asked_for_with_or_without_labels(tmp_path, capsys, finetuned):
@@ -152,7 +167,9 @@ def test_the_analysis_writes_what_is_asked_for_with_or_without_labels(tmp_path, 
     assert table["label"].tolist() == cohort.label.tolist()
     test = table[table["split"] == "test"]
     assert auroc["value"] == roc_auc_score(test["label"], test["probability"]) and figures["stays"] == len(test)
-    np.testing.assert_allclose(predict(model, torch.from_numpy(arrays["features"])), table["probability"], atol=1e-6)
+    assert list(table) == ["stay_id", "minute", "probability", "split", "label"]
+    logits = model.classify(torch.from_numpy(arrays["features"]))
+    np.testing.assert_allclose(probability_of(logits.detach()), table["probability"], atol=1e-6)
     assert arrays["h"].shape == (24, model.config.latent_dim)
     trajectory = figures["trajectory"]
     assert trajectory["stay"] == cohort.stay_id[3]
@@ -198,7 +215,7 @@ def test_the_protocols_table_pairs_each_method_with_the_better_baseline(tmp_path
 def test_the_benchmarks_plain_loop_agrees_with_the_batched_model():
     config = ModelConfig.original(7, input_dim=12, reduced_dim=8, latent_dim=16, inducing=3, layers=2, heads=2,
                                   ff_dim=24)
-    assert_plain_loop_agrees(config, StayDataset(cohort_of(random_stays()), PLAIN), np.arange(4))
+    assert_plain_loop_agrees(config, asked_at_the_end(cohort_of(random_stays()), PLAIN), np.arange(4))
 
 
 def test_the_benchmark_prints_a_table_and_appends_to_its_csv(tmp_path, capsys, monkeypatch, processes):
@@ -230,7 +247,7 @@ def readme_blocks(marker: str) -> list[tuple[str, str]]:
     ("my_table", "long table", "1001", 0, {}), ("physionet2012", "PhysioNet 2012", "132539", 0, {}),
     ("physionet2019", "PhysioNet 2019", "p000001", 0, {}),
     ("original", "original layout", "200001", 0, {"params_map": "stats.csv", "label_file": "oc.csv"}),
-    ("meds", "MEDS", "1@2020-01-02T08:00", 0, {})])
+    ("meds", "MEDS", "1", 0, {})])
 def test_the_readmes_examples_of_data_are_read(tmp_path, load, monkeypatch, folder, reader, stay, label, options):
     for path, text in readme_blocks("file"):
         write(tmp_path / path, text)
@@ -247,16 +264,34 @@ def test_the_readmes_examples_of_data_are_read(tmp_path, load, monkeypatch, fold
 
 
 def test_the_readmes_commands_for_ones_own_table(tmp_path, capsys, monkeypatch):
-    """As printed there, but on 60 stays and for one epoch."""
+    """As printed there, but for one epoch."""
     pytest.importorskip("matplotlib")
-    cohort = synthetic_cohort(60)
-    write_long_table(tmp_path / "my_table", replace(cohort, stay_id=np.arange(1001, 1061).astype(str)), labels=True)
     monkeypatch.chdir(tmp_path)
-    commands = {"train.py": lambda options: train.main([*options, "--max_epochs", "1"]), "test_suite.py": main}
+    commands = {"readers.py": readers.main, "train.py": lambda options: train.main([*options, "--max_epochs", "1"]),
+                "test_suite.py": main}
     for line in (line for _, block in readme_blocks("run") for line in block.splitlines()):
         python, script, *options = shlex.split(line, comments=True)
         assert python == "python" and commands[script](options) == 0, line
     assert "Stay 1001 (label" in capsys.readouterr().out
-    assert json.loads(Path("mine.json").read_text())["stays"] == 12
-    assert len(pd.read_csv("mine.csv")) == len(np.load("mine.npz")["h"]) == 60
+    assert json.loads(Path("mine.json").read_text())["stays"] == 40
+    assert len(pd.read_csv("mine.csv")) == 200
     assert len(list(Path("mine-plots").glob("*.png"))) == 4
+
+
+@pytest.mark.parametrize("document", ["README.md", "RESULTS.md"])
+def test_every_command_of_the_documents_has_options_that_exist(monkeypatch, document):
+    """Each line of a shell block, parsed by the command that it names, which then does nothing."""
+    done = []
+    for module, name in ((train, "pretrain"), (train, "finetune"), (readers, "write_long_table"),
+                         (test_suite, "performance"), (test_suite, "protocol"), (test_suite, "benchmark")):
+        monkeypatch.setattr(module, name, lambda *a, name=name: done.append(name))
+    monkeypatch.setattr(pytest, "main", lambda arguments: done.append("tests") or 0)
+    monkeypatch.delenv("SEQSETVAE_SOAK", raising=False)
+    commands = {"readers.py": readers.main, "train.py": train.main, "test_suite.py": main}
+    text = Path(train.__file__).with_name(document).read_text()
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    for count, line in enumerate(lines, 1):
+        launcher, script, *options = shlex.split(line.replace("torchrun --standalone --nproc_per_node=2", "python"),
+                                                 comments=True)
+        assert launcher == "python" and commands[script](options) == 0 and len(done) == count, line
+    assert lines

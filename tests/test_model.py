@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.metrics import roc_auc_score
 
 import train
-from data import InputError, StayDataset, stays_of
+from data import InputError, StayDataset, labelled_points, stays_of
 from evaluate import CPU
-from finetune_config import FinetuneConfig, boosted_trees, classification_loss
+from finetune_config import MANY_POINTS, FinetuneConfig, boosted_trees, classification_loss
 from model import (
     BoostedTrees,
     History,
@@ -211,7 +212,7 @@ def test_cached_features_equal_uncached_ones(finetuned):
     model = SeqSetVAE(ModelConfig(**content["model_config"]), content["vocabulary"])
     model.load_state_dict(content["model"])
     stays = stays_of(cohort, split["train"])
-    cached = train.encode_stays(model, dataset, stays, CPU)
+    cached = train.encode_points(model, dataset, labelled_points(cohort, stays), CPU)
     model.train()
     with torch.no_grad():
         uncached = torch.cat([model.features(dataset[stays[i:i + 4]])[:, 0] for i in range(0, len(stays), 4)])
@@ -229,13 +230,16 @@ def test_trainable_share_is_under_five_percent_at_default_size():
     assert 0 < trainable < 0.05 * total
 
 
-def test_the_trees_of_the_head_predict_what_scikit_learn_fitted():
+@pytest.mark.parametrize("points", [200, MANY_POINTS + 1])
+def test_the_trees_of_the_head_predict_what_scikit_learn_fitted(points):
     torch.manual_seed(0)
     x = torch.randn(300, 9).mul(4).round().div(4)  # ties at the thresholds
     label = ((x[:, 0] > 0.5) ^ (x[:, 3] < 0)).long()
-    classifier = boosted_trees(replace(FinetuneConfig(), trees=30, tree_features=1.0, tree_depth=3), seed=1)
-    trees = BoostedTrees(30, 3)
-    trees.fit(x[:200], label[:200], classifier)
+    config = replace(FinetuneConfig(), trees=30, tree_features=1.0, tree_depth=3, tree_leaf=5)
+    classifier = boosted_trees(config, points, seed=1)
+    assert isinstance(classifier, HistGradientBoostingClassifier) == (points > MANY_POINTS)
+    trees, weight = BoostedTrees(30, 3), torch.where(label == 0, 2.0, 1.0)
+    trees.fit(x[:200], label[:200], weight[:200], classifier)
     logits = trees(x).double()
     np.testing.assert_allclose(logits[:, 1] - logits[:, 0], classifier.decision_function(x.numpy()), atol=1e-5)
     assert roc_auc_score(label[200:], logits[200:, 1]) > 0.9

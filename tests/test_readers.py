@@ -15,7 +15,7 @@ import pytest
 
 import readers
 from data import Cohort, InputError, Normalizer, make_splits, variable_vectors
-from readers import load_cohort, read_long_table
+from readers import load_cohort
 from tests.tiny import (
     EVENTS,
     OUTCOMES,
@@ -60,7 +60,7 @@ def test_physionet_reader_gives_the_expected_cohort(tmp_path, archive):
         "132540": [(0, [("Age", 76), ("Gender", 1), ("Height", np.float32(175.3)), ("ICUType=2", 1), ("Weight", 80)]),
                    (70, [("HR", 88)])]}
     assert cohort.label.tolist() == [0, 1] and {k: v for k, v in cohort.notes.items() if v} == {
-        "rows with an empty parameter": 1, "descriptors not recorded (-1)": 2}
+        "rows with an empty variable": 1, "descriptors not recorded (-1)": 2}
     # no outcome among them
     assert cohort.variables == ["Age", "BaseExcess", "Gender", "HR", "Height", "ICUType=2", "ICUType=4", "Weight"]
 
@@ -79,7 +79,7 @@ def test_a_stay_without_an_outcome_is_unlabelled_not_a_survivor(tmp_path):
 def test_cached_cohort_equals_the_parsed_one_and_is_not_parsed_again(tmp_path, monkeypatch):
     folder = write_physionet(tmp_path / "data")
     first = load_cohort(folder, cache_dir=tmp_path / "cache")
-    monkeypatch.setattr("readers._records", lambda *_: pytest.fail("parsed again"))
+    monkeypatch.setattr("readers._Spool", lambda *_: pytest.fail("parsed again"))
     second = load_cohort(folder, cache_dir=tmp_path / "cache")
     assert as_lists(first) == as_lists(second) and first.fingerprint == second.fingerprint
     assert first.notes == second.notes
@@ -120,7 +120,7 @@ def test_sets_a_b_and_c_of_physionet_2012_are_read_in_full_and_fast(tmp_path):
     assert (len(cohort), len(cohort.variables), len(cohort.set_minute)) == (12_000, 44, 898_352)
     # Every row but the stays' own numbers, the rows without a parameter and the descriptors that were not recorded.
     rows, notes = 1_757_980 + 1_762_535 + 1_765_303, counted(cohort)
-    assert notes == {"rows with an empty parameter": 2403, "descriptors not recorded (-1)": 6739}
+    assert notes == {"rows with an empty variable": 2403, "descriptors not recorded (-1)": 6739}
     assert len(cohort.event_value) == rows - len(cohort) - sum(notes.values()) == 5_264_676
     assert parsed < 12 and cached < 0.5
 
@@ -177,7 +177,7 @@ def test_parquet_and_csv_of_one_table_are_one_cohort(tmp_path, load):
     ("", None, r"events.csv: an empty file"),
     ("\n", None, r"events.csv: no column stay_id"),
     ("stay_id,minute,variable,value\n", None, r"events.csv: a header and no row"),
-    ("stay_id;minute;variable;value\n1;2;a;3\n", None, r"no column stay_id \(it has stay_id;minute;variable;value\)"),
+    ("id;minute;variable;value\n1;2;a;3\n", None, r"no column stay_id \(it has id, minute, variable, value\)"),
     ("stay_id,minute,variable\n1,2,a\n", None, r"no column value \(it has stay_id, minute, variable\)"),
     ("stay_id,minute,variable,value,value\n1,2,a,3,3\n", None, r"column value occurs twice"),
     ("stay_id,minute,variable,value\n1,2,a,3\n1,2,a,high\n", None, r"events.csv line 3: value is 'high', not a number"),
@@ -186,7 +186,7 @@ def test_parquet_and_csv_of_one_table_are_one_cohort(tmp_path, load):
     ("stay_id,minute,variable,value\n1,,a,3\n", None, r"line 2: minute is missing; give minutes"),
     ("stay_id,minute,variable,value\n1,inf,a,3\n", None, r"line 2: minute is inf; give minutes"),
     ("stay_id,minute,variable,value\n,1,a,3\n", None, r"line 2: stay_id is missing"),
-    ("stay_id,minute,variable,value\n1,2,a,3,5\n", None, r"line 2: more cells than the 4 columns"),
+    ("stay_id,minute,variable,value\n1,2,a,3,5\n", None, r"line 2: 5 cells where the columns are 4"),
     ("stay_id,minute,variable,value\n1,2,a,3\n1,2,a,3,5\n", None, r"line 3: 5 cells where the columns are 4"),
     ("stay_id,minute,variable,value\n1,2,\"a\nb\",3\n", None, r"a quoted cell holds a line break"),
     ("stay_id,minute,variable,value\n1,2,\"a,3\n", None, r"events.csv"),
@@ -201,7 +201,7 @@ def test_parquet_and_csv_of_one_table_are_one_cohort(tmp_path, load):
     (EVENTS, "stay_id,label,minute\n7,1,3\n8,1,\n", r"labels.csv line 3: minute is missing; give the time of the question"),
     (EVENTS, "stay_id,label,prediction_time\n7,1,2020-01-01\n", r"prediction_time is a clock time, which these data do not know"),
     (EVENTS, "stay_id,label,minute,split\n7,1,3,train\n7,1,4,test\n",
-     r"line 2: split is 'train', and another elsewhere for the same stay \(7\)"),
+     r"line 3: split is 'test', and another elsewhere for the same stay \(7\)"),
     (EVENTS, "stay_id,label\n,1\n", r"labels.csv line 2: stay_id is missing"),
     (EVENTS, "stay_id,label,split\n7,1,train\n8,1,holdout\n",
      r"labels.csv line 3: split is 'holdout'; it is one of train, valid, test"),
@@ -257,7 +257,7 @@ def test_long_table_reads_a_million_events_a_second_or_nearly(tmp_path):
                   "variable": rng.integers(0, 40, n).astype(str),
                   "value": rng.normal(size=n).round(2)}).to_csv(tmp_path / "events.csv", index=False)
     start = time.perf_counter()
-    cohort = read_long_table(tmp_path)
+    cohort = load_cohort(tmp_path, cache_dir=tmp_path / "cache")
     assert len(cohort.event_value) == n and time.perf_counter() - start < 6
 
 
@@ -436,7 +436,9 @@ def test_meds_without_labels_is_one_unlabelled_point_at_the_end_of_each_subject(
         "5": [(0, [("GENDER//F", None), ("HR", 70)]), (1, [("HR", 80)]), (121, [("K", 4)])],
         "6": [(0, [("ADMIT", None)]), (5, [("K", None)])], "7": [(0, [("GENDER//M", None)])]}
     assert splits_of(cohort) == {"5": 0, "6": 2, "7": 1} and (cohort.label == -1).all()
-    assert counted(cohort) == {"events without a code": 1, "MEDS_DEATH events": 1}
+    assert counted(cohort) == {
+        "rows with an empty variable": 1, "MEDS_DEATH events": 1,
+        "events without a value of variables that have values elsewhere (their presence counts)": 1}
     assert "MEDS_DEATH" not in cohort.variables
 
 
@@ -460,7 +462,8 @@ def test_meds_subject_is_one_stay_of_many_points_and_no_set_straddles_one(meds_f
     assert points_of(cohort) == {"5": [(1 + 29 / 60, 0), (121, 1), (5161, 1)], "6": [(-1440, 0), (4, 0)], "7": []}
     assert splits_of(cohort) == {"5": 0, "6": 2, "7": 1}
     assert counted(cohort) == {
-        "events without a code": 1, "MEDS_DEATH events": 1, "outcomes of no stay with a usable event": 1,
+        "rows with an empty variable": 1, "MEDS_DEATH events": 1,
+        "events without a value of variables that have values elsewhere (their presence counts)": 1, "outcomes of no stay with a usable event": 1,
         "stays without a question": 1, "prediction points before the first set of their stay (no answer)": 1}
     shutil.rmtree(meds_folder / "labels")
     assert load(meds_folder).fingerprint == cohort.fingerprint != bare.fingerprint and isinstance(cohort.event_value, np.memmap)
@@ -531,7 +534,7 @@ def test_a_split_file_overrides_the_datas_own_and_leaves_its_identity_alone(meds
     assert splits_of(cohort) == {"5": 2, "6": 1, "7": -1} and cohort.fingerprint == before.fingerprint
     assert {"stays without a split (neither trained on nor scored)": 1, "splits of no stay with a usable event": 1}.items() <= counted(cohort).items()
     write(meds_folder / "split.csv", "stay_id,split\n5,train\n5,test\n")
-    with pytest.raises(InputError, match=r"split.csv line 2: split is 'train', and another elsewhere for the same stay \(5\)"):
+    with pytest.raises(InputError, match=r"split.csv line 3: split is 'test', and another elsewhere for the same stay \(5\)"):
         load(meds_folder, split_file=str(meds_folder / "split.csv"))
 
 
@@ -586,10 +589,10 @@ def test_meds_keeps_distinct_minutes_apart_decades_after_birth(tmp_path, load):
 
 @pytest.mark.parametrize("name, columns, message", [
     ("data/1.parquet", {"subject_id": [5], "time": [at("01 00:00")]}, "1.parquet: no column code"),
-    ("data/1.parquet", {"subject_id": [5], "time": [at("01 00:00")], "code": [3.5], "numeric_value": ["x"]}, "the files' columns differ in type"),
+    ("data/1.parquet", {"subject_id": [5], "time": [at("01 00:00")], "code": [3.5], "numeric_value": ["x"]}, "1.parquet: column numeric_value holds (large_)?string where numbers"),
     ("data/1.parquet", {"subject_id": [None], "time": [at("01 00:00")], "code": ["a"]}, "data/1.parquet row 1: subject_id is missing"),
     ("metadata/subject_splits.parquet", {"subject_id": [5], "split": ["holdout"]}, "row 1: split is 'holdout'; it is one of train"),
-    ("metadata/subject_splits.parquet", {"subject_id": [5, 5], "split": ["train", "tuning"]}, "row 1: split is 'train', and another"),
+    ("metadata/subject_splits.parquet", {"subject_id": [5, 5], "split": ["train", "tuning"]}, "row 2: split is 'tuning', and another"),
     ("labels/0.parquet", {"subject_id": [5], "prediction_time": [at(None)], "boolean_value": [True]}, "row 1: prediction_time is missing"),
     ("labels/0.parquet", {"subject_id": [5, 5], "prediction_time": [at("01 00:00")] * 2, "boolean_value": [True, False]},
      "row 2: subject_id is '5', labelled twice and not alike"),
@@ -612,7 +615,7 @@ def test_physionet2019_gives_the_exact_cohort(tmp_path, load):
                                  "p100001": [(0, [("HR", 90), ("ICULOS", 4)]), (60, [("Age", 50)]), (120, [("Temp", 37)])]}
     assert cohort.variables == ["Age", "HR", "ICULOS", "Temp"] and points_of(cohort) == {
         "p000001": [(0, 0), (60, 0), (120, 1)], "p100001": [(0, 0), (60, 0), (120, 0)]}
-    assert counted(cohort) == {"repeated descriptors": 7, "infinite values": 1}
+    assert counted(cohort) == {"repeated descriptors": 7, "rows without a finite value": 1}
     for letter in "AB":
         with tarfile.open(tmp_path / f"training_set{letter}.tar.gz", "w:gz") as archive:
             archive.add(tmp_path / f"training_set{letter}", arcname=f"training_set{letter}")

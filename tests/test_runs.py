@@ -20,8 +20,8 @@ import torch
 
 import train
 from finetune_config import FinetuneConfig
-from readers import synthetic_cohort
-from tests.tiny import FINETUNE, PRETRAIN, one_error_line, same_run, write_long_table
+from readers import synthetic_cohort, write_long_table
+from tests.tiny import FINETUNE, PRETRAIN, one_error_line, same_run
 
 MODES = ("pretrain", "head", "full training")
 CODE = Path(train.__file__).resolve().parent
@@ -199,7 +199,7 @@ def test_a_run_whose_data_have_moved_goes_on_where_they_lie_now(tmp_path, small_
     one_error_line(capsys, train.main([*words, "--data_dir", "../other"]), "by --data_dir, or start a new run")
     assert train.main([*words[:2], "--max_epochs", "3", "--data_dir", "moved"]) == 0
     assert len(pd.read_csv(tmp_path / "run" / "metrics.csv")) == 3
-    assert settings_of(tmp_path / "run")["source"]["data_dir"] == str(Path("moved").resolve())
+    assert settings_of(tmp_path / "run")["source"]["data"]["data_dir"] == str(Path("moved").resolve())
 
 
 def test_labels_that_changed_since_are_not_learned_by_a_resumed_run(tmp_path, command, capsys, monkeypatch):

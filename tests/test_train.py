@@ -154,7 +154,7 @@ def small_rank(home: str, command: list, deterministic: bool = True, interrupted
                 os.kill(os.getpid(), signal.SIGTERM)
             return function(*a)
         return call
-    data._MOST_EVENTS = 1000
+    data._MOST_EVENTS = 60
     train.update = interrupting(itertools.count(), train.update)
     train.ranking = interrupting(itertools.count(), train.ranking)
     if deterministic:

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 
 import train
@@ -213,16 +212,3 @@ def finished(process, seconds=120) -> int:
         process.kill()
         raise AssertionError("a hang")
     return process.exitcode
-
-
-def write_long_table(folder: Path, cohort, labels: bool) -> Path:
-    """The long table of a cohort."""
-    sets = np.repeat(np.arange(len(cohort.set_minute)), np.diff(cohort.set_start))
-    stay = np.searchsorted(cohort.stay_start, sets, side="right") - 1
-    folder.mkdir()
-    pd.DataFrame({"stay_id": cohort.stay_id[stay], "minute": cohort.set_minute[sets],
-                  "variable": np.array(cohort.variables)[cohort.event_variable],
-                  "value": cohort.event_value}).to_csv(folder / "events.csv", index=False)
-    if labels:
-        pd.DataFrame({"stay_id": cohort.stay_id, "label": cohort.label}).to_csv(folder / "labels.csv", index=False)
-    return folder

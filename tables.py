@@ -1,0 +1,424 @@
+"""Tables of any size: CSV (plain, .gz, .zip, or many records in a .tar.gz) and Parquet, read part by part and checked
+as they are read.
+
+Nothing here knows of stays or events.
+"""
+
+import csv
+import gzip
+import io
+import re
+import tarfile
+import warnings
+import zipfile
+import zlib
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Iterator
+
+import numpy as np
+import pandas as pd
+
+from data import MINUTE, InputError
+
+PART_BYTES, PART_ROWS = 2**25, 2**20  # of text, and of Parquet, that are parsed at once
+_RECORD_BYTES, _ARCHIVE_BYTES = 2**26, 2**31  # a record has a few thousand, an archive of 4,000 some 30 million
+# In a column of numbers; in a column of text NA may be sodium.
+_MISSING = ["", "NA", "N/A", "NaN", "nan", "null", "NULL", "None"]
+_TABLE = re.compile(r"(.*?)(\.(csv|parquet|csv\.gz|csv\.zip))?")
+
+_BEYOND = re.compile(r"[<>]=?\s*([-+]?[\d.]+)\s*[^\d.]*")  # >100, <0.5, >60/minute
+
+# What a column may hold, beside str, float and np.datetime64 (a clock time):
+VALUE = "value"  # a number, or one beyond a measuring range (>100, <0.5), which enters as its bound
+TIME = "time"    # a number, in Parquet also a duration (minutes) or a clock time
+
+
+class Report:
+    """What was met while reading: how many rows are left out or told of, the place of the first, and what is wrong."""
+
+    def __init__(self):
+        self.counts, self.examples, self.problems = Counter(), {}, {}
+
+    def settle(self) -> None:
+        """Raise the InputError that says everything that is wrong; pass where nothing is."""
+        if self.problems:
+            raise InputError(". Also: ".join(first + f" ({count:,} such rows)" * (count > 1)
+                                             for first, count in self.problems.values()))
+
+
+@dataclass
+class Table:
+    """Rows of files of one shape. Text is pd.Categorical (stripped; nothing is code -1), a number float64, a clock time
+    datetime64[us]."""
+
+    report: Report
+    paths: list[Path]  # of each piece
+    first: list[int]   # the number of each piece's first row in its file
+    rows: np.ndarray   # [pieces] rows of each
+    columns: dict
+
+    def __getitem__(self, name: str):
+        return self.columns[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.columns
+
+    @property
+    def file(self) -> np.ndarray:
+        """[rows] index of each row's file."""
+        return np.repeat(np.arange(len(self.paths)), self.rows)
+
+    def place(self, row: int) -> str:
+        """File and line (in Parquet: row) of a row, counted from 1."""
+        piece = int(np.searchsorted(np.cumsum(self.rows), row, side="right"))
+        row += self.first[piece] - int(self.rows[:piece].sum())
+        path = self.paths[piece]
+        return f"{path} row {row + 1}" if path.suffix == ".parquet" else f"{path} line {row + 2}"
+
+    def note(self, reason: str, noted: np.ndarray, row: np.ndarray | slice = slice(None)) -> None:
+        """Count the events of a mask, and keep the place of the first. row: the row of each event (all: they are the
+        rows)."""
+        self.report.counts[reason] += int(np.count_nonzero(noted))
+        if noted.any():
+            first = int(np.argmax(noted))
+            self.report.examples.setdefault(reason, self.place(first if isinstance(row, slice) else int(row[first])))
+
+    def refuse(self, name: str, bad: np.ndarray, problem: str) -> None:
+        """Count the rows of the mask `bad` as wrong, and name the first and its cell of column `name`. `Report.settle`
+        raises."""
+        if bad.any():
+            row = int(np.argmax(bad))
+            cell = self[name][row]
+            shown = "missing" if pd.isna(cell) else f"{cell:g}" if isinstance(cell, float) else repr(str(cell))
+            first, count = self.report.problems.get((name, problem),
+                                                    (f"{self.place(row)}: {name} is {shown}{problem}", 0))
+            self.report.problems[name, problem] = first, count + int(np.count_nonzero(bad))
+
+
+def text_column(codes: np.ndarray, categories) -> pd.Categorical:
+    """Categories stripped; those that become equal are one, the empty one is none."""
+    place, names = pd.factorize(np.array([str(text).strip() or None for text in categories] + [None], dtype=object))
+    return pd.Categorical.from_codes(place[codes], names)
+
+
+def table_files(path: Path) -> list[Path]:
+    """The CSV and Parquet files in a folder, at any depth, or the file itself."""
+    if not path.is_dir():
+        return [path]
+    return sorted(p for p in path.rglob("[!._]*") if _TABLE.fullmatch(p.name)[2] and p.is_file())
+
+
+def named_tables(folder: Path, name: str) -> list[Path]:
+    """The files of the table `name` in a folder: name.csv (.gz, .zip), name.parquet, parts such as name-000.csv, or a
+    folder of parts called name, name.csv or name.parquet. InputError where several of these lie there."""
+    found = {}
+    for path in sorted(folder.glob(f"{name}*")):
+        stem, suffix = _TABLE.fullmatch(path.name).group(1, 2)
+        if (path.is_dir() or suffix) and (part := re.fullmatch(rf"{name}([-_].*)?", stem)):
+            if files := table_files(path):
+                found.setdefault(f"{name}-*{suffix}" if part[1] else path.name, []).extend(files)
+    if len(found) > 1:
+        raise InputError(f"{folder}: holds both {' and '.join(list(found)[:2])}; keep one of them")
+    return sum(found.values(), [])
+
+
+def column_names(path: Path) -> list[str]:
+    """The names of a table's columns, in lower case."""
+    if path.suffix == ".parquet":
+        with _open_parquet(path) as file:
+            names = file.schema_arrow.names
+    else:
+        names, _ = _header(next(_pieces(path))[1], path)
+    return [name.strip().lower() for name in names]
+
+
+def read_table(paths: list[Path], columns: dict, optional: dict = {}, rest=None) -> Table:
+    """A small table, whole. See `tables`."""
+    parts = list(tables(paths, columns, optional, rest))
+    join = lambda *x: pd.api.types.union_categoricals(x) if isinstance(x[0], pd.Categorical) else np.concatenate(x)
+    return Table(parts[0].report, sum((t.paths for t in parts), []), sum((t.first for t in parts), []),
+                 np.concatenate([t.rows for t in parts]),
+                 {name: join(*(t[name] for t in parts)) for name in parts[0].columns})
+
+
+def tables(paths: list[Path], columns: dict, optional: dict = {}, rest=None,
+           report: Report | None = None) -> Iterator[Table]:
+    """Yield the rows of files (all CSV in UTF-8, or all Parquet) in parts of bounded size.
+
+    columns, optional: {name: type}, found whatever their case; rest: the type of every other named column (None: not
+    read). Separators are told from the header, a decimal comma is one where they are semicolons. Raises InputError for
+    an empty or damaged file, a missing column, a row of another width and no row at all; and after the last part for
+    all that `Table.refuse` met, cells of another type among it.
+    """
+    report, rows = report or Report(), 0
+    if len({path.suffix == ".parquet" for path in paths}) > 1:
+        raise InputError(f"{paths[0].parent}: holds both CSV and Parquet; keep one of them")
+    read = _parquet_tables if paths[0].suffix == ".parquet" else _csv_tables
+    for table in read(paths, columns, optional, rest, report):
+        rows += table.rows.sum()
+        yield table
+    report.settle()
+    if not rows:
+        raise InputError(f"{paths[0]}: a header and no row; write the file again")
+
+
+def _choose_columns(path: Path, names: list[str], columns: dict, optional: dict, rest) -> list:
+    """(name, type) by which each column is read, None where it is not; InputError where one is missing or occurs
+    twice."""
+    known = {name.lower(): (name, kind) for name, kind in (optional | columns).items()}
+    chosen = [known.get(name.strip().lower(), (name.strip(), rest) if rest and name.strip() else None)
+              for name in names]
+    found = [c[0] for c in chosen if c]
+    missing = [name for name in columns if name not in found]
+    if missing:
+        raise InputError(f"{path}: no column {missing[0]} (it has {', '.join(names[:8])}); rename or add it")
+    twice = [name for name, count in Counter(found).items() if count > 1]
+    if twice:
+        raise InputError(f"{path}: column {twice[0]} occurs twice; keep one")
+    return chosen
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# CSV
+# ----------------------------------------------------------------------------------------------------------------------
+
+class _Unpacked(gzip.GzipFile):
+    """A gzip file that gives no more at once than a record may hold: a tar header, too, can claim gigabytes."""
+
+    def read(self, size=-1):
+        if size > _RECORD_BYTES:
+            raise tarfile.ReadError(f"a header of {size:,} bytes")
+        return super().read(size)
+
+
+def _records(path: Path) -> list[tuple[str, bytes]]:
+    """(name, content) of the .txt and .psv files of an archive, in order of name. Nothing is unpacked to disk."""
+    records = []
+    with _Unpacked(path) as unpacked, tarfile.open(fileobj=unpacked, mode="r:") as archive:
+        for member in archive:
+            inside = Path(member.name)
+            if not (member.isfile() or member.isdir()) or inside.is_absolute() or ".." in inside.parts:
+                raise InputError(f"{path}: member {member.name} is a link, a device or leaves the folder; download the "
+                                 "archive again")
+            if member.size > _RECORD_BYTES or member.offset > _ARCHIVE_BYTES:
+                raise InputError(f"{path}: member {member.name} of {member.size:,} bytes, {member.offset:,} bytes into "
+                                 "the archive, is too large for a record; download the archive again, or pack records "
+                                 "alone")
+            if member.isfile() and inside.suffix in (".txt", ".psv") and inside.name[0] != ".":
+                records.append((inside.name, archive.extractfile(member).read()))
+    if not records:
+        raise InputError(f"{path}: holds no record; download the archive again")
+    return sorted(records)
+
+
+def _streams(path: Path):
+    """Yield (path, binary file) of each text in a file: itself, unpacked where it is packed, or its records."""
+    if path.name.endswith(".tar.gz"):
+        yield from ((path / name, io.BytesIO(content)) for name, content in _records(path))
+    elif path.suffix == ".zip":
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                with archive.open(name) as file:
+                    yield path, file
+    else:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            yield path, file
+
+
+def _pieces(path: Path) -> Iterator[tuple[Path, bytes, int, bytes]]:
+    """Yield (path, header, number of the first row, rows) of a file's texts, whole lines of at most about
+    `PART_BYTES`."""
+    try:
+        for place, file in _streams(path):
+            header, first, rest = None, 0, b""
+            while block := file.read(PART_BYTES):
+                block = rest + block
+                if header is None:
+                    header, _, block = block.removeprefix(b"\xef\xbb\xbf").partition(b"\n")
+                cut = block.rfind(b"\n") + 1
+                if cut > PART_BYTES // 2:
+                    yield place, header, first, block[:cut]
+                    first, block = first + block.count(b"\n", 0, cut), block[cut:]
+                rest = block
+            if header is None:
+                raise InputError(f"{place}: an empty file; write it again, or remove it")
+            rest = rest.rstrip(b"\r\n")
+            yield place, header, first, rest + b"\n" if rest else b""
+    except (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: damaged archive ({error}); write or download it again") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error}); correct its path or "
+                         "permissions") from None
+
+
+def _header(line: bytes, path: Path) -> tuple[list[str], str]:
+    """The column names of a header, and what separates them: whichever of , ; tab | occurs most."""
+    try:
+        text = line.decode().strip("\r")
+        separator = max(",;\t|", key=text.count)
+        return next(csv.reader([text], delimiter=separator), []), separator
+    except (UnicodeDecodeError, csv.Error):
+        raise InputError(f"{path}: not UTF-8 text; save it with that encoding") from None
+
+
+def _csv_tables(paths, columns, optional, rest, report) -> Iterator[Table]:
+    """Parses thousands of small files in one call, and a large one in several. Quoted cells may not hold line
+    breaks."""
+    header, held, size = None, [], 0
+    for place, line, first, body in (piece for path in paths for piece in _pieces(path)):
+        if header is None:
+            header, (names, separator) = line.rstrip(), _header(line, place)
+            chosen = _choose_columns(place, names, columns, optional, rest)
+        if line.rstrip() != header:
+            raise InputError(f"{place} line 1: other columns than in {paths[0].name}; give all files one header")
+        held.append((place, first, body))
+        size += len(body)
+        if size > PART_BYTES // 2:
+            yield _parse(held, separator, chosen, report)
+            held, size = [], 0
+    if held:
+        yield _parse(held, separator, chosen, report)
+
+
+def _parse(held, separator, chosen, report) -> Table:
+    paths, first, bodies = map(list, zip(*held))
+    rows = np.array([body.count(b"\n") for body in bodies])
+    table = Table(report, paths, first, rows, {})
+    source = b"".join(bodies)
+    wanted = dict(c for c in chosen if c)
+    places = [c[0] if c else f"ignored {i}" for i, c in enumerate(chosen)]
+    missing = {name: _MISSING if wanted.get(name) in (float, VALUE, TIME) else [""] for name in places}
+
+    def parse(number):
+        return pd.read_csv(io.BytesIO(source), header=None, names=places, sep=separator, na_values=missing,
+                           keep_default_na=False, skip_blank_lines=False, index_col=False,
+                           decimal="," if separator == ";" and b"," in source else ".",
+                           dtype={name: number if wanted.get(name) in (float, VALUE, TIME) else object
+                                  for name in places},
+                           usecols=[name for name in places if name in wanted])
+    try:
+        if source.count(separator.encode()) != (len(places) - 1) * rows.sum():
+            _blame_row(table, source.decode(), separator, len(places))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            try:
+                frame = parse(float)
+            except UnicodeDecodeError:
+                raise
+            except (ValueError, OverflowError):  # some cell is no number
+                frame = parse(object)
+    except UnicodeDecodeError:
+        raise InputError(f"{paths[0]}{' or a file beside it' * (len(paths) > 1)}: not UTF-8 text; save it with that "
+                         "encoding") from None
+    except pd.errors.EmptyDataError:
+        frame = pd.DataFrame(columns=list(wanted), dtype=object)
+    except (ValueError, OverflowError, csv.Error, pd.errors.ParserWarning) as error:
+        raise InputError(f"{paths[0]}: {str(error).strip()}; mend the file") from None
+    if len(frame) != rows.sum():
+        raise InputError(f"{paths[0]}{' or a file beside it' * (len(paths) > 1)}: a quoted cell holds a line break; "
+                         "remove it")
+    for name, kind in wanted.items():
+        column = frame[name]
+        if kind in (float, VALUE, TIME):
+            plain = column.dtype == float
+            table.columns[name] = column.to_numpy() if plain else _numbers(table, name, column, kind, separator)
+        elif kind is np.datetime64:
+            time = pd.to_datetime(column, format="ISO8601", errors="coerce")
+            table.columns[name] = column.to_numpy()
+            table.refuse(name, (time.isna() & column.notna()).to_numpy(),
+                         ", not a time like 2150-03-01 12:00:00; mend the line")
+            table.columns[name] = time.to_numpy("datetime64[us]")
+        else:  # not dtype="category" above: pandas makes numbers of such categories where it can, of 007 and 7 one stay
+            table.columns[name] = text_column(*pd.factorize(column))
+    return table
+
+
+def _blame_row(table: Table, source: str, separator: str, width: int) -> None:
+    """Find the first row of another width, and raise the InputError that names it; pass where quoted separators are all
+    there is."""
+    reader = csv.reader(io.StringIO(source, newline=""), delimiter=separator)
+    for row, cells in enumerate(reader):
+        if reader.line_num != row + 1:
+            raise InputError(f"{table.place(row)}: a quoted cell holds a line break; remove it")
+        if len(cells) != width:
+            raise InputError(f"{table.place(row)}: {len(cells)} cells where the columns are {width}; mend the line")
+
+
+def _numbers(table: Table, name: str, column: pd.Series, kind, separator: str) -> np.ndarray:
+    """A column of numbers that holds other cells too: those beyond a measuring range enter as their bound, others are
+    refused."""
+    codes, texts = pd.factorize(column)
+    plain = [text.strip().replace(",", ".") if separator == ";" else text.strip() for text in texts]
+    beyond = [kind == VALUE and _BEYOND.fullmatch(text) for text in plain]
+    bound = np.array([*map(bool, beyond), False])
+    number = pd.to_numeric(pd.Series([b[1] if b else text for text, b in zip(plain, beyond)], dtype=object),
+                           errors="coerce")
+    number = np.append(number.to_numpy(float), np.nan)
+    wrong = np.isnan(number) & np.array([text not in _MISSING for text in plain] + [False], dtype=bool)
+    table.columns[name] = column.to_numpy(object)
+    table.refuse(name, wrong[codes], ", not a number; mend or remove the line")
+    table.note("values beyond a measuring range (>100, <0.5), entered as their bound", (bound & ~wrong)[codes])
+    return number[codes]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Parquet
+# ----------------------------------------------------------------------------------------------------------------------
+
+@contextmanager
+def _open_parquet(path: Path):
+    """The ParquetFile at `path`; what goes wrong with it becomes an InputError."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise InputError(f"{path}: Parquet needs pyarrow; pip install pyarrow") from None
+    try:
+        if not path.stat().st_size:
+            raise InputError(f"{path}: an empty file; write it again, or remove it")
+        schema = parquet.read_schema(path)
+        # Text that the file holds as a dictionary is never spelled out.
+        text = [name for name, kind in zip(schema.names, schema.types)
+                if kind in (pyarrow.string(), pyarrow.large_string())]
+        with parquet.ParquetFile(path, read_dictionary=text) as file:
+            yield file
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]}); write it "
+                         "again") from None
+
+
+def _parquet_tables(paths, columns, optional, rest, report) -> Iterator[Table]:
+    for path in paths:
+        with _open_parquet(path) as file:
+            from pyarrow import RecordBatch
+            names, first = file.schema_arrow.names, 0
+            wanted = {own: c for own, c in zip(names, _choose_columns(path, names, columns, optional, rest)) if c}
+            empty = [RecordBatch.from_pylist([], schema=file.schema_arrow)]  # no row, yet its columns are checked
+            for batch in file.iter_batches(PART_ROWS, columns=list(wanted)) if file.metadata.num_rows else empty:
+                yield Table(report, [path], [first], np.array([batch.num_rows]),
+                            {name: _parquet_column(path, own, batch[own], kind)
+                             for own, (name, kind) in wanted.items()})
+                first += batch.num_rows
+
+
+def _parquet_column(path: Path, name: str, column, kind) -> np.ndarray | pd.Categorical:
+    from pyarrow import DictionaryArray, duration, float64, int64, timestamp, types
+    own = column.type
+    kinds = (types.is_integer, types.is_floating, types.is_boolean, types.is_decimal, types.is_null)
+    number = any(of_kind(own) for of_kind in kinds)
+    clock = types.is_timestamp(own) or types.is_date(own)
+    if kind in (float, VALUE, TIME) and number:
+        return column.cast(float64(), safe=False).to_numpy(zero_copy_only=False)
+    if kind == TIME and types.is_duration(own):
+        return column.cast(duration("us")).cast(int64()).cast(float64()).to_numpy(zero_copy_only=False) / MINUTE
+    if kind in (np.datetime64, TIME) and (clock or types.is_null(own)):
+        return column.cast(timestamp("us"), safe=False).to_numpy(zero_copy_only=False).astype("datetime64[us]")
+    if kind is str and (number or types.is_string(own) or types.is_large_string(own) or types.is_dictionary(own)):
+        column = column if isinstance(column, DictionaryArray) else column.dictionary_encode()
+        return text_column(column.indices.fill_null(-1).to_numpy(zero_copy_only=False), column.dictionary.to_pylist())
+    expected = {str: "text or whole numbers", np.datetime64: "timestamps"}.get(kind, "numbers")
+    own = own.value_type if types.is_dictionary(own) else own
+    raise InputError(f"{path}: column {name} holds {own} where {expected} belong; convert it")
