@@ -85,7 +85,8 @@ FOLLOWING = ("num_variables", "classes", "classification_only", "head_trees", "h
 MODEL_FIELDS = {f.name: f for f in fields(ModelConfig) if f.name not in FOLLOWING}
 FINETUNE_FIELDS = {f.name: f for f in fields(FinetuneConfig)}  # what ModelConfig calls alike is the same thing
 # Of the model's settings those that a backbone can be finetuned with, whatever it was pretrained with.
-LOOSE = ("dropout", "noise_std", "drop_events", "max_beta", "free_bits", "logvar_bonus")
+LOOSE = ("dropout", "noise_std", "drop_events", "asked_sets", "asked_variables", "other_variables", "max_beta", "free_bits",
+         "logvar_bonus")
 
 
 def settable(mode: str, random_init: bool) -> dict:
@@ -312,7 +313,7 @@ def command_line_of(record: dict) -> list[str]:
     for name, value in record["run"]["options"].items():
         if value is True:
             words.append(f"--{name}")
-        elif value not in (None, False):
+        elif value is not None and value is not False:
             words.append(f"--{name}={value}")
     known = settable(record["mode"], record["run"]["options"].get("random_init"))
     settings = record["model_config"] | record["run"]["settings"]
@@ -567,7 +568,7 @@ class Run:
         if arguments.origin and (differing := difference(arguments.origin, source)):
             print(f"{'resume' if last else 'config'}: not as it was then: {differing}: the figures may differ")
         self.folder = from_rank_0(lambda: self._take_folder(arguments))
-        if not last:
+        if not self.last:
             self.save("last.pt", self.record)
         if RANK == 0:
             text = json.dumps(self.record, indent=1)
@@ -754,7 +755,7 @@ def git_commit() -> str | None:
 
 def difference(then: dict, now: dict) -> str:
     """What of the circumstances that decide a run's last bits is not as it was."""
-    names = ("fingerprint", "commit", "device", "precision", "threads", "processes")
+    names = ("fingerprint", "labels", "commit", "device", "precision", "threads", "processes")
     then, now = ({name: source.get(name) for name in names} | source.get("versions", {}) for source in (then, now))
     return ", ".join(f"{name} {now[name]} (then {then.get(name)})" for name in now if now[name] != then.get(name))
 
@@ -874,7 +875,8 @@ def pretrain(arguments) -> Path:
     data = data_options(arguments)
     cohort = read_cohort(data)
     print(cohort.describe())
-    split = make_splits(cohort, arguments.split_seed if arguments.split_seed is not None else arguments.seed)
+    split_seed = arguments.seed if arguments.split_seed is None else arguments.split_seed
+    split = make_splits(cohort, split_seed)
     train, valid = stays_of(cohort, split["train"]), stays_of(cohort, split["valid"])
     if not len(train) or not len(valid):
         raise InputError(f"{cohort.reader}: its own split has {len(train)} train and {len(valid)} valid stays; "
@@ -894,7 +896,7 @@ def pretrain(arguments) -> Path:
     print(f"model: SeqSetVAEPretrain, {parameter_counts(model)[1]:,} parameters, all trainable; "
           f"{device}, {dtype}".replace("torch.", ""))
     print(f"split: {len(train):,} train, {len(valid):,} valid, {len(split['test']):,} test stays "
-          f"(seed {arguments.seed}); labels unused; run folder {run.folder}")
+          f"(seed {split_seed}); labels unused; run folder {run.folder}")
 
     steps = config.max_epochs * math.ceil(len(train) / config.batch_size)
 
@@ -1044,7 +1046,7 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
         raise InputError(f"{arguments.pretrained_ckpt}: a checkpoint of --mode {content['mode']}; --pretrained_ckpt "
                          "takes one of --mode pretrain")
     print(cohort.describe())
-    split_seed = arguments.split_seed if arguments.split_seed is not None else arguments.seed
+    split_seed = arguments.seed if arguments.split_seed is None else arguments.split_seed
     if new:
         split = splits_beside(content.get("subjects", {}), cohort, split_seed)
     elif "split_file" in given:

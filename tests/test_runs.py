@@ -59,11 +59,11 @@ def test_config_json_fed_back_gives_equal_bits(tmp_path, command, mode, changes)
     assert (plain / "metrics.csv").read_text() != (once / "metrics.csv").read_text()  # the settings did something
 
     # The command line goes before the file, and what it says is recorded and fed back in its turn.
-    assert train.main(["--config", str(once / "config.json"), "--seed", "3", "--set", "clip=0.25", "--batch_size", "5",
-                       "--run_dir", str(other)]) == 0
+    assert train.main(["--config", str(once / "config.json"), "--seed", "3", "--split_seed", "0", "--set", "clip=0.25",
+                       "--batch_size", "5", "--run_dir", str(other)]) == 0
     recorded = settings_of(other)["run"]
     name = "full_batch_size" if mode == "full training" else "batch_size"
-    assert recorded["options"] == {**a["run"]["options"], "seed": 3}
+    assert recorded["options"] == {**a["run"]["options"], "seed": 3, "split_seed": 0}
     assert recorded["settings"] == {**a["run"]["settings"], "clip": 0.25, name: 5}
     assert train.main(["--config", str(other / "config.json"), "--run_dir", str(tmp_path / "other again")]) == 0
     same_run(other, tmp_path / "other again")
