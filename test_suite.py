@@ -18,7 +18,8 @@ from benchmark import benchmark
 from data import InputError
 from evaluate import performance
 from protocol import baselines, protocol
-from train import CHECKPOINTS, add_data_options, add_head_options, keep_freed_memory, print_what_the_terminal_can
+from runs import CHECKPOINTS, keep_freed_memory, print_what_the_terminal_can
+from train import add_data_options, add_head_options
 
 TESTS = str(Path(__file__).with_name("tests"))
 

@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 import torch
 
+import runs
 import train
 from finetune_config import FinetuneConfig
 from readers import synthetic_cohort, write_long_table
@@ -236,15 +237,15 @@ def test_resume_auto_starts_or_goes_on(tmp_path, small_models, capsys):
 # ----------------------------------------------------------------------------------------------------------------------
 
 def test_runs_of_one_second_get_folders_of_their_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "CHECKPOINTS", tmp_path)
-    monkeypatch.setattr(train.time, "strftime", lambda _: "20260101-000000")
+    monkeypatch.setattr(runs, "CHECKPOINTS", tmp_path)
+    monkeypatch.setattr(runs.time, "strftime", lambda _: "20260101-000000")
     arguments = argparse.Namespace(mode="pretrain", run_dir=None, resume=None)
-    names = [train.new_folder(arguments).name for _ in range(3)]
+    names = [runs.new_folder(arguments).name for _ in range(3)]
     assert names == ["pretrain-20260101-000000", "pretrain-20260101-000000-2", "pretrain-20260101-000000-3"]
 
 
 def test_a_system_without_file_locks_trains_and_says_so(tmp_path, small_models, capsys, monkeypatch):
-    monkeypatch.setattr(train, "fcntl", None)
+    monkeypatch.setattr(runs, "fcntl", None)
     assert train.main([*PRETRAIN, "--run_dir", str(tmp_path / "run")]) == 0
     assert "note: this system has no file locks" in capsys.readouterr().out
     code = "import sys; sys.modules |= dict(fcntl=None, resource=None); import train; sys.exit(train.main(['--help']))"
@@ -256,7 +257,7 @@ def test_a_system_without_file_locks_trains_and_says_so(tmp_path, small_models, 
 def test_a_file_system_without_locks_is_said_and_not_fatal(tmp_path, small_models, capsys, monkeypatch, number):
     def lockf(*_):
         raise OSError(number, os.strerror(number))
-    monkeypatch.setattr(train.fcntl, "lockf", lockf)
+    monkeypatch.setattr(runs.fcntl, "lockf", lockf)
     code = train.main([*PRETRAIN, "--run_dir", str(tmp_path / "run")])
     if number == errno.EAGAIN:
         one_error_line(capsys, code, "another process is training in it")

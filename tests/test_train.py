@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 import data
 import readers
+import runs
 import train
 from data import balanced_parts, make_splits
 from readers import synthetic_cohort
@@ -110,8 +111,8 @@ def test_a_step_in_micro_batches_learns_what_it_learns_at_once(tmp_path, monkeyp
                "--set", "learning_rate=1e-4"]  # where a gradient is rounding alone, Adam's step is this long
     if full_training:
         command = [*FINETUNE, str(tmp_path / "pretrain" / "best.pt"), "--full_training", "--batch_size", "7"]
-    runs, passes = [tmp_path / "at once", tmp_path / "in parts"], []
-    for run, most in zip(runs, (data._MOST_EVENTS, 600)):
+    folders, passes = [tmp_path / "at once", tmp_path / "in parts"], []
+    for run, most in zip(folders, (data._MOST_EVENTS, 600)):
         loaded = []
         with monkeypatch.context() as patch:
             patch.setattr(data, "_MOST_EVENTS", most)
@@ -119,8 +120,8 @@ def test_a_step_in_micro_batches_learns_what_it_learns_at_once(tmp_path, monkeyp
             assert train.main([*command, "--run_dir", str(run)]) == 0
         passes.append(len(loaded))
     assert passes[1] > 1.5 * passes[0]
-    pd.testing.assert_frame_equal(*(pd.read_csv(run / "metrics.csv") for run in runs), rtol=0, atol=1e-5)
-    close(*(learned(run / "last.pt") for run in runs))
+    pd.testing.assert_frame_equal(*(pd.read_csv(run / "metrics.csv") for run in folders), rtol=0, atol=1e-5)
+    close(*(learned(run / "last.pt") for run in folders))
 
 
 def learned(path) -> dict:
@@ -150,7 +151,7 @@ def small_rank(home: str, command: list, deterministic: bool = True, interrupted
     sampled. `interrupted_at`: the step, or the epoch of the head, in which SIGTERM reaches the last rank alone."""
     def interrupting(steps, function):
         def call(*a):
-            if next(steps) == interrupted_at and train.RANK == train.WORLD - 1:
+            if next(steps) == interrupted_at and runs.RANK == runs.WORLD - 1:
                 os.kill(os.getpid(), signal.SIGTERM)
             return function(*a)
         return call
@@ -166,9 +167,9 @@ def forked_rank(rank: int, ranks: int, port: int, home: str, command: list, opti
     """`small_rank` without torchrun: it starts at once, and nobody ends a rank that waits forever. Four ranks are two
     machines, each with a folder and a log of its own."""
     os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(ranks))
-    train.RANK, train.LOCAL_RANK, train.WORLD = rank, rank % 2, ranks
+    runs.RANK, runs.LOCAL_RANK, runs.WORLD = rank, rank % 2, ranks
     if ranks == 4:
-        train.MACHINE, home = rank // 2, f"{home}/machine{rank // 2}"
+        runs.MACHINE, home = rank // 2, f"{home}/machine{rank // 2}"
         os.makedirs(home, exist_ok=True)
         written = open(f"{home}/written", "a", buffering=1)
         readers.write_cache = lambda *a, write=readers.write_cache: (write(*a), written.write(f"{rank}\n"))
@@ -287,8 +288,8 @@ def test_each_machine_parses_its_data_once_and_the_run_lies_on_one(ranks_home, e
     homes = [ranks_home / f"machine{machine}" for machine in range(2)]
     assert [(home / "written").read_text() for home in homes] == ["0\n", "2\n"]  # who wrote a cache
     assert (homes[0] / "run" / "last.pt").exists() and not (homes[1] / "run").exists()
-    runs = homes[0] / "run", ranks_home / "pretrain"
-    pd.testing.assert_frame_equal(*(pd.read_csv(run / "metrics.csv") for run in runs), rtol=0, atol=1e-5)
+    both = homes[0] / "run", ranks_home / "pretrain"
+    pd.testing.assert_frame_equal(*(pd.read_csv(run / "metrics.csv") for run in both), rtol=0, atol=1e-5)
     (homes[0] / "run").rename(homes[1] / "run")  # rank 0 is elsewhere: it must not start anew in silence
     codes, printed = exit_codes(*RANKS["pretrain"], "--run_dir", "run", "--resume", "auto", ranks=4)
     assert codes == [2] * 4 and "run/last.pt: lies on" in printed
@@ -300,7 +301,7 @@ def machine_rank(home: str, command: list, ended_at: str):
     steps, update = itertools.count(), train.update
 
     def ended(*a):
-        if str(next(steps)) == ended_at and train.RANK == 1:
+        if str(next(steps)) == ended_at and runs.RANK == 1:
             os.kill(os.getppid(), signal.SIGTERM)
             time.sleep(2)
         return update(*a)
@@ -342,10 +343,10 @@ def test_two_machines_under_torchrun_are_ended_and_go_on_to_what_one_process_lea
 
 
 def test_the_launcher_is_told_again_where_the_system_does_not_tell_it(monkeypatch):
-    assert train.launcher() == ["python"]
-    monkeypatch.setattr(train, "WORLD", 4)
-    assert train.launcher() == ["torchrun", "--standalone", "--nproc_per_node=4"]
-    monkeypatch.setattr(train, "MACHINES", 2), monkeypatch.setattr(train, "LOCAL_WORLD", 2)
+    assert runs.launcher() == ["python"]
+    monkeypatch.setattr(runs, "WORLD", 4)
+    assert runs.launcher() == ["torchrun", "--standalone", "--nproc_per_node=4"]
+    monkeypatch.setattr(runs, "MACHINES", 2), monkeypatch.setattr(runs, "LOCAL_WORLD", 2)
     monkeypatch.setenv("MASTER_ADDR", "head"), monkeypatch.setenv("MASTER_PORT", "29400")
-    assert train.launcher() == ["torchrun", "--nnodes=2", "--nproc_per_node=2", "--rdzv-backend=c10d",
+    assert runs.launcher() == ["torchrun", "--nnodes=2", "--nproc_per_node=2", "--rdzv-backend=c10d",
                                 "--rdzv-endpoint=head:29400"]
