@@ -278,12 +278,13 @@ def with_points(cohort: Cohort, count: np.ndarray, minute: np.ndarray, label: np
         last = last[event < end][index]                                   # [cuts] its set
         exact = np.floor(cohort.set_minute[last]) + cohort.event_offset[later] / MINUTE
         whole = later == cohort.set_start[last]                           # the set's every event is after the point
-        set_minute = np.array(cohort.set_minute)
-        set_minute[last[whole]] = exact[whole]
-        at, later, exact = last[~whole] + 1, later[~whole], exact[~whole]
-        cohort = replace(cohort, set_start=np.insert(cohort.set_start, at, later),
-                         set_minute=np.insert(set_minute, at, exact),
-                         stay_start=cohort.stay_start + np.searchsorted(at, cohort.stay_start, side="right"))
+        if len(later):
+            set_minute = np.array(cohort.set_minute)
+            set_minute[last[whole]] = exact[whole]
+            at, later, exact = last[~whole] + 1, later[~whole], exact[~whole]
+            cohort = replace(cohort, set_start=np.insert(cohort.set_start, at, later),
+                             set_minute=np.insert(set_minute, at, exact),
+                             stay_start=cohort.stay_start + np.searchsorted(at, cohort.stay_start, side="right"))
     unanswered = int((minute < cohort.set_minute[cohort.stay_start[stay]]).sum())
     return replace(cohort, notes=cohort.notes
                    | {"prediction points before the first set of their stay (no answer)": unanswered})

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from data import (MINUTE, READER_VERSION, SPLITS, Cohort, InputError, at_end, build_cohort, clear_write_error,
                   open_cache, pieces, ranges, with_points, write_cache)
-from tables import TIME, VALUE, Report, Table, column_names, named_tables, read_table, table_files, tables
+from tables import MISSING, TIME, VALUE, Report, Table, column_names, named_tables, read_table, table_files, tables
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Reader: the embedded synthetic cohort
@@ -292,7 +292,7 @@ class _Spool:
             stay, offset = np.repeat(stretch_rank[some] - a, length[some]), None
             minute, origin = read["time"], None
             if minute.dtype != np.float64:
-                minute, offset, origin = since_first(minute, stay, b - a)
+                minute, offset, origin = since_first(minute, stay)
             elif "set_key" in read:  # a set that spans several minutes is charted at its first
                 minute = pd.Series(minute).groupby([stay, read["set_key"]]).transform("min").to_numpy()
             part = build_cohort(source.name, variables, stay, minute, variable_rank[read["variable"]], read["value"],
@@ -329,17 +329,19 @@ class _Spool:
             counts[f"given {name} of no variable"] = len(rows) - int(known.sum())
 
 
-def since_first(time: np.ndarray, stay: np.ndarray, stays: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def since_first(time: np.ndarray, stay: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Minutes [e] since the minute of each stay's first event, microseconds [e] within the minute (-1: static, at
-    minute 0), and that minute [stays] on the clock (NaT: all of the stay is static). time: datetime64[us], NaT:
-    static."""
-    static, time = np.isnat(time), time.view(np.int64)
+    minute 0), and that minute [stays] on the clock (NaT: all of the stay is static). time [e]: datetime64[us], NaT:
+    static, stay after stay."""
+    static, time, never = np.isnat(time), time.view(np.int64), np.iinfo(np.int64).max
     minute = time // MINUTE
-    origin = np.full(stays, np.iinfo(np.int64).max)
-    np.minimum.at(origin, stay[~static], minute[~static])
-    known = origin < np.iinfo(np.int64).max
-    return (np.where(static, 0, minute - origin[stay]), np.where(static, -1, time - minute * MINUTE),
-            np.where(known, origin, np.iinfo(np.int64).min).view("datetime64[m]"))
+    offset = time - minute * MINUTE
+    minute[static], offset[static] = never, -1
+    origin = np.minimum.reduceat(minute, np.flatnonzero(np.diff(stay, prepend=-1)))
+    minute -= origin[stay]
+    minute[static] = 0
+    origin[origin == never] = np.datetime64("NaT").astype(np.int64)
+    return minute, offset, origin.view("datetime64[m]")
 
 
 def duplicates(cohort: Cohort) -> int:
@@ -433,17 +435,21 @@ def _ids(column: pd.Categorical) -> np.ndarray:
 
 
 def _labels(table: Table, name: str, positive: str | None) -> np.ndarray:
-    """[rows] float labels, NaN where the cell is empty."""
-    if positive is None:
-        label = table[name]
-        table.refuse(name, ~(np.isnan(label) | (label == 0) | (label == 1)),
-                     ", not 0 or 1; mend the line, or say --positive WORD")
-        return label
+    """[rows] float labels, NaN where the cell is empty. positive: the word that is label 1; else they are 0 and 1, or
+    true and false."""
     words = [word.lower() for word in table[name].categories]
-    if positive.lower() not in words or len(words) > 2:
-        raise InputError(f"{table.paths[0]}: --positive {positive}: {name} is one of {_some(words)}; give one of two "
-                         "words")
-    return np.array([float(word == positive.lower()) for word in words] + [np.nan])[table[name].codes]
+    known = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}
+    empty = [word.lower() in map(str.lower, MISSING) for word in words]
+    if positive is not None:
+        given = [word for word, none in zip(words, empty) if not none]
+        if positive.lower() not in given or len(given) > 2:
+            raise InputError(f"{table.paths[0]}: --positive {positive}: {name} is one of {_some(given)}; give one of "
+                             "two words")
+        known = {word: word == positive.lower() for word in given}
+    label = np.array([np.nan if none else known.get(word, -1) for word, none in zip(words, empty)] + [np.nan])
+    label = label[table[name].codes]
+    table.refuse(name, label == -1, ", not 0 or 1; mend the line, or say which word is positive with --positive WORD")
+    return label
 
 
 def _with_labels(cohort: Cohort, files: list[Path], positive: str | None = None, points: bool = True) -> Cohort:
@@ -459,9 +465,8 @@ def _with_labels(cohort: Cohort, files: list[Path], positive: str | None = None,
     timed = next((name for name in _TIMES if name in names), None)
     if not timed and "time" in names:
         raise InputError(f"{files[0]}: its column time has no unit; name it minute or hour")
-    optional = {"split": str} | ({"subject_id": str} if id_column != "subject_id" else {}) | ({timed: _TIMES[timed]}
-                                                                                              if timed else {})
-    table = read_table(files, {id_column: str, label_column: str if positive else float}, optional)
+    columns = {id_column: str, label_column: str} | ({timed: _TIMES[timed]} if timed else {})
+    table = read_table(files, columns, {name: str for name in ("split", "subject_id") if name not in columns})
     table.refuse(id_column, table[id_column].codes < 0, "; name the stay or remove the line")
     ids, stays, label = _ids(table[id_column]), _plain_ids(cohort.stay_id), _labels(table, label_column, positive)
     subject = _told(table, ids, "subject_id", _ids(table["subject_id"])) if "subject_id" in table else None

@@ -26,7 +26,7 @@ from data import MINUTE, InputError
 PART_BYTES, PART_ROWS = 2**25, 2**20  # of text, and of Parquet, that are parsed at once
 _RECORD_BYTES, _ARCHIVE_BYTES = 2**26, 2**31  # a record has a few thousand, an archive of 4,000 some 30 million
 # In a column of numbers; in a column of text NA may be sodium.
-_MISSING = ["", "NA", "N/A", "NaN", "nan", "null", "NULL", "None"]
+MISSING = ["", "NA", "N/A", "NaN", "nan", "null", "NULL", "None"]
 _TABLE = re.compile(r"(.*?)(\.(csv|parquet|csv\.gz|csv\.zip))?")
 
 _BEYOND = re.compile(r"[<>]=?\s*([-+]?[\d.]+)\s*[^\d.]*")  # >100, <0.5, >60/minute
@@ -290,7 +290,7 @@ def _parse(held, separator, chosen, report) -> Table:
     source = b"".join(bodies)
     wanted = dict(c for c in chosen if c)
     places = [c[0] if c else f"ignored {i}" for i, c in enumerate(chosen)]
-    missing = {name: _MISSING if wanted.get(name) in (float, VALUE, TIME) else [""] for name in places}
+    missing = {name: MISSING if wanted.get(name) in (float, VALUE, TIME) else [""] for name in places}
 
     def parse(number):
         return pd.read_csv(io.BytesIO(source), header=None, names=places, sep=separator, na_values=missing,
@@ -354,10 +354,11 @@ def _numbers(table: Table, name: str, column: pd.Series, kind, separator: str) -
     plain = [text.strip().replace(",", ".") if separator == ";" else text.strip() for text in texts]
     beyond = [kind == VALUE and _BEYOND.fullmatch(text) for text in plain]
     bound = np.array([*map(bool, beyond), False])
-    number = pd.to_numeric(pd.Series([b[1] if b else text for text, b in zip(plain, beyond)], dtype=object),
-                           errors="coerce")
+    truth = {"true": "1", "false": "0"}  # as pandas reads a column of them alone
+    plain = [b[1] if b else truth.get(text.lower(), text) for text, b in zip(plain, beyond)]
+    number = pd.to_numeric(pd.Series(plain, dtype=object), errors="coerce")
     number = np.append(number.to_numpy(float), np.nan)
-    wrong = np.isnan(number) & np.array([text not in _MISSING for text in plain] + [False], dtype=bool)
+    wrong = np.isnan(number) & np.array([text not in MISSING for text in plain] + [False], dtype=bool)
     table.columns[name] = column.to_numpy(object)
     table.refuse(name, wrong[codes], ", not a number; mend or remove the line")
     table.note("values beyond a measuring range (>100, <0.5), entered as their bound", (bound & ~wrong)[codes])

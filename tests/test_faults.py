@@ -406,7 +406,7 @@ WRONG = {  # (events.csv, labels.csv, mode, what the message names)
                                 "events.csv line 50: minute is 1e+30"),
     "gzip where text belongs": (gzip.compress(table_of(STAYS).encode()), LABELS, "pretrain", "events.csv: not UTF-8"),
     "no number at all": (table_of({s: [(m, v, "inf") for m, v, _ in rows] for s, rows in STAYS.items()}), LABELS, "pretrain", "no usable event"),
-    "a label that is no class": (table_of(STAYS), LABELS.replace("s07,1", "s07,3"), "pretrain", "labels.csv line 9: label is 3"),
+    "a label that is no class": (table_of(STAYS), LABELS.replace("s07,1", "s07,3"), "pretrain", "labels.csv line 9: label is '3'"),
     "no label in finetune": (table_of(STAYS), None, "finetune", "no label at all"),
     "one class in finetune": (table_of(STAYS), LABELS.replace(",1", ",0"), "finetune", "one class only"),
     "other variables in finetune": (table_of({s: [(m, "other", x) for m, _, x in rows] for s, rows in STAYS.items()}), LABELS, "finetune",
