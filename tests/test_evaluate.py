@@ -265,17 +265,18 @@ def test_the_readmes_examples_of_data_are_read(tmp_path, load, monkeypatch, fold
 
 
 def test_the_readmes_commands_for_ones_own_table(tmp_path, capsys, monkeypatch):
-    """As printed there, but for one epoch."""
+    """As printed there, but on 60 stays and for one epoch."""
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(readers, "synthetic_cohort", lambda stays: synthetic_cohort(60))
     commands = {"readers.py": readers.main, "train.py": lambda options: train.main([*options, "--max_epochs", "1"]),
                 "test_suite.py": main}
     for line in (line for _, block in readme_blocks("run") for line in block.splitlines()):
         python, script, *options = shlex.split(line, comments=True)
         assert python == "python" and commands[script](options) == 0, line
     assert "Stay 1001 (label" in capsys.readouterr().out
-    assert json.loads(Path("mine.json").read_text())["stays"] == 40
-    assert len(pd.read_csv("mine.csv")) == 200
+    assert json.loads(Path("mine.json").read_text())["stays"] == 12
+    assert len(pd.read_csv("mine.csv")) == 60
     assert len(list(Path("mine-plots").glob("*.png"))) == 4
 
 
