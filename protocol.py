@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.impute import SimpleImputer
-from sklearn.linear_model import LogisticRegressionCV
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
@@ -64,8 +64,9 @@ def hand_made_baselines(cohort, train, test) -> dict[str, np.ndarray]:
     low, high = x.quantile(.005), x.quantile(.995)
     linear = make_pipeline(FunctionTransformer(lambda t: t.clip(low, high, axis=1)),
                            SimpleImputer(strategy="median", add_indicator=True),
-                           StandardScaler(), LogisticRegressionCV(Cs=[.0003, .001, .003, .01, .03, .1], cv=5,
-                                                                  scoring="neg_log_loss", max_iter=500))
+                           StandardScaler(),
+                           GridSearchCV(LogisticRegression(max_iter=500), {"C": [.0003, .001, .003, .01, .03, .1]},
+                                        scoring="neg_log_loss", cv=5))
     boosting = GridSearchCV(HistGradientBoostingClassifier(learning_rate=.05, random_state=0),
                             {"max_iter": [100, 200], "max_leaf_nodes": [6, 15], "l2_regularization": [10.]},
                             scoring="neg_log_loss", cv=5)
