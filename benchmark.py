@@ -25,7 +25,7 @@ from finetune_config import FinetuneConfig, head_optimizer
 from model import ModelConfig, SeqSetVAE, SeqSetVAEPretrain
 from readers import load_cohort
 from tests.plain_loop import close, plain_features, plain_pass
-from train import CHECKPOINTS, encode_points, head_epoch, keep_freed_memory, prepare_head, probability_of, update
+from train import CHECKPOINTS, data_options, encode_points, head_epoch, keep_freed_memory, prepare_head, probability_of, update
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Benchmark: our batched model beside the plain loop (above), in one run and on one number of threads
@@ -265,8 +265,7 @@ def benchmark(arguments) -> None:
     """Measure, print the table, and append it to checkpoints/benchmark.csv, a row a number."""
     device, facts = torch.device("cuda" if torch.cuda.is_available() else "cpu"), []
     with tempfile.TemporaryDirectory() as cache:
-        load = partial(load_cohort, arguments.data_dir, cache_dir=Path(cache), params_map=arguments.params_map,
-                       label_file=arguments.label_file)
+        load = partial(load_cohort, cache_dir=Path(cache), **data_options(arguments))
         for what in ("parsed" if arguments.data_dir else "generated", "from the cache"):
             began, cohort = time.perf_counter(), load()
             facts.append((f"data, {what}", time.perf_counter() - began, "s"))

@@ -1,8 +1,8 @@
 """Data path of SeqSetVAE: files -> `Cohort` (ragged NumPy arrays, cached) -> `EventBatch` (tensors).
 
-An ICU stay is a sequence of sets; a set is every (variable, value) event charted at one minute. Nothing here is padded: a cohort is
-flat arrays plus offsets, and a batch is the same layout for a few stays, with the index tensors by which the model groups sets of
-similar size. Nothing here knows of models, losses or devices (beyond `EventBatch.to`).
+An ICU stay is a sequence of sets; a set is every (variable, value) event charted at one minute. Nothing here is padded:
+a cohort is flat arrays plus offsets, and a batch is the same layout for a few stays, with the index tensors by which
+the model groups sets of similar size. Nothing here knows of models, losses or devices (beyond `EventBatch.to`).
 """
 
 import copy
@@ -29,10 +29,12 @@ MINUTE = 60_000_000  # microseconds
 
 
 class InputError(Exception):
-    """A mistake in what the user gave: one line that names the file, the row or key, and the mend. Ends a command with exit code 2."""
+    """A mistake in what the user gave: one line that names the file, the row or key, and the mend. Ends a command with
+    exit code 2."""
 
 def write_atomically(path, write) -> None:
-    """Call `write` with a temporary path in the same folder, sync it to disk, rename it to `path`: a reader meets the old file or the new."""
+    """Call `write` with a temporary path in the same folder, sync it to disk, rename it to `path`: a reader meets the
+    old file or the new."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with clear_write_error(path):
@@ -50,8 +52,8 @@ def clear_write_error(path):
     try:
         yield
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error}); what was there before is untouched: free space or choose "
-                         "another folder") from None
+        raise InputError(f"{path}: cannot be written ({error.strerror or error}); what was there before is untouched: "
+                         "free space or choose another folder") from None
 
 
 def sync(path) -> None:
@@ -59,22 +61,23 @@ def sync(path) -> None:
         os.fsync(file.fileno())
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # The cohort
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 @dataclass
 class Cohort:
-    """P stays, T sets, E events, V variables, Q prediction points, as flat arrays; `*_start` are offsets into the next finer level.
+    """P stays, T sets, E events, V variables, Q prediction points, as flat arrays; `*_start` are offsets into the next
+    finer level.
 
-    A prediction point asks for a stay's risk at a minute, from every event up to and including that minute. One label a stay, without a
-    time, is a point at the minute of its last set."""
+    A prediction point asks for a stay's risk at a minute, from every event up to and including that minute. One label a
+    stay, without a time, is a point at the minute of its last set."""
 
     reader: str
     variables: list[str]        # [V] vocabulary, sorted
     event_variable: np.ndarray  # [E] int16, or int32 for V > 32,767
-    event_value: np.ndarray     # [E] float32, raw units; NaN: an event without a value, which says that something happened
-    event_offset: np.ndarray    # [E] int32, microseconds since its set's charted (whole) minute; [0]: no source knows less than a minute
+    event_value: np.ndarray     # [E] float32, raw units; NaN: an event without a value, it says that something happened
+    event_offset: np.ndarray    # [E] int32, microseconds since its charted (whole) minute; [0]: the source knows none
     set_start: np.ndarray       # [T+1] int64, in events
     set_minute: np.ndarray      # [T] float64, minutes since admission, rising within a stay; may be negative
     stay_start: np.ndarray      # [P+1] int64, in sets
@@ -86,13 +89,13 @@ class Cohort:
     point_minute: np.ndarray    # [Q] float64, rising within a stay
     label: np.ndarray           # [Q] int8, -1: none
     statistics: np.ndarray      # [V, 2] float32, mean and standard deviation given with the data, NaN: none
-    vectors: np.ndarray         # [V, D] float32, vectors given with the data, NaN: none; D is 0 where no variable has one
+    vectors: np.ndarray         # [V, D] float32, vectors given with the data, NaN: none; D is 0: no variable has one
     notes: dict = field(default_factory=dict)     # what the reader skipped or met: reason -> count
     examples: dict = field(default_factory=dict)  # reason -> the place of the first
     fingerprint: str = ""       # digest of the stays, not of their labels: a split holds when labels come later
 
-    STAYS = ("event_variable", "event_value", "event_offset", "set_start", "set_minute", "stay_start", "stay_id", "subject", "origin",
-             "split")
+    STAYS = ("event_variable", "event_value", "event_offset", "set_start", "set_minute", "stay_start", "stay_id",
+             "subject", "origin", "split")
     ARRAYS = STAYS + ("point_start", "point_minute", "label", "statistics", "vectors")
 
     def __len__(self) -> int:
@@ -111,12 +114,25 @@ class Cohort:
         return np.diff(self.set_start[self.stay_start])
 
     @property
+    def admission(self) -> np.ndarray:
+        """[P] minute of each stay's first set; where that holds a birth (MEDS_BIRTH), of its second: what hours count
+        from."""
+        first, last = self.stay_start[:-1], self.stay_start[1:] - 1
+        births = [v for v, name in enumerate(self.variables) if name.startswith("MEDS_BIRTH")]
+        if births:
+            events = np.diff(self.set_start)[first]
+            born = np.isin(self.event_variable[ranges(self.set_start[first], events)], births)
+            first = first + (np.bincount(np.repeat(np.arange(len(self)), events), born) > 0) * (last > first)
+        return self.set_minute[first]
+
+    @property
     def point_stay(self) -> np.ndarray:
         """[Q] the stay of each point."""
         return np.repeat(np.arange(len(self)), np.diff(self.point_start))
 
     def clock(self, stay: np.ndarray, minute: np.ndarray) -> np.ndarray:
-        """[n] datetime64[us] of minutes of stays, exact to the microsecond (up to 2^27 minutes, 255 years); NaT where the origin is."""
+        """[n] datetime64[us] of minutes of stays, exact to the microsecond (up to 2^27 minutes, 255 years); NaT where
+        the origin is."""
         whole = np.floor(minute)
         microseconds = whole.astype(np.int64) * MINUTE + np.rint((minute - whole) * MINUTE).astype(np.int64)
         return self.origin[stay] + microseconds.astype("timedelta64[us]")
@@ -131,35 +147,42 @@ class Cohort:
     def describe(self) -> str:
         """The lines a command prints about what it read."""
         labelled = self.label >= 0
-        lines = [f"data: {self.reader}: {len(self):,} stays, {len(self.set_minute):,} sets, {len(self.event_value):,} events, "
+        lines = [f"data: {self.reader}: {len(self):,} stays, {len(self.set_minute):,} sets, "
+                 f"{len(self.event_value):,} events, "
                  f"{len(self.variables)} variables, {labelled.sum():,} labelled ({(self.label == 1).sum():,} positive)"]
-        last = self.set_minute[self.stay_start[1:] - 1]
-        first, sets = self.set_minute[self.stay_start[:-1]], np.diff(self.stay_start)
-        lines.append(f"data: minutes {first.min():,.0f} to {last.max():,.0f}; a median stay lasts {np.median(last - first) / 60:,.1f} hours and has "
-                     f"{np.median(sets):,.0f} sets, {np.median(self.stay_events):,.0f} events")
+        first, last = self.admission, self.set_minute[self.stay_start[1:] - 1]
+        hours, sets = np.median(last - first) / 60, np.median(np.diff(self.stay_start))
+        lines.append(f"data: minutes {first.min():,.0f} to {last.max():,.0f}; a median stay lasts {hours:,.1f} hours and "
+                     f"has {sets:,.0f} sets, {np.median(self.stay_events):,.0f} events")
         if len(self.label) != len(self):
-            lines.append(f"data: {len(self.label):,} prediction points in {(np.diff(self.point_start) > 0).sum():,} stays")
+            asked = (np.diff(self.point_start) > 0).sum()
+            lines.append(f"data: {len(self.label):,} prediction points in {asked:,} stays")
         divided = divided_subjects(self, {name: self.stay_id[self.split == code] for code, name in enumerate(SPLITS)})
         if divided:
             lines.append(f"data: patients in two parts: {divided:,}")
-        lines += [f"data: {count:,} {reason}" + (f", the first: {self.examples[reason]}" if reason in self.examples else "")
+        lines += [f"data: {count:,} {reason}"
+                  + (f", the first: {self.examples[reason]}" if reason in self.examples else "")
                   for reason, count in self.notes.items() if count]
         return "\n".join(lines)
 
 
-def build_cohort(reader, variables, stay, minute, variable, value, stay_id, label=None, split=None, notes=None, set_key=None,
-                 statistics=None, vectors=None, subject=None, origin=None, offset=None, whole=False) -> Cohort:
-    """Sort flat events into a `Cohort`. A set is all events of one stay at one minute; duplicates are kept (a set is a multiset).
+def build_cohort(reader, variables, stay, minute, variable, value, stay_id, label=None, split=None, notes=None,
+                 set_key=None, statistics=None, vectors=None, subject=None, origin=None, offset=None,
+                 whole=False) -> Cohort:
+    """Sort flat events into a `Cohort`. A set is all events of one stay at one minute; duplicates are kept (a set is a
+    multiset).
 
     Args:
-        variables: [V] names; stay, minute, variable, value: [E] stay index, minutes, variable index, raw value of each event.
-        stay_id, label, split, subject, origin: [P]; None: no label, unassigned, each stay a subject of its own, clock time unknown.
+        variables: [V] names; stay, minute, variable, value: [E] stay index, minutes, variable index, raw value of each
+            event.
+        stay_id, label, split, subject, origin: [P]; None: no label, unassigned, each stay a subject of its own, clock
+            time unknown.
         offset: [E] microseconds since the minute, -1 for static events, which come first (None: none).
         set_key: [E] number by which the source tells sets of one minute apart (None: it does not).
         statistics, vectors: what the data give for variables, as DataFrames indexed by name (None: nothing).
         whole: these are some stays of a larger cohort, whose vocabulary `variables` is, in order.
-    Stays without any event are left out and counted in `notes`; the vocabulary keeps only variables that occur, sorted by name.
-    Raises InputError when a stay id occurs twice.
+    Stays without any event are left out and counted in `notes`; the vocabulary keeps only variables that occur, sorted
+    by name. Raises InputError when a stay id occurs twice.
     """
     notes = dict(notes or {})
     stay_id = np.asarray(stay_id, dtype=str)
@@ -187,7 +210,8 @@ def build_cohort(reader, variables, stay, minute, variable, value, stay_id, labe
         rising = (step > 0) | (step == 0) & rising
     if not np.all(rising):
         sequence = np.lexsort(fine)  # stable: events of one time keep their order in the file
-        variable, value, keys, offset = variable[sequence], value[sequence], [key[sequence] for key in keys], offset if offset is None else offset[sequence]
+        variable, value, keys = variable[sequence], value[sequence], [key[sequence] for key in keys]
+        offset = offset if offset is None else offset[sequence]
     minute, stay = keys[-2:]
     set_first = np.append(0, 1 + np.flatnonzero(np.any([key[1:] != key[:-1] for key in keys], axis=0)))
     stay_start = np.searchsorted(stay[set_first], np.arange(len(used) + 1)).astype(np.int64)
@@ -208,7 +232,8 @@ def build_cohort(reader, variables, stay, minute, variable, value, stay_id, labe
         point_start=np.arange(len(used) + 1),
         point_minute=minute[set_first][stay_start[1:] - 1].astype(np.float64),
         label=(np.full(len(stay_id), -1) if label is None else np.asarray(label))[used].astype(np.int8),
-        statistics=(pd.DataFrame(columns=["mean", "std"]) if statistics is None else statistics).reindex(names).to_numpy(np.float32),
+        statistics=(pd.DataFrame(columns=["mean", "std"]) if statistics is None else statistics)
+        .reindex(names).to_numpy(np.float32),
         vectors=(pd.DataFrame() if vectors is None else vectors).reindex(names).to_numpy(np.float32),
         notes=notes,
     )
@@ -217,7 +242,8 @@ def build_cohort(reader, variables, stay, minute, variable, value, stay_id, labe
 
 
 def search_after(values: np.ndarray, key: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """[n] the first index in [low, high) whose value is above `key`, `high` where none is: binary searches in sorted stretches of `values`."""
+    """[n] the first index in [low, high) whose value is above `key`, `high` where none is: binary searches in sorted
+    stretches of `values`."""
     low, high = np.array(low), np.array(high)
     while (open_ := low < high).any():
         middle = np.where(open_, (low + high) // 2, 0)
@@ -228,13 +254,15 @@ def search_after(values: np.ndarray, key: np.ndarray, low: np.ndarray, high: np.
 
 def at_end(cohort: Cohort, label: np.ndarray) -> Cohort:
     """The cohort with one point a stay, at the minute of its last set: label [P]."""
-    return replace(cohort, point_start=np.arange(len(cohort) + 1), point_minute=np.array(cohort.set_minute[cohort.stay_start[1:] - 1]),
+    return replace(cohort, point_start=np.arange(len(cohort) + 1),
+                   point_minute=np.array(cohort.set_minute[cohort.stay_start[1:] - 1]),
                    label=np.asarray(label, dtype=np.int8))
 
 
 def with_points(cohort: Cohort, count: np.ndarray, minute: np.ndarray, label: np.ndarray) -> Cohort:
-    """The cohort asked at these points: count [P] of each stay, minute and label [Q], rising within a stay. A set never straddles a point:
-    where the source knows events more finely than by the minute, those after the point become a set at the exact time of their first."""
+    """The cohort asked at these points: count [P] of each stay, minute and label [Q], rising within a stay. A set never
+    straddles a point: where the source knows events more finely than by the minute, those after the point become a set
+    at the exact time of their first."""
     start = np.append(0, np.cumsum(count)).astype(np.int64)
     cohort = replace(cohort, point_start=start, point_minute=minute.astype(np.float64), label=label.astype(np.int8))
     stay = cohort.point_stay
@@ -253,31 +281,36 @@ def with_points(cohort: Cohort, count: np.ndarray, minute: np.ndarray, label: np
         set_minute = np.array(cohort.set_minute)
         set_minute[last[whole]] = exact[whole]
         at, later, exact = last[~whole] + 1, later[~whole], exact[~whole]
-        cohort = replace(cohort, set_start=np.insert(cohort.set_start, at, later), set_minute=np.insert(set_minute, at, exact),
+        cohort = replace(cohort, set_start=np.insert(cohort.set_start, at, later),
+                         set_minute=np.insert(set_minute, at, exact),
                          stay_start=cohort.stay_start + np.searchsorted(at, cohort.stay_start, side="right"))
     unanswered = int((minute < cohort.set_minute[cohort.stay_start[stay]]).sum())
-    return replace(cohort, notes=cohort.notes | {"prediction points before the first set of their stay (no answer)": unanswered})
+    return replace(cohort, notes=cohort.notes
+                   | {"prediction points before the first set of their stay (no answer)": unanswered})
 
 
 def pieces(parts: Iterable[Cohort]):
-    """Yield (part, {name of array: rows}), such that the rows of all parts, one after another, are the whole's. The parts agree in their
-    variables and in the arrays' types."""
+    """Yield (part, {name of array: rows}), such that the rows of all parts, one after another, are the whole's. The
+    parts agree in their variables and in the arrays' types."""
     sets = events = points = 0
     for part in parts:
         rows = {name: getattr(part, name) for name in Cohort.ARRAYS} | {
-            "set_start": part.set_start + events, "stay_start": part.stay_start + sets, "point_start": part.point_start + points}
+            "set_start": part.set_start + events, "stay_start": part.stay_start + sets,
+            "point_start": part.point_start + points}
         if sets:
-            rows = {name: x[name.endswith("_start"):] for name, x in rows.items() if name not in ("statistics", "vectors")}
+            rows = {name: x[name.endswith("_start"):] for name, x in rows.items()
+                    if name not in ("statistics", "vectors")}
         yield part, rows
         sets, events, points = sets + len(part.set_minute), events + len(part.event_value), points + len(part.label)
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # The cache
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 def open_cache(folder: Path) -> Cohort | None:
-    """The cached cohort, memory-mapped; None where there is none or it is torn (a file missing or of another length)."""
+    """The cached cohort, memory-mapped; None where there is none or it is torn (a file missing or of another
+    length)."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in Cohort.ARRAYS}
@@ -289,8 +322,8 @@ def open_cache(folder: Path) -> Cohort | None:
 
 
 def write_cache(folder: Path, parts: Iterable[Cohort]) -> None:
-    """Append part after part to files in a temporary folder beside the target, sync, rename: one part at a time is held in memory, and a
-    reader never sees a half-written cache."""
+    """Append part after part to files in a temporary folder beside the target, sync, rename: one part at a time is held
+    in memory, and a reader never sees a half-written cache."""
     with clear_write_error(folder):
         temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
         try:
@@ -311,7 +344,8 @@ def write_cache(folder: Path, parts: Iterable[Cohort]) -> None:
                 for name, header in headers.items():  # NumPy leaves room in a header for the rows to grow
                     files[name].seek(0)
                     np.lib.format.write_array_header_1_0(files[name], header)
-            cohort = replace(part, notes=dict(notes), examples=examples, **{name: np.load(temporary / f"{name}.npy", mmap_mode="r") for name in Cohort.ARRAYS})
+            cohort = replace(part, notes=dict(notes), examples=examples,
+                             **{name: np.load(temporary / f"{name}.npy", mmap_mode="r") for name in Cohort.ARRAYS})
             cohort.fingerprint = cohort.digest()
             meta = {f.name: getattr(cohort, f.name) for f in fields(Cohort) if f.name not in Cohort.ARRAYS}
             meta["shapes"] = {name: list(header["shape"]) for name, header in headers.items()}
@@ -324,13 +358,14 @@ def write_cache(folder: Path, parts: Iterable[Cohort]) -> None:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Splits, normalisation, the vocabulary's vectors
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 def make_splits(cohort: Cohort, seed: int) -> dict[str, list[str]]:
-    """Stay ids of train, valid and test: the data's own split where it has one (valid is drawn from train where it names none), else
-    64/16/20, seeded, stratified by the largest label of each subject. The stays of a subject stay together.
+    """Stay ids of train, valid and test: the data's own split where it has one (valid is drawn from train where it
+    names none), else 64/16/20, seeded, stratified by the largest label of each subject. The stays of a subject stay
+    together.
 
     Raises InputError where there are fewer than three subjects.
     """
@@ -340,8 +375,8 @@ def make_splits(cohort: Cohort, seed: int) -> dict[str, list[str]]:
     part = np.array(cohort.split)
     if (part < 0).all():
         if len(names) < 3:
-            raise InputError(f"{cohort.reader}: {len(names)} stays or patients cannot be split into train, valid and test; give more or a split "
-                             "of your own")
+            raise InputError(f"{cohort.reader}: {len(names)} stays or patients cannot be split into train, valid and "
+                             "test; give more or a split of your own")
         part_of = np.zeros(len(names), dtype=np.int8)
         rest, test = draw(label, 2, seed)
         part_of[test], part_of[rest[draw(label[rest], 1, seed)[1]]] = 2, 1
@@ -352,8 +387,9 @@ def make_splits(cohort: Cohort, seed: int) -> dict[str, list[str]]:
 
 
 def draw(label: np.ndarray, others: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions in `label` of four fifths and of the fifth drawn, stratified. Where that cannot be done, or leaves the fifth without a
-    positive though there are more than the `others` parts need, every fifth is drawn from a seeded order that begins with the positives."""
+    """Positions in `label` of four fifths and of the fifth drawn, stratified. Where that cannot be done, or leaves the
+    fifth without a positive though there are more than the `others` parts need, every fifth is drawn from a seeded
+    order that begins with the positives."""
     everyone = np.arange(len(label))
     try:
         rest, fifth = train_test_split(everyone, test_size=.2, stratify=label, random_state=seed)
@@ -538,7 +574,8 @@ def variable_vectors(variables: list[str], dim: int, given: np.ndarray | None = 
     table /= np.linalg.norm(table, axis=1, keepdims=True)
     if given is not None and given.shape[1]:
         if given.shape[1] != dim:
-            raise InputError(f"cached.csv: vectors of {given.shape[1]} dimensions where the model takes {dim}; give those that it was trained with")
+            raise InputError(f"cached.csv: vectors of {given.shape[1]} dimensions where the model takes {dim}; give "
+                             "those that it was trained with")
         table = np.where(np.isnan(given), table, given)
     return torch.from_numpy(table).float()
 

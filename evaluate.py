@@ -24,7 +24,7 @@ from sklearn.preprocessing import StandardScaler
 from data import (InputError, Normalizer, StayDataset, labelled_points, make_splits, point_slots, stay_event_index, stays_of,
                   stays_with, variable_vectors, with_points, write_atomically)
 from model import SeqSetVAE, at_slots, checkpoint_config, load_weights, original_classifier, real_sets
-from train import encode_points, evaluation_loader, open_checkpoint, predict
+from train import data_options, encode_points, evaluation_loader, open_checkpoint, predict
 
 CPU = torch.device("cpu")
 
@@ -33,9 +33,9 @@ CPU = torch.device("cpu")
 # Performance analysis of a checkpoint
 # ----------------------------------------------------------------------------------------------------------------------
 
-def open_classifier(path, data_dir=None, params_map=None, label_file=None, set_heads=None, transformer_heads=None):
+def open_classifier(path, given: dict = {}, set_heads=None, transformer_heads=None):
     """A finetuned checkpoint ready to score: (model, content, cohort, dataset, new); see `train.open_checkpoint`."""
-    content, cohort, dataset, _, new = open_checkpoint(path, data_dir, params_map=params_map, label_file=label_file)
+    content, cohort, dataset, _, new = open_checkpoint(path, given)
     if "format" not in content:
         return open_original(path, content, cohort, set_heads, transformer_heads)
     if content.get("mode") != "finetune":
@@ -115,9 +115,8 @@ def performance(arguments, baselines=None) -> None:
     what is asked for."""
     path = arguments.checkpoint
     folder = arguments.plots and picture_folder(arguments.plots)
-    model, content, cohort, dataset, new = open_classifier(path, arguments.data_dir, arguments.params_map,
-                                                           arguments.label_file,
-                                                           arguments.set_heads, arguments.transformer_heads)
+    model, content, cohort, dataset, new = open_classifier(path, data_options(arguments), arguments.set_heads,
+                                                           arguments.transformer_heads)
     source = content["source"]
     figures = {"checkpoint": str(path), "epoch": content["metrics"]["epoch"], "command": source["command"],
                "seed": source.get("seed"),

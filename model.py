@@ -1017,7 +1017,7 @@ _CHECKPOINT_TYPES = {"mode": str, "model_config": dict, "model": dict, "vocabula
                      "subjects": dict,                     "source": dict, "metrics": dict}  # see train.model_content
 _CHECKPOINT_ENTRIES = {"normalizer": ("variables", "mean", "std", "log_scale", "clip"), "split": SPLITS,
                        "subjects": SPLITS, "metrics": ("epoch",),
-                       "source": ("data_dir", "synthetic_stays", "fingerprint", "seed", "command", "versions")}
+                       "source": ("data", "fingerprint", "seed", "command", "versions")}
 _WRAPPERS = ("module.", "_orig_mod.", "model.")  # DDP, torch.compile, a LightningModule's attribute
 # Prefix in the original implementation -> ours.
 _ORIGINAL_NAMES = {
@@ -1045,7 +1045,9 @@ def read_checkpoint(path, device="cpu") -> dict:
     if not isinstance(content, dict) or not content:
         raise InputError(f"{path}: holds {type(content).__name__}, not a checkpoint; give a file that train.py wrote")
     if content.get("format", CHECKPOINT_FORMAT) != CHECKPOINT_FORMAT:
-        raise InputError(f"{path}: checkpoint format {content['format']}, this version reads {CHECKPOINT_FORMAT}; use the matching version")
+        mend = "commit 42f6991 reads it" if content["format"] == 1 else "use the version that wrote it"
+        raise InputError(f"{path}: checkpoint format {content['format']}, this version reads {CHECKPOINT_FORMAT}; {mend}, "
+                         "or make it again")
     lacking = [name for name, kind in _CHECKPOINT_TYPES.items() if not isinstance(content.get(name), kind)]
     lacking = lacking or [f"{name}[{entry}]" for name, entries in _CHECKPOINT_ENTRIES.items() for entry in entries if entry not in content[name]]
     if "format" in content and lacking:

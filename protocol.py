@@ -20,7 +20,7 @@ from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from data import InputError, labelled_points, ranges, search_after, stays_of, write_atomically
 from evaluate import CPU, bootstrap, interval, open_classifier
 from finetune_config import FinetuneConfig
-from train import finetune, label_subset, labelled, open_checkpoint, parse_arguments, predict, pretrain
+from train import data_options, finetune, label_subset, labelled, open_checkpoint, parse_arguments, predict, pretrain
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Hand-made baselines
@@ -84,11 +84,10 @@ def baselines(arguments, content, cohort, dataset, points, new) -> dict[str, np.
     with tempfile.TemporaryDirectory() as folder:
         pretrained = Path(folder) / "untrained.pt"
         torch.save(content | {"mode": "pretrain"}, pretrained)
-        given = [f"--{name}={path}"
-                 for name in ("data_dir", "params_map", "label_file") if (path := getattr(arguments, name))]
+        given = [f"--{name}={value}" for name, value in data_options(arguments).items()]
         path = finetune(parse_arguments(["--mode", "finetune", "--pretrained_ckpt", str(pretrained), "--random_init",
                                          "--run_dir", f"{folder}/run", *given]))
-        model = open_classifier(path, arguments.data_dir, arguments.params_map, arguments.label_file)[0]
+        model = open_classifier(path, data_options(arguments))[0]
         return methods | {"untrained backbone, same head": predict(model, dataset, points, CPU)}
 
 

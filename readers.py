@@ -1,7 +1,8 @@
-"""Readers: stays in any known layout, parsed once, part by part, into the cache; and what is told of them beside it: labels, splits, subjects.
+"""Readers: stays in any known layout, parsed once, part by part, into the cache; and what is told of them beside it:
+labels, splits, subjects.
 
-A reader yields `Events`, part after part; `_spool` writes them to disk as they come, `_sorted_parts` sorts them into a cohort, some stays at
-a time: what is held in memory does not grow with the data.
+A reader yields `Events`, part after part; `_Spool` writes them to disk as they come and then sorts them into a cohort,
+some stays at a time: what is held in memory does not grow with the data.
 """
 
 import argparse
@@ -22,33 +23,47 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from data import (MINUTE, READER_VERSION, SPLITS, Cohort, InputError, at_end, build_cohort, clear_write_error, open_cache, pieces, ranges,
-                  with_points, write_cache)
+from data import (MINUTE, READER_VERSION, SPLITS, Cohort, InputError, at_end, build_cohort, clear_write_error,
+                  open_cache, pieces, ranges, with_points, write_cache)
 from tables import TIME, VALUE, Report, Table, column_names, named_tables, read_table, table_files, tables
 
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Reader: the embedded synthetic cohort
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 # name: (mean, standard deviation, loading on the four organ processes, panel it is charted with)
 _SYNTHETIC_VARIABLES = {
-    "HR": (86, 12, (.9, .3, 0, .3), "vitals"), "SysBP": (121, 15, (-.9, 0, 0, 0), "vitals"), "DiasBP": (62, 9, (-.7, 0, 0, 0), "vitals"),
-    "MAP": (80, 10, (-.9, 0, 0, 0), "vitals"), "RespRate": (18, 4, (.2, .8, 0, .2), "vitals"), "SpO2": (97, 2, (0, -.8, 0, 0), "vitals"),
-    "Temp": (37, .6, (0, 0, 0, .6), "vitals"), "Urine": (110, 60, (-.2, 0, -.8, 0), "vitals"), "GCS": (12, 2.5, (0, -.2, 0, -.8), "neuro"),
-    "PupilSize": (3, .8, (0, 0, 0, .4), "neuro"), "CVP": (9, 3, (.5, 0, .3, 0), "neuro"), "FiO2": (.5, .12, (0, .8, 0, 0), "gas"),
-    "pH": (7.38, .06, (-.3, -.4, -.5, 0), "gas"), "PaO2": (120, 40, (0, -.7, 0, 0), "gas"), "PaCO2": (40, 7, (0, .5, 0, 0), "gas"),
-    "Lactate": (2, 1, (.9, .2, .2, .2), "gas"), "BaseExcess": (0, 3, (-.5, 0, -.5, 0), "gas"), "SaO2": (96, 2, (0, -.7, 0, 0), "gas"),
-    "Na": (139, 4, (0, 0, .2, 0), "chemistry"), "K": (4.1, .5, (0, 0, .6, 0), "chemistry"), "Cl": (105, 5, (0, 0, .2, 0), "chemistry"),
+    "HR": (86, 12, (.9, .3, 0, .3), "vitals"), "SysBP": (121, 15, (-.9, 0, 0, 0), "vitals"),
+    "DiasBP": (62, 9, (-.7, 0, 0, 0), "vitals"),
+    "MAP": (80, 10, (-.9, 0, 0, 0), "vitals"), "RespRate": (18, 4, (.2, .8, 0, .2), "vitals"),
+    "SpO2": (97, 2, (0, -.8, 0, 0), "vitals"),
+    "Temp": (37, .6, (0, 0, 0, .6), "vitals"), "Urine": (110, 60, (-.2, 0, -.8, 0), "vitals"),
+    "GCS": (12, 2.5, (0, -.2, 0, -.8), "neuro"),
+    "PupilSize": (3, .8, (0, 0, 0, .4), "neuro"), "CVP": (9, 3, (.5, 0, .3, 0), "neuro"),
+    "FiO2": (.5, .12, (0, .8, 0, 0), "gas"),
+    "pH": (7.38, .06, (-.3, -.4, -.5, 0), "gas"), "PaO2": (120, 40, (0, -.7, 0, 0), "gas"),
+    "PaCO2": (40, 7, (0, .5, 0, 0), "gas"),
+    "Lactate": (2, 1, (.9, .2, .2, .2), "gas"), "BaseExcess": (0, 3, (-.5, 0, -.5, 0), "gas"),
+    "SaO2": (96, 2, (0, -.7, 0, 0), "gas"),
+    "Na": (139, 4, (0, 0, .2, 0), "chemistry"), "K": (4.1, .5, (0, 0, .6, 0), "chemistry"),
+    "Cl": (105, 5, (0, 0, .2, 0), "chemistry"),
     "HCO3": (24, 4, (-.2, 0, -.6, 0), "chemistry"), "BUN": (24, 12, (0, 0, .9, 0), "chemistry"),
     "Creatinine": (1.3, .6, (.1, 0, .9, 0), "chemistry"), "Glucose": (135, 35, (.2, 0, 0, .4), "chemistry"),
-    "Mg": (2, .3, (0, 0, .2, 0), "chemistry"), "Ca": (8.4, .6, (0, 0, -.2, 0), "chemistry"), "Phosphate": (3.5, 1, (0, 0, .5, 0), "chemistry"),
-    "HCT": (31, 4, (-.2, 0, 0, 0), "blood"), "Platelets": (200, 80, (0, 0, 0, -.5), "blood"), "WBC": (12, 5, (.1, 0, 0, .7), "blood"),
-    "Haemoglobin": (10.4, 1.4, (-.2, 0, 0, 0), "blood"), "INR": (1.3, .3, (.2, 0, 0, .5), "blood"), "PTT": (35, 10, (.1, 0, 0, .4), "blood"),
-    "ALT": (60, 40, (.3, 0, 0, .4), "liver"), "AST": (70, 50, (.4, 0, 0, .4), "liver"), "Bilirubin": (1.2, .8, (0, 0, 0, .6), "liver"),
-    "Albumin": (3, .5, (0, 0, 0, -.5), "liver"), "ALP": (90, 35, (0, 0, 0, .3), "liver"), "Troponin": (1, .7, (.8, 0, 0, 0), "liver"),
+    "Mg": (2, .3, (0, 0, .2, 0), "chemistry"), "Ca": (8.4, .6, (0, 0, -.2, 0), "chemistry"),
+    "Phosphate": (3.5, 1, (0, 0, .5, 0), "chemistry"),
+    "HCT": (31, 4, (-.2, 0, 0, 0), "blood"), "Platelets": (200, 80, (0, 0, 0, -.5), "blood"),
+    "WBC": (12, 5, (.1, 0, 0, .7), "blood"),
+    "Haemoglobin": (10.4, 1.4, (-.2, 0, 0, 0), "blood"), "INR": (1.3, .3, (.2, 0, 0, .5), "blood"),
+    "PTT": (35, 10, (.1, 0, 0, .4), "blood"),
+    "ALT": (60, 40, (.3, 0, 0, .4), "liver"), "AST": (70, 50, (.4, 0, 0, .4), "liver"),
+    "Bilirubin": (1.2, .8, (0, 0, 0, .6), "liver"),
+    "Albumin": (3, .5, (0, 0, 0, -.5), "liver"), "ALP": (90, 35, (0, 0, 0, .3), "liver"),
+    "Troponin": (1, .7, (.8, 0, 0, 0), "liver"),
 }
-# panel: (chance an hour at severity 0, added chance a unit of severity, chance that one variable of a drawn panel is missing)
-_SYNTHETIC_PANELS = {"vitals": (.55, .15, .15), "neuro": (.2, .08, .3), "gas": (.06, .06, .1), "chemistry": (.07, .03, .1),
+# panel: (chance an hour at severity 0, added chance a unit of severity, chance that one variable of a drawn panel is
+# missing)
+_SYNTHETIC_PANELS = {"vitals": (.55, .15, .15), "neuro": (.2, .08, .3), "gas": (.06, .06, .1),
+                     "chemistry": (.07, .03, .1),
                      "blood": (.06, .02, .15), "liver": (.02, .015, .25)}
 _SYNTHETIC_HOURS = 48
 _SYNTHETIC_BLOCK = 1000  # stays
@@ -64,21 +79,23 @@ def synthetic_cohort(stays: int = 1000, seed: int = 2012) -> Cohort:
 
 
 def synthetic_parts(stays: int, seed: int = 2012):
-    """Yield the embedded cohort in blocks of at most 1,000 stays and nearly equal size (so that each holds every variable): what is held
-    in memory does not grow with the cohort."""
+    """Yield the embedded cohort in blocks of at most 1,000 stays and nearly equal size (so that each holds every
+    variable): what is held in memory does not grow with the cohort."""
     blocks = -(-stays // _SYNTHETIC_BLOCK)
     for block in range(blocks):
         first, end = (stays * b // blocks for b in (block, block + 1))
         # NumPy pads a seed with zeros: block 0 of a cohort draws what the whole cohort drew before there were blocks.
-        yield _synthetic_block([f"synthetic-{i:0{len(str(stays))}d}" for i in range(first, end)], np.random.default_rng([seed, stays, block]))
+        yield _synthetic_block([f"synthetic-{i:0{len(str(stays))}d}" for i in range(first, end)],
+                               np.random.default_rng([seed, stays, block]))
 
 
 def _synthetic_block(ids: list[str], rng: np.random.Generator) -> Cohort:
     """The stays `ids` of the embedded cohort, vectorised over stays.
 
-    Four organ processes a stay (circulation, lungs, kidneys, brain/infection) wander as mean-reverting noise around a level and a trend.
-    Charted values load on them with a baseline of the stay's own, which hides the level; severe hours are charted more often. Death
-    depends on the *trajectory*: how much the organs worsened over the stay, and whether two failed at once at the end.
+    Four organ processes a stay (circulation, lungs, kidneys, brain/infection) wander as mean-reverting noise around a
+    level and a trend. Charted values load on them with a baseline of the stay's own, which hides the level; severe
+    hours are charted more often. Death depends on the *trajectory*: how much the organs worsened over the stay, and
+    whether two failed at once at the end.
     """
     stays, hours = len(ids), np.arange(_SYNTHETIC_HOURS)
     # Organ processes [P, 48, 4]: level + trend + Ornstein-Uhlenbeck noise.
@@ -102,7 +119,8 @@ def _synthetic_block(ids: list[str], rng: np.random.Generator) -> Cohort:
         stay.append(s), minute.append(m), variable.append(np.full(len(s), v)), value.append(x)
 
     everyone = np.arange(stays)
-    for name, x in (("Age", age.round()), ("Gender", rng.integers(0, 2, stays)), ("Height", rng.normal(170, 10, stays).round(1)),
+    for name, x in (("Age", age.round()), ("Gender", rng.integers(0, 2, stays)),
+                    ("Height", rng.normal(170, 10, stays).round(1)),
                     ("Weight", rng.normal(82, 18, stays).clip(35).round(1))):
         recorded = rng.random(stays) > (.3 if name == "Height" else .03)
         add(everyone[recorded], np.zeros(recorded.sum()), names.index(name), x[recorded])
@@ -113,14 +131,16 @@ def _synthetic_block(ids: list[str], rng: np.random.Generator) -> Cohort:
         for v, (mean, sd, loading, home) in enumerate(_SYNTHETIC_VARIABLES.values()):
             if home == panel:
                 kept = rng.random(len(s)) > missing
-                z = baseline[s[kept], v] + organs[s[kept], hour[kept]] @ np.array(loading) + rng.normal(0, .4, kept.sum())
+                error = rng.normal(0, .4, kept.sum())
+                z = baseline[s[kept], v] + organs[s[kept], hour[kept]] @ np.array(loading) + error
                 add(s[kept], at[kept], v, np.maximum(mean + sd * z, mean * .05 if mean > 0 else -np.inf))
-    return build_cohort("embedded synthetic cohort", names, *(np.concatenate(x) for x in (stay, minute, variable, value)), stay_id=ids, label=label)
+    return build_cohort("embedded synthetic cohort", names,
+                        *(np.concatenate(x) for x in (stay, minute, variable, value)), stay_id=ids, label=label)
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # From events in any order to a cohort, in bounded memory
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 BLOCK = 2**22  # events that are sorted at once; a stay is never divided
 
@@ -130,7 +150,7 @@ class Events(NamedTuple):
 
     table: Table
     stay: pd.Categorical
-    time: np.ndarray                       # [e] float64 minutes since admission, or datetime64[us] clock times, NaT: static
+    time: np.ndarray                       # [e] float64 minutes since admission; or datetime64[us], NaT: static
     variable: pd.Categorical
     value: np.ndarray                      # [e] NaN: none
     row: np.ndarray | slice = slice(None)  # [e] the row of each in the table
@@ -163,7 +183,8 @@ class _Spool:
         """rename: {variable: (name, factor, offset)}. Raises InputError where no event is usable."""
         self.folder, self.report, self.rename = folder, report, rename
         self.stays, self.variables, self.subject, self.points = {}, {}, {}, []  # names -> codes
-        self.types, self.seconds, self.valued = {}, False, np.zeros((2, 0), dtype=np.int64)  # [2, V] events without and with a value
+        self.types, self.seconds = {}, False
+        self.valued = np.zeros((2, 0), dtype=np.int64)  # [2, V] events without and with a value
         stretches = []
         with ExitStack() as stack:
             bar = stack.enter_context(tqdm(desc="reading", unit=" events", unit_scale=True, disable=None, delay=5))
@@ -189,30 +210,33 @@ class _Spool:
             self.points.append((place[events.points[0]], *events.points[1:]))
         if events.subject is not None:
             self.note_subjects(table, place[events.stay.codes], events.subject)
-        named = (place[events.stay.codes] >= 0) & (time == time if time.dtype == np.float64 else True) & ~np.asarray(events.skip)
+        timed = ~np.isnan(time) if time.dtype == np.float64 else True  # a clock time that is missing is static
+        named = (place[events.stay.codes] >= 0) & timed & ~np.asarray(events.skip)
+        value, variables = events.value, events.variable.categories
+        if self.rename:
+            scale = np.array([self.rename.get(name, (name, 1, 0))[1:] for name in variables] + [(1, 0)], dtype=float)
+            value = value * scale[events.variable.codes, 0] + scale[events.variable.codes, 1]
+            table.note("values renamed or rescaled by --variables", events.variable.isin(list(self.rename)), events.row)
         with np.errstate(over="ignore"):
-            value = events.value.astype(np.float32)
+            value = value.astype(np.float32)
         unusable = np.isinf(value) if empty else ~np.isfinite(value)
         nameless = named & (events.variable.codes < 0)
         used = named & ~nameless & ~unusable
-        for reason, bad in (("rows with an empty variable", nameless), ("rows without a finite value", named & ~nameless & unusable)):
+        for reason, bad in (("rows with an empty variable", nameless),
+                            ("rows without a finite value", named & ~nameless & unusable)):
             table.note(reason, bad, events.row)
 
         variable = events.variable.codes[used]
-        found = np.flatnonzero(np.bincount(variable, minlength=1))  # a variable of which no event is usable does not exist
-        names = [self.rename.get(name, (name,))[0] for name in events.variable.categories[found]]
-        code = np.zeros(len(events.variable.categories), dtype=np.int32)
-        code[found] = _codes(self.variables, names)[:-1]
+        # A variable of which no event is usable does not exist.
+        found = np.flatnonzero(np.bincount(variable, minlength=1))
+        code = np.zeros(len(variables), dtype=np.int32)
+        code[found] = _codes(self.variables, [self.rename.get(name, (name,))[0] for name in variables[found]])[:-1]
         arrays = {"time": time[used], "variable": code[variable], "value": value[used]}
-        if self.rename:
-            factor, offset = np.array([self.rename.get(name, (name, 1, 0))[1:] for name in events.variable.categories], dtype=float).reshape(-1, 2).T
-            arrays["value"] = (events.value[used] * factor[variable] + offset[variable]).astype(np.float32)
-            changed = np.array([name in self.rename for name in events.variable.categories], dtype=bool)[variable]
-            self.report.counts["values renamed or rescaled by --variables"] += int(changed.sum())
         if events.set_key is not None:
             arrays["set_key"] = events.set_key[used]
         if self.types and {name: array.dtype for name, array in arrays.items()} != self.types:
-            raise InputError(f"{table.place(0)}: clock times or set numbers here and none elsewhere; write all files alike")
+            raise InputError(f"{table.place(0)}: clock times or set numbers here and none elsewhere; write all files "
+                             "alike")
         if time.dtype != np.float64 and not self.seconds:
             clock = arrays["time"][~np.isnat(arrays["time"])].view(np.int64)
             self.seconds = bool((clock % MINUTE).any())
@@ -261,8 +285,7 @@ class _Spool:
         first = (np.cumsum(self.stretch_length) - self.stretch_length)[stretch]
         before = np.cumsum(events[used]) - events[used]
         edges = [0, *(np.flatnonzero(np.diff(before // BLOCK)) + 1), len(used)]
-        bar = tqdm(desc="sorting", total=len(used), unit=" stays", unit_scale=True, disable=None, delay=5)
-        for a, b in zip(edges, edges[1:]):
+        for a, b in tqdm([*zip(edges, edges[1:])], desc="sorting", disable=None, delay=5):
             some = slice(*np.searchsorted(stretch_rank, (a, b)))
             place = ranges(first[some], length[some])
             read = {name: np.memmap(self.folder / name, kind, "r")[place] for name, kind in self.types.items()}
@@ -272,18 +295,19 @@ class _Spool:
                 minute, offset, origin = since_first(minute, stay, b - a)
             elif "set_key" in read:  # a set that spans several minutes is charted at its first
                 minute = pd.Series(minute).groupby([stay, read["set_key"]]).transform("min").to_numpy()
-            part = build_cohort(source.name, variables, stay, minute, variable_rank[read["variable"]], read["value"], stays[used[a:b]],
-                                split=split[a:b], set_key=read.get("set_key"), subject=subject[a:b], origin=origin, offset=offset,
-                                whole=True, **source.given)
+            part = build_cohort(source.name, variables, stay, minute, variable_rank[read["variable"]], read["value"],
+                                stays[used[a:b]], split=split[a:b], set_key=read.get("set_key"), subject=subject[a:b],
+                                origin=origin, offset=offset, whole=True, **source.given)
             if not self.seconds:
                 part.event_offset = np.zeros(0, dtype=np.int32)
-            self.report.counts["events given more than once (same stay, minute, variable and value; kept)"] += duplicates(part)
+            again = "events given more than once (same stay, minute, variable and value; kept)"
+            self.report.counts[again] += duplicates(part)
             if points:
                 rows = slice(*np.searchsorted(points[0], (a, b)))
-                part = with_points(part, np.bincount(points[0][rows] - a, minlength=b - a), points[1][rows], points[2][rows])
+                part = with_points(part, np.bincount(points[0][rows] - a, minlength=b - a), points[1][rows],
+                                   points[2][rows])
             if b == len(used):
                 part.notes, part.examples = {**part.notes, **self.report.counts}, self.report.examples
-            bar.update(b - a)
             yield part
 
     def note_variables(self, variables: np.ndarray, valued: np.ndarray, source: Source) -> None:
@@ -292,23 +316,23 @@ class _Spool:
         for name in variables:
             alike.setdefault("".join(name.split()).casefold(), []).append(str(name))
         alike = [names for names in alike.values() if len(names) > 1]
-        notes = {"variables whose names differ only by case or spaces (kept apart)": (sum(map(len, alike)), alike and ", ".join(alike[0])),
-                 "events without a value of variables that have values elsewhere (their presence counts)":
-                     (int(valued[0][valued[1] > 0].sum()), None)}
+        counts = self.report.counts
+        if alike:
+            reason = "variables whose names differ only by case or spaces (kept apart)"
+            counts[reason], self.report.examples[reason] = sum(map(len, alike)), ", ".join(alike[0])
+        reason = "events without a value of variables that have values elsewhere (their presence counts)"
+        counts[reason] += int(valued[0][valued[1] > 0].sum())
         for name, rows in source.given.items():
             known = np.isin(variables, rows.index)
             how = "fitted" if name == "statistics" else "hashed from the name"
-            notes[f"variables without given {name} ({how})"] = int((~known).sum()), None
-            notes[f"given {name} of no variable"] = len(rows) - int(known.sum()), None
-        for reason, (count, example) in notes.items():
-            self.report.counts[reason] += count
-            if example:
-                self.report.examples[reason] = example
+            counts[f"variables without given {name} ({how})"] = int((~known).sum())
+            counts[f"given {name} of no variable"] = len(rows) - int(known.sum())
 
 
 def since_first(time: np.ndarray, stay: np.ndarray, stays: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Minutes [e] since the minute of each stay's first event, microseconds [e] within the minute (-1: static, at minute 0), and that minute
-    [stays] on the clock (NaT: all of the stay is static). time: datetime64[us], NaT: static."""
+    """Minutes [e] since the minute of each stay's first event, microseconds [e] within the minute (-1: static, at
+    minute 0), and that minute [stays] on the clock (NaT: all of the stay is static). time: datetime64[us], NaT:
+    static."""
     static, time = np.isnat(time), time.view(np.int64)
     minute = time // MINUTE
     origin = np.full(stays, np.iinfo(np.int64).max)
@@ -320,7 +344,8 @@ def since_first(time: np.ndarray, stay: np.ndarray, stays: int) -> tuple[np.ndar
 
 def duplicates(cohort: Cohort) -> int:
     """How many events equal an earlier one of their set (by a 64-bit hash)."""
-    key = np.repeat(np.arange(len(cohort.set_minute), dtype=np.uint64), np.diff(cohort.set_start)) * np.uint64(len(cohort.variables))
+    key = np.repeat(np.arange(len(cohort.set_minute), dtype=np.uint64),
+                    np.diff(cohort.set_start)) * np.uint64(len(cohort.variables))
     key += cohort.event_variable.astype(np.uint64)
     key *= np.uint64(0x9E3779B97F4A7C15)
     key ^= cohort.event_value.view(np.uint32).astype(np.uint64) * np.uint64(0xC2B2AE3D27D4EB4F)
@@ -328,29 +353,32 @@ def duplicates(cohort: Cohort) -> int:
     return int((key[1:] == key[:-1]).sum())
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Labels, splits and subjects: what is told of stays that were read, attached after the cache
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 _IDS = ("stay_id", "ts_id", "RecordID", "subject_id")
 _LABELS = ("label", "boolean_value", "in_hospital_mortality", "In-hospital_death")
-_TIMES = {"minute": float, "hour": float, "prediction_time": np.datetime64}
+_TIMES = {"minute": TIME, "hour": float, "prediction_time": np.datetime64}
 
 
-_SPLIT_WORDS = {"train": 0, "valid": 1, "val": 1, "validation": 1, "dev": 1, "tuning": 1, "test": 2, "held_out": 2, "heldout": 2}
+_SPLIT_WORDS = {"train": 0, "valid": 1, "val": 1, "validation": 1, "dev": 1, "tuning": 1, "test": 2, "held_out": 2,
+                "heldout": 2}
 
 
 def _split_codes(table: Table) -> np.ndarray:
     """[rows] code of column `split`, None where it is empty."""
     split = table["split"]
-    codes = np.array([_SPLIT_WORDS.get(word.lower(), -1) for word in split.categories] + [None], dtype=object)[split.codes]
+    codes = np.array([_SPLIT_WORDS.get(word.lower(), -1) for word in split.categories] + [None],
+                     dtype=object)[split.codes]
     table.refuse("split", codes == -1, "; it is one of train, valid, test (or val, validation, dev, tuning, held_out)")
     return codes
 
 
 def _plain_ids(ids) -> pd.Index:
     """Ids by which two tables meet: a whole number that one of them wrote as a float (200001.0) loses its .0."""
-    return pd.Index([text[:-2] if text.endswith(".0") and text[:-2].isdigit() else text for text in map(str, ids)], dtype=object)
+    return pd.Index([text[:-2] if text.endswith(".0") and text[:-2].isdigit() else text for text in map(str, ids)],
+                    dtype=object)
 
 
 def _one_of(path: Path, names: list[str], wanted) -> str:
@@ -366,7 +394,8 @@ def _told(table: Table, ids: np.ndarray, column: str, value) -> pd.Series:
     said = said[~said.duplicated()]
     again = said["id"].duplicated()
     rows = np.isin(np.arange(len(ids)), said.index[again])
-    table.refuse(column, rows, f", and another elsewhere for the same stay ({_some(said['id'][again].unique())}); give one")
+    table.refuse(column, rows,
+                 f", and another elsewhere for the same stay ({_some(said['id'][again].unique())}); give one")
     return said[~again].set_index("id")["value"]
 
 
@@ -407,27 +436,31 @@ def _labels(table: Table, name: str, positive: str | None) -> np.ndarray:
     """[rows] float labels, NaN where the cell is empty."""
     if positive is None:
         label = table[name]
-        table.refuse(name, ~(np.isnan(label) | (label == 0) | (label == 1)), ", not 0 or 1; mend the line, or say --positive WORD")
+        table.refuse(name, ~(np.isnan(label) | (label == 0) | (label == 1)),
+                     ", not 0 or 1; mend the line, or say --positive WORD")
         return label
     words = [word.lower() for word in table[name].categories]
     if positive.lower() not in words or len(words) > 2:
-        raise InputError(f"{table.paths[0]}: --positive {positive}: {name} is one of {_some(words)}; give one of two words")
+        raise InputError(f"{table.paths[0]}: --positive {positive}: {name} is one of {_some(words)}; give one of two "
+                         "words")
     return np.array([float(word == positive.lower()) for word in words] + [np.nan])[table[name].codes]
 
 
 def _with_labels(cohort: Cohort, files: list[Path], positive: str | None = None, points: bool = True) -> Cohort:
-    """The cohort with what its labels' files tell: an id, a label of 0 or 1 (or empty), and perhaps split, subject_id and a time: `minute`
-    or `hour` of the stay or `prediction_time`. With times a row is a prediction point, without one a stay has one at its end.
+    """The cohort with what its labels' files tell: an id, a label of 0 or 1 (or empty), and perhaps split, subject_id
+    and a time: `minute` or `hour` of the stay or `prediction_time`. With times a row is a prediction point, without one
+    a stay has one at its end.
 
-    positive: the word that is label 1, the other one is 0. points: False takes split and subject alone. Raises InputError for another
-    label, and for two labels of one point.
+    positive: the word that is label 1, the other one is 0. points: False takes split and subject alone. Raises
+    InputError for another label, and for two labels of one point.
     """
     names = column_names(files[0])
     id_column, label_column = (_one_of(files[0], names, wanted) for wanted in (_IDS, _LABELS))
     timed = next((name for name in _TIMES if name in names), None)
     if not timed and "time" in names:
         raise InputError(f"{files[0]}: its column time has no unit; name it minute or hour")
-    optional = {"split": str} | ({"subject_id": str} if id_column != "subject_id" else {}) | ({timed: _TIMES[timed]} if timed else {})
+    optional = {"split": str} | ({"subject_id": str} if id_column != "subject_id" else {}) | ({timed: _TIMES[timed]}
+                                                                                              if timed else {})
     table = read_table(files, {id_column: str, label_column: str if positive else float}, optional)
     table.refuse(id_column, table[id_column].codes < 0, "; name the stay or remove the line")
     ids, stays, label = _ids(table[id_column]), _plain_ids(cohort.stay_id), _labels(table, label_column, positive)
@@ -449,7 +482,8 @@ def _with_labels(cohort: Cohort, files: list[Path], positive: str | None = None,
         rows["at"] = table[timed] if timed != "hour" else table[timed] * 60
     again = rows.duplicated().to_numpy()
     other = rows.duplicated(["id", "at"]).to_numpy() & ~again
-    table.refuse(id_column, other, f", labelled twice and not alike ({_some(rows['id'][other].unique())}); keep one line of each")
+    table.refuse(id_column, other,
+                 f", labelled twice and not alike ({_some(rows['id'][other].unique())}); keep one line of each")
     table.report.settle()
     table.note("labels given more than once", again)
     table.note("outcomes of no stay with a usable event", ~again & ~rows["id"].isin(stays).to_numpy())
@@ -458,17 +492,19 @@ def _with_labels(cohort: Cohort, files: list[Path], positive: str | None = None,
     place = pd.Index(asked).get_indexer(stays)                             # [P] of each stay in `asked`, -1: nowhere
     count = np.append(count, 0)[place]                                     # [P]
     row = ranges(np.append(first, 0)[place], count)                        # [Q]
-    stay, label, at = np.repeat(np.arange(len(cohort)), count), rows["label"].to_numpy()[row], rows["at"].to_numpy()[row]
+    stay, label, at = np.repeat(np.arange(len(cohort)),
+                                count), rows["label"].to_numpy()[row], rows["at"].to_numpy()[row]
     if not timed:
         labels = np.full(len(cohort), -1)
         labels[stay] = label
         table.report.counts["stays without an outcome (unlabelled)"] = int((labels < 0).sum())
         return at_end(_noted(cohort, table.report), labels)
     table.report.counts["stays without a question"] = int((count == 0).sum())
-    if timed == "prediction_time":
+    if at.dtype.kind == "M":
         origin = np.array(cohort.origin)
         if np.isnat(origin).all():
-            raise InputError(f"{files[0]}: prediction_time is a clock time, which these data do not know; give minute or hour of the stay")
+            raise InputError(f"{files[0]}: {timed} is a clock time, which these data do not know; give minute or hour "
+                             "of the stay")
         # A stay of static events alone knows no clock: its first question sets it.
         unknown = np.isnat(origin) & (count > 0)
         origin[unknown] = at[np.searchsorted(stay, np.flatnonzero(unknown))].astype("datetime64[m]")
@@ -478,9 +514,9 @@ def _with_labels(cohort: Cohort, files: list[Path], positive: str | None = None,
     return with_points(_noted(cohort, table.report), count, at, label)
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Reader: PhysioNet / CinC Challenge 2012
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 _DESCRIPTORS = ("Age", "Gender", "Height", "ICUType", "Weight")  # -1 means "not recorded"
 _CLOCK = re.compile(r"\d{1,6}:[0-5]\d")
@@ -511,7 +547,8 @@ def _stay_a_file(table: Table, known: dict) -> pd.Categorical:
     """[rows] stays named by their files. known: stay -> file; InputError where two files give one name."""
     for path in table.paths:
         if known.setdefault(path.stem, path) != path:
-            raise InputError(f"{path}: stay {path.stem} occurs more than once, see {known[path.stem]}; give each stay an id of its own")
+            raise InputError(f"{path}: stay {path.stem} occurs more than once, see {known[path.stem]}; give each stay "
+                             "an id of its own")
     return pd.Categorical.from_codes(table.file, [path.stem for path in table.paths])
 
 
@@ -520,20 +557,26 @@ def _physionet2012_sets(folder: Path) -> dict[str, Path]:
 
 
 def read_physionet2012(folder: Path, report: Report) -> Source:
-    """Sets a, b, c of the Challenge 2012 (Silva et al. 2012), whichever lie in `folder`. Label: in-hospital death, of Outcomes-a.txt.
+    """Sets a, b, c of the Challenge 2012 (Silva et al. 2012), whichever lie in `folder`. Label: in-hospital death, of
+    Outcomes-a.txt.
 
-    The outcome files' scores and lengths of stay never become inputs. ICUType is categorical: one event per type, of value 1.
+    The outcome files' scores and lengths of stay never become inputs. ICUType is categorical: one event per type, of
+    value 1.
     """
     def events(known={}):
-        for table in tables(_record_files(sets, ".txt"), {"Time": str, "Parameter": str, "Value": VALUE}, report=report):
-            stay, time, parameter, value = _stay_a_file(table, known), table["Time"], table["Parameter"], table["Value"].copy()
+        for table in tables(_record_files(sets, ".txt"), {"Time": str, "Parameter": str, "Value": VALUE},
+                            report=report):
+            stay, time, parameter, value = _stay_a_file(table,
+                                                        known), table["Time"], table["Parameter"], table["Value"].copy()
             clock = np.array([bool(_CLOCK.fullmatch(text)) for text in time.categories] + [False])[time.codes]
             table.refuse("Time", ~clock, ", not HH:MM; mend or remove the line")
-            minutes = np.array([int(t[:-3]) * 60 + int(t[-2:]) if _CLOCK.fullmatch(t) else np.nan for t in time.categories] + [np.nan])
+            minutes = np.array([int(t[:-3]) * 60 + int(t[-2:]) if _CLOCK.fullmatch(t) else np.nan
+                                for t in time.categories] + [np.nan])
             kinds, code = list(parameter.categories), parameter.codes.astype(np.int64)
             identity, icu = (code == (kinds.index(name) if name in kinds else -2) for name in ("RecordID", "ICUType"))
             own = pd.to_numeric(pd.Series(stay.categories), errors="coerce").to_numpy()[stay.codes]
-            table.refuse("Value", identity & (value != own), ", the RecordID of another record than the file's name says; rename the file")
+            table.refuse("Value", identity & (value != own),
+                         ", the RecordID of another record than the file's name says; rename the file")
             unrecorded = np.isin(code, [i for i, name in enumerate(kinds) if name in _DESCRIPTORS]) & (value == -1)
             table.note("descriptors not recorded (-1)", unrecorded)
             icu &= np.isfinite(value) & ~unrecorded
@@ -541,19 +584,22 @@ def read_physionet2012(folder: Path, report: Report) -> Source:
                 code[icu & (value == kind)] = len(kinds)
                 kinds.append(f"ICUType={kind:g}")
             value[icu] = 1
-            yield Events(table, stay, minutes[time.codes], pd.Categorical.from_codes(code, kinds), value, skip=identity | unrecorded)
+            yield Events(table, stay, minutes[time.codes], pd.Categorical.from_codes(code, kinds), value,
+                         skip=identity | unrecorded)
     sets = _physionet2012_sets(folder)
     return Source("PhysioNet 2012 set " + "+".join(sets), events())
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Reader: the original implementation's layout
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 def _original_files(folder: Path) -> list[Path]:
-    """The stays' files: patient_ehr/{train,valid,test}/*.parquet or *.csv of `folder`, which may be patient_ehr itself."""
+    """The stays' files: patient_ehr/{train,valid,test}/*.parquet or *.csv of `folder`, which may be patient_ehr
+    itself."""
     home = folder if folder.name == "patient_ehr" else folder / "patient_ehr"
-    return [path for split in SPLITS for path in sorted((home / split).glob("[!.]*")) if path.suffix in (".parquet", ".csv")]
+    return [path for split in SPLITS for path in sorted((home / split).glob("[!.]*"))
+            if path.suffix in (".parquet", ".csv")]
 
 
 def _original_sources(folder: Path) -> list[Path]:
@@ -579,10 +625,12 @@ class _NumberType:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Admits containers, strings, numbers and NumPy scalars, the last by stand-ins: nothing that the file names is imported or called."""
+    """Admits containers, strings, numbers and NumPy scalars, the last by stand-ins: nothing that the file names is
+    imported or called."""
 
     _STAND_INS = {("numpy", "dtype"): _NumberType, ("numpy._core.multiarray", "scalar"): _NumberType.scalar,
-                  ("numpy.core.multiarray", "scalar"): _NumberType.scalar, ("_codecs", "encode"): lambda text, _: text.encode("latin1")}
+                  ("numpy.core.multiarray", "scalar"): _NumberType.scalar, ("_codecs", "encode"): lambda text,
+                  _: text.encode("latin1")}
 
     def find_class(self, module, name):
         try:
@@ -592,15 +640,17 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def _read_statistics(path: Path) -> pd.DataFrame:
-    """mean and std by variable, from a CSV (variable,mean,std) or a pickle {variable: {"mean": .., "std": ..}}. Left out: those of a
-    variable whose mean is not finite or whose std is zero or not finite, so that they are fitted. InputError for a negative std."""
+    """mean and std by variable, from a CSV (variable,mean,std) or a pickle {variable: {"mean": .., "std": ..}}. Left
+    out: those of a variable whose mean is not finite or whose std is zero or not finite, so that they are fitted.
+    InputError for a negative std."""
     if path.suffix == ".pkl":
         try:
             with open(path, "rb") as file:
                 content = _PlainUnpickler(file).load()
             known = {str(name): (float(entry["mean"]), float(entry["std"])) for name, entry in content.items()}
         except Exception as error:  # a damaged or hostile pickle raises anything
-            raise InputError(f"{path}: not a plain pickle of {{variable: {{'mean': number, 'std': number}}}} ({type(error).__name__}: {error}); "
+            raise InputError(f"{path}: not a plain pickle of {{variable: {{'mean': number, 'std': number}}}} "
+                             f"({type(error).__name__}: {error}); "
                              "write it so, or as CSV with variable,mean,std") from None
         given = pd.DataFrame.from_dict(known, orient="index", columns=["mean", "std"])
         if (given["std"] < 0).any():
@@ -608,7 +658,8 @@ def _read_statistics(path: Path) -> pd.DataFrame:
     elif path.suffix == ".csv":
         table = read_table([path], {"variable": str, "mean": float, "std": float})
         names = pd.Index(table["variable"])
-        table.refuse("variable", names.isna() | names.duplicated(), ", where each line names another one; mend or remove the line")
+        table.refuse("variable", names.isna() | names.duplicated(),
+                     ", where each line names another one; mend or remove the line")
         table.refuse("std", table["std"] < 0, ", below 0; mend the line")
         table.report.settle()
         given = pd.DataFrame({"mean": table["mean"], "std": table["std"]}, index=names.astype(object))
@@ -619,10 +670,12 @@ def _read_statistics(path: Path) -> pd.DataFrame:
 
 
 def _read_vectors(path: Path) -> pd.DataFrame:
-    """One vector a variable: `Key`, then a column each dimension. A column without a name (a row number that pandas wrote) is none."""
+    """One vector a variable: `Key`, then a column each dimension. A column without a name (a row number that pandas
+    wrote) is none."""
     table = read_table([path], {"Key": str}, rest=float)
     names = pd.Index(table["Key"])
-    table.refuse("Key", names.isna() | names.duplicated(), ", where each line names another variable; mend or remove the line")
+    table.refuse("Key", names.isna() | names.duplicated(),
+                 ", where each line names another variable; mend or remove the line")
     columns = {name: column for name, column in table.columns.items() if name != "Key"}
     if not columns:
         raise InputError(f"{path}: no column beside Key; add one for each dimension")
@@ -641,17 +694,20 @@ def _minutes(table: Table) -> np.ndarray:
 
 
 def read_original(folder: Path, report: Report, params_map: Path | None = None) -> Source:
-    """patient_ehr/{train,valid,test}/<id>.parquet or .csv: variable, value, minute and perhaps set_index, which then tells the sets apart.
+    """patient_ehr/{train,valid,test}/<id>.parquet or .csv: variable, value, minute and perhaps set_index, which then
+    tells the sets apart.
 
-    The folder is the stay's split. params_map: see `_read_statistics`; cached.csv beside patient_ehr: see `_read_vectors`. A set that spans
-    several minutes is charted at its first.
+    The folder is the stay's split. params_map: see `_read_statistics`; cached.csv beside patient_ehr: see
+    `_read_vectors`. A set that spans several minutes is charted at its first.
     """
     def events(known={}):
-        for table in tables(files, {"variable": str, "value": VALUE, "minute": float}, {"set_index": float}, report=report):
+        for table in tables(files, {"variable": str, "value": VALUE, "minute": float}, {"set_index": float},
+                            report=report):
             key = table["set_index"] if "set_index" in table else None
             if key is not None:
                 table.refuse("set_index", ~np.isfinite(key), "; number the set, or leave the column out of all files")
-            yield Events(table, _stay_a_file(table, known), _minutes(table), table["variable"], table["value"], set_key=key)
+            yield Events(table, _stay_a_file(table, known), _minutes(table), table["variable"], table["value"],
+                         set_key=key)
     files = _original_files(folder)
     cached, given = files[0].parents[2] / "cached.csv", {}
     if params_map:
@@ -662,14 +718,14 @@ def read_original(folder: Path, report: Report, params_map: Path | None = None) 
     return Source("original layout (patient_ehr)", events(), split=split, given=given)
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Reader: one long table
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 def read_long_table(folder: Path, report: Report) -> Source:
-    """The table `events` (see `named_tables`): stay_id, minute, variable, value, and perhaps subject_id. Minutes count from admission (in
-    Parquet they may be durations, or clock times, which then count from the stay's first); an event without a value says that something
-    happened."""
+    """The table `events` (see `named_tables`): stay_id, minute, variable, value, and perhaps subject_id. Minutes count
+    from admission (in Parquet they may be durations, or clock times, which then count from the stay's first); an event
+    without a value says that something happened."""
     def events():
         columns = {"stay_id": str, "minute": TIME, "variable": str, "value": VALUE}
         for table in tables(files, columns, {"subject_id": str}, report=report):
@@ -677,34 +733,37 @@ def read_long_table(folder: Path, report: Report) -> Source:
             subject = table["subject_id"] if "subject_id" in table else None
             yield Events(table, table["stay_id"], _minutes(table), table["variable"], table["value"], subject=subject)
     files = named_tables(folder, "events")
-    return Source(f"long table {files[0].name}" + f" and {len(files) - 1} more" * (len(files) > 1), events(), by_id=True, empty=True)
+    return Source(f"long table {files[0].name}" + f" and {len(files) - 1} more" * (len(files) > 1), events(),
+                  by_id=True, empty=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Reader: MEDS (Medical Event Data Standard)
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 def _meds_events(folder: Path) -> list[Path]:
     return sorted((folder / "data").rglob("[!.]*.parquet"))
 
 
 def _meds_labels(folder: Path, task: str | None) -> list[Path]:
-    """The files of one task: a file or folder directly in labels/; entries named by numbers, or like splits, are shards of one."""
+    """The files of one task: a file or folder directly in labels/; entries named by numbers, or like splits, are shards
+    of one."""
     tasks = {}
     for path in sorted((folder / "labels").glob("[!.]*")):
         if files := table_files(path):
             shard = path.stem.isdigit() or path.stem in _SPLIT_WORDS
             tasks.setdefault("labels" if shard else path.stem, []).extend(files)
     if len(tasks) > 1 and task is None or task is not None and task not in tasks:
-        raise InputError(f"{folder / 'labels'}: holds the tasks {', '.join(tasks) or '(none)'}; choose one with --task NAME")
+        raise InputError(f"{folder / 'labels'}: holds the tasks {', '.join(tasks) or '(none)'}; choose one with --task "
+                         "NAME")
     return tasks[task or next(iter(tasks))] if tasks else []
 
 
 def read_meds(folder: Path, report: Report) -> Source:
     """data/**/*.parquet (subject_id, time or null = static, code, and perhaps numeric_value): a subject is a stay.
 
-    Minutes count from the minute of the subject's first timed event; static events lie at minute 0. A code without a number is an event
-    without a value. MEDS_DEATH never enters.
+    Minutes count from the minute of the subject's first timed event; static events lie at minute 0. A code without a
+    number is an event without a value. MEDS_DEATH never enters.
     """
     def events():
         columns = {"subject_id": str, "time": np.datetime64, "code": str}
@@ -718,9 +777,9 @@ def read_meds(folder: Path, report: Report) -> Source:
     return Source("MEDS", events(), by_id=True, empty=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Reader: PhysioNet / CinC Challenge 2019
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 _HOURLY_DESCRIPTORS = ("Age", "Gender", "Unit1", "Unit2", "HospAdmTime", "ICULOS")  # repeated in every row of a record
 
@@ -730,15 +789,16 @@ def _physionet2019_sets(folder: Path) -> dict[str, Path]:
 
 
 def read_physionet2019(folder: Path, report: Report) -> Source:
-    """training_setA/*.psv or training_setA.tar.gz, and training_setB (Reyna et al. 2019): a stay a file, a row an hour (minute 60 * row),
-    NaN = not measured.
+    """training_setA/*.psv or training_setA.tar.gz, and training_setB (Reyna et al. 2019): a stay a file, a row an hour
+    (minute 60 * row), NaN = not measured.
 
-    An hour is a prediction point, SepsisLabel its label (-1 where no file has the column), never an input. A descriptor, repeated every
-    hour, enters once, where it is first recorded (ICULOS then says how long the stay had lasted when the record begins; later hours are
-    the minutes themselves).
+    An hour is a prediction point, SepsisLabel its label (-1 where no file has the column), never an input. A
+    descriptor, repeated every hour, enters once, where it is first recorded (ICULOS then says how long the stay had
+    lasted when the record begins; later hours are the minutes themselves).
     """
     def events(known={}):
-        for table in tables(_record_files(_physionet2019_sets(folder), ".psv"), {}, {"SepsisLabel": float}, rest=VALUE, report=report):
+        for table in tables(_record_files(_physionet2019_sets(folder), ".psv"), {}, {"SepsisLabel": float}, rest=VALUE,
+                            report=report):
             file, sepsis = table.file, np.full(table.rows.sum(), -1.0)
             if "SepsisLabel" in table:
                 sepsis = table["SepsisLabel"]
@@ -751,34 +811,41 @@ def read_physionet2019(folder: Path, report: Report) -> Source:
             repeated &= pd.Series(file[row] * len(names) + variable).duplicated().to_numpy()
             table.note("repeated descriptors", repeated, row)
             minute = 60.0 * ranges(np.zeros(len(table.rows), dtype=np.int64), table.rows)
-            yield Events(table, stay[row], minute[row], pd.Categorical.from_codes(variable, names), cells[row, variable], row, repeated,
+            yield Events(table, stay[row], minute[row], pd.Categorical.from_codes(variable, names),
+                         cells[row, variable], row, repeated,
                          points=(file, minute, np.nan_to_num(sepsis, nan=-1)))
     return Source("PhysioNet 2019", events())
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Choosing a reader, and the cache
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 class Reader(NamedTuple):
     name: str                                   # what it reads
     matches: Callable[[Path], bool]             # does it lie in this folder?
     sources: Callable[[Path], list[Path]]       # the files that its cohort depends on
     read: Callable[..., Source]                 # (folder, report, **options)
-    labels: Callable[[Path, str | None], list[Path]] = lambda folder, task: []  # (folder, task): the files of its labels
-    splits: Callable[[Path], list[Path]] = lambda folder: []                    # the files of its split
+    labels: Callable[[Path, str | None], list[Path]] = lambda folder, task: []  # its labels' files; of which task
+    splits: Callable[[Path], list[Path]] = lambda folder: []                    # its split's files
     options: tuple[str, ...] = ()               # what only it takes: params_map, task
 
 
 READERS = [  # the first that matches is taken
-    Reader("PhysioNet 2012 (set-a.tar.gz or set-a/ with Outcomes-a.txt)", lambda folder: bool(_physionet2012_sets(folder)),
+    Reader("PhysioNet 2012 (set-a.tar.gz or set-a/ with Outcomes-a.txt)",
+           lambda folder: bool(_physionet2012_sets(folder)),
            lambda folder: _record_files(_physionet2012_sets(folder), ".txt"), read_physionet2012,
-           lambda folder, _: [path for letter in _physionet2012_sets(folder) if (path := folder / f"Outcomes-{letter}.txt").is_file()]),
-    Reader("the original layout (patient_ehr/{train,valid,test}/<id>.parquet or .csv)", lambda folder: bool(_original_files(folder)),
+           lambda folder, _: [path for letter in _physionet2012_sets(folder)
+                              if (path := folder / f"Outcomes-{letter}.txt").is_file()]),
+    Reader("the original layout (patient_ehr/{train,valid,test}/<id>.parquet or .csv)",
+           lambda folder: bool(_original_files(folder)),
            _original_sources, read_original, options=("params_map",)),
-    Reader("a long table (events.csv or events.parquet, and labels.csv)", lambda folder: bool(named_tables(folder, "events")),
-           lambda folder: named_tables(folder, "events"), read_long_table, lambda folder, _: named_tables(folder, "labels")),
-    Reader("PhysioNet 2019 (training_setA/*.psv or training_setA.tar.gz, training_setB)", lambda folder: bool(_physionet2019_sets(folder)),
+    Reader("a long table (events.csv or events.parquet, and labels.csv)",
+           lambda folder: bool(named_tables(folder, "events")),
+           lambda folder: named_tables(folder, "events"), read_long_table,
+           lambda folder, _: named_tables(folder, "labels")),
+    Reader("PhysioNet 2019 (training_setA/*.psv or training_setA.tar.gz, training_setB)",
+           lambda folder: bool(_physionet2019_sets(folder)),
            lambda folder: _record_files(_physionet2019_sets(folder), ".psv"), read_physionet2019),
     Reader("MEDS (data/**/*.parquet)", lambda folder: bool(_meds_events(folder)), _meds_events, read_meds, _meds_labels,
            lambda folder: sorted(folder.glob("metadata/subject_splits.parquet")), ("task",)),
@@ -789,16 +856,20 @@ def _choose_reader(folder: Path) -> tuple[Reader, Path]:
     """The reader of what lies in the folder, or one level below or above it, and where that is."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; --data_dir takes the folder that holds the data")
-    for place in [folder, *[folder.parent] * (folder.name == "data")]:
-        for reader in READERS:
-            if reader.matches(place):
-                return reader, place
-    inside = [path for path in sorted(folder.iterdir()) if path.is_dir() and any(reader.matches(path) for reader in READERS)]
+    for reader in READERS:
+        if reader.matches(folder):
+            return reader, folder
+    if folder.name == "data" and READERS[-1].matches(folder.parent):
+        return READERS[-1], folder.parent
+    inside = [path for path in sorted(folder.iterdir()) if path.is_dir()
+              and any(reader.matches(path) for reader in READERS)]
     if len(inside) == 1:
         return _choose_reader(inside[0])
     if inside:
-        raise InputError(f"{folder}: the folders {_some([path.name for path in inside])} each hold data; name one with --data_dir")
-    raise InputError(f"{folder}: no data that a reader knows; expected one of: " + "; ".join(reader.name for reader in READERS))
+        raise InputError(f"{folder}: the folders {_some([path.name for path in inside])} each hold data; name one with "
+                         "--data_dir")
+    raise InputError(f"{folder}: no data that a reader knows; expected one of: "
+                     + "; ".join(reader.name for reader in READERS))
 
 
 def cache_home() -> Path:
@@ -808,12 +879,13 @@ def cache_home() -> Path:
 
 
 def _read_map(path: Path) -> dict:
-    """variable -> (name, factor, offset), of a CSV source,name,factor and perhaps offset: value * factor + offset is what enters."""
+    """variable -> (name, factor, offset), of a CSV source,name,factor and perhaps offset: value * factor + offset is
+    what enters."""
     table = read_table([path], {"source": str, "name": str, "factor": float}, {"offset": float})
     source, name, factor = table["source"], table["name"], table["factor"]
     offset = table["offset"] if "offset" in table else np.zeros(len(factor))
-    table.refuse("source", (source.codes < 0) | pd.Series(source.codes).duplicated().to_numpy(), ", where each line names another variable; mend "
-                 "or remove the line")
+    table.refuse("source", (source.codes < 0) | pd.Series(source.codes).duplicated().to_numpy(),
+                 ", where each line names another variable; mend or remove the line")
     table.refuse("name", name.codes < 0, "; give the name that the variable takes")
     table.refuse("factor", ~np.isfinite(factor), "; give 1 where the unit stays")
     table.refuse("offset", np.isinf(offset), "; give 0 where there is none")
@@ -821,27 +893,32 @@ def _read_map(path: Path) -> dict:
     return dict(zip(source, zip(name, factor, np.nan_to_num(offset))))
 
 
-def load_cohort(data_dir: str | None = None, synthetic_stays: int = 1000, cache_dir: Path | None = None, params_map: str | None = None,
-                label_file: str | None = None, task: str | None = None, hours: float | None = None, split_file: str | None = None,
+def load_cohort(data_dir: str | None = None, synthetic_stays: int = 1000, cache_dir: Path | None = None,
+                params_map: str | None = None, label_file: str | None = None, task: str | None = None,
+                hours: float | None = None, split_file: str | None = None,
                 positive: str | None = None, variables_map: str | None = None) -> Cohort:
-    """The cohort at `data_dir` (None: the embedded one), parsed once and then memory-mapped from the cache; labels, subjects and splits are
-    attached to it at each call, so that one cached cohort serves every task and its fingerprint knows none of them.
+    """The cohort at `data_dir` (None: the embedded one), parsed once and then memory-mapped from the cache; labels,
+    subjects and splits are attached to it at each call, so that one cached cohort serves every task and its fingerprint
+    knows none of them.
 
     Args:
         cache_dir: None: where the system keeps caches.
         params_map: statistics of the original layout.
-        label_file: a file or folder of labels that lie elsewhere, see `_with_labels`; positive: the word in it that is label 1.
+        label_file: a file or folder of labels that lie elsewhere, see `_with_labels`; positive: the word in it that is
+            label 1.
         task: which of several in a MEDS folder.
-        hours: one question a stay, asked so long after its first set, or at its end if that comes earlier.
+        hours: one question a stay, asked so long after its first set (but a birth), or at its end if that comes
+            earlier.
         split_file: CSV stay_id,split that overrides the data's own.
         variables_map: CSV that renames and rescales variables as they are read, see `_read_map`.
-    Raises InputError where the folder is missing, fits no reader, or holds a malformed file, and where an option is given that the reader
-    does not take.
+    Raises InputError where the folder is missing, fits no reader, or holds a malformed file, and where an option is
+    given that the reader does not take.
     """
-    given = {"params_map": params_map, "label_file": label_file, "split_file": split_file, "variables_map": variables_map}
+    given = {"params_map": params_map, "label_file": label_file, "split_file": split_file,
+             "variables_map": variables_map}
     options = {name: Path(path) for name, path in given.items() if path}
     folder = data_dir and Path(data_dir)
-    if folder is None:
+    if not folder:
         reader = Reader(f"the embedded cohort of {synthetic_stays} stays", None, lambda _: [], None)
     else:
         reader, folder = _choose_reader(folder)
@@ -854,30 +931,35 @@ def load_cohort(data_dir: str | None = None, synthetic_stays: int = 1000, cache_
     if task and label_file:
         raise InputError(f"--task {task}: --label_file names the labels already; leave one of them out")
     if variables_map and folder is None:
-        raise InputError(f"--variables {variables_map}: the embedded cohort has its names and units; leave the option out")
+        raise InputError(f"--variables {variables_map}: the embedded cohort has its names and units; leave the option "
+                         "out")
 
-    cohort = _cached(reader, folder, synthetic_stays, Path(cache_dir or cache_home()), {name: options[name] for name in ("params_map", "variables_map")
+    cohort = _cached(reader, folder, synthetic_stays, Path(cache_dir or cache_home()),
+                     {name: options[name] for name in ("params_map", "variables_map")
                                                                                         if name in options})
     if splits := reader.splits(folder):
         cohort = _with_splits(cohort, _read_splits(splits))
     if not (label_file and "task" in reader.options) and (files := reader.labels(folder, task)):
         cohort = _with_labels(cohort, files, positive, points=not label_file)
     if label_file:
-        cohort = _with_labels(cohort, table_files(options["label_file"]), positive)
+        if not (files := table_files(options["label_file"])):
+            raise InputError(f"--label_file {label_file}: a folder without CSV or Parquet files; name the labels' file")
+        cohort = _with_labels(cohort, files, positive)
     if hours:
         if not np.array_equal(cohort.point_minute, at_end(cohort, np.zeros(len(cohort))).point_minute):
             raise InputError(f"--hours {hours:g}: these labels have times of their own; leave the option out")
-        first, last = cohort.set_minute[cohort.stay_start[:-1]], cohort.point_minute
-        cohort = with_points(cohort, np.ones(len(cohort), dtype=np.int64), np.minimum(first + 60 * hours, last), cohort.label)
+        minute = np.minimum(cohort.admission + 60 * hours, cohort.point_minute)
+        cohort = with_points(cohort, np.ones(len(cohort), dtype=np.int64), minute, cohort.label)
     if split_file:
         cohort = _with_splits(cohort, _read_splits([options["split_file"]]))
-    return cohort
+    return replace(cohort, reader=f"{cohort.reader} in {folder}") if folder and folder != Path(data_dir) else cohort
 
 
 def _cached(reader: Reader, folder: Path | None, synthetic_stays: int, home: Path, options: dict[str, Path]) -> Cohort:
     """The data alone, from the cache in `home`; read into it where they are not there yet."""
     key = {"reader": reader.name, "options": list(options), "version": READER_VERSION, "sources":
-           [[str(p.resolve()), (s := p.stat()).st_size, s.st_mtime_ns] for p in [*reader.sources(folder), *options.values()]]}
+           [[str(p.resolve()), (s := p.stat()).st_size, s.st_mtime_ns]
+            for p in [*reader.sources(folder), *options.values()]]}
     cached = home / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     cohort = open_cache(cached)
     if cohort is not None:
@@ -886,7 +968,8 @@ def _cached(reader: Reader, folder: Path | None, synthetic_stays: int, home: Pat
         cached.parent.mkdir(parents=True, exist_ok=True)
     if folder is None:
         if (size := synthetic_stays * _SYNTHETIC_BYTES) > (free := shutil.disk_usage(cached.parent).free):
-            raise InputError(f"--synthetic_stays {synthetic_stays}: takes {size // 10**6:,} MB in {cached.parent}, where {free // 10**6:,} MB are "
+            raise InputError(f"--synthetic_stays {synthetic_stays}: takes {size // 10**6:,} MB in {cached.parent}, "
+                             f"where {free // 10**6:,} MB are "
                              "free; give fewer")
         write_cache(cached, synthetic_parts(synthetic_stays))
     else:
@@ -902,8 +985,8 @@ def _cached(reader: Reader, folder: Path | None, synthetic_stays: int, home: Pat
 # ----------------------------------------------------------------------------------------------------------------------
 
 def write_long_table(folder: Path, cohort: Cohort, labels: bool = True) -> Path:
-    """Write a cohort as a long table: events.csv and, with `labels`, labels.csv of a new folder. Raises InputError where
-    the folder exists."""
+    """Write a cohort as a long table: events.csv and, with `labels`, labels.csv of a new folder. Raises InputError
+    where the folder exists."""
     if folder.exists():
         raise InputError(f"{folder}: exists already; give a new folder")
     sets = np.repeat(np.arange(len(cohort.set_minute)), np.diff(cohort.set_start))

@@ -1,4 +1,5 @@
-"""Tables of any size: CSV (plain, .gz, .zip, or many records in a .tar.gz) and Parquet, read part by part and checked as they are read.
+"""Tables of any size: CSV (plain, .gz, .zip, or many records in a .tar.gz) and Parquet, read part by part and checked
+as they are read.
 
 Nothing here knows of stays or events.
 """
@@ -24,8 +25,11 @@ from data import MINUTE, InputError
 
 PART_BYTES, PART_ROWS = 2**25, 2**20  # of text, and of Parquet, that are parsed at once
 _RECORD_BYTES, _ARCHIVE_BYTES = 2**26, 2**31  # a record has a few thousand, an archive of 4,000 some 30 million
-_MISSING = ["", "NA", "N/A", "NaN", "nan", "null", "NULL", "None"]  # in a column of numbers; in a column of text NA may be sodium
+# In a column of numbers; in a column of text NA may be sodium.
+_MISSING = ["", "NA", "N/A", "NaN", "nan", "null", "NULL", "None"]
 _TABLE = re.compile(r"(.*?)(\.(csv|parquet|csv\.gz|csv\.zip))?")
+
+_BEYOND = re.compile(r"[<>]=?\s*([-+]?[\d.]+)\s*[^\d.]*")  # >100, <0.5, >60/minute
 
 # What a column may hold, beside str, float and np.datetime64 (a clock time):
 VALUE = "value"  # a number, or one beyond a measuring range (>100, <0.5), which enters as its bound
@@ -41,12 +45,14 @@ class Report:
     def settle(self) -> None:
         """Raise the InputError that says everything that is wrong; pass where nothing is."""
         if self.problems:
-            raise InputError(". Also: ".join(first + f" ({count:,} such rows)" * (count > 1) for first, count in self.problems.values()))
+            raise InputError(". Also: ".join(first + f" ({count:,} such rows)" * (count > 1)
+                                             for first, count in self.problems.values()))
 
 
 @dataclass
 class Table:
-    """Rows of files of one shape. Text is pd.Categorical (stripped; nothing is code -1), a number float64, a clock time datetime64[us]."""
+    """Rows of files of one shape. Text is pd.Categorical (stripped; nothing is code -1), a number float64, a clock time
+    datetime64[us]."""
 
     report: Report
     paths: list[Path]  # of each piece
@@ -69,22 +75,26 @@ class Table:
         """File and line (in Parquet: row) of a row, counted from 1."""
         piece = int(np.searchsorted(np.cumsum(self.rows), row, side="right"))
         row += self.first[piece] - int(self.rows[:piece].sum())
-        return f"{self.paths[piece]} " + (f"row {row + 1}" if self.paths[piece].suffix == ".parquet" else f"line {row + 2}")
+        path = self.paths[piece]
+        return f"{path} row {row + 1}" if path.suffix == ".parquet" else f"{path} line {row + 2}"
 
     def note(self, reason: str, noted: np.ndarray, row: np.ndarray | slice = slice(None)) -> None:
-        """Count the events of a mask, and keep the place of the first. row: the row of each event (all: they are the rows)."""
+        """Count the events of a mask, and keep the place of the first. row: the row of each event (all: they are the
+        rows)."""
         self.report.counts[reason] += int(np.count_nonzero(noted))
         if noted.any():
             first = int(np.argmax(noted))
             self.report.examples.setdefault(reason, self.place(first if isinstance(row, slice) else int(row[first])))
 
     def refuse(self, name: str, bad: np.ndarray, problem: str) -> None:
-        """Count the rows of the mask `bad` as wrong, and name the first and its cell of column `name`. `Report.settle` raises."""
+        """Count the rows of the mask `bad` as wrong, and name the first and its cell of column `name`. `Report.settle`
+        raises."""
         if bad.any():
             row = int(np.argmax(bad))
             cell = self[name][row]
             shown = "missing" if pd.isna(cell) else f"{cell:g}" if isinstance(cell, float) else repr(str(cell))
-            first, count = self.report.problems.get((name, problem), (f"{self.place(row)}: {name} is {shown}{problem}", 0))
+            first, count = self.report.problems.get((name, problem),
+                                                    (f"{self.place(row)}: {name} is {shown}{problem}", 0))
             self.report.problems[name, problem] = first, count + int(np.count_nonzero(bad))
 
 
@@ -95,13 +105,15 @@ def text_column(codes: np.ndarray, categories) -> pd.Categorical:
 
 
 def table_files(path: Path) -> list[Path]:
-    """The CSV and Parquet files of a folder, or the file itself."""
-    return sorted(p for p in path.rglob("[!._]*") if _TABLE.fullmatch(p.name)[2] and p.is_file()) if path.is_dir() else [path]
+    """The CSV and Parquet files in a folder, at any depth, or the file itself."""
+    if not path.is_dir():
+        return [path]
+    return sorted(p for p in path.rglob("[!._]*") if _TABLE.fullmatch(p.name)[2] and p.is_file())
 
 
 def named_tables(folder: Path, name: str) -> list[Path]:
-    """The files of the table `name` in a folder: name.csv (.gz, .zip), name.parquet, parts such as name-000.csv, or a folder of parts
-    called name, name.csv or name.parquet. InputError where several of these lie there."""
+    """The files of the table `name` in a folder: name.csv (.gz, .zip), name.parquet, parts such as name-000.csv, or a
+    folder of parts called name, name.csv or name.parquet. InputError where several of these lie there."""
     found = {}
     for path in sorted(folder.glob(f"{name}*")):
         stem, suffix = _TABLE.fullmatch(path.name).group(1, 2)
@@ -128,15 +140,18 @@ def read_table(paths: list[Path], columns: dict, optional: dict = {}, rest=None)
     parts = list(tables(paths, columns, optional, rest))
     join = lambda *x: pd.api.types.union_categoricals(x) if isinstance(x[0], pd.Categorical) else np.concatenate(x)
     return Table(parts[0].report, sum((t.paths for t in parts), []), sum((t.first for t in parts), []),
-                 np.concatenate([t.rows for t in parts]), {name: join(*(t[name] for t in parts)) for name in parts[0].columns})
+                 np.concatenate([t.rows for t in parts]),
+                 {name: join(*(t[name] for t in parts)) for name in parts[0].columns})
 
 
-def tables(paths: list[Path], columns: dict, optional: dict = {}, rest=None, report: Report | None = None) -> Iterator[Table]:
+def tables(paths: list[Path], columns: dict, optional: dict = {}, rest=None,
+           report: Report | None = None) -> Iterator[Table]:
     """Yield the rows of files (all CSV in UTF-8, or all Parquet) in parts of bounded size.
 
-    columns, optional: {name: type}, found whatever their case; rest: the type of every other named column (None: not read). Separators
-    are told from the header, a decimal comma is one where they are semicolons. Raises InputError for an empty or damaged file, a missing
-    column, a row of another width and no row at all; and after the last part for all that `Table.refuse` met, cells of another type among it.
+    columns, optional: {name: type}, found whatever their case; rest: the type of every other named column (None: not
+    read). Separators are told from the header, a decimal comma is one where they are semicolons. Raises InputError for
+    an empty or damaged file, a missing column, a row of another width and no row at all; and after the last part for
+    all that `Table.refuse` met, cells of another type among it.
     """
     report, rows = report or Report(), 0
     if len({path.suffix == ".parquet" for path in paths}) > 1:
@@ -151,9 +166,11 @@ def tables(paths: list[Path], columns: dict, optional: dict = {}, rest=None, rep
 
 
 def _choose_columns(path: Path, names: list[str], columns: dict, optional: dict, rest) -> list:
-    """(name, type) by which each column is read, None where it is not; InputError where one is missing or occurs twice."""
+    """(name, type) by which each column is read, None where it is not; InputError where one is missing or occurs
+    twice."""
     known = {name.lower(): (name, kind) for name, kind in (optional | columns).items()}
-    chosen = [known.get(name.strip().lower(), (name.strip(), rest) if rest and name.strip() else None) for name in names]
+    chosen = [known.get(name.strip().lower(), (name.strip(), rest) if rest and name.strip() else None)
+              for name in names]
     found = [c[0] for c in chosen if c]
     missing = [name for name in columns if name not in found]
     if missing:
@@ -164,9 +181,9 @@ def _choose_columns(path: Path, names: list[str], columns: dict, optional: dict,
     return chosen
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # CSV
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 class _Unpacked(gzip.GzipFile):
     """A gzip file that gives no more at once than a record may hold: a tar header, too, can claim gigabytes."""
@@ -184,10 +201,12 @@ def _records(path: Path) -> list[tuple[str, bytes]]:
         for member in archive:
             inside = Path(member.name)
             if not (member.isfile() or member.isdir()) or inside.is_absolute() or ".." in inside.parts:
-                raise InputError(f"{path}: member {member.name} is a link, a device or leaves the folder; download the archive again")
+                raise InputError(f"{path}: member {member.name} is a link, a device or leaves the folder; download the "
+                                 "archive again")
             if member.size > _RECORD_BYTES or member.offset > _ARCHIVE_BYTES:
-                raise InputError(f"{path}: member {member.name} of {member.size:,} bytes, {member.offset:,} bytes into the archive, is too "
-                                 "large for a record; download the archive again, or pack records alone")
+                raise InputError(f"{path}: member {member.name} of {member.size:,} bytes, {member.offset:,} bytes into "
+                                 "the archive, is too large for a record; download the archive again, or pack records "
+                                 "alone")
             if member.isfile() and inside.suffix in (".txt", ".psv") and inside.name[0] != ".":
                 records.append((inside.name, archive.extractfile(member).read()))
     if not records:
@@ -210,7 +229,8 @@ def _streams(path: Path):
 
 
 def _pieces(path: Path) -> Iterator[tuple[Path, bytes, int, bytes]]:
-    """Yield (path, header, number of the first row, rows) of a file's texts, whole lines of at most about `PART_BYTES`."""
+    """Yield (path, header, number of the first row, rows) of a file's texts, whole lines of at most about
+    `PART_BYTES`."""
     try:
         for place, file in _streams(path):
             header, first, rest = None, 0, b""
@@ -230,7 +250,8 @@ def _pieces(path: Path) -> Iterator[tuple[Path, bytes, int, bytes]]:
     except (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(f"{path}: damaged archive ({error}); write or download it again") from None
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error}); correct its path or permissions") from None
+        raise InputError(f"{path}: cannot be read ({error.strerror or error}); correct its path or "
+                         "permissions") from None
 
 
 def _header(line: bytes, path: Path) -> tuple[list[str], str]:
@@ -244,7 +265,8 @@ def _header(line: bytes, path: Path) -> tuple[list[str], str]:
 
 
 def _csv_tables(paths, columns, optional, rest, report) -> Iterator[Table]:
-    """Parses thousands of small files in one call, and a large one in several. Quoted cells may not hold line breaks."""
+    """Parses thousands of small files in one call, and a large one in several. Quoted cells may not hold line
+    breaks."""
     header, held, size = None, [], 0
     for place, line, first, body in (piece for path in paths for piece in _pieces(path)):
         if header is None:
@@ -271,9 +293,11 @@ def _parse(held, separator, chosen, report) -> Table:
     missing = {name: _MISSING if wanted.get(name) in (float, VALUE, TIME) else [""] for name in places}
 
     def parse(number):
-        return pd.read_csv(io.BytesIO(source), header=None, names=places, sep=separator, na_values=missing, keep_default_na=False,
-                           skip_blank_lines=False, index_col=False, decimal="," if separator == ";" and b"," in source else ".",
-                           dtype={name: number if wanted.get(name) in (float, VALUE, TIME) else object for name in places},
+        return pd.read_csv(io.BytesIO(source), header=None, names=places, sep=separator, na_values=missing,
+                           keep_default_na=False, skip_blank_lines=False, index_col=False,
+                           decimal="," if separator == ";" and b"," in source else ".",
+                           dtype={name: number if wanted.get(name) in (float, VALUE, TIME) else object
+                                  for name in places},
                            usecols=[name for name in places if name in wanted])
     try:
         if source.count(separator.encode()) != (len(places) - 1) * rows.sum():
@@ -287,29 +311,34 @@ def _parse(held, separator, chosen, report) -> Table:
             except (ValueError, OverflowError):  # some cell is no number
                 frame = parse(object)
     except UnicodeDecodeError:
-        raise InputError(f"{paths[0]}{' or a file beside it' * (len(paths) > 1)}: not UTF-8 text; save it with that encoding") from None
+        raise InputError(f"{paths[0]}{' or a file beside it' * (len(paths) > 1)}: not UTF-8 text; save it with that "
+                         "encoding") from None
     except pd.errors.EmptyDataError:
         frame = pd.DataFrame(columns=list(wanted), dtype=object)
     except (ValueError, OverflowError, csv.Error, pd.errors.ParserWarning) as error:
         raise InputError(f"{paths[0]}: {str(error).strip()}; mend the file") from None
     if len(frame) != rows.sum():
-        raise InputError(f"{paths[0]}{' or a file beside it' * (len(paths) > 1)}: a quoted cell holds a line break; remove it")
+        raise InputError(f"{paths[0]}{' or a file beside it' * (len(paths) > 1)}: a quoted cell holds a line break; "
+                         "remove it")
     for name, kind in wanted.items():
         column = frame[name]
         if kind in (float, VALUE, TIME):
-            table.columns[name] = column.to_numpy() if column.dtype == float else _numbers(table, name, column, kind, separator)
+            plain = column.dtype == float
+            table.columns[name] = column.to_numpy() if plain else _numbers(table, name, column, kind, separator)
         elif kind is np.datetime64:
             time = pd.to_datetime(column, format="ISO8601", errors="coerce")
             table.columns[name] = column.to_numpy()
-            table.refuse(name, (time.isna() & column.notna()).to_numpy(), ", not a time like 2150-03-01 12:00:00; mend the line")
+            table.refuse(name, (time.isna() & column.notna()).to_numpy(),
+                         ", not a time like 2150-03-01 12:00:00; mend the line")
             table.columns[name] = time.to_numpy("datetime64[us]")
-        else:  # not dtype="category" above: pandas makes numbers of such categories where it can, and 007 and 7 one stay
+        else:  # not dtype="category" above: pandas makes numbers of such categories where it can, of 007 and 7 one stay
             table.columns[name] = text_column(*pd.factorize(column))
     return table
 
 
 def _blame_row(table: Table, source: str, separator: str, width: int) -> None:
-    """Find the first row of another width, and raise the InputError that names it; pass where quoted separators are all there is."""
+    """Find the first row of another width, and raise the InputError that names it; pass where quoted separators are all
+    there is."""
     reader = csv.reader(io.StringIO(source, newline=""), delimiter=separator)
     for row, cells in enumerate(reader):
         if reader.line_num != row + 1:
@@ -319,11 +348,14 @@ def _blame_row(table: Table, source: str, separator: str, width: int) -> None:
 
 
 def _numbers(table: Table, name: str, column: pd.Series, kind, separator: str) -> np.ndarray:
-    """A column of numbers that holds other cells too: those beyond a measuring range enter as their bound, others are refused."""
+    """A column of numbers that holds other cells too: those beyond a measuring range enter as their bound, others are
+    refused."""
     codes, texts = pd.factorize(column)
     plain = [text.strip().replace(",", ".") if separator == ";" else text.strip() for text in texts]
-    bound = np.array([kind == VALUE and text[:1] in ("<", ">") for text in plain] + [False], dtype=bool)
-    number = pd.to_numeric(pd.Series([text.lstrip("<>=") if b else text for text, b in zip(plain, bound)], dtype=object), errors="coerce")
+    beyond = [kind == VALUE and _BEYOND.fullmatch(text) for text in plain]
+    bound = np.array([*map(bool, beyond), False])
+    number = pd.to_numeric(pd.Series([b[1] if b else text for text, b in zip(plain, beyond)], dtype=object),
+                           errors="coerce")
     number = np.append(number.to_numpy(float), np.nan)
     wrong = np.isnan(number) & np.array([text not in _MISSING for text in plain] + [False], dtype=bool)
     table.columns[name] = column.to_numpy(object)
@@ -332,9 +364,9 @@ def _numbers(table: Table, name: str, column: pd.Series, kind, separator: str) -
     return number[codes]
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Parquet
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 @contextmanager
 def _open_parquet(path: Path):
@@ -349,11 +381,13 @@ def _open_parquet(path: Path):
             raise InputError(f"{path}: an empty file; write it again, or remove it")
         schema = parquet.read_schema(path)
         # Text that the file holds as a dictionary is never spelled out.
-        text = [name for name, kind in zip(schema.names, schema.types) if kind in (pyarrow.string(), pyarrow.large_string())]
+        text = [name for name, kind in zip(schema.names, schema.types)
+                if kind in (pyarrow.string(), pyarrow.large_string())]
         with parquet.ParquetFile(path, read_dictionary=text) as file:
             yield file
     except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]}); write it again") from None
+        raise InputError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]}); write it "
+                         "again") from None
 
 
 def _parquet_tables(paths, columns, optional, rest, report) -> Iterator[Table]:
@@ -365,14 +399,16 @@ def _parquet_tables(paths, columns, optional, rest, report) -> Iterator[Table]:
             empty = [RecordBatch.from_pylist([], schema=file.schema_arrow)]  # no row, yet its columns are checked
             for batch in file.iter_batches(PART_ROWS, columns=list(wanted)) if file.metadata.num_rows else empty:
                 yield Table(report, [path], [first], np.array([batch.num_rows]),
-                            {name: _parquet_column(path, own, batch[own], kind) for own, (name, kind) in wanted.items()})
+                            {name: _parquet_column(path, own, batch[own], kind)
+                             for own, (name, kind) in wanted.items()})
                 first += batch.num_rows
 
 
 def _parquet_column(path: Path, name: str, column, kind) -> np.ndarray | pd.Categorical:
     from pyarrow import DictionaryArray, duration, float64, int64, timestamp, types
     own = column.type
-    number = types.is_integer(own) or types.is_floating(own) or types.is_boolean(own) or types.is_decimal(own) or types.is_null(own)
+    kinds = (types.is_integer, types.is_floating, types.is_boolean, types.is_decimal, types.is_null)
+    number = any(of_kind(own) for of_kind in kinds)
     clock = types.is_timestamp(own) or types.is_date(own)
     if kind in (float, VALUE, TIME) and number:
         return column.cast(float64(), safe=False).to_numpy(zero_copy_only=False)

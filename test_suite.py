@@ -18,7 +18,7 @@ from benchmark import benchmark
 from data import InputError
 from evaluate import performance
 from protocol import baselines, protocol
-from train import CHECKPOINTS, add_head_options, keep_freed_memory
+from train import CHECKPOINTS, add_data_options, add_head_options, keep_freed_memory
 
 TESTS = str(Path(__file__).with_name("tests"))
 
@@ -41,12 +41,11 @@ def main(argv=None) -> int:
     add("--json", metavar="FILE", help="write the analysis' figures")
     add_head_options(add)
 
-    data = parser.add_argument_group("data (default: the checkpoint's, of which the recorded test split is scored)")
-    add = data.add_argument
-    add("--data_dir", help="score all labelled stays of this data instead; the protocol's or the benchmark's data")
+    add = parser.add_argument_group("data (default: the checkpoint's, of which the recorded test split is scored; "
+                                    "of other data all stays are)").add_argument
+    add_data_options(add)
     add("--params_map", "--params_map_path", metavar="FILE",
         help="original layout: statistics, CSV variable,mean,std or .pkl")
-    add("--label_file", "--label_path", metavar="CSV", help="original layout: labels, ts_id,in_hospital_mortality")
 
     add = parser.add_argument_group("protocol").add_argument
     add("--protocol", metavar="FOLDER", nargs="?", const=str(CHECKPOINTS / "protocol"),

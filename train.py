@@ -108,11 +108,10 @@ def make_parser() -> argparse.ArgumentParser:
         usage="python train.py --mode {pretrain,finetune} [options]", epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    data = parser.add_argument_group("data (default: the embedded synthetic cohort; finetune: the checkpoint's)")
-    add = data.add_argument
-    add("--data_dir", help="folder of the data, of any layout that README.md lists")
-    add("--synthetic_stays", type=positive, default=1000, metavar="N",
-        help="size of the embedded cohort (default: %(default)s)")
+    add = parser.add_argument_group("data (default: the embedded synthetic cohort; finetune: the checkpoint's)"
+                                    ).add_argument
+    add_data_options(add)
+    add("--split_seed", type=seed, metavar="N", help="of the split alone (default: --seed)")
     add("--label_fraction", type=fraction, default=1.0, metavar="X",
         help="finetune: share of the training labels used (default: %(default)s)")
 
@@ -155,10 +154,33 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("original implementation").add_argument
     add("--params_map", "--params_map_path", dest="params_map", metavar="FILE",
         help="statistics of its data, CSV variable,mean,std or .pkl")
-    add("--label_file", "--label_path", dest="label_file", metavar="CSV",
-        help="labels of its data, ts_id,in_hospital_mortality")
     add_head_options(add)
     return parser
+
+
+DATA = ("data_dir", "synthetic_stays", "params_map", "variables_map", "label_file", "task", "positive", "hours",
+        "split_file")  # the options that say what the data are and what is asked of them, as `load_cohort` takes them
+
+
+def add_data_options(add) -> None:
+    """The options in DATA, but --params_map, which stands with those of the original implementation."""
+    add("--data_dir", help="folder of the data, of any layout that README.md lists")
+    add("--synthetic_stays", type=positive, metavar="N", help="size of the embedded cohort (default: 1000)")
+    add("--label_file", "--label_path", dest="label_file", metavar="FILE",
+        help="labels that lie elsewhere: a file or folder, CSV or Parquet, with stay_id,label and perhaps minute or hour")
+    add("--task", metavar="NAME", help="which of several tasks in the data's labels/")
+    add("--positive", metavar="WORD", help="the word in the label column that means 1, such as yes")
+    add("--hours", type=hours, metavar="H",
+        help="ask once a stay, H hours after its first set, from what is known by then")
+    add("--split", "--split_file", dest="split_file", metavar="CSV",
+        help="stay_id,split of train, valid and test, instead of the data's own")
+    add("--variables", "--variables_map", dest="variables_map", metavar="CSV",
+        help="source,name,factor[,offset]: other names and units of the data's variables")
+
+
+def data_options(arguments) -> dict:
+    """Those of DATA that the command line gives."""
+    return {name: value for name in DATA if (value := getattr(arguments, name)) is not None}
 
 
 def add_head_options(add) -> None:
@@ -177,6 +199,12 @@ def seed(text: str) -> int:
     if not 0 <= int(text) < 2**32:
         raise argparse.ArgumentTypeError(f"{text} is not in [0, 2**32)")
     return int(text)
+
+
+def hours(text: str) -> float:
+    if not 0 < float(text) < 1e6:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of hours")
+    return float(text)
 
 
 def fraction(text: str) -> float:
@@ -263,9 +291,9 @@ def changed(config, changes: dict):
 
 # ---- what a run recorded, fed back -----------------------------------------------------------------------------------
 
-PATHS = ("data_dir", "params_map", "label_file", "pretrained_ckpt")
+PATHS = ("data_dir", "params_map", "variables_map", "label_file", "split_file", "pretrained_ckpt")
 # Options that a resumed run takes anew, and what is no setting of a run.
-OBEYED = ("device", "precision", "data_dir", "params_map", "label_file")
+OBEYED = ("device", "precision", "data_dir", "params_map", "variables_map", "label_file", "split_file")
 OPTIONS_OF = {"pretrain": ("objective",),
               "finetune": ("pretrained_ckpt", "label_fraction", "full_training", "random_init", "allow_partial",
                            "set_heads", "transformer_heads")}
@@ -464,10 +492,10 @@ def keep_freed_memory() -> None:
         mallopt(trim_threshold, -1), mallopt(mmap_max, 0)
 
 
-def read_cohort(data_dir, synthetic_stays, params_map, label_file) -> Cohort:
-    """The cohort of `load_cohort`, the same on all ranks. Raises InputError where machines hold different data."""
+def read_cohort(options: dict) -> Cohort:
+    """The cohort of `load_cohort` with these options (see DATA), the same on all ranks. Raises InputError where machines hold different data."""
     with in_turn():
-        cohort = load_cohort(data_dir, synthetic_stays, params_map=params_map, label_file=label_file)
+        cohort = load_cohort(**options)
     machines = gathered((cohort.fingerprint, label_digest(cohort), platform.node()))
     for rank, machine in enumerate(machines):
         if machine[:2] != machines[0][:2]:
@@ -546,7 +574,7 @@ class Run:
 
     def _refuse_other_data(self, path: Path, last: dict) -> None:
         source, then = self.record["source"], last["source"]
-        where = source["data_dir"] or source["reader"]
+        where = source["data"].get("data_dir") or source["reader"]
         if source["fingerprint"] != then["fingerprint"]:
             raise InputError(f"{path}: {where} holds other stays than this run was started with; give the folder where "
                              "the same data lie now by --data_dir, or start a new run")
@@ -698,12 +726,11 @@ def restore_random_states(states: dict, device: torch.device) -> None:
         torch.cuda.set_rng_state(states["cuda"].cpu(), device)
 
 
-def source_of(arguments, cohort: Cohort, device: torch.device, dtype: torch.dtype) -> dict:
-    """Where a checkpoint comes from, for whoever must reproduce it."""
+def source_of(arguments, data: dict, cohort: Cohort, device: torch.device, dtype: torch.dtype) -> dict:
+    """Where a checkpoint comes from, for whoever must reproduce it; data: the options that its data were read with."""
     libraries = (("torch", torch), ("numpy", np), ("pandas", pd), ("scikit-learn", sklearn))
-    options = ("data_dir", "params_map", "label_file", "synthetic_stays", "seed")
-    return {**{name: arguments.options[name] for name in options},
-            "reader": cohort.reader, "fingerprint": cohort.fingerprint, "labels": label_digest(cohort),
+    data = data | {name: str(Path(data[name]).resolve()) for name in PATHS if data.get(name)}
+    return {"data": data, "seed": arguments.seed, "reader": cohort.reader, "fingerprint": cohort.fingerprint, "labels": label_digest(cohort),
             "command": shlex.join([*launcher(), Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": git_commit(),
             "versions": {"python": platform.python_version(), **{name: str(it.__version__) for name, it in libraries}},
             "device": str(device) if WORLD == 1 else device.type,
@@ -840,14 +867,17 @@ def skipped(row: dict) -> str:
 def pretrain(arguments) -> Path:
     config = changed(PretrainConfig(), arguments.changes)
     device, dtype = choose_device(arguments.device, arguments.precision)
-    cohort = read_cohort(arguments.data_dir, arguments.synthetic_stays, arguments.params_map, arguments.label_file)
+    data = data_options(arguments)
+    cohort = read_cohort(data)
     print(cohort.describe())
-    split = make_splits(cohort, arguments.seed)
+    split = make_splits(cohort, arguments.split_seed if arguments.split_seed is not None else arguments.seed)
     train, valid = stays_of(cohort, split["train"]), stays_of(cohort, split["valid"])
     if not len(train) or not len(valid):
         raise InputError(f"{cohort.reader}: its own split has {len(train)} train and {len(valid)} valid stays; "
                          "give some to each, or leave the split out")
-    dataset = StayDataset(cohort, Normalizer.fit(cohort, train))
+    normalizer = Normalizer.fit(cohort, train)
+    print(normalizer.describe())
+    dataset = StayDataset(cohort, normalizer)
 
     torch.manual_seed(arguments.seed), random.seed(arguments.seed)
     model_config = (ModelConfig.original if arguments.objective == "original" else ModelConfig)(len(cohort.variables))
@@ -855,7 +885,7 @@ def pretrain(arguments) -> Path:
     model_config = changed(model_config, arguments.changes)
     vectors = variable_vectors(cohort.variables, model_config.input_dim, cohort.vectors)
     model = SeqSetVAEPretrain(model_config, vectors).to(device)
-    source = source_of(arguments, cohort, device, dtype)
+    source = source_of(arguments, data, cohort, device, dtype)
     run = Run(arguments, config, model, dataset, split, source, best={"val_loss": math.inf, "epoch": 0})
     print(f"model: SeqSetVAEPretrain, {parameter_counts(model)[1]:,} parameters, all trainable; "
           f"{device}, {dtype}".replace("torch.", ""))
@@ -920,18 +950,25 @@ def evaluate_pretraining(model: SeqSetVAEPretrain, dataset: StayDataset, stays: 
 # Finetuning
 # ----------------------------------------------------------------------------------------------------------------------
 
-def open_checkpoint(path, data_dir=None, synthetic_stays=None, params_map=None, label_file=None):
-    """A checkpoint and its data, or the data given: (content, cohort, dataset, split, new).
+def data_of(content: dict, given: dict) -> dict:
+    """The options with which a checkpoint's data are read: those given, else its own; of other data than its own only its
+    question (hours) is. Labels that are given replace its own."""
+    own = content["source"]["data"] if "format" in content else {}
+    if "data_dir" in given:
+        own = {"hours": own["hours"]} if "hours" in own else {}
+    elif {"label_file", "task"} & set(given):
+        own = {name: value for name, value in own.items() if name not in ("label_file", "task", "positive")}
+    return own | given
+
+
+def open_checkpoint(path, given: dict = {}):
+    """A checkpoint and its data, or the data given (options, see DATA): (content, cohort, dataset, split, new).
 
     `new`: the cohort is not the one that the checkpoint was trained on (by content). An original checkpoint holds no
     vocabulary, normalizer or split: they are then the data's own.
     """
     content = from_rank_0(lambda: read_checkpoint(path))
-    source = content.get("source", {})
-    if data_dir is None and "format" in content:
-        data_dir, synthetic_stays = source["data_dir"], source["synthetic_stays"]
-        params_map, label_file = params_map or source.get("params_map"), label_file or source.get("label_file")
-    cohort = read_cohort(data_dir, synthetic_stays or 1000, params_map, label_file)
+    cohort = read_cohort(data_of(content, given))
     if "format" not in content:
         return content, cohort, None, None, True
     dataset = StayDataset(cohort, Normalizer.from_state(content["normalizer"], path), points=True)
@@ -939,7 +976,7 @@ def open_checkpoint(path, data_dir=None, synthetic_stays=None, params_map=None, 
         named = ", ".join(cohort.variables[:5])
         raise InputError(f"{path}: its vocabulary holds none of the data's variables ({named} ...); pretrain on this "
                          "data, or rename its variables")
-    return content, cohort, dataset, content["split"], cohort.fingerprint != source["fingerprint"]
+    return content, cohort, dataset, content["split"], cohort.fingerprint != content["source"]["fingerprint"]
 
 
 def splits_beside(known: dict, cohort: Cohort, seed: int) -> dict[str, list[str]]:
@@ -952,6 +989,15 @@ def splits_beside(known: dict, cohort: Cohort, seed: int) -> dict[str, list[str]
         for stay, subject in zip(cohort.stay_id[stays].tolist(), cohort.subject[stays].tolist()):
             split[part_of.get(subject, name)].append(stay)
     return split
+
+
+def refuse_leaks(arguments, content: dict, subjects: dict) -> None:
+    """Raises InputError where --split tests a subject that the pretrained checkpoint was trained or selected on."""
+    known = content.get("subjects", {"train": [], "valid": []})
+    leaks = sorted(set(subjects["test"]) & {*known["train"], *known["valid"]})
+    if leaks:
+        raise InputError(f"--split {arguments.split_file}: tests {len(leaks)} subjects that {arguments.pretrained_ckpt} was "
+                         f"pretrained or selected on ({', '.join(leaks[:3])} ...); pretrain with this --split")
 
 
 def subjects_of(cohort: Cohort, split: dict[str, list[str]]) -> dict[str, list[str]]:
@@ -988,15 +1034,19 @@ def parameter_counts(model) -> tuple[int, int]:
 def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
     config, full = changed(config, arguments.changes), arguments.full_training
     device, dtype = choose_device(arguments.device, arguments.precision)
-    content, cohort, dataset, split, new = open_checkpoint(
-        arguments.pretrained_ckpt, arguments.data_dir, arguments.synthetic_stays, arguments.params_map,
-        arguments.label_file)
+    given = data_options(arguments)
+    content, cohort, dataset, split, new = open_checkpoint(arguments.pretrained_ckpt, given)
     if content.get("mode", "pretrain") != "pretrain":
         raise InputError(f"{arguments.pretrained_ckpt}: a checkpoint of --mode {content['mode']}; --pretrained_ckpt "
                          "takes one of --mode pretrain")
     print(cohort.describe())
+    split_seed = arguments.split_seed if arguments.split_seed is not None else arguments.seed
     if new:
-        split = splits_beside(content.get("subjects", {}), cohort, arguments.seed)
+        split = splits_beside(content.get("subjects", {}), cohort, split_seed)
+    elif "split_file" in given:
+        split = make_splits(cohort, split_seed)
+    if "split_file" in given:
+        refuse_leaks(arguments, content, subjects_of(cohort, split))
     train, valid = labelled(cohort, split["train"]), labelled(cohort, split["valid"])
     for name, stays in (("train", train), ("valid", valid)):
         if len(np.unique(cohort.label[labelled_points(cohort, stays)])) < 2:
@@ -1019,18 +1069,14 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
     if not full and trainable > config.max_trainable_ratio * total:
         raise InputError(f"finetune_config.py: the head is {trainable / total:.1%} of all parameters; "
                          f"narrow head_widths below {config.max_trainable_ratio:.0%}")
-    source = source_of(arguments, cohort, device, dtype)
-    if arguments.data_dir is None and "source" in content:  # the data are the checkpoint's
-        theirs = {name: content["source"].get(name) for name in ("data_dir", "params_map", "label_file")}
-        source |= {name: source[name] or path for name, path in theirs.items()}
-        source["synthetic_stays"] = content["source"]["synthetic_stays"]
+    source = source_of(arguments, data_of(content, given), cohort, device, dtype)
     source["pretrained_ckpt"] = str(arguments.pretrained_ckpt)
     untrained = {"val_auc": -1.0, "val_auprc": -1.0, "epoch": 0, "threshold": 0.5}
     run = Run(arguments, config, model, dataset, split, source, best=untrained)
     counts = [f"{len(stays):,} {name} ({(cohort.stay_label[stays] == 1).sum():,} positive)"
               for name, stays in (("train", train), ("valid", valid))]
     print(f"split: {', '.join(counts)}, {len(split['test']):,} test stays"
-          f"{f' (seed {arguments.seed})' if new else ' of the checkpoint'}; run folder {run.folder}")
+          f"{f' (seed {split_seed})' if new else ' of the checkpoint'}; run folder {run.folder}")
 
     trainer = train_everything if full else train_head
     trainer(arguments, config, run, train, labelled_points(cohort, valid), device, dtype)

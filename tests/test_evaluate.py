@@ -4,7 +4,6 @@ import json
 import re
 import shlex
 import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -93,7 +92,7 @@ def test_an_original_finetuned_checkpoint_is_scored_with_its_data(tmp_path, caps
     assert json.loads((tmp_path / "a.json").read_text())["stays"] == 10  # patient_ehr/test
 
     # The probabilities are those of its weights on the data's values, vectors and statistics.
-    model, _, cohort, dataset, _ = open_classifier(whole, original_data[1], original_data[3], original_data[5])
+    model, _, cohort, dataset, _ = open_classifier(whole, dict(zip(("data_dir", "params_map", "label_file"), original_data[1::2])))
     assert model.config.features == "stable" and model.config.head_widths is None and model.trees is None
     assert model.config.classification_only
     assert dataset.normalizer.mean.tolist() == [5] * 7

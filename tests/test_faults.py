@@ -91,7 +91,7 @@ BAD_DATA = {  # what is wrong: (make it at this folder, what the message names)
     "missing folder": (lambda f: None, "data: no such folder"),
     "empty folder": (lambda f: f.mkdir(), "data: no data"),
     "a file in its place": (lambda f: f.write_text("x"), "data: no such folder"),
-    "bad header": (partial(write_physionet, header="a,b\n"), "132539.txt line 1"),
+    "bad header": (partial(write_physionet, header="a,b\n"), "132539.txt: no column Time"),
     "bad time": (lambda f: write_physionet(f, records=with_line("1h,HR,80")), "132540.txt line 5"),
     "no time": (lambda f: write_physionet(f, records=with_line(",HR,80")), "132540.txt line 5"),
     "text value": (lambda f: write_physionet(f, records=with_line("00:30,HR,high")), "132540.txt line 5"),
@@ -344,7 +344,7 @@ FORGED = {  # of a finetuned checkpoint: its content, or its bytes
     "no source": lambda good: forged(good, source={}),
     "no split": lambda good: forged(good, split={}),
     "no metrics": lambda good: forged(good, metrics={}),
-    "another version": lambda good: forged(good, format=2),
+    "another version": lambda good: forged(good, format=3), "an earlier version": lambda good: forged(good, format=1),
 }
 
 
@@ -643,7 +643,7 @@ def test_scoring_data_that_overlap_the_training_stays_says_so(tmp_path, small_fi
     assert main(["--checkpoint", str(small_finetuned), "--data_dir", str(tmp_path / "data")]) == 0
     seen = forged(small_finetuned)["split"]
     left_out = len(seen["train"]) + len(seen["valid"])
-    assert f"{left_out} stays left out whose ids the checkpoint was trained or selected on" in capsys.readouterr().out
+    assert f"{left_out} stays left out of subjects that the checkpoint was trained or selected on" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("mode", SMALL)

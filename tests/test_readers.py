@@ -61,7 +61,8 @@ def test_physionet_reader_gives_the_expected_cohort(tmp_path, archive):
                    (70, [("HR", 88)])]}
     assert cohort.label.tolist() == [0, 1] and {k: v for k, v in cohort.notes.items() if v} == {
         "rows with an empty variable": 1, "descriptors not recorded (-1)": 2}
-    assert cohort.variables == ["Age", "BaseExcess", "Gender", "HR", "Height", "ICUType=2", "ICUType=4", "Weight"]  # no outcome among them
+    # no outcome among them
+    assert cohort.variables == ["Age", "BaseExcess", "Gender", "HR", "Height", "ICUType=2", "ICUType=4", "Weight"]
 
 
 def test_folder_and_archive_have_the_same_fingerprint(tmp_path):
@@ -119,7 +120,7 @@ def test_sets_a_b_and_c_of_physionet_2012_are_read_in_full_and_fast(tmp_path):
     assert (len(cohort), len(cohort.variables), len(cohort.set_minute)) == (12_000, 44, 898_352)
     # Every row but the stays' own numbers, the rows without a parameter and the descriptors that were not recorded.
     rows, notes = 1_757_980 + 1_762_535 + 1_765_303, counted(cohort)
-    assert notes == {"rows with an empty parameter": 2403, "descriptors not recorded (-1)": 6739}
+    assert notes == {"rows with an empty variable": 2403, "descriptors not recorded (-1)": 6739}
     assert len(cohort.event_value) == rows - len(cohort) - sum(notes.values()) == 5_264_676
     assert parsed < 12 and cached < 0.5
 
@@ -437,7 +438,8 @@ def test_meds_without_labels_is_one_unlabelled_point_at_the_end_of_each_subject(
     assert splits_of(cohort) == {"5": 0, "6": 2, "7": 1} and (cohort.label == -1).all()
     assert counted(cohort) == {
         "rows with an empty variable": 1, "MEDS_DEATH events": 1,
-        "events without a value of variables that have values elsewhere (their presence counts)": 1} and "MEDS_DEATH" not in cohort.variables
+        "events without a value of variables that have values elsewhere (their presence counts)": 1}
+    assert "MEDS_DEATH" not in cohort.variables
 
 
 def points_of(cohort) -> dict:
