@@ -40,6 +40,7 @@ def main(argv=None) -> int:
     add("--plots", metavar="DIR",
         help="draw curves, ROC and precision-recall, calibration, features and the --trajectory (needs matplotlib)")
     add("--json", metavar="FILE", help="write the analysis' figures")
+    add("--device", default="auto", help="auto (cuda where there is one, else cpu), cpu, cuda, cuda:1 (default: auto)")
     add_head_options(add)
 
     add = parser.add_argument_group("data (default: the checkpoint's, of which the recorded test split is scored; "

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -11,22 +12,23 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 import benchmark
 import data
+import protocol
 import readers
 import test_suite
 import train
 from benchmark import PLAIN_LOOP, asked_at_the_end, assert_plain_loop_agrees
-from data import StayDataset, with_points
-from evaluate import CHECKPOINT, CPU, bootstrap, open_classifier, risk_over_time
+from data import InputError, StayDataset, with_points
+from evaluate import CHECKPOINT, CPU, bootstrap, open_classifier, predict, risk_over_time
 from model import ModelConfig, SeqSetVAE, load_checkpoint_weights
 from protocol import BASELINES, Cell, predictions_path, print_protocol
 from readers import synthetic_cohort, write_long_table
 from test_suite import main
 from tests.tiny import FINETUNE, PLAIN, SHARED, build, cohort_of, labels_of, one_error_line, random_stays, tiny, write
-from train import encode_points, predict, probability_of
+from train import encode_points, probability_at, probability_of
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What users bring and take away: original checkpoints, predictions, pictures, the commands of the README
@@ -121,7 +123,7 @@ def test_the_risk_over_time_equals_scoring_the_truncated_stay(config):
     trajectory = risk_over_time(model, StayDataset(cohort, PLAIN, points=True), 1)
     truncated = StayDataset(cohort_of([stay[:end] for end in range(1, 38)]), PLAIN, points=True)
     # float32, in other batches
-    np.testing.assert_allclose(trajectory["risk"], predict(model, truncated, np.arange(37), CPU), atol=1e-5)
+    np.testing.assert_allclose(trajectory["risk"], probability_at(model, truncated, np.arange(37), CPU), atol=1e-5)
     assert trajectory["minute"] == [minute for minute, _ in stay]
     assert trajectory["events"] == [len(events) for _, events in stay]
 
@@ -189,8 +191,54 @@ def test_the_analysis_writes_what_is_asked_for_with_or_without_labels(tmp_path, 
     one_error_line(capsys, main([*unlabelled, "--trajectory", "nobody"]), "nobody")
 
 
+def test_the_bootstrap_scores_as_scikit_learn_does():
+    rng = np.random.default_rng(0)
+    label, group, p = rng.integers(0, 2, 90), rng.integers(0, 30, 90), rng.random(90).round(1)  # with ties
+    draws, rng = bootstrap(group, label, p, 1 - p, repeats=20), np.random.default_rng(0)
+    groups = len(np.unique(group))
+    for scored in draws:
+        weight = np.bincount(rng.integers(0, groups, groups), minlength=groups)[np.unique(group, return_inverse=True)[1]]
+        for q, (auroc, auprc) in zip((p, 1 - p), scored):
+            assert auroc == pytest.approx(roc_auc_score(label, q, sample_weight=weight), abs=1e-12)
+            assert auprc == pytest.approx(average_precision_score(label, q, sample_weight=weight), abs=1e-12)
+
+
+def test_predict_gives_what_predictions_writes_for_the_same_table(tmp_path, finetuned):
+    cohort = synthetic_cohort(6, seed=5)
+    folder = write_long_table(tmp_path / "new", cohort, labels=False)
+    assert main(["--checkpoint", str(finetuned), "--data_dir", str(folder), "--predictions", str(tmp_path / "new.csv")]) == 0
+    events = pd.read_csv(folder / "events.csv")
+    stranger = pd.DataFrame({"stay_id": ["stranger"], "minute": [0], "variable": ["unheard of"], "value": [1.0]})
+    table = predict(finetuned, pd.concat([stranger, events.sample(frac=1, random_state=0)]), device="cpu")
+    assert table.columns.tolist() == ["stay_id", "probability"]
+    assert np.isnan(table.set_index("stay_id")["probability"].pop("stranger"))
+    table = table[table["stay_id"] != "stranger"]
+    written = pd.read_csv(tmp_path / "new.csv")
+    assert table["stay_id"].tolist() == written["stay_id"].tolist()
+    np.testing.assert_allclose(table["probability"], written["probability"], rtol=0, atol=1e-6)
+    with pytest.raises(InputError, match="events.csv.* minute"):
+        predict(finetuned, events.assign(minute="soon"))
+
+
+def test_scoring_needs_neither_pytest_nor_the_tests():
+    loaded = "import sys, evaluate; print([name for name in sys.modules if name.split('.')[0] in ('pytest', 'tests')])"
+    ended = subprocess.run([sys.executable, "-c", loaded], cwd=Path(train.__file__).parent, capture_output=True, text=True)
+    assert ended.stdout == "[]\n", ended.stderr
+
+
+def test_the_log_of_the_untrained_backbone_does_not_stand_in_the_report(capsys, monkeypatch, finetuned):
+    monkeypatch.setattr(protocol, "hand_made_baselines", lambda cohort, train, test: {BASELINES[0]: np.zeros(len(test))})
+    capsys.readouterr()
+    assert main(["--checkpoint", str(finetuned), "--baselines", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "untrained backbone, same head" in out and BASELINES[0] in out
+    assert not any(line.startswith(("epoch", "model:", "split:", "best checkpoint:")) for line in out.splitlines())
+    assert out.count("data: embedded") == 1
+
+
 def test_analysis_options_need_a_checkpoint_and_plots_need_matplotlib(capsys, monkeypatch, finetuned):
     one_error_line(capsys, main(["--plots", "x"]), "--checkpoint")
+    one_error_line(capsys, main(["--checkpoint", str(finetuned), "--device", "cuda:99"]), "--device cuda:99")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     one_error_line(capsys, main(["--checkpoint", str(finetuned), "--plots", "x"]), "pip install matplotlib")
     with pytest.raises(SystemExit, match="2"):
@@ -264,17 +312,18 @@ def test_the_readmes_examples_of_data_are_read(tmp_path, load, monkeypatch, fold
 
 
 def test_the_readmes_commands_for_ones_own_table(tmp_path, capsys, monkeypatch):
-    """As printed there, but for one epoch."""
+    """As printed there, but on 60 stays and for one epoch."""
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(readers, "synthetic_cohort", lambda stays: synthetic_cohort(60))
     commands = {"readers.py": readers.main, "train.py": lambda options: train.main([*options, "--max_epochs", "1"]),
                 "test_suite.py": main}
     for line in (line for _, block in readme_blocks("run") for line in block.splitlines()):
         python, script, *options = shlex.split(line, comments=True)
         assert python == "python" and commands[script](options) == 0, line
     assert "Stay 1001 (label" in capsys.readouterr().out
-    assert json.loads(Path("mine.json").read_text())["stays"] == 40
-    assert len(pd.read_csv("mine.csv")) == 200
+    assert json.loads(Path("mine.json").read_text())["stays"] == 12
+    assert len(pd.read_csv("mine.csv")) == 60
     assert len(list(Path("mine-plots").glob("*.png"))) == 4
 
 
