@@ -167,7 +167,8 @@ def add_data_options(add) -> None:
     add("--data_dir", help="folder of the data, of any layout that README.md lists")
     add("--synthetic_stays", type=positive, metavar="N", help="size of the embedded cohort (default: 1000)")
     add("--label_file", "--label_path", dest="label_file", metavar="FILE",
-        help="labels that lie elsewhere: a file or folder, CSV or Parquet, with stay_id,label and perhaps minute or hour")
+        help="labels that lie elsewhere: a file or folder, CSV or Parquet, with stay_id,label and perhaps minute or "
+             "hour")
     add("--task", metavar="NAME", help="which of several tasks in the data's labels/")
     add("--positive", metavar="WORD", help="the word in the label column that means 1, such as yes")
     add("--hours", type=hours, metavar="H",
@@ -493,7 +494,8 @@ def keep_freed_memory() -> None:
 
 
 def read_cohort(options: dict) -> Cohort:
-    """The cohort of `load_cohort` with these options (see DATA), the same on all ranks. Raises InputError where machines hold different data."""
+    """The cohort of `load_cohort` with these options (see DATA), the same on all ranks.
+    Raises InputError where machines hold different data."""
     with in_turn():
         cohort = load_cohort(**options)
     machines = gathered((cohort.fingerprint, label_digest(cohort), platform.node()))
@@ -730,7 +732,8 @@ def source_of(arguments, data: dict, cohort: Cohort, device: torch.device, dtype
     """Where a checkpoint comes from, for whoever must reproduce it; data: the options that its data were read with."""
     libraries = (("torch", torch), ("numpy", np), ("pandas", pd), ("scikit-learn", sklearn))
     data = data | {name: str(Path(data[name]).resolve()) for name in PATHS if data.get(name)}
-    return {"data": data, "seed": arguments.seed, "reader": cohort.reader, "fingerprint": cohort.fingerprint, "labels": label_digest(cohort),
+    return {"data": data, "seed": arguments.seed, "reader": cohort.reader, "fingerprint": cohort.fingerprint,
+            "labels": label_digest(cohort),
             "command": shlex.join([*launcher(), Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": git_commit(),
             "versions": {"python": platform.python_version(), **{name: str(it.__version__) for name, it in libraries}},
             "device": str(device) if WORLD == 1 else device.type,
@@ -951,8 +954,8 @@ def evaluate_pretraining(model: SeqSetVAEPretrain, dataset: StayDataset, stays: 
 # ----------------------------------------------------------------------------------------------------------------------
 
 def data_of(content: dict, given: dict) -> dict:
-    """The options with which a checkpoint's data are read: those given, else its own; of other data than its own only its
-    question (hours) is. Labels that are given replace its own."""
+    """The options with which a checkpoint's data are read: those given, else its own; of other data than its own only
+    its question (hours) is. Labels that are given replace its own."""
     own = content["source"]["data"] if "format" in content else {}
     if "data_dir" in given:
         own = {"hours": own["hours"]} if "hours" in own else {}
@@ -980,8 +983,8 @@ def open_checkpoint(path, given: dict = {}):
 
 
 def splits_beside(known: dict, cohort: Cohort, seed: int) -> dict[str, list[str]]:
-    """The split of other data than the checkpoint's, whose subjects by part are `known`: one that it knows keeps its part,
-    so that nobody is tested on who was ever trained on."""
+    """The split of other data than the checkpoint's, whose subjects by part are `known`: one that it knows keeps its
+    part, so that nobody is tested on who was ever trained on."""
     part_of = {subject: part for part, subjects in known.items() for subject in subjects}
     split = {name: [] for name in SPLITS}
     for name, ids in make_splits(cohort, seed).items():
@@ -996,8 +999,9 @@ def refuse_leaks(arguments, content: dict, subjects: dict) -> None:
     known = content.get("subjects", {"train": [], "valid": []})
     leaks = sorted(set(subjects["test"]) & {*known["train"], *known["valid"]})
     if leaks:
-        raise InputError(f"--split {arguments.split_file}: tests {len(leaks)} subjects that {arguments.pretrained_ckpt} was "
-                         f"pretrained or selected on ({', '.join(leaks[:3])} ...); pretrain with this --split")
+        raise InputError(f"--split {arguments.split_file}: tests {len(leaks)} subjects that "
+                         f"{arguments.pretrained_ckpt} was pretrained or selected on ({', '.join(leaks[:3])} ...); "
+                         "pretrain with this --split")
 
 
 def subjects_of(cohort: Cohort, split: dict[str, list[str]]) -> dict[str, list[str]]:

@@ -92,7 +92,8 @@ def test_an_original_finetuned_checkpoint_is_scored_with_its_data(tmp_path, caps
     assert json.loads((tmp_path / "a.json").read_text())["stays"] == 10  # patient_ehr/test
 
     # The probabilities are those of its weights on the data's values, vectors and statistics.
-    model, _, cohort, dataset, _ = open_classifier(whole, dict(zip(("data_dir", "params_map", "label_file"), original_data[1::2])))
+    options = dict(zip(("data_dir", "params_map", "label_file"), original_data[1::2]))
+    model, _, cohort, dataset, _ = open_classifier(whole, options)
     assert model.config.features == "stable" and model.config.head_widths is None and model.trees is None
     assert model.config.classification_only
     assert dataset.normalizer.mean.tolist() == [5] * 7
@@ -133,7 +134,8 @@ def test_what_comes_after_a_stays_last_point_changes_no_bit_of_its_features(conf
     features = []
     for tail in (other, [(m + 1, [(v, x + 7) for v, x in events]) for m, events in other]):
         whole = stay + [(m + minute[-1] + 30, events) for m, events in tail]
-        cohort = with_points(cohort_of([whole]), np.array([2]), np.array([minute[4], minute[-1] + 20]), np.array([0, 1]))
+        asked = np.array([minute[4], minute[-1] + 20])
+        cohort = with_points(cohort_of([whole]), np.array([2]), asked, np.array([0, 1]))
         features.append(encode_points(model, StayDataset(cohort, PLAIN, points=True), np.arange(2), CPU))
     assert torch.equal(*features) and (features[0][0] - features[0][1]).abs().max() > 1e-3
     if config.get("summaries"):
@@ -147,7 +149,8 @@ def test_intervals_resample_stays_not_points():
     once = bootstrap(np.arange(40), label, p, repeats=300)
     many = bootstrap(np.repeat(np.arange(40), 25), np.repeat(label, 25), np.repeat(p, 25), repeats=300)
     assert np.allclose(once[..., 0], many[..., 0])  # the same points again are no more evidence
-    assert bootstrap(np.arange(1000), np.repeat(label, 25), np.repeat(p, 25), repeats=300).std(0)[0, 0] < .4 * once.std(0)[0, 0]
+    fresh = bootstrap(np.arange(1000), np.repeat(label, 25), np.repeat(p, 25), repeats=300)
+    assert fresh.std(0)[0, 0] < .4 * once.std(0)[0, 0]
 
 
 def test_the_analysis_writes_what_is_asked_for_with_or_without_labels(tmp_path, capsys, finetuned):
@@ -206,7 +209,8 @@ def test_the_protocols_table_pairs_each_method_with_the_better_baseline(tmp_path
                                   "probability": label + noise * rng.normal(size=60)})
             table.to_csv(predictions_path(tmp_path / f"seed{seed}", method, 1.0), index=False)
     print_protocol(tmp_path)
-    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ") and "±" in line]
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()
+            if line.startswith("| ") and "±" in line]
     assert [row[0][2:] for row in rows] == [Cell().name, BASELINES[1], BASELINES[0]]
     assert all(row[1] == "2" for row in rows)
     assert rows[0][4].startswith("+0.") and rows[2][4].startswith("-0.") and rows[1][4].strip() == ""

@@ -119,7 +119,8 @@ def small_rank(home: str, command: list, deterministic: bool = True, interrupted
             return function(*a)
         return call
     data._MOST_EVENTS = 60
-    train.update, train.ranking = (interrupting(itertools.count(), function) for function in (train.update, train.ranking))
+    train.update, train.ranking = (interrupting(itertools.count(), function)
+                                   for function in (train.update, train.ranking))
     if deterministic:
         F.dropout = lambda x, *_: x
     small_process(home, command, **dict(hide_sets=0.0, drop_events=0.0, sample_z=False) if deterministic else {})
