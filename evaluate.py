@@ -23,8 +23,8 @@ from sklearn.metrics import (
 )
 from sklearn.preprocessing import StandardScaler
 
-from data import (InputError, Normalizer, StayDataset, labelled_points, make_splits, point_slots, stay_event_index, stays_of,
-                  stays_with, variable_vectors, with_points, write_atomically)
+from data import (InputError, Normalizer, StayDataset, labelled_points, make_splits, point_slots, stay_event_index,
+                  stays_of, stays_with, variable_vectors, with_points, write_atomically)
 from model import SeqSetVAE, at_slots, checkpoint_config, load_weights, original_classifier, read_checkpoint, real_sets
 from readers import load_cohort
 from runs import choose_device, evaluation_loader
@@ -37,8 +37,9 @@ def predict(checkpoint, events: pd.DataFrame, device: str = "auto") -> pd.DataFr
     """The probability of every stay of a table of events, as `--predictions` gives it for the same table.
 
     checkpoint: path of a finetuned checkpoint of train.py. events: a row an event, with the columns stay_id, minute,
-    variable and value of the long table (see README.md). Returns the columns stay_id (text) and probability, a row a stay
-    in the order of the ids; NaN where the checkpoint knows nothing of a stay's events. Raises InputError as train.py.
+    variable and value of the long table (see README.md). Returns the columns stay_id (text) and probability, a row a
+    stay in the order of the ids; NaN where the checkpoint knows nothing of a stay's events. Raises InputError as
+    train.py.
     """
     content = read_checkpoint(checkpoint)
     model, device = classifier_of(checkpoint, content), choose_device(device, "fp32")[0]
@@ -94,8 +95,8 @@ def open_original(path, content, cohort, set_heads, transformer_heads):
 
 
 def scored_points(content, cohort, new) -> tuple[np.ndarray, str]:
-    """The labelled points that may be scored, and what they are: those of the recorded test split; of other data, of all
-    subjects that were not trained or selected on."""
+    """The labelled points that may be scored, and what they are: those of the recorded test split; of other data, of
+    all subjects that were not trained or selected on."""
     if not new:
         recorded_by = "checkpoint" if "format" in content else "data"
         stays = stays_of(cohort, content["split"]["test"])
@@ -127,8 +128,8 @@ def ranking_of(probability) -> tuple[np.ndarray, np.ndarray]:
 
 
 def scores(order, last, label, weight) -> tuple[float, float]:
-    """AUROC and AUPRC of points drawn `weight` [n] times, ranked as `ranking_of` tells: what scikit-learn gives, which sorts
-    and checks the same probabilities at each of a thousand calls."""
+    """AUROC and AUPRC of points drawn `weight` [n] times, ranked as `ranking_of` tells: what scikit-learn gives, which
+    sorts and checks the same probabilities at each of a thousand calls."""
     positive, negative = (np.cumsum((weight * (label == y))[order])[last] for y in (1, 0))
     new = np.diff(positive, prepend=0)                       # true positives that each distinct probability adds
     auroc = np.diff(negative, prepend=0) @ (positive - new / 2) / (positive[-1] * negative[-1])
@@ -230,7 +231,8 @@ def score_figures(stays, label, methods: dict, threshold: float) -> dict:
                                     "interval": np.percentile(draws[:, i, j], [2.5, 97.5]).tolist()}
                           for j, (measure, value) in enumerate(values.items())}
     tn, fp, fn, tp = confusion_matrix(label, probability >= threshold).ravel().tolist()
-    return {"stays": len(np.unique(stays)), "points": len(label), "positive": int(label.sum()), "prevalence": float(prevalence), "methods": compared,
+    return {"stays": len(np.unique(stays)), "points": len(label), "positive": int(label.sum()),
+            "prevalence": float(prevalence), "methods": compared,
             "brier": float(brier_score_loss(label, probability)),
             "brier_of_prevalence": float(prevalence * (1 - prevalence)),
             "calibration_error": calibration_error(label, probability),
@@ -257,7 +259,8 @@ def print_figures(figures: dict, threshold_is: str) -> None:
 
     own, spread, head = figures["methods"][CHECKPOINT], figures["probability"], figures["model"]
     points = "{points:,} points in ".format(**figures) if figures["points"] > figures["stays"] else ""
-    print(f"\nScored: {points}" + "{stays:,} stays, {positive:,} positive ({prevalence:.1%}): {scored}".format(**figures))
+    stays = "{stays:,} stays, {positive:,} positive ({prevalence:.1%})".format(**figures)
+    print(f"\nScored: {points}{stays}: {figures['scored']}")
     print(f"AUROC                {with_interval(own['auroc'])}")
     print(f"AUPRC                {with_interval(own['auprc'])}  (prevalence {figures['prevalence']:.4f})")
     print("Brier score          {brier:.4f}  (prevalence alone: {brier_of_prevalence:.4f})".format(**figures))
@@ -278,8 +281,8 @@ def print_figures(figures: dict, threshold_is: str) -> None:
 
 
 def answered_points(dataset) -> np.ndarray:
-    """Indices [n] of the points that have an answer: those with a set at or before them, of stays of which the checkpoint
-    knows a variable."""
+    """Indices [n] of the points that have an answer: those with a set at or before them,
+    of stays of which the checkpoint knows a variable."""
     cohort = dataset.cohort
     index, slot = point_slots(cohort, np.arange(len(cohort)))
     known = np.append(0, np.cumsum(dataset.variable[cohort.event_variable] >= 0))[cohort.set_start[cohort.stay_start]]
@@ -288,8 +291,8 @@ def answered_points(dataset) -> np.ndarray:
 
 
 def write_predictions(path, content, dataset, points, probability) -> None:
-    """A row a prediction point of the data: its probability (empty: no answer), label (empty: none) and the split that the
-    checkpoint knows its stay from."""
+    """A row a prediction point of the data: its probability (empty: no answer),
+    label (empty: none) and the split that the checkpoint knows its stay from."""
     cohort = dataset.cohort
     split, answers = np.full(len(cohort), "", dtype=object), np.full(len(cohort.label), np.nan)
     for name, ids in content["split"].items():
@@ -303,8 +306,8 @@ def write_predictions(path, content, dataset, points, probability) -> None:
     print(f"predictions: {len(table):,} points of {len(np.unique(stay)):,} stays written to {path}")
     empty = table[table["probability"].isna()]
     if len(empty):
-        print(f"predictions: {len(empty):,} without a probability, as nothing that the checkpoint knows lies before them "
-              f"(stay {empty['stay_id'].iloc[0]} at minute {empty['minute'].iloc[0]:g})")
+        print(f"predictions: {len(empty):,} without a probability, as nothing that the checkpoint knows lies before "
+              f"them (stay {empty['stay_id'].iloc[0]} at minute {empty['minute'].iloc[0]:g})")
 
 
 @torch.no_grad()

@@ -42,8 +42,8 @@ BASELINES = ("logistic regression on summaries", "gradient boosting on summaries
 
 
 def summary_table(cohort, points) -> pd.DataFrame:
-    """Hand-made features of the stay up to each prediction point: first, last, min, max, mean, sd, count and slope (a day)
-    of every variable, descriptors included; raw units, NaN where a variable was not measured."""
+    """Hand-made features of the stay up to each prediction point: first, last, min, max, mean, sd, count and slope
+    (a day) of every variable, descriptors included; raw units, NaN where a variable was not measured."""
     stays = cohort.point_stay[points]
     first, end = cohort.stay_start[stays], cohort.stay_start[stays + 1]
     end = search_after(cohort.set_minute, cohort.point_minute[points], first, end)

@@ -589,7 +589,8 @@ def open_checkpoint(path, given: dict = {}):
 
 
 def dataset_of(path, content: dict, cohort: Cohort) -> StayDataset:
-    """A cohort with the vocabulary and normalisation of a checkpoint. Raises InputError where they share no variable."""
+    """A cohort with the vocabulary and normalisation of a checkpoint. Raises InputError where they share no
+    variable."""
     dataset = StayDataset(cohort, Normalizer.from_state(content["normalizer"], path), points=True)
     if len(dataset.unknown_variables) == len(cohort.variables):
         named = ", ".join(cohort.variables[:5])
@@ -615,8 +616,8 @@ def refuse_leaks(arguments, content: dict, subjects: dict) -> None:
     known = content.get("subjects", {"train": [], "valid": []})
     leaks = sorted(set(subjects["test"]) & {*known["train"], *known["valid"]})
     if leaks:
-        raise InputError(f"--split {arguments.split_file}: tests {len(leaks)} subjects ({', '.join(leaks[:3])} ...) that "
-                         f"{arguments.pretrained_ckpt} was pretrained or selected on; pretrain with this --split")
+        raise InputError(f"--split {arguments.split_file}: tests {len(leaks)} subjects "
+                         f"({', '.join(leaks[:3])} ...) that {arguments.pretrained_ckpt} was pretrained or selected on; pretrain with this --split")
 
 
 def labelled(cohort: Cohort, ids: list) -> np.ndarray:

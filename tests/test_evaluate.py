@@ -94,7 +94,8 @@ def test_an_original_finetuned_checkpoint_is_scored_with_its_data(tmp_path, caps
     assert json.loads((tmp_path / "a.json").read_text())["stays"] == 10  # patient_ehr/test
 
     # The probabilities are those of its weights on the data's values, vectors and statistics.
-    model, _, cohort, dataset, _ = open_classifier(whole, dict(zip(("data_dir", "params_map", "label_file"), original_data[1::2])))
+    options = dict(zip(("data_dir", "params_map", "label_file"), original_data[1::2]))
+    model, _, cohort, dataset, _ = open_classifier(whole, options)
     assert model.config.features == "stable" and model.config.head_widths is None and model.trees is None
     assert model.config.classification_only
     assert dataset.normalizer.mean.tolist() == [5] * 7
@@ -135,7 +136,8 @@ def test_what_comes_after_a_stays_last_point_changes_no_bit_of_its_features(conf
     features = []
     for tail in (other, [(m + 1, [(v, x + 7) for v, x in events]) for m, events in other]):
         whole = stay + [(m + minute[-1] + 30, events) for m, events in tail]
-        cohort = with_points(cohort_of([whole]), np.array([2]), np.array([minute[4], minute[-1] + 20]), np.array([0, 1]))
+        asked = np.array([minute[4], minute[-1] + 20])
+        cohort = with_points(cohort_of([whole]), np.array([2]), asked, np.array([0, 1]))
         features.append(encode_points(model, StayDataset(cohort, PLAIN, points=True), np.arange(2), CPU))
     assert torch.equal(*features) and (features[0][0] - features[0][1]).abs().max() > 1e-3
     if config.get("summaries"):
@@ -149,7 +151,8 @@ def test_intervals_resample_stays_not_points():
     once = bootstrap(np.arange(40), label, p, repeats=300)
     many = bootstrap(np.repeat(np.arange(40), 25), np.repeat(label, 25), np.repeat(p, 25), repeats=300)
     assert np.allclose(once[..., 0], many[..., 0])  # the same points again are no more evidence
-    assert bootstrap(np.arange(1000), np.repeat(label, 25), np.repeat(p, 25), repeats=300).std(0)[0, 0] < .4 * once.std(0)[0, 0]
+    fresh = bootstrap(np.arange(1000), np.repeat(label, 25), np.repeat(p, 25), repeats=300)
+    assert fresh.std(0)[0, 0] < .4 * once.std(0)[0, 0]
 
 
 def test_the_analysis_writes_what_is_asked_for_with_or_without_labels(tmp_path, capsys, finetuned):
@@ -197,7 +200,8 @@ def test_the_bootstrap_scores_as_scikit_learn_does():
     draws, rng = bootstrap(group, label, p, 1 - p, repeats=20), np.random.default_rng(0)
     groups = len(np.unique(group))
     for scored in draws:
-        weight = np.bincount(rng.integers(0, groups, groups), minlength=groups)[np.unique(group, return_inverse=True)[1]]
+        drawn = np.bincount(rng.integers(0, groups, groups), minlength=groups)
+        weight = drawn[np.unique(group, return_inverse=True)[1]]
         for q, (auroc, auprc) in zip((p, 1 - p), scored):
             assert auroc == pytest.approx(roc_auc_score(label, q, sample_weight=weight), abs=1e-12)
             assert auprc == pytest.approx(average_precision_score(label, q, sample_weight=weight), abs=1e-12)
@@ -206,7 +210,8 @@ def test_the_bootstrap_scores_as_scikit_learn_does():
 def test_predict_gives_what_predictions_writes_for_the_same_table(tmp_path, finetuned):
     cohort = synthetic_cohort(6, seed=5)
     folder = write_long_table(tmp_path / "new", cohort, labels=False)
-    assert main(["--checkpoint", str(finetuned), "--data_dir", str(folder), "--predictions", str(tmp_path / "new.csv")]) == 0
+    scoring = ["--checkpoint", str(finetuned), "--data_dir", str(folder)]
+    assert main([*scoring, "--predictions", str(tmp_path / "new.csv")]) == 0
     events = pd.read_csv(folder / "events.csv")
     stranger = pd.DataFrame({"stay_id": ["stranger"], "minute": [0], "variable": ["unheard of"], "value": [1.0]})
     table = predict(finetuned, pd.concat([stranger, events.sample(frac=1, random_state=0)]), device="cpu")
@@ -222,12 +227,14 @@ def test_predict_gives_what_predictions_writes_for_the_same_table(tmp_path, fine
 
 def test_scoring_needs_neither_pytest_nor_the_tests():
     loaded = "import sys, evaluate; print([name for name in sys.modules if name.split('.')[0] in ('pytest', 'tests')])"
-    ended = subprocess.run([sys.executable, "-c", loaded], cwd=Path(train.__file__).parent, capture_output=True, text=True)
+    home = Path(train.__file__).parent
+    ended = subprocess.run([sys.executable, "-c", loaded], cwd=home, capture_output=True, text=True)
     assert ended.stdout == "[]\n", ended.stderr
 
 
 def test_the_log_of_the_untrained_backbone_does_not_stand_in_the_report(capsys, monkeypatch, finetuned):
-    monkeypatch.setattr(protocol, "hand_made_baselines", lambda cohort, train, test: {BASELINES[0]: np.zeros(len(test))})
+    monkeypatch.setattr(protocol, "hand_made_baselines",
+                        lambda cohort, train, test: {BASELINES[0]: np.zeros(len(test))})
     capsys.readouterr()
     assert main(["--checkpoint", str(finetuned), "--baselines", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
@@ -254,7 +261,8 @@ def test_the_protocols_table_pairs_each_method_with_the_better_baseline(tmp_path
                                   "probability": label + noise * rng.normal(size=60)})
             table.to_csv(predictions_path(tmp_path / f"seed{seed}", method, 1.0), index=False)
     print_protocol(tmp_path)
-    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ") and "±" in line]
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()
+            if line.startswith("| ") and "±" in line]
     assert [row[0][2:] for row in rows] == [Cell().name, BASELINES[1], BASELINES[0]]
     assert all(row[1] == "2" for row in rows)
     assert rows[0][4].startswith("+0.") and rows[2][4].startswith("-0.") and rows[1][4].strip() == ""
