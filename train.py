@@ -617,7 +617,8 @@ def refuse_leaks(arguments, content: dict, subjects: dict) -> None:
     leaks = sorted(set(subjects["test"]) & {*known["train"], *known["valid"]})
     if leaks:
         raise InputError(f"--split {arguments.split_file}: tests {len(leaks)} subjects "
-                         f"({', '.join(leaks[:3])} ...) that {arguments.pretrained_ckpt} was pretrained or selected on; pretrain with this --split")
+                         f"({', '.join(leaks[:3])} ...) that {arguments.pretrained_ckpt} was pretrained or "
+                         "selected on; pretrain with this --split")
 
 
 def labelled(cohort: Cohort, ids: list) -> np.ndarray:
