@@ -271,8 +271,10 @@ class VariableKeys(nn.Module):
         super().__init__()
         self.projection = nn.Linear(config.input_dim, config.key_dim, bias=False)
         self.free = nn.Embedding(config.num_variables, config.key_dim)
-        nn.init.normal_(self.projection.weight, std=config.key_dim**-0.5)  # the key of a unit vector has length 1
-        nn.init.zeros_(self.free.weight)
+        if config.num_variables <= config.key_dim:  # a dimension of its own for each: as free rows of weights learn
+            nn.init.zeros_(self.projection.weight), nn.init.eye_(self.free.weight)
+        else:  # of length 1, as far from each other as chance has them
+            nn.init.normal_(self.projection.weight, std=config.key_dim**-0.5), nn.init.zeros_(self.free.weight)
 
     def forward(self, vectors, variables):
         """vectors [n, input_dim] and indices [n] of variables -> [n, r]."""
