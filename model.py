@@ -241,8 +241,10 @@ def attend_in_blocks(attention: Attention, query, key_value, bias):
     def attend(block, first):
         end = first + block.shape[1]
         return attention.attend(block, key_value[:, :end], bias(first, end))
-    return torch.cat([checkpoint(attend, block, i * QUERY_BLOCK, use_reentrant=False, preserve_rng_state=False)
-                      for i, block in enumerate(query.split(QUERY_BLOCK, dim=1))], dim=1)
+    # The last block is the largest: taken first, it leaves room in the heap for all others.
+    blocks = [checkpoint(attend, block, i * QUERY_BLOCK, use_reentrant=False, preserve_rng_state=False)
+              for i, block in reversed([*enumerate(query.split(QUERY_BLOCK, dim=1))])]
+    return torch.cat(blocks[::-1], dim=1)
 
 
 def event_masks(batch: EventBatch) -> list[torch.Tensor]:
@@ -948,11 +950,15 @@ class SeqSetVAE(nn.Module):
             for name, parameter in self.named_parameters():
                 parameter.requires_grad_(not name.startswith(self.BACKBONE))
 
+    @property
+    def tells_beliefs(self) -> bool:
+        return self.config.decoder == "readout" and self.config.features != "stable"
+
     def _feature_sizes(self) -> dict[str, int]:
         """Number of head inputs that reach it as they are (the trained projection), and standardised."""
         config, d, v, k = self.config, self.config.latent_dim, self.config.head_variables, len(HISTORY_STATISTICS)
         pooled = 8 * d if config.features == "multiscale" else d
-        beliefs = k * v if config.decoder == "readout" and config.features != "stable" else 0
+        beliefs = k * v if self.tells_beliefs else 0
         plain = 0 if config.classification_only else d
         return {"plain": plain, "standardised": pooled + beliefs + ((k + 1) * v + 1 if config.summaries else 0)}
 
@@ -998,17 +1004,18 @@ class SeqSetVAE(nn.Module):
         z = self._fuse_vae_features(mu, logvar)
         return mu, logvar, z, self.history(z, batch.minute)
 
+    def _beliefs(self, z):
+        """What the latents z [B, L, d] of the sets tell of the head's variables: values [B, L, K], believed bool."""
+        values, logits = self.setvae.decoder(z, self.setvae.keys_of(self.head_variables))
+        return values.float(), logits > 0
+
     def _head_input(self, z, h, batch):
         """All that reaches the head at the batch's prediction points, [B, Q, F], not yet standardised."""
         config, h, z = self.config, h.float(), z.float()
-        features = [self._extract_enhanced_features(h, batch.point_slot)]
-        if config.features == "multiscale":
-            features += prefix_moments(z, batch.point_slot)
-        slots = batch.point_slot.masked_fill(batch.point < 0, h.shape[1])
-        if config.features != "stable" and config.decoder == "readout":  # the stay's history as its latents tell it
-            values, logits = self.setvae.decoder(z, self.setvae.keys_of(self.head_variables))         # [B, L, K]
-            believed = (logits > 0) & real_sets(batch)[..., None]
-            features.append(statistics_of_beliefs(values.float(), believed, batch.minute, slots).past.flatten(2))
+        slots, beliefs, exact = batch.point_slot.masked_fill(batch.point < 0, h.shape[1]), None, None
+        if self.tells_beliefs:
+            values, believed = self._beliefs(z)
+            beliefs = statistics_of_beliefs(values, believed & real_sets(batch)[..., None], batch.minute, slots)
         if config.summaries:
             listed = torch.full((config.num_variables,), config.head_variables, device=h.device)
             listed[self.head_variables] = torch.arange(config.head_variables, device=h.device)
@@ -1016,8 +1023,19 @@ class SeqSetVAE(nn.Module):
             held = torch.arange(mine.shape[1], device=h.device) < batch.variable_counts[:, None]
             column = listed[mine].masked_fill(~held, config.head_variables)
             exact = statistics_at(batch, slots, column, config.head_variables)
+        return self._joined(z, h, batch.point_slot, beliefs, exact, batch.point_hours)
+
+    def _joined(self, z, h, slots, beliefs: Statistics | None, exact: Statistics | None, hours, pool=None):
+        """The head input [B, Q, F] at the sets `slots` [B, Q], asked `hours` [B, Q] later: what z and h [B, L, d] tell, and the statistics
+        there; pool: see `_extract_enhanced_features`."""
+        features = [self._extract_enhanced_features(h, slots, pool)]
+        if self.config.features == "multiscale":
+            features += prefix_moments(z, slots)
+        if beliefs:  # the stay's history as the latents of its sets tell it
+            features.append(beliefs.past.flatten(2))
+        if exact:
             seen = exact.past_exists[:, :, HISTORY_STATISTICS.index("log count")].float()
-            features += [exact.past.flatten(2), seen, batch.point_hours[..., None]]
+            features += [exact.past.flatten(2), seen, hours[..., None]]
         return torch.cat(features, dim=-1)
 
     def features(self, batch: EventBatch) -> torch.Tensor:
@@ -1050,6 +1068,65 @@ class SeqSetVAE(nn.Module):
         question = self.setvae.ask(batch) if self.config.decoder == "readout" else None
         terms = sequence_losses(self.setvae, getattr(self, "history_readout", None), h, batch, question)
         return {"logits": logits, "reconstruction": sum(terms.values()).mean(), "kl": self.setvae.kl(mu, logvar, batch)}
+
+    # At the bedside: one set after another, each step in a time that grows with the sets before (O(L d)) and with nothing else. Equal to
+    # the whole pass; in evaluation mode.
+
+    def start(self) -> "Bedside":
+        """A stay without sets."""
+        device, k = self.feature_mean.device, self.config.head_variables
+        none = torch.zeros(1, 0, self.config.latent_dim, device=device)
+        return Bedside(torch.zeros(1, 0, dtype=torch.float64, device=device), none, none, [None] * len(self.history.layers),
+                       torch.cat([none, none], dim=-1), RunningStatistics(k, device), RunningStatistics(k, device))
+
+    @torch.no_grad()
+    def step(self, state: "Bedside", minute: float, events) -> None:
+        """Append the set charted at `minute`: pairs of a variable's index and its normalised value (NaN: none), or no pair. Raises
+        ValueError where the stay has a later set."""
+        device = self.feature_mean.device
+        state.hours_until(minute)
+        variable = torch.tensor([v for v, _ in events], dtype=torch.int64, device=device)                       # [E]
+        value = torch.tensor([x for _, x in events], dtype=torch.float32, device=device)
+        valued, value = ~value.isnan(), value.nan_to_num()
+        z = self._fuse_vae_features(*self.setvae.encode(EventSets.of_one(variable, value))).float()         # [1, 1, d]
+        state.minute = torch.cat([state.minute, state.minute.new_tensor([[minute]])], dim=1)
+        h = self.history(z, state.minute, state.past).float()
+        state.z, state.h = torch.cat([state.z, z], dim=1), torch.cat([state.h, h], dim=1)
+        if not self.config.classification_only:
+            state.pool = torch.cat([state.pool, self.feature_fusion.attention_pool.project_key_value(h)], dim=1)
+        if self.tells_beliefs:
+            values, believed = self._beliefs(z)
+            state.beliefs.add(minute, values, believed, believed.float())
+        if self.config.summaries:
+            listed = variable[:, None] == self.head_variables                                                   # [E, K]
+            numbers = (listed & valued[:, None]).sum(0)
+            mean = (listed * value.double()[:, None]).sum(0) / numbers.clamp(min=1)
+            state.exact.add(minute, mean.float(), numbers > 0, listed.sum(0))
+
+    def features_at(self, state: "Bedside", minute: float) -> torch.Tensor:
+        """What `features` gives at a prediction point at `minute`, [1, 1, F]. Raises ValueError where the stay has no set, or a later one."""
+        hours = state.z.new_tensor([[state.hours_until(minute)]])
+        last = torch.tensor([[state.minute.shape[1] - 1]], device=hours.device)
+        return self._joined(state.z, state.h, last, state.beliefs.now() if self.tells_beliefs else None,
+                            state.exact.now() if self.config.summaries else None, hours, state.pool)
+
+    @torch.no_grad()
+    def ask(self, state: "Bedside", minute: float) -> float:
+        """The probability of class 1 at `minute`; see `features_at`."""
+        return self.classify(self.features_at(state, minute)).softmax(-1)[0, 0, 1].item()
+
+
+@dataclass
+class Bedside:
+    """What `SeqSetVAE.step` keeps of one stay of L sets: nothing of it grows with the vocabulary."""
+
+    minute: torch.Tensor        # [1, L] float64
+    z: torch.Tensor             # [1, L, d]
+    h: torch.Tensor             # [1, L, d]
+    past: list                  # keys and values of every layer of the history, [1, L, 2d]
+    pool: torch.Tensor          # [1, L, 2d] of the learned attention pool, in full training
+    beliefs: RunningStatistics  # of the head's variables, as the latents tell them
+    exact: RunningStatistics    # of the head's variables, as they were measured
 
 
 def attention_pool(h, last, slots):
