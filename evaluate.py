@@ -360,7 +360,7 @@ def followed_event(line: str) -> tuple[str, float, str, float]:
         raise ValueError(f"no {'variable' if stay else 'stay_id'}")
     beyond = BEYOND.fullmatch(value)
     minute, value = float(minute), float("nan" if value in MISSING else beyond[1] if beyond else value)
-    if not abs(minute) < 1e8 or abs(value) > np.finfo(np.float32).max:
+    if not abs(minute) < 1e8 or abs(value) > float(np.finfo(np.float32).max):
         raise ValueError("a minute or value out of range")
     return stay, minute, variable, value
 
