@@ -196,6 +196,23 @@ class ISAB(nn.Module):
         return self.mab2(x, summary, [(s, n, m) for s, n in groups])
 
 
+class Cache:
+    """Rows [1, L, width] of the sets of a stay, with room for more: one is added without copying those before."""
+
+    def __init__(self, width: int, like: torch.Tensor):
+        self.room = like.new_empty(1, 8, width)
+        self.rows = self.room[:, :0]
+
+    def append(self, x: torch.Tensor) -> torch.Tensor:
+        """x [1, n, width] -> all rows so far."""
+        first, end = self.rows.shape[1], self.rows.shape[1] + x.shape[1]
+        while end > self.room.shape[1]:
+            self.room = torch.cat([self.room, self.room], dim=1)
+        self.room[:, first:end] = x
+        self.rows = self.room[:, :end]
+        return self.rows
+
+
 class TransformerLayer(nn.Module):
     """Pre-norm layer with the parameter names of `nn.TransformerEncoderLayer` (whose evaluation fast path misreads a float mask)."""
 
@@ -206,15 +223,14 @@ class TransformerLayer(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
-    def forward(self, x, bias, past=None):
+    def forward(self, x, bias, past: Cache | None = None):
         """x [B, n, d] of the last n of L sets; bias [B, heads or 1, n, L], or of long stays the function that gives its rows
-        (see `attend_in_blocks`); past: holds the keys and values [B, L - n, 2d] of the sets before (nothing: n is L), then
-        those of all (None: they are not kept)."""
+        (see `attend_in_blocks`); past: keys and values of the L - n sets before, to which those of these are added (None: n
+        is L)."""
         y = self.norm1(x)
         key_value = self.self_attn.project_key_value(y)
-        if past is not None:
-            past[:] = [torch.cat([*past, key_value], dim=1)]
-            key_value = past[0]
+        if past:
+            key_value = past.append(key_value)
         attend = partial(attend_in_blocks, self.self_attn) if callable(bias) else self.self_attn.attend
         y = attend(self.self_attn.project_query(y), key_value, bias)
         x = x + self.dropout(self.self_attn.out_proj(y))
@@ -729,7 +745,7 @@ class History(nn.Module):
         future = torch.full(apart.shape[-2:], -math.inf, device=minute.device).triu(1 + first)
         return torch.addcmul(future, self.slope.abs().view(-1, 1, 1), distance, value=-1)
 
-    def forward(self, z, minute, past: list | None = None):
+    def forward(self, z, minute, past: list[Cache] | None = None):
         """z [B, n, d] of the last n sets, minute [B, L] of all -> h [B, n, d]. Later sets never reach earlier ones; a stay's padding lies
         after its last set. past: of every layer, see `TransformerLayer`."""
         n, length = z.shape[1], minute.shape[1]
@@ -738,8 +754,8 @@ class History(nn.Module):
         x = x + self.gap_embedding(torch.bucketize(gap, self.gap_edges))
         x = F.layer_norm(x, x.shape[-1:])
         bias = self.time_bias(minute, length - n) if n <= LONG_STAY else partial(self.time_bias, minute)
-        for layer, keys in zip(self.layers, past or [None] * len(self.layers)):
-            x = layer(x, bias, keys)
+        for layer, cache in zip(self.layers, past or [None] * len(self.layers)):
+            x = layer(x, bias, cache)
         return self.norm(x)
 
 
@@ -906,18 +922,18 @@ class AttentionPool(nn.Module):
 class Bedside:
     """What `SeqSetVAE.step` keeps of one stay of L sets: nothing of it grows with the vocabulary."""
 
-    minute: torch.Tensor        # [1, L] float64
-    z: torch.Tensor             # [1, L, d]
-    h: torch.Tensor             # [1, L, d]
-    past: list[list]            # of every layer of the history the keys and values, one tensor [1, L, 2d]
-    pool: torch.Tensor          # [1, L, 2d] of the learned attention pool, in full training
+    minute: Cache               # width 1, float64
+    z: Cache                    # width d
+    h: Cache                    # width d
+    past: list[Cache]           # keys and values of every layer of the history, width 2d
+    pool: Cache                 # keys and values of the learned attention pool, width 2d: in full training
     beliefs: RunningStatistics  # of the head's variables, as the latents tell them
     exact: RunningStatistics    # of the head's variables, as they were measured
 
     @property
     def last(self) -> float:
         """The minute of the last set, -inf: there is none."""
-        return self.minute[0, -1].item() if self.minute.numel() else -math.inf
+        return self.minute.rows[0, -1].item() if self.minute.rows.numel() else -math.inf
 
 
 class SeqSetVAE(nn.Module):
@@ -1072,10 +1088,9 @@ class SeqSetVAE(nn.Module):
 
     def start(self) -> Bedside:
         """A stay without sets."""
-        device, k = self.feature_mean.device, self.config.head_variables
-        none = torch.zeros(1, 0, self.config.latent_dim, device=device)
-        return Bedside(torch.zeros(1, 0, dtype=torch.float64, device=device), none, none, [[] for _ in self.history.layers],
-                       torch.cat([none, none], dim=-1), RunningStatistics(k, device), RunningStatistics(k, device))
+        like, d, k = self.feature_mean, self.config.latent_dim, self.config.head_variables
+        return Bedside(Cache(1, like.double()), Cache(d, like), Cache(d, like), [Cache(2 * d, like) for _ in self.history.layers],
+                       Cache(2 * d, like), RunningStatistics(k, like.device), RunningStatistics(k, like.device))
 
     @torch.no_grad()
     def step(self, state: Bedside, minute: float, events) -> None:
@@ -1088,11 +1103,11 @@ class SeqSetVAE(nn.Module):
         value = torch.tensor([x for _, x in events], dtype=torch.float32, device=device)
         valued, value = ~value.isnan(), value.nan_to_num()
         z = self._fuse_vae_features(*self.setvae.encode(EventSets.of_one(variable, value))).float()         # [1, 1, d]
-        state.minute = torch.cat([state.minute, state.minute.new_tensor([[minute]])], dim=1)
-        h = self.history(z, state.minute, state.past).float()
-        state.z, state.h = torch.cat([state.z, z], dim=1), torch.cat([state.h, h], dim=1)
+        minutes = state.minute.append(value.new_tensor([[[minute]]], dtype=torch.float64)).squeeze(-1)      # [1, L]
+        h = self.history(z, minutes, state.past).float()
+        state.z.append(z), state.h.append(h)
         if not self.config.classification_only:
-            state.pool = torch.cat([state.pool, self.feature_fusion.attention_pool.project_key_value(h)], dim=1)
+            state.pool.append(self.feature_fusion.attention_pool.project_key_value(h))
         if self.tells_beliefs:
             values, believed = self._beliefs(z)
             state.beliefs.add(minute, values, believed, believed.float())
@@ -1107,10 +1122,11 @@ class SeqSetVAE(nn.Module):
         or a later one."""
         if not -math.inf < state.last <= minute:
             raise ValueError(f"asked at minute {minute}, where the last set is at minute {state.last}")
-        hours = state.z.new_tensor([[(minute - state.last) / 60]])
-        last = torch.tensor([[state.minute.shape[1] - 1]], device=hours.device)
-        return self._joined(state.z, state.h, last, state.beliefs.now() if self.tells_beliefs else None,
-                            state.exact.now() if self.config.summaries else None, hours, state.pool)
+        z, h = state.z.rows, state.h.rows
+        hours = z.new_tensor([[(minute - state.last) / 60]])
+        last = torch.tensor([[z.shape[1] - 1]], device=z.device)
+        return self._joined(z, h, last, state.beliefs.now() if self.tells_beliefs else None,
+                            state.exact.now() if self.config.summaries else None, hours, state.pool.rows)
 
     @torch.no_grad()
     def ask(self, state: Bedside, minute: float) -> float:

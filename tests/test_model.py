@@ -427,7 +427,7 @@ def test_set_after_set_equals_the_whole_pass(config):
         state = model.start()
         for i, (_, events) in enumerate(stay):
             model.step(state, minute[i], [(v, x) for v, x in events if v != 6])
-            close(state.z, z[:, :i + 1]), close(state.h, h[:, :i + 1])
+            close(state.z.rows, z[:, :i + 1]), close(state.h.rows, h[:, :i + 1])
             if i != 11:  # a question at the minute of two sets comes after both
                 close(model.features_at(state, asked[i]), features[:, i:i + 1])
                 assert model.ask(state, asked[i]) == pytest.approx(logits.softmax(-1)[0, i, 1].item(), abs=1e-5)
