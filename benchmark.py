@@ -258,6 +258,25 @@ def measure(dataset, load, device) -> tuple[pd.DataFrame, float]:
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis(["sizes", "work", "how"]), imports
 
 
+def bedside_latency(dataset, sets: int = 200, events: int = 6, timed: int = 100) -> list:
+    """Of our default classifier, on one thread of the CPU: the median time of appending a set of so many events to a
+    stay of so many sets, and of asking for the risk after it."""
+    variables, rng, times = len(dataset.normalizer.variables), np.random.default_rng(0), np.zeros((sets + timed, 2))
+    model, threads = new_classifier(ModelConfig(variables), dataset)[0].eval(), torch.get_num_threads()
+    state = model.start()
+    torch.set_num_threads(1)
+    for i in range(sets + timed):
+        pairs = list(zip(rng.integers(0, variables, events).tolist(), rng.normal(size=events).tolist()))
+        began = time.perf_counter()
+        model.step(state, 20.0 * i, pairs)
+        stepped = time.perf_counter()
+        model.ask(state, 20.0 * i)
+        times[i] = stepped - began, time.perf_counter() - stepped
+    torch.set_num_threads(threads)
+    return [(f"bedside, {what} after {sets} sets, one thread", ms, "ms")
+            for what, ms in zip((f"a set of {events} events", "a question"), 1e3 * np.median(times[sets:], axis=0))]
+
+
 def in_row(column: pd.Series, **changes) -> list:
     """For every row the column's value in the row whose index has these `changes` (NaN: there is none)."""
     return [column.get(tuple((dict(zip(column.index.names, key)) | changes).values()), np.nan) for key in column.index]
@@ -274,6 +293,7 @@ def benchmark(arguments) -> None:
         print(cohort.describe())
         dataset = asked_at_the_end(cohort, Normalizer.fit(cohort, np.arange(len(cohort))))
         facts += padding(dataset, epoch_batches(np.diff(cohort.stay_start), train.PretrainConfig.batch_size, 0, 0)[:64])
+        facts += bedside_latency(dataset)
         rows, imports = measure(dataset, load, device)
     facts.append(("memory of the imports alone", imports, "MB"))
     a_set, flops = 1e3 * rows["seconds"] / rows["sets"], 1e-9 * rows["FLOPs"] / rows["seconds"]

@@ -595,7 +595,26 @@ def variable_vectors(variables: list[str], dim: int, given: np.ndarray | None = 
 # ----------------------------------------------------------------------------------------------------------------------
 
 @dataclass
-class EventBatch:
+class EventSets:
+    """Sets of events, all that the set encoder takes; see `EventBatch`."""
+
+    variables: torch.Tensor        # [U] int64, indices into the model's vocabulary (padding: 0)
+    event_variable: torch.Tensor   # [E] int64, place in `variables`
+    event_value: torch.Tensor      # [E] float32, normalised; 0 where the event has none
+    groups: list[tuple[int, int]]  # (S_k, N_k)
+    token_event: torch.Tensor      # [M] int64, M = sum of S_k * N_k
+    slot_set: torch.Tensor         # [B, L] int64
+
+    @classmethod
+    def of_one(cls, variable: torch.Tensor, value: torch.Tensor) -> "EventSets":
+        """A single set: variable [E], value [E], 0 where the event has none. Without events it is one cell of
+        padding."""
+        cell = torch.arange(max(1, len(value)), device=value.device)
+        return cls(variable, cell[:len(value)], value, [(1, len(cell))], cell, cell[:1, None])
+
+
+@dataclass
+class EventBatch(EventSets):
     """B stays, their E events and Q prediction points as tensors: nothing in it grows with the vocabulary.
 
     Variables: `variables` names the batch's U distinct ones, and all else speaks of places in it; a stay's own are its
@@ -615,14 +634,8 @@ class EventBatch:
     every step.
     """
 
-    variables: torch.Tensor        # [U] int64, indices into the model's vocabulary (padding: 0)
-    event_variable: torch.Tensor   # [E] int64, place in `variables`
-    event_value: torch.Tensor      # [E] float32, normalised; 0 where the event has none
     event_slot: torch.Tensor       # [E] int64, stay * L + position of the event's set
-    groups: list[tuple[int, int]]  # (S_k, N_k)
-    token_event: torch.Tensor      # [M] int64, M = sum of S_k * N_k
     group_slot: torch.Tensor       # [S] int64, the slot of each set of the groups (0 for padding)
-    slot_set: torch.Tensor         # [B, L] int64
     minute: torch.Tensor           # [B, L] float64, of each set (0 in padding)
     lengths: torch.Tensor          # [B] int64, number of sets
     stay_variables: torch.Tensor   # [B, D] int64, places in `variables`

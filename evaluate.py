@@ -4,8 +4,12 @@
 runs; `open_classifier` opens a checkpoint beside its data.
 """
 
+import csv
+import io
 import json
+import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +32,7 @@ from data import (InputError, Normalizer, StayDataset, labelled_points, make_spl
 from model import SeqSetVAE, at_slots, checkpoint_config, load_weights, original_classifier, read_checkpoint, real_sets
 from readers import load_cohort
 from runs import choose_device, evaluation_loader
+from tables import BEYOND, MISSING
 from train import data_of, data_options, dataset_of, encode_points, open_checkpoint, probability_at
 
 CPU = torch.device("cpu")
@@ -374,6 +379,117 @@ def print_trajectory(trajectory: dict) -> None:
           f"risk after each of its {len(trajectory['risk'])} sets\n  set      hour  events    risk")
     for i, (minute, events, risk) in enumerate(zip(trajectory["minute"], trajectory["events"], trajectory["risk"])):
         print(f"{i + 1:5d}  {minute / 60:8.2f}  {events:6d}  {risk:6.4f}  {'#' * round(40 * risk)}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# At the bedside: the risk as events come
+# ----------------------------------------------------------------------------------------------------------------------
+
+FOLLOWED = ["stay_id", "minute", "variable", "value"]
+
+
+def followed_event(line: str) -> tuple[str, float, str, float]:
+    """What a line of `FOLLOWED` says, as the long table is read; value NaN: none. Raises ValueError where it is no
+    event."""
+    cells = [cell.strip() for cell in next(csv.reader([line]))]
+    if len(cells) != len(FOLLOWED):
+        raise ValueError(f"{len(cells)} cells where {','.join(FOLLOWED)} is due")
+    stay, minute, variable, value = cells
+    if not stay or not variable:
+        raise ValueError(f"no {'variable' if stay else 'stay_id'}")
+    beyond = BEYOND.fullmatch(value)
+    minute, value = float(minute), float("nan" if value in MISSING else beyond[1] if beyond else value)
+    if not abs(minute) < 1e8 or abs(value) > float(np.finfo(np.float32).max):
+        raise ValueError("a minute or value out of range")
+    return stay, minute, variable, value
+
+
+class Ward:
+    """The stays that are followed: their states, their open sets, and counts of what came."""
+
+    def __init__(self, model: SeqSetVAE, normalizer: Normalizer):
+        self.model, self.normalizer = model, normalizer
+        self.index = {name: i for i, name in enumerate(normalizer.variables)}
+        self.states, self.sets, self.known = {}, {}, set()  # of stays; a set: (minute, [(variable, value), ...])
+        self.counts, self.unknown = Counter(), Counter()
+        self.out = csv.writer(sys.stdout, lineterminator="\n")
+
+    def add(self, stay: str, minute: float, variable: str, value: float) -> None:
+        """Take an event; a later minute than its stay's ends the set before."""
+        if stay not in self.states:
+            self.states[stay] = self.model.start()
+        now = self.sets[stay][0] if stay in self.sets else self.states[stay].last
+        if minute < now:
+            self.counts["events of an earlier minute than their stay's last, ignored"] += 1
+            return
+        if stay in self.sets and minute > now:
+            self.end_set(stay)
+        _, events = self.sets.setdefault(stay, (minute, []))
+        if variable in self.index:
+            events.append((self.index[variable], value))
+            self.known.add(stay)
+        else:
+            self.unknown[variable] += 1
+
+    def end_set(self, stay: str) -> None:
+        """Print the risk after the stay's open set."""
+        (minute, events), state = self.sets.pop(stay), self.states[stay]
+        variable, value = np.array(events, dtype=np.float64).reshape(-1, 2).T
+        variable = variable.astype(np.int64)
+        value = self.normalizer(variable, value.astype(np.float32))
+        self.model.step(state, minute, [*zip(variable.tolist(), value.tolist())])
+        risk = f"{self.model.ask(state, minute):.6f}" if stay in self.known else ""
+        self.out.writerow([stay, int(minute) if minute.is_integer() else minute, risk])
+        sys.stdout.flush()
+        self.counts["risks"] += bool(risk)
+
+    def end_sets(self) -> None:
+        for stay in list(self.sets):
+            self.end_set(stay)
+
+    def describe(self) -> str:
+        lines = [f"{self.counts.pop('risks', 0):,} risks of {len(self.states):,} stays"]
+        lines += [f"{count:,} {reason}" for reason, count in self.counts.items() if count]
+        if self.unknown:
+            named = ", ".join(f"{name} ({count:,})" for name, count in self.unknown.most_common(10))
+            lines.append(f"{self.unknown.total():,} events of {len(self.unknown):,} variables unknown to the "
+                         f"checkpoint, left out: {named}{' ...' if len(self.unknown) > 10 else ''}")
+        return "\n".join(f"follow: {line}" for line in lines)
+
+
+def follow(arguments) -> None:
+    """Lines stay_id,minute,variable,value of standard input (no value: it happened), perhaps under a header -> after
+    each set a printed line stay_id,minute,risk (no risk: so far the checkpoint knows none of the stay's variables). A
+    set ends with a later minute of its stay, an empty line or the input. What cannot be used is counted on standard
+    error."""
+    path, device = arguments.checkpoint, choose_device(arguments.device, "fp32")[0]
+    content = read_checkpoint(path)
+    if "format" in content:  # its data need not be at hand
+        normalizer = Normalizer.from_state(content["normalizer"], path)
+        model = classifier_of(path, content)
+    else:
+        model, _, _, dataset, _ = open_classifier(path, data_options(arguments), arguments.set_heads,
+                                                  arguments.transformer_heads)
+        normalizer = dataset.normalizer
+    ward = Ward(model.to(device), normalizer)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # what is no text is a malformed line or an unknown variable
+    try:
+        for number, line in enumerate(sys.stdin, 1):
+            if not line.strip():
+                ward.end_sets()
+            elif number > 1 or line.split(",")[0].strip() != FOLLOWED[0]:
+                try:
+                    event = followed_event(line)
+                except (ValueError, csv.Error) as error:
+                    ward.counts["malformed lines, left out"] += 1
+                    print(f"follow: line {number}: {error}: {line.strip()}", file=sys.stderr, flush=True)
+                else:
+                    ward.add(*event)
+        ward.end_sets()
+    except KeyboardInterrupt:  # the usual end of a long-running command
+        pass
+    print(ward.describe(), file=sys.stderr)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from sklearn.ensemble import GradientBoostingClassifier
 from torch.utils.checkpoint import checkpoint
 
-from data import SPLITS, EventBatch, InputError
+from data import SPLITS, EventBatch, EventSets, InputError
 
 
 @dataclass
@@ -210,6 +210,23 @@ class ISAB(nn.Module):
         return self.mab2(x, summary, [(s, n, m) for s, n in groups])
 
 
+class Cache:
+    """Rows [1, L, width] of the sets of a stay, with room for more: one is added without copying those before."""
+
+    def __init__(self, width: int, like: torch.Tensor):
+        self.room = like.new_empty(1, 8, width)
+        self.rows = self.room[:, :0]
+
+    def append(self, x: torch.Tensor) -> torch.Tensor:
+        """x [1, n, width] -> all rows so far."""
+        first, end = self.rows.shape[1], self.rows.shape[1] + x.shape[1]
+        while end > self.room.shape[1]:
+            self.room = torch.cat([self.room, self.room], dim=1)
+        self.room[:, first:end] = x
+        self.rows = self.room[:, :end]
+        return self.rows
+
+
 class TransformerLayer(nn.Module):
     """Pre-norm layer with the parameter names of `nn.TransformerEncoderLayer` (whose evaluation fast path misreads a
     float mask)."""
@@ -221,12 +238,16 @@ class TransformerLayer(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
-    def forward(self, x, bias):
-        """x [B, L, d]; bias [B, heads or 1, L, L], or of long stays the function that gives its rows
-        (see `attend_in_blocks`)."""
+    def forward(self, x, bias, past: Cache | None = None):
+        """x [B, n, d] of the last n of L sets; bias [B, heads or 1, n, L], or of long stays the function that gives its
+        rows (see `attend_in_blocks`); past: keys and values of the L - n sets before, to which those of these are added
+        (None: n is L)."""
         y = self.norm1(x)
+        key_value = self.self_attn.project_key_value(y)
+        if past:
+            key_value = past.append(key_value)
         attend = partial(attend_in_blocks, self.self_attn) if callable(bias) else self.self_attn.attend
-        y = attend(self.self_attn.project_query(y), self.self_attn.project_key_value(y), bias)
+        y = attend(self.self_attn.project_query(y), key_value, bias)
         x = x + self.dropout(self.self_attn.out_proj(y))
         return x + self.dropout(self.linear2(self.dropout(F.gelu(self.linear1(self.norm2(x))))))
 
@@ -247,7 +268,7 @@ def attend_in_blocks(attention: Attention, query, key_value, bias):
     return torch.cat(blocks[::-1], dim=1)
 
 
-def event_masks(batch: EventBatch) -> list[torch.Tensor]:
+def event_masks(batch: EventSets) -> list[torch.Tensor]:
     """k of [S_k, 1, 1, N_k] bool: True where a cell of the group holds an event."""
     real = batch.token_event < len(batch.event_value)                                                 # [M]
     return [r.view(s, 1, 1, n) for r, (s, n) in zip(real.split([s * n for s, n in batch.groups]), batch.groups)]
@@ -407,8 +428,23 @@ class Statistics(NamedTuple):
 
     past: torch.Tensor   # [B, Q, 10, n] in the order of HISTORY_STATISTICS, 0 where there is none; slope in units a day
     past_exists: torch.Tensor    # [B, Q, 10, n] bool: the count once the variable was seen, others once it had a value
-    future: torch.Tensor         # [B, Q, 3, n] in the order of FUTURE_STATISTICS
-    future_exists: torch.Tensor  # [B, Q, 3, n] bool
+    future: torch.Tensor | None = None         # [B, Q, 3, n] in the order of FUTURE_STATISTICS
+    future_exists: torch.Tensor | None = None  # [B, Q, 3, n] bool
+
+
+def statistics_of_sums(sums, seen, latest, high, low, first) -> Statistics:
+    """The statistics of the past by what composes over time, all [B, Q, n]: sums of 1, x, x^2, t, t^2 and t x of the
+    measurements so far, x relative to the `first` value; events seen; latest, highest and lowest x."""
+    exists, (x, xx, t, tt, tx) = sums[0] > 0, (s / sums[0].clamp(min=1) for s in sums[1:])
+    mean, latest, high, low = (first + of for of in (x, latest, high, low))
+    std = (xx - x.square()).clamp(min=1e-12).sqrt()
+    # Least-squares slope over the times of measurement, ridge of (0.1 day)^2: two close together say little.
+    slope = (tx - t * x) / ((tt - t.square()).clamp(min=0) + 0.01)
+    past = torch.stack([latest, first.expand_as(mean), mean, high, low, std, slope, seen.log1p(), latest.abs(),
+                        mean.abs()], dim=-2)
+    counts = torch.tensor([name == "log count" for name in HISTORY_STATISTICS], device=seen.device)[:, None]   # [10, 1]
+    exists = exists[..., None, :] | counts & (seen > 0)[..., None, :]
+    return Statistics(past.masked_fill(~exists, 0), exists)
 
 
 def interval_of(slots: torch.Tensor, length: int) -> torch.Tensor:
@@ -442,19 +478,11 @@ def statistics(value, day, valued, count, row, first, shape) -> Statistics:
     index = torch.arange(len(value), device=value.device)
     last = extreme(index, "amax", -1)[:, :asked].cummax(1).values                                  # [B, Q, n], -1: none
 
-    sums = [s[:, :asked].cumsum(1) for s in (n, x, xx, t, tt, tx)]
-    exists, (times, x_mean, xx_mean, t_mean, tt_mean, tx_mean) = sums[0] > 0, (s / sums[0].clamp(min=1) for s in sums)
     origin = first[:, None]                                                                           # [B, 1, n]
-    mean, latest = origin + x_mean, origin + F.pad(value, (1, 0))[last + 1]
-    std = (xx_mean - x_mean.square()).clamp(min=1e-12).sqrt()
-    # Least-squares slope over the times of measurement, ridge of (0.1 day)^2: two close together say little.
-    slope = (tx_mean - t_mean * x_mean) / ((tt_mean - t_mean.square()).clamp(min=0) + 0.01)
-    seen = events[:, :asked].cumsum(1)
-    high, low = origin + largest[:, :asked].cummax(1).values, origin + smallest[:, :asked].cummin(1).values
-    past = torch.stack([latest, origin.expand_as(mean), mean, high, low, std, slope, seen.log1p(), latest.abs(),
-                        mean.abs()], dim=2)
-    counts = torch.tensor([name == "log count" for name in HISTORY_STATISTICS], device=value.device)[:, None]  # [10, 1]
-    past_exists = exists[:, :, None] | counts & (seen > 0)[:, :, None]
+    past, past_exists, *_ = statistics_of_sums(
+        [s[:, :asked].cumsum(1) for s in (n, x, xx, t, tt, tx)], events[:, :asked].cumsum(1),
+        F.pad(value, (1, 0))[last + 1], largest[:, :asked].cummax(1).values, smallest[:, :asked].cummin(1).values,
+        origin)
 
     def later(x, accumulate):
         return accumulate(x[:, 1:].flip(1)).flip(1)                                      # over the intervals after each
@@ -463,8 +491,7 @@ def statistics(value, day, valued, count, row, first, shape) -> Statistics:
     high, low = later(largest, lambda x: x.cummax(1).values), later(smallest, lambda x: x.cummin(1).values)
     future = torch.stack([origin + x / times.clamp(min=1), origin + high, origin + low], dim=2)
     future_exists = (times > 0)[:, :, None].expand_as(future)
-    return Statistics(past.masked_fill(~past_exists, 0), past_exists,
-                      future.masked_fill(~future_exists, 0), future_exists)
+    return Statistics(past, past_exists, future.masked_fill(~future_exists, 0), future_exists)
 
 
 def statistics_at(batch: EventBatch, slots, column, width: int) -> Statistics:
@@ -496,6 +523,30 @@ def statistics_of_beliefs(values, believed, minute, slots) -> Statistics:
     row = torch.where(believed, row, stays * (asked + 1) * width)
     cells = [x.flatten() for x in (values - first, day, believed, believed.float(), row)]
     return statistics(*cells, first.squeeze(1), (stays, asked, width))
+
+
+class RunningStatistics:
+    """The statistics of n variables of one stay, one set after another: those of `statistics_at` at the last."""
+
+    def __init__(self, n: int, device):
+        self.sums, self.seen = torch.zeros(6, 1, 1, n, device=device), torch.zeros(1, 1, n, device=device)
+        self.latest, self.first = torch.zeros(2, 1, 1, n, device=device)
+        self.high, self.low = self.seen - math.inf, self.seen + math.inf
+        self.begin = torch.zeros(1, 1, n, dtype=torch.float64, device=device)  # minute of the first value
+
+    def add(self, minute: float, value, valued, count) -> None:
+        """value [1, 1, n], valued bool: the set measured it; count of events."""
+        new = valued & (self.sums[0] == 0)
+        self.first, self.begin = torch.where(new, value, self.first), torch.where(new, minute, self.begin)
+        x, day = value - self.first, ((minute - self.begin) / 1440).float()
+        self.sums += torch.stack([torch.ones_like(x), x, x.square(), day, day.square(), day * x]) * valued
+        self.seen += count
+        self.latest = torch.where(valued, x, self.latest)
+        self.high = torch.where(valued, x.maximum(self.high), self.high)
+        self.low = torch.where(valued, x.minimum(self.low), self.low)
+
+    def now(self) -> Statistics:
+        return statistics_of_sums(self.sums, self.seen, self.latest, self.high, self.low, self.first)
 
 
 def statistics_loss(told, true, exists):
@@ -594,7 +645,7 @@ class SetVAE(nn.Module):
         self.decoder = ReadoutDecoder(config) if config.decoder == "readout" else SlotDecoder(config)
         self.keys = VariableKeys(config) if config.decoder == "readout" else None
 
-    def embed_events(self, batch: EventBatch, presence: bool = True) -> torch.Tensor:
+    def embed_events(self, batch: EventSets, presence: bool = True) -> torch.Tensor:
         """x = u_v * value (+ p_v) of every cell of the groups: [M, r], zeros in padding.
         Each variable is projected once."""
         vectors = self.vocabulary[batch.variables]                                                   # [U, input_dim]
@@ -604,7 +655,7 @@ class SetVAE(nn.Module):
             x = x + F.embedding(batch.event_variable, self.presence(vectors))
         return F.embedding(batch.token_event, F.pad(x, (0, 0, 0, 1)))                             # row E is the padding
 
-    def _pooled_levels(self, batch: EventBatch, drop_events: float = 0.0):
+    def _pooled_levels(self, batch: EventSets, drop_events: float = 0.0):
         """Yield the mean over its events of every set after each level, [S, w] in the groups' order."""
         masks = event_masks(batch)
         if drop_events:
@@ -626,7 +677,7 @@ class SetVAE(nn.Module):
         mu, logvar = mu_logvar.chunk(2, dim=-1)
         return mu, logvar.clamp(-10, 10)
 
-    def encode(self, batch: EventBatch, drop_events: float = 0.0):
+    def encode(self, batch: EventSets, drop_events: float = 0.0):
         """Posterior of every set, from the last level: mu, logvar [B, L, d], float32."""
         *_, pooled = self._pooled_levels(batch, drop_events)
         return self._posterior(pooled, batch)
@@ -741,16 +792,17 @@ class History(nn.Module):
         future = torch.full(apart.shape[-2:], -math.inf, device=minute.device).triu(1 + first)
         return torch.addcmul(future, self.slope.abs().view(-1, 1, 1), distance, value=-1)
 
-    def forward(self, z, minute):
-        """z [B, L, d], minute [B, L] -> h [B, L, d]. Later sets never reach earlier ones;
-        a stay's padding lies after its last set."""
-        gap = F.pad(minute.diff(dim=1), (1, 0)).clamp(min=0).float()
-        position = sinusoids(torch.arange(z.shape[1], device=z.device), z.shape[-1])                  # [L, d]
-        x = z + position + self.gap_embedding(torch.bucketize(gap, self.gap_edges))
+    def forward(self, z, minute, past: list[Cache] | None = None):
+        """z [B, n, d] of the last n sets, minute [B, L] of all -> h [B, n, d]. Later sets never reach earlier ones; a
+        stay's padding lies after its last set. past: of every layer, see `TransformerLayer`."""
+        n, length = z.shape[1], minute.shape[1]
+        gap = F.pad(minute.diff(dim=1), (1, 0))[:, length - n:].clamp(min=0).float()
+        x = z + sinusoids(torch.arange(length - n, length, device=z.device), z.shape[-1])
+        x = x + self.gap_embedding(torch.bucketize(gap, self.gap_edges))
         x = F.layer_norm(x, x.shape[-1:])
-        bias = self.time_bias(minute) if minute.shape[1] <= LONG_STAY else partial(self.time_bias, minute)
-        for layer in self.layers:
-            x = layer(x, bias)
+        bias = self.time_bias(minute, length - n) if n <= LONG_STAY else partial(self.time_bias, minute)
+        for layer, cache in zip(self.layers, past or [None] * len(self.layers)):
+            x = layer(x, bias, cache)
         return self.norm(x)
 
 
@@ -912,11 +964,30 @@ class AttentionPool(nn.Module):
         super().__init__()
         self.attention_pool = Attention(dim, heads)
 
-    def forward(self, h, last, slots):
-        """h [B, L, d], last [B, Q, d] of the sets at slots [B, Q] -> [B, Q, d]."""
+    def forward(self, key_value, last, slots):
+        """key_value [B, L, 2d], projected from h by `attention_pool`, last h [B, Q, d] of the sets at slots [B, Q]
+        -> [B, Q, d]."""
         pool = self.attention_pool
-        reached = torch.arange(h.shape[1], device=h.device) <= slots[..., None]                       # [B, Q, L]
-        return pool.out_proj(pool.attend(pool.project_query(last), pool.project_key_value(h), reached[:, None]))
+        reached = torch.arange(key_value.shape[1], device=last.device) <= slots[..., None]            # [B, Q, L]
+        return pool.out_proj(pool.attend(pool.project_query(last), key_value, reached[:, None]))
+
+
+@dataclass
+class Bedside:
+    """What `SeqSetVAE.step` keeps of one stay of L sets: nothing of it grows with the vocabulary."""
+
+    minute: Cache               # width 1, float64
+    z: Cache                    # width d
+    h: Cache                    # width d
+    past: list[Cache]           # keys and values of every layer of the history, width 2d
+    pool: Cache                 # keys and values of the learned attention pool, width 2d: in full training
+    beliefs: RunningStatistics  # of the head's variables, as the latents tell them
+    exact: RunningStatistics    # of the head's variables, as they were measured
+
+    @property
+    def last(self) -> float:
+        """The minute of the last set, -inf: there is none."""
+        return self.minute.rows[0, -1].item() if self.minute.rows.numel() else -math.inf
 
 
 class SeqSetVAE(nn.Module):
@@ -981,10 +1052,11 @@ class SeqSetVAE(nn.Module):
         w = torch.sigmoid(1 - std.mean(-1, keepdim=True))
         return w * mu * (1 + 0.05 * torch.tanh(std)) + (1 - w) * mu
 
-    def _extract_enhanced_features(self, h, slots=None):
+    def _extract_enhanced_features(self, h, slots=None, key_value=None):
         """Features from h [B, L, d] alone at the sets `slots` [B, Q] (None: the last), from no later set: stable
         [B, Q, d] = 0.7 * last + 0.3 * attention pool, or multiscale [B, Q, 4d] = last, attention pool, mean, max. Full
-        training: before them a projection [B, Q, d] of mean, max and learned attention pool."""
+        training: before them a projection [B, Q, d] of mean, max and learned attention pool (`key_value` [B, L, 2d]:
+        its keys and values, None: yet to be projected)."""
         if slots is None:
             slots = torch.full((len(h), 1), h.shape[1] - 1, device=h.device)
         last = at_slots(h, slots)                                                                     # [B, Q, d]
@@ -993,7 +1065,8 @@ class SeqSetVAE(nn.Module):
             pools = prefix_moments(h, slots)[:2]                                                      # mean, max
         features = [last, attention, *pools] if self.config.features == "multiscale" else [0.7 * last + 0.3 * attention]
         if not self.config.classification_only:
-            pools = [*pools, self.feature_fusion(h, last, slots)]
+            key_value = self.feature_fusion.attention_pool.project_key_value(h) if key_value is None else key_value
+            pools = [*pools, self.feature_fusion(key_value, last, slots)]
             features.insert(0, self.feature_projection(torch.cat(pools, dim=-1)))
         return torch.cat(features, dim=-1)
 
@@ -1026,8 +1099,8 @@ class SeqSetVAE(nn.Module):
         return self._joined(z, h, batch.point_slot, beliefs, exact, batch.point_hours)
 
     def _joined(self, z, h, slots, beliefs: Statistics | None, exact: Statistics | None, hours, pool=None):
-        """The head input [B, Q, F] at the sets `slots` [B, Q], asked `hours` [B, Q] later: what z and h [B, L, d] tell, and the statistics
-        there; pool: see `_extract_enhanced_features`."""
+        """The head input [B, Q, F] at the sets `slots` [B, Q], asked `hours` [B, Q] later: what z and h [B, L, d] tell,
+        and the statistics there; pool: see `_extract_enhanced_features`."""
         features = [self._extract_enhanced_features(h, slots, pool)]
         if self.config.features == "multiscale":
             features += prefix_moments(z, slots)
@@ -1069,31 +1142,32 @@ class SeqSetVAE(nn.Module):
         terms = sequence_losses(self.setvae, getattr(self, "history_readout", None), h, batch, question)
         return {"logits": logits, "reconstruction": sum(terms.values()).mean(), "kl": self.setvae.kl(mu, logvar, batch)}
 
-    # At the bedside: one set after another, each step in a time that grows with the sets before (O(L d)) and with nothing else. Equal to
-    # the whole pass; in evaluation mode.
+    # At the bedside: one set after another, each step in a time that grows with the sets before (O(L d)) and with
+    # nothing else. Equal to the whole pass; in evaluation mode.
 
-    def start(self) -> "Bedside":
+    def start(self) -> Bedside:
         """A stay without sets."""
-        device, k = self.feature_mean.device, self.config.head_variables
-        none = torch.zeros(1, 0, self.config.latent_dim, device=device)
-        return Bedside(torch.zeros(1, 0, dtype=torch.float64, device=device), none, none, [None] * len(self.history.layers),
-                       torch.cat([none, none], dim=-1), RunningStatistics(k, device), RunningStatistics(k, device))
+        like, d, k = self.feature_mean, self.config.latent_dim, self.config.head_variables
+        return Bedside(Cache(1, like.double()), Cache(d, like), Cache(d, like),
+                       [Cache(2 * d, like) for _ in self.history.layers], Cache(2 * d, like),
+                       RunningStatistics(k, like.device), RunningStatistics(k, like.device))
 
     @torch.no_grad()
-    def step(self, state: "Bedside", minute: float, events) -> None:
-        """Append the set charted at `minute`: pairs of a variable's index and its normalised value (NaN: none), or no pair. Raises
-        ValueError where the stay has a later set."""
+    def step(self, state: Bedside, minute: float, events) -> None:
+        """Append the set charted at `minute`: pairs of a variable's index and its normalised value (NaN: none), or no
+        pair. Raises ValueError where the stay has a later set."""
+        if not minute >= state.last:
+            raise ValueError(f"a set at minute {minute} after one at minute {state.last}")
         device = self.feature_mean.device
-        state.hours_until(minute)
         variable = torch.tensor([v for v, _ in events], dtype=torch.int64, device=device)                       # [E]
         value = torch.tensor([x for _, x in events], dtype=torch.float32, device=device)
         valued, value = ~value.isnan(), value.nan_to_num()
         z = self._fuse_vae_features(*self.setvae.encode(EventSets.of_one(variable, value))).float()         # [1, 1, d]
-        state.minute = torch.cat([state.minute, state.minute.new_tensor([[minute]])], dim=1)
-        h = self.history(z, state.minute, state.past).float()
-        state.z, state.h = torch.cat([state.z, z], dim=1), torch.cat([state.h, h], dim=1)
+        minutes = state.minute.append(value.new_tensor([[[minute]]], dtype=torch.float64)).squeeze(-1)      # [1, L]
+        h = self.history(z, minutes, state.past).float()
+        state.z.append(z), state.h.append(h)
         if not self.config.classification_only:
-            state.pool = torch.cat([state.pool, self.feature_fusion.attention_pool.project_key_value(h)], dim=1)
+            state.pool.append(self.feature_fusion.attention_pool.project_key_value(h))
         if self.tells_beliefs:
             values, believed = self._beliefs(z)
             state.beliefs.add(minute, values, believed, believed.float())
@@ -1103,30 +1177,21 @@ class SeqSetVAE(nn.Module):
             mean = (listed * value.double()[:, None]).sum(0) / numbers.clamp(min=1)
             state.exact.add(minute, mean.float(), numbers > 0, listed.sum(0))
 
-    def features_at(self, state: "Bedside", minute: float) -> torch.Tensor:
-        """What `features` gives at a prediction point at `minute`, [1, 1, F]. Raises ValueError where the stay has no set, or a later one."""
-        hours = state.z.new_tensor([[state.hours_until(minute)]])
-        last = torch.tensor([[state.minute.shape[1] - 1]], device=hours.device)
-        return self._joined(state.z, state.h, last, state.beliefs.now() if self.tells_beliefs else None,
-                            state.exact.now() if self.config.summaries else None, hours, state.pool)
+    def features_at(self, state: Bedside, minute: float) -> torch.Tensor:
+        """What `features` gives at a prediction point at `minute`, [1, 1, F]. Raises ValueError where the stay has no
+        set or a later one."""
+        if not -math.inf < state.last <= minute:
+            raise ValueError(f"asked at minute {minute}, where the last set is at minute {state.last}")
+        z, h = state.z.rows, state.h.rows
+        hours = z.new_tensor([[(minute - state.last) / 60]])
+        last = torch.tensor([[z.shape[1] - 1]], device=z.device)
+        return self._joined(z, h, last, state.beliefs.now() if self.tells_beliefs else None,
+                            state.exact.now() if self.config.summaries else None, hours, state.pool.rows)
 
     @torch.no_grad()
-    def ask(self, state: "Bedside", minute: float) -> float:
+    def ask(self, state: Bedside, minute: float) -> float:
         """The probability of class 1 at `minute`; see `features_at`."""
         return self.classify(self.features_at(state, minute)).softmax(-1)[0, 0, 1].item()
-
-
-@dataclass
-class Bedside:
-    """What `SeqSetVAE.step` keeps of one stay of L sets: nothing of it grows with the vocabulary."""
-
-    minute: torch.Tensor        # [1, L] float64
-    z: torch.Tensor             # [1, L, d]
-    h: torch.Tensor             # [1, L, d]
-    past: list                  # keys and values of every layer of the history, [1, L, 2d]
-    pool: torch.Tensor          # [1, L, 2d] of the learned attention pool, in full training
-    beliefs: RunningStatistics  # of the head's variables, as the latents tell them
-    exact: RunningStatistics    # of the head's variables, as they were measured
 
 
 def attention_pool(h, last, slots):

@@ -29,7 +29,7 @@ _RECORD_BYTES, _ARCHIVE_BYTES = 2**26, 2**31  # a record has a few thousand, an 
 MISSING = ["", "NA", "N/A", "NaN", "nan", "null", "NULL", "None"]
 _TABLE = re.compile(r"(.*?)(\.(csv|parquet|csv\.gz|csv\.zip))?")
 
-_BEYOND = re.compile(r"[<>]=?\s*([-+]?[\d.]+)\s*[^\d.]*")  # >100, <0.5, >60/minute
+BEYOND = re.compile(r"[<>]=?\s*([-+]?[\d.]+)\s*[^\d.]*")  # >100, <0.5, >60/minute
 
 # What a column may hold, beside str, float and np.datetime64 (a clock time):
 VALUE = "value"  # a number, or one beyond a measuring range (>100, <0.5), which enters as its bound
@@ -352,7 +352,7 @@ def _numbers(table: Table, name: str, column: pd.Series, kind, separator: str) -
     refused."""
     codes, texts = pd.factorize(column)
     plain = [text.strip().replace(",", ".") if separator == ";" else text.strip() for text in texts]
-    beyond = [kind == VALUE and _BEYOND.fullmatch(text) for text in plain]
+    beyond = [kind == VALUE and BEYOND.fullmatch(text) for text in plain]
     bound = np.array([*map(bool, beyond), False])
     truth = {"true": "1", "false": "0"}  # as pandas reads a column of them alone
     plain = [b[1] if b else truth.get(text.lower(), text) for text, b in zip(plain, beyond)]

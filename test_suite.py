@@ -3,6 +3,7 @@
     python test_suite.py                       runs every test below through pytest
     python test_suite.py --soak                runs the kill and damage tests at length and prints their counts
     python test_suite.py --checkpoint C        analyses a finetuned checkpoint on its test split [--baselines]
+    python test_suite.py --checkpoint C --follow   reads events as they come, prints each stay's risk after every set
     python test_suite.py --protocol --data_dir D   measures the tables of README.md: five splits, every method
     python test_suite.py --benchmark [--data_dir D]   measures speed and memory beside a plain loop over single sets
 """
@@ -16,7 +17,7 @@ import pytest
 
 from benchmark import benchmark, scale
 from data import InputError
-from evaluate import performance
+from evaluate import follow, performance
 from protocol import baselines, protocol
 from runs import CHECKPOINTS, keep_freed_memory, print_what_the_terminal_can
 from train import add_data_options, add_head_options
@@ -37,6 +38,10 @@ def main(argv=None) -> int:
         help="write stay_id, probability, split, label of every stay of the data, labelled or not")
     add("--embeddings", metavar="NPZ", help="write stay_id, features and h after the last set of every stay")
     add("--trajectory", metavar="STAY", help="the risk after every set of this stay")
+    add("--follow", action="store_true",
+        help="instead of the analysis: read lines stay_id,minute,variable,value from standard input as they come, and "
+             "after each set (a later minute of the stay, an empty line) print stay_id,minute,risk; needs the "
+             "checkpoint alone")
     add("--plots", metavar="DIR",
         help="draw curves, ROC and precision-recall, calibration, features and the --trajectory (needs matplotlib)")
     add("--json", metavar="FILE", help="write the analysis' figures")
@@ -75,6 +80,8 @@ def main(argv=None) -> int:
             protocol(arguments.data_dir, arguments.seeds, Path(arguments.protocol))
         elif arguments.benchmark:
             scale() if arguments.benchmark == "scale" else benchmark(arguments)
+        elif arguments.checkpoint and arguments.follow:
+            follow(arguments)
         elif arguments.checkpoint:
             performance(arguments, baselines if arguments.baselines else None)
         elif sys.argv[1:] if argv is None else argv:

@@ -1,5 +1,6 @@
 """Tests of evaluate.py, protocol.py, benchmark.py and of README.md: what users run with a checkpoint."""
 
+import io
 import json
 import re
 import shlex
@@ -22,7 +23,7 @@ import test_suite
 import train
 from benchmark import PLAIN_LOOP, asked_at_the_end, assert_plain_loop_agrees
 from data import InputError, StayDataset, with_points
-from evaluate import CHECKPOINT, CPU, bootstrap, open_classifier, predict, risk_over_time
+from evaluate import CHECKPOINT, CPU, bootstrap, followed_event, open_classifier, predict, risk_over_time
 from model import ModelConfig, SeqSetVAE, load_checkpoint_weights
 from protocol import BASELINES, Cell, predictions_path, print_protocol
 from readers import synthetic_cohort, write_long_table
@@ -142,6 +143,53 @@ def test_what_comes_after_a_stays_last_point_changes_no_bit_of_its_features(conf
     assert torch.equal(*features) and (features[0][0] - features[0][1]).abs().max() > 1e-3
     if config.get("summaries"):
         assert features[0][:, -1].tolist() == [0, pytest.approx(20 / 60)]  # hours since the last set
+
+
+def lines_of(cohort, stay: int, name: str) -> list[tuple[float, str]]:
+    """(minute, line of --follow) of every event of a stay."""
+    sets = range(cohort.stay_start[stay], cohort.stay_start[stay + 1])
+    return [(cohort.set_minute[t], f"{name},{cohort.set_minute[t]},{cohort.variables[cohort.event_variable[e]]},"
+             + (f"{cohort.event_value[e]}" if cohort.event_value[e] == cohort.event_value[e] else "") + "\n")
+            for t in sets for e in range(cohort.set_start[t], cohort.set_start[t + 1])]
+
+
+def test_following_two_stays_gives_the_risks_of_their_trajectories(finetuned, capsys, monkeypatch):
+    model, _, cohort, dataset, _ = open_classifier(finetuned)
+    events = sorted(lines_of(cohort, 3, '"a, b"') + lines_of(cohort, 5, "c"), key=lambda event: event[0])  # stable
+    lines = ["stay_id,minute,variable,value\n", "d,7,Nothing Known,1\n", *(line for _, line in events)]
+    lines[9:9] = ["c,soon,HR,80\n", "c,-5,HR,80\n", "c,9,HR\n", "c,1,HR,1e39\n", ",1,HR,80\n"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(lines)))
+    capsys.readouterr()
+    assert main(["--checkpoint", str(finetuned), "--follow"]) == 0
+    out, error = capsys.readouterr()
+    rows = pd.read_csv(io.StringIO(out), names=["stay_id", "minute", "risk"])
+    for stay, name in ((3, "a, b"), (5, "c")):
+        trajectory, mine = risk_over_time(model, dataset, stay), rows[rows["stay_id"] == name]
+        assert mine["minute"].tolist() == trajectory["minute"]
+        np.testing.assert_allclose(mine["risk"], trajectory["risk"], atol=1e-5)
+    assert rows[rows["stay_id"] == "d"].isna()["risk"].tolist() == [True]  # no answer
+    assert f"{len(rows) - 1} risks of 3 stays" in error and "4 malformed lines" in error
+    assert "line 10: could not convert string to float: 'soon': c,soon,HR,80" in error and "line 12: 3 cells" in error
+    assert "1 events of an earlier minute" in error and "1 events of 1 variables unknown" in error
+    assert "Nothing Known (1)" in error
+
+
+def test_a_line_of_follow_is_read_as_the_long_table_is():
+    assert followed_event('7, 60 ,"Na, serum",>100\n') == ("7", 60, "Na, serum", 100)
+    assert [np.isnan(followed_event(f"7,-1.5,HR,{text}")[3]) for text in ("", "NA", "null")] == [True] * 3
+    for line in ("7,nan,HR,1", "7,1e8,HR,1", "7,1,,1", "7,1,HR,inf", "7,1,HR,high"):
+        with pytest.raises(ValueError):
+            followed_event(line)
+
+
+def test_a_followed_risk_is_printed_before_more_is_read(small_finetuned):
+    command = [sys.executable, test_suite.__file__, "--checkpoint", str(small_finetuned), "--follow"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        for chunk, minute in ((b"x,1,HR,80\nx,1,Temp,37\nx,2.5,HR,90\n", b"1"), (b"\n", b"2.5")):
+            process.stdin.write(chunk), process.stdin.flush()
+            assert process.stdout.readline().startswith(b"x,%b,0." % minute)
+        rest, error = process.communicate(b"x,2.5,HR,\xff\n")
+    assert process.returncode == 0 and rest == b"" and b"2 risks of 1 stays" in error and b"1 malformed" in error
 
 
 def test_intervals_resample_stays_not_points():
