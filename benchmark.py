@@ -265,8 +265,11 @@ def in_row(column: pd.Series, **changes) -> list:
 def benchmark(arguments) -> None:
     """Measure, print the table, and append it to checkpoints/benchmark.csv, a row a number."""
     device, facts = torch.device("cuda" if torch.cuda.is_available() else "cpu"), []
+    if arguments.cache_dir:
+        raise InputError(f"--cache_dir {arguments.cache_dir}: --benchmark measures reading, into a temporary folder of "
+                         "its own; leave the option out")
     with tempfile.TemporaryDirectory() as cache:
-        load = partial(load_cohort, cache_dir=Path(cache), **data_options(arguments))
+        load = partial(load_cohort, **data_options(arguments) | {"cache_dir": Path(cache)})
         for what in ("parsed" if arguments.data_dir else "generated", "from the cache"):
             began, cohort = time.perf_counter(), load()
             facts.append((f"data, {what}", time.perf_counter() - began, "s"))

@@ -47,13 +47,13 @@ def write_atomically(path, write) -> None:
 
 
 @contextmanager
-def clear_write_error(path):
-    """A failed write becomes an InputError that names `path`."""
+def clear_write_error(path, mend: str = "free space or choose another folder"):
+    """A failed write becomes an InputError that names `path` and the mend."""
     try:
         yield
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error}); what was there before is untouched: "
-                         "free space or choose another folder") from None
+                         f"{mend}") from None
 
 
 def sync(path) -> None:
@@ -309,6 +309,9 @@ def pieces(parts: Iterable[Cohort]):
 # The cache
 # ----------------------------------------------------------------------------------------------------------------------
 
+CACHE_MEND = "free space, or name another place with --cache_dir"
+
+
 def open_cache(folder: Path) -> Cohort | None:
     """The cached cohort, memory-mapped; None where there is none or it is torn (a file missing or of another
     length)."""
@@ -325,7 +328,7 @@ def open_cache(folder: Path) -> Cohort | None:
 def write_cache(folder: Path, parts: Iterable[Cohort]) -> None:
     """Append part after part to files in a temporary folder beside the target, sync, rename: one part at a time is held
     in memory, and a reader never sees a half-written cache."""
-    with clear_write_error(folder):
+    with clear_write_error(folder, CACHE_MEND):
         temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
         try:
             headers, notes, examples = {}, Counter(), {}

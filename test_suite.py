@@ -18,7 +18,7 @@ from benchmark import benchmark, scale
 from data import InputError
 from evaluate import performance
 from protocol import baselines, protocol
-from train import CHECKPOINTS, add_data_options, add_head_options, keep_freed_memory
+from train import CHECKPOINTS, add_data_options, add_head_options, data_options, keep_freed_memory
 
 TESTS = str(Path(__file__).with_name("tests"))
 
@@ -70,7 +70,7 @@ def main(argv=None) -> int:
         if arguments.protocol:
             if not arguments.data_dir:
                 raise InputError("--protocol needs --data_dir, for instance ../shared/data/physionet2012")
-            protocol(arguments.data_dir, arguments.seeds, Path(arguments.protocol))
+            protocol(data_options(arguments), arguments.seeds, Path(arguments.protocol))
         elif arguments.benchmark:
             scale() if arguments.benchmark == "scale" else benchmark(arguments)
         elif arguments.checkpoint:

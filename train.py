@@ -176,11 +176,13 @@ def add_data_options(add) -> None:
         help="stay_id,split of train, valid and test, instead of the data's own")
     add("--variables", "--variables_map", dest="variables_map", metavar="CSV",
         help="source,name,factor[,offset]: other names and units of the data's variables")
+    add("--cache_dir", metavar="DIR",
+        help="where data that were read are kept (default: seqsetvae where the system keeps caches)")
 
 
 def data_options(arguments) -> dict:
-    """Those of DATA that the command line gives."""
-    return {name: value for name in DATA if (value := getattr(arguments, name)) is not None}
+    """Those of DATA that the command line gives, and the cache's place, which no run records."""
+    return {name: value for name in (*DATA, "cache_dir") if (value := getattr(arguments, name)) is not None}
 
 
 def add_head_options(add) -> None:
@@ -297,7 +299,7 @@ OBEYED = ("device", "precision", "data_dir", "params_map", "variables_map", "lab
 OPTIONS_OF = {"pretrain": ("objective",),
               "finetune": ("pretrained_ckpt", "label_fraction", "full_training", "random_init", "allow_partial",
                            "set_heads", "transformer_heads")}
-NO_OPTION = ("mode", "set", "config", "resume", "run_dir")
+NO_OPTION = ("mode", "set", "config", "resume", "run_dir", "cache_dir")
 
 
 def options_of(arguments) -> dict:
@@ -493,7 +495,8 @@ def keep_freed_memory() -> None:
 
 
 def read_cohort(options: dict) -> Cohort:
-    """The cohort of `load_cohort` with these options (see DATA), the same on all ranks. Raises InputError where machines hold different data."""
+    """The cohort of `load_cohort` with these options (see `data_options`), the same on all ranks. Raises InputError
+    where machines hold different data."""
     with in_turn():
         cohort = load_cohort(**options)
     machines = gathered((cohort.fingerprint, label_digest(cohort), platform.node()))
@@ -729,8 +732,10 @@ def restore_random_states(states: dict, device: torch.device) -> None:
 def source_of(arguments, data: dict, cohort: Cohort, device: torch.device, dtype: torch.dtype) -> dict:
     """Where a checkpoint comes from, for whoever must reproduce it; data: the options that its data were read with."""
     libraries = (("torch", torch), ("numpy", np), ("pandas", pd), ("scikit-learn", sklearn))
-    data = data | {name: str(Path(data[name]).resolve()) for name in PATHS if data.get(name)}
-    return {"data": data, "seed": arguments.seed, "reader": cohort.reader, "fingerprint": cohort.fingerprint, "labels": label_digest(cohort),
+    data = {name: str(Path(value).resolve()) if name in PATHS else value for name, value in data.items()
+            if name in DATA}
+    return {"data": data, "seed": arguments.seed, "reader": cohort.reader, "fingerprint": cohort.fingerprint,
+            "labels": label_digest(cohort),
             "command": shlex.join([*launcher(), Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": git_commit(),
             "versions": {"python": platform.python_version(), **{name: str(it.__version__) for name, it in libraries}},
             "device": str(device) if WORLD == 1 else device.type,

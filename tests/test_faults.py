@@ -286,6 +286,25 @@ def test_a_cache_that_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path)
     assert len(load_cohort(None, 24, cache_dir=tmp_path / "cache")) == 24
 
 
+def test_the_caches_place_is_an_option_and_no_setting_of_the_run(tmp_path, capsys, monkeypatch, small_models):
+    monkeypatch.setattr(train, "load_cohort", load_cohort)  # without the tests' own cache
+    monkeypatch.setenv("XDG_CACHE_HOME", str(write(tmp_path / "a file", "")))
+    command = [*PRETRAIN, "--run_dir", str(tmp_path / "run")]
+    one_error_line(capsys, train.main(command), "another place with --cache_dir")
+    assert train.main([*command, "--cache_dir", str(tmp_path / "kept")]) == 0
+    checkpoint = tmp_path / "run" / "best.pt"
+    assert len(list((tmp_path / "kept").iterdir())) == 1
+    assert b"kept" not in checkpoint.read_bytes() + (tmp_path / "run" / "config.json").read_bytes()
+    one_error_line(capsys, train.main([*FINETUNE, str(checkpoint)]), "another place with --cache_dir")
+    tuned = tmp_path / "tuned" / "best.pt"
+    assert train.main([*FINETUNE, str(checkpoint), "--cache_dir", str(tmp_path / "kept"), "--run_dir",
+                       str(tuned.parent)]) == 0
+    assert main(["--checkpoint", str(tuned), "--cache_dir", str(tmp_path / "other")]) == 0
+    assert len(list((tmp_path / "other").iterdir())) == 1
+    assert train.main(["--resume", str(tmp_path / "run"), "--cache_dir", str(tmp_path / "kept"),
+                       "--max_epochs", "2"]) == 0
+
+
 def test_an_unwritable_folder_is_one_line(tmp_path, capsys, small_models):
     (tmp_path / "locked").mkdir(mode=0o555)
     (tmp_path / "a file").touch()
@@ -295,7 +314,7 @@ def test_an_unwritable_folder_is_one_line(tmp_path, capsys, small_models):
     try:
         with pytest.raises(InputError, match="locked/x.csv: cannot be written"):
             write_atomically(tmp_path / "locked" / "x.csv", lambda path: path.touch())
-        with pytest.raises(InputError, match="cannot be written"):
+        with pytest.raises(InputError, match="cannot be written.*--cache_dir"):
             load_cohort(None, 24, cache_dir=tmp_path / "locked" / "cache")
     finally:
         os.seteuid(user)
