@@ -79,22 +79,61 @@ def scored_points(content, cohort, new) -> tuple[np.ndarray, str]:
     return labelled_points(cohort, np.flatnonzero(~seen)), what
 
 
-def bootstrap(group, label, *probabilities, repeats: int = 1000, seed: int = 0) -> np.ndarray:
-    """[repeats, n, 2] AUROC and AUPRC of n methods on the same resampled groups, such as stays, of points (Efron &
-    Tibshirani 1993): paired between methods. group, label [points]."""
+def ranks(label, p, weight) -> tuple[float, float]:
+    """AUROC and AUPRC as scikit-learn has them, of weighted points [n] in the order of falling p: without its sorting
+    and checking, which would be nearly all of a bootstrap's time."""
+    last = np.append(np.flatnonzero(np.diff(p)), len(p) - 1)                        # of each distinct p
+    tp, alarms = np.cumsum(weight * label)[last], np.cumsum(weight)[last]
+    fp, gained = alarms - tp, np.diff(tp, prepend=0)
+    auroc = (np.diff(fp, prepend=0) * (tp - gained / 2)).sum() / (tp[-1] * fp[-1])
+    return auroc, (gained * tp / np.maximum(alarms, 1e-300)).sum() / tp[-1]
+
+
+def bootstrap(group, label, *probabilities, measures=(ranks,), repeats: int = 1000, seed: int = 0) -> np.ndarray:
+    """[repeats, n, m] the m numbers that `measures` give of n methods on the same resampled groups, such as stays, of
+    points (Efron & Tibshirani 1993): paired between methods. group, label [points]; each measure is a function of
+    label, probability and weight [points], in the order of falling probability, and gives several numbers."""
     rng = np.random.default_rng(seed)
     group = np.unique(group, return_inverse=True)[1]
+    orders = [np.argsort(-p, kind="stable") for p in probabilities]
+    methods = [(label[order], p[order], group[order]) for order, p in zip(orders, probabilities)]
     groups, draws = group.max() + 1, []
     while len(draws) < repeats:
-        weight = np.bincount(rng.integers(0, groups, groups), minlength=groups)[group]
-        drawn = weight > 0
-        if len(np.unique(label[drawn])) == 2:
-            draws.append([[measure(label[drawn], p[drawn], sample_weight=weight[drawn])
-                           for measure in (roc_auc_score, average_precision_score)] for p in probabilities])
+        weight = np.bincount(rng.integers(0, groups, groups), minlength=groups)
+        if len(np.unique(label[weight[group] > 0])) == 2:
+            draws.append([[number for measure in measures for number in measure(y, p, weight[of])]
+                          for y, p, of in methods])
     return np.array(draws)
 
 
 MANY_POINTS = 20_000  # of which a bootstrap draws 200 samples, not 1,000
+FEW = 10              # stays with a positive label, or with a negative one, below which an interval means nothing
+
+
+def few(stays, label) -> str:
+    """What to say where there is too little to give an interval; else nothing. stays, label [points]."""
+    positive, negative = (len(np.unique(stays[label == value])) for value in (1, 0))
+    return (f"stays with a positive label: {positive}, with a negative one: {negative}; below {FEW} of each no "
+            "interval is given, and the figures may be chance" if min(positive, negative) < FEW else "")
+
+
+def with_intervals(stays, label, probability, measures: dict) -> dict:
+    """{name: {"value": .., "interval": 95% by resampling stays, None where they are few}} of these measures, functions
+    as `bootstrap` takes them with the names of the numbers that each gives."""
+    order = np.argsort(-probability, kind="stable")
+    ordered = label[order], probability[order], np.ones(len(order))
+    values = [number for measure in measures for number in measure(*ordered)]
+    intervals = [None] * len(values)
+    if not few(stays, label):
+        draws = bootstrap(stays, label, probability, measures=measures,
+                          repeats=200 if len(label) > MANY_POINTS else 1000)[:, 0]
+        intervals = np.nanpercentile(draws, [2.5, 97.5], axis=0).T.tolist()
+    names = [name for names in measures.values() for name in names]
+    return {name: {"value": float(value), "interval": interval}
+            for name, value, interval in zip(names, values, intervals)}
+
+
+RANKS = {ranks: ("auroc", "auprc")}
 
 
 def interval(draws: np.ndarray) -> str:
@@ -180,15 +219,10 @@ def score_figures(stays, label, methods: dict, threshold: float) -> dict:
     """Plain numbers about the probabilities [n] of each method on points of these stays [n] with `label` [n]; the
     checkpoint's in full."""
     probability, prevalence = methods[CHECKPOINT], label.mean()
-    draws = bootstrap(stays, label, *methods.values(), repeats=200 if len(label) > MANY_POINTS else 1000)
-    compared = {}
-    for i, (name, p) in enumerate(methods.items()):
-        values = {"auroc": roc_auc_score(label, p), "auprc": average_precision_score(label, p)}
-        compared[name] = {measure: {"value": float(value),
-                                    "interval": np.percentile(draws[:, i, j], [2.5, 97.5]).tolist()}
-                          for j, (measure, value) in enumerate(values.items())}
+    compared = {name: with_intervals(stays, label, p, RANKS) for name, p in methods.items()}
     tn, fp, fn, tp = confusion_matrix(label, probability >= threshold).ravel().tolist()
-    return {"stays": len(np.unique(stays)), "points": len(label), "positive": int(label.sum()), "prevalence": float(prevalence), "methods": compared,
+    return {"stays": len(np.unique(stays)), "points": len(label), "positive": int(label.sum()),
+            "prevalence": float(prevalence), "few": few(stays, label), "methods": compared,
             "brier": float(brier_score_loss(label, probability)),
             "brier_of_prevalence": float(prevalence * (1 - prevalence)),
             "calibration_error": calibration_error(label, probability),
@@ -211,11 +245,15 @@ def model_figures(model, dataset, stays) -> dict:
 def print_figures(figures: dict, threshold_is: str) -> None:
     """The report of `score_figures` and `model_figures`; with baselines, the table of all methods."""
     def with_interval(measure):
-        return "{:.4f}  95% [{:.3f}, {:.3f}]".format(measure["value"], *measure["interval"])
+        value = f"{measure['value']:.4f}"
+        return value + "  95% [{:.3f}, {:.3f}]".format(*measure["interval"]) if measure["interval"] else value
 
     own, spread, head = figures["methods"][CHECKPOINT], figures["probability"], figures["model"]
-    points = "{points:,} points in ".format(**figures) if figures["points"] > figures["stays"] else ""
-    print(f"\nScored: {points}" + "{stays:,} stays, {positive:,} positive ({prevalence:.1%}): {scored}".format(**figures))
+    points = f"{figures['points']:,} points in " * (figures["points"] > figures["stays"])
+    print(f"\nScored: {points}"
+          + "{stays:,} stays, {positive:,} positive ({prevalence:.1%}): {scored}".format(**figures))
+    if figures["few"]:
+        print(f"Few                  {figures['few']}")
     print(f"AUROC                {with_interval(own['auroc'])}")
     print(f"AUPRC                {with_interval(own['auprc'])}  (prevalence {figures['prevalence']:.4f})")
     print("Brier score          {brier:.4f}  (prevalence alone: {brier_of_prevalence:.4f})".format(**figures))
@@ -231,7 +269,7 @@ def print_figures(figures: dict, threshold_is: str) -> None:
         print(f"\n{'':32}  AUROC   95% interval      AUPRC   95% interval      "
               f"(bootstrap over {figures['stays']:,} stays)")
         for name, measures in figures["methods"].items():
-            row = f"{name:32}  {with_interval(measures['auroc'])}  {with_interval(measures['auprc'])}"
+            row = f"{name:32}  {with_interval(measures['auroc']):26}  {with_interval(measures['auprc'])}"
             print(row.replace("  95%", " "))
 
 

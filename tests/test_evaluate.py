@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 import benchmark
 import data
@@ -20,7 +20,7 @@ import test_suite
 import train
 from benchmark import PLAIN_LOOP, asked_at_the_end, assert_plain_loop_agrees
 from data import StayDataset, with_points
-from evaluate import CHECKPOINT, CPU, bootstrap, open_classifier, risk_over_time
+from evaluate import (CHECKPOINT, CPU, bootstrap, open_classifier, print_figures, ranks, risk_over_time, score_figures)
 from model import ModelConfig, SeqSetVAE, load_checkpoint_weights
 from protocol import BASELINES, Cell, predictions_path, print_protocol
 from readers import synthetic_cohort, write_long_table
@@ -150,6 +150,38 @@ def test_intervals_resample_stays_not_points():
     assert bootstrap(np.arange(1000), np.repeat(label, 25), np.repeat(p, 25), repeats=300).std(0)[0, 0] < .4 * once.std(0)[0, 0]
 
 
+def test_a_bootstraps_measures_are_those_of_scikit_learn():
+    rng = np.random.default_rng(0)
+    for n in (5, 30, 2000):
+        label, weight = rng.permutation(np.arange(n) % 3 == 0).astype(int), rng.poisson(1, n)
+        weight[:np.flatnonzero(np.diff(label))[0] + 2] += 1  # both classes
+        p = np.round(rng.random(n) / 2 + label / 4, 2)  # with ties
+        order = np.argsort(-p)
+        np.testing.assert_allclose(ranks(label[order], p[order], weight[order]),
+                                   [measure(label, p, sample_weight=weight)
+                                    for measure in (roc_auc_score, average_precision_score)], atol=1e-12)
+
+
+def test_fewer_than_ten_positives_or_negatives_have_no_interval(capsys):
+    rng = np.random.default_rng(0)
+    few = "stays with a positive label: 9, with a negative one: 31; below 10 of each no interval is given"
+    for positives, said in ((9, few), (10, "")):
+        label = (np.arange(40) < positives).astype(int)
+        methods = {CHECKPOINT: (label + rng.random(40)) / 2, "another": rng.random(40)}
+        figures = score_figures(np.arange(40), label, methods, .5)
+        intervals = [measure["interval"] for measures in figures["methods"].values() for measure in measures.values()]
+        assert figures["few"].startswith(said) and all((i is None) == bool(said) for i in intervals)
+        print_figures(figures | {"scored": "these", "model": model_figures_of()}, "best F1")
+        assert ("95% [" in capsys.readouterr().out) != bool(said)
+    # many points of few stays are no more evidence
+    assert score_figures(np.repeat(np.arange(9), 99), np.tile([0, 1, 1], 297), {CHECKPOINT: rng.random(891)}, .5)["few"]
+
+
+def model_figures_of():
+    weights = dict.fromkeys(("mean", "std", "min", "max"), 0)
+    return dict(head_parameters=1, parameters=2, head_weights=weights, active_units=3, latent_dim=4)
+
+
 def test_the_analysis_writes_what_is_asked_for_with_or_without_labels(tmp_path, capsys, finetuned):
     pytest.importorskip("matplotlib")
     model, content, cohort, dataset, _ = open_classifier(finetuned)
@@ -160,8 +192,8 @@ def test_the_analysis_writes_what_is_asked_for_with_or_without_labels(tmp_path, 
     assert main(["--checkpoint", str(finetuned), *options]) == 0
     printed, figures = capsys.readouterr().out, json.loads((tmp_path / "json").read_text())
     auroc = figures["methods"][CHECKPOINT]["auroc"]
-    low, high = auroc["interval"]
-    assert f"AUROC                {auroc['value']:.4f}  95% [{low:.3f}, {high:.3f}]" in printed
+    assert auroc["interval"] is None and f"AUROC                {auroc['value']:.4f}\n" in printed
+    assert "Few                  stays with a positive label: 1, with a negative one: 4; below 10 of each" in printed
     table, arrays = pd.read_csv(tmp_path / "predictions"), np.load(tmp_path / "embeddings")
     assert table["stay_id"].tolist() == arrays["stay_id"].tolist() == cohort.stay_id.tolist()
     assert table["label"].tolist() == cohort.label.tolist()
