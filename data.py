@@ -418,6 +418,11 @@ def stays_of(cohort: Cohort, ids: list[str]) -> np.ndarray:
     return np.flatnonzero(np.isin(cohort.stay_id, ids))
 
 
+def subjects_of(cohort: Cohort, split: dict[str, list[str]]) -> dict[str, list[str]]:
+    """The subjects whose stays the parts of a split hold."""
+    return {name: np.unique(cohort.subject[stays_of(cohort, ids)]).tolist() for name, ids in split.items()}
+
+
 def stay_event_index(cohort: Cohort, stays: np.ndarray) -> np.ndarray:
     """Indices [n] of all events of these stays, stay after stay."""
     return ranges(cohort.set_start[cohort.stay_start[stays]], cohort.stay_events[stays])

@@ -24,7 +24,8 @@ from sklearn.preprocessing import StandardScaler
 from data import (InputError, Normalizer, StayDataset, labelled_points, make_splits, point_slots, stay_event_index, stays_of,
                   stays_with, variable_vectors, with_points, write_atomically)
 from model import SeqSetVAE, at_slots, checkpoint_config, load_weights, original_classifier, real_sets
-from train import data_options, encode_points, evaluation_loader, open_checkpoint, predict
+from runs import evaluation_loader
+from train import data_options, encode_points, open_checkpoint, predict
 
 CPU = torch.device("cpu")
 
