@@ -667,10 +667,20 @@ class StayDataset(torch.utils.data.Dataset):
         self.widths = group_widths(*set_sizes(cohort), max_groups)
         self.points, self.weight = points, None
 
-    def describe_unknown(self) -> str:
-        """The line that tells what was dropped, see `Cohort.describe`."""
-        return (f"data: dropped: events of {len(self.unknown_variables)} variables unknown to the checkpoint: "
-                f"{', '.join(self.unknown_variables)}")
+    def describe_known(self, most: int = 10) -> str:
+        """The lines that tell how much of the data the checkpoint knows and which variables it drops, the most
+        frequent first; see `Cohort.describe`."""
+        count = np.zeros(len(self.variable), dtype=np.int64)
+        for first in range(0, len(self.cohort.event_variable), 2**24):
+            count += np.bincount(self.cohort.event_variable[first:first + 2**24], minlength=len(count))
+        unknown = [v for v in np.argsort(-count, kind="stable") if self.variable[v] < 0]
+        share = 1 - count[unknown].sum() / count.sum()
+        line = f"data: {share:.1%} of the events are of variables that the checkpoint knows"
+        if not unknown:
+            return line
+        named = ", ".join(f"{self.cohort.variables[v]} ({count[v]:,} events)" for v in unknown[:most])
+        return (f"{line}\ndata: dropped: the events of {len(unknown)} variables unknown to the checkpoint: {named}"
+                + " ..." * (len(unknown) > most))
 
     def asking(self, points: np.ndarray, weight: np.ndarray | None = None) -> "StayDataset":
         """The same data with these prediction points alone (indices in the cohort, ascending), and their weights in the loss

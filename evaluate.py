@@ -3,7 +3,9 @@
 `open_classifier` opens a checkpoint beside its data; `performance` is what `test_suite.py --checkpoint` runs.
 """
 
+import difflib
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +109,84 @@ def bootstrap(group, label, *probabilities, measures=(ranks,), repeats: int = 10
     return np.array(draws)
 
 
+def recalibration(label, p, weight) -> tuple[float, float]:
+    """Slope and intercept of logit P(label) = intercept + slope logit(p) (Cox 1958), by Newton's method: 1 and 0 where
+    p is calibrated, NaN where they are not determined (p constant, or parting the classes). All [n]."""
+    p = p.clip(1e-12, 1 - 1e-12)
+    x, rate = np.stack([np.log(p / (1 - p)), np.ones_like(p)]), weight @ label / weight.sum()        # [2, n]
+    b = np.array([0, np.log(rate / (1 - rate))])
+    for _ in range(25):
+        q = (1 + np.tanh(b @ x / 2)) / 2
+        hessian = (x * (weight * q * (1 - q))) @ x.T
+        if not np.linalg.cond(hessian) < 1e12:
+            break
+        step = np.linalg.solve(hessian, x @ (weight * (label - q)))
+        b = b + step
+        if np.abs(step).max() < 1e-8:
+            return tuple(b)
+    return np.nan, np.nan
+
+
+def threshold_of(label, probability, sensitivity: float) -> float:
+    """The highest probability from which on an alarm finds this share of the positives."""
+    positives = np.sort(probability[label == 1])[::-1]
+    return float(positives[int(np.ceil(sensitivity * len(positives) - 1e-9)) - 1])
+
+
+def alarm_from(threshold: float):
+    """The measure of an alarm from this probability on: sensitivity, positive predictive value (NaN: no alarm), alarms
+    per 100 points."""
+    def alarm(label, p, weight):
+        raised = p >= threshold
+        alarms, true = weight @ raised, weight @ (raised * label)
+        return true / (weight @ label), true / alarms if alarms else np.nan, 100 * alarms / weight.sum()
+    return alarm
+
+
+THRESHOLDS = np.arange(1, 200) / 200
+
+
+def net_benefit(label, probability) -> dict:
+    """At each of THRESHOLDS t the share of true alarms less t / (1 - t) times that of false ones (Vickers & Elkin
+    2006), of alarms from probability t on and of alarms for all; of no alarm it is 0."""
+    true, false = (len(p) - np.searchsorted(np.sort(p), THRESHOLDS)
+                   for p in (probability[label == 1], probability[label == 0]))
+    odds, prevalence = THRESHOLDS / (1 - THRESHOLDS), label.mean()
+    return {"threshold": THRESHOLDS.tolist(), "net_benefit": ((true - odds * false) / len(label)).tolist(),
+            "alarm_for_all": (prevalence - odds * (1 - prevalence)).tolist()}
+
+
+def subgroups(cohort, stays, name: str) -> dict[str, np.ndarray]:
+    """The groups of these stays [n] by the first value of a variable in each: {value: mask [n]}. More than six numbers
+    are put into quartiles; variables without numbers such as ICUType=2 or GENDER//F are the categories of one."""
+    kinds = {text: text[len(name) + len(mark):] for text in cohort.variables for mark in ("=", "//")
+             if text.startswith(name + mark)}
+    if name not in cohort.variables and not kinds:
+        near = difflib.get_close_matches(name, {re.split("=|//", text)[0] for text in cohort.variables}, n=4, cutoff=.4)
+        raise InputError(f"--subgroups {name}: no variable of the data{'; near: ' * bool(near)}{', '.join(near)}; give "
+                         "the names of variables, separated by commas")
+    asked = np.isin(cohort.variables, [name, *kinds])                                                # [V]
+    events = stay_event_index(cohort, stays)
+    place = np.repeat(np.arange(len(stays)), cohort.stay_events[stays])
+    variable, value = cohort.event_variable[events], cohort.event_value[events]
+    told = asked[variable] & (np.isin(cohort.variables, list(kinds))[variable] | ~np.isnan(value))
+    place, first = np.unique(place[told], return_index=True)
+    variable, value = variable[told][first], value[told][first]
+    group = np.full(len(stays), "not recorded", dtype=object)
+    numbers = np.array([cohort.variables[v] == name for v in variable], dtype=bool)
+    group[place[~numbers]] = [kinds[cohort.variables[v]] for v in variable[~numbers]]
+    place, value = place[numbers], value[numbers]
+    order = list(dict.fromkeys(sorted(group[group != "not recorded"])))
+    if len(distinct := np.unique(value)) > 6:
+        edges = np.unique(np.quantile(value, (.25, .5, .75)))
+        part = np.searchsorted(edges, value, side="right")
+        names = {i: f"{value[part == i].min():g} to {value[part == i].max():g}" for i in np.unique(part)}
+    else:
+        part, names = np.searchsorted(distinct, value), {i: f"{x:g}" for i, x in enumerate(distinct)}
+    group[place] = [names[i] for i in part]
+    return {key: group == key for key in (*names.values(), *order, "not recorded") if (group == key).any()}
+
+
 MANY_POINTS = 20_000  # of which a bootstrap draws 200 samples, not 1,000
 FEW = 10              # stays with a positive label, or with a negative one, below which an interval means nothing
 
@@ -128,9 +208,11 @@ def with_intervals(stays, label, probability, measures: dict) -> dict:
     if not few(stays, label):
         draws = bootstrap(stays, label, probability, measures=measures,
                           repeats=200 if len(label) > MANY_POINTS else 1000)[:, 0]
-        intervals = np.nanpercentile(draws, [2.5, 97.5], axis=0).T.tolist()
+        determined = [column[np.isfinite(column)] for column in draws.T]
+        intervals = [np.percentile(column, [2.5, 97.5]).tolist() if len(column) > len(draws) / 2 else None
+                     for column in determined]
     names = [name for names in measures.values() for name in names]
-    return {name: {"value": float(value), "interval": interval}
+    return {name: {"value": float(value) if np.isfinite(value) else None, "interval": interval}
             for name, value, interval in zip(names, values, intervals)}
 
 
@@ -162,8 +244,7 @@ def performance(arguments, baselines=None) -> None:
                "seed": source.get("seed"),
                "data": source["fingerprint"], "versions": source["versions"], "reader": cohort.reader, "scored": None}
     print(cohort.describe())
-    if dataset.unknown_variables:
-        print(dataset.describe_unknown())
+    print(dataset.describe_known())
     print("checkpoint: {checkpoint}, epoch {epoch}, made by: {command}".format(**figures))
     versions = ", ".join(f"{name} {version}" for name, version in source["versions"].items())
     print(f"checkpoint: seed {source.get('seed', 'unknown')}, data {source['fingerprint']}, {versions}")
@@ -174,7 +255,10 @@ def performance(arguments, baselines=None) -> None:
                                               f"({len(stays_with(cohort, points))} stays); AUROC needs both")
     if unscored and not (arguments.predictions or arguments.embeddings or arguments.trajectory):
         raise InputError(f"{unscored}; --predictions needs no label")
-
+    stays = cohort.point_stay[points]
+    groups = {name: {key: mask[np.searchsorted(np.unique(stays), stays)]
+                     for key, mask in subgroups(cohort, np.unique(stays), name).items()}
+              for name in arguments.subgroups}
     rows = answered_points(dataset) if arguments.predictions or arguments.embeddings else points
     probability = predict(model, dataset, rows, CPU)
     if arguments.predictions:
@@ -188,11 +272,13 @@ def performance(arguments, baselines=None) -> None:
     else:
         if baselines:
             methods |= baselines(arguments, content, cohort, dataset, points, new)
-        stays = cohort.point_stay[points]
-        figures |= {"scored": what, **score_figures(stays, label, methods, content["metrics"]["threshold"]),
+        figures |= {"scored": what, **score_figures(stays, label, methods, content["metrics"]["threshold"],
+                                                    arguments.sensitivity, groups),
                     "model": model_figures(model, dataset, np.unique(stays))}
         print_figures(figures,
                       "no threshold was recorded" if "format" not in content else "best F1 of the validation split")
+        if groups:
+            print_subgroups(figures)
     if stay is not None:
         figures["trajectory"] = risk_over_time(model, dataset, stay)
         print_trajectory(figures["trajectory"])
@@ -203,6 +289,7 @@ def performance(arguments, baselines=None) -> None:
         if not unscored:
             plot_ranking(folder, label, methods)
             plot_calibration(folder, label, probability[scored])
+            plot_decision(folder, label, methods)
         shown = np.random.default_rng(0).permutation(rows)[:MOST_SHOWN]
         if len(shown) > 2:
             shown.sort()
@@ -216,11 +303,16 @@ CHECKPOINT = "this checkpoint"
 MOST_SHOWN = 5000  # points in the picture of the features
 
 
-def score_figures(stays, label, methods: dict, threshold: float) -> dict:
+def score_figures(stays, label, methods: dict, threshold: float, sensitivity: float = .8, groups: dict = {}) -> dict:
     """Plain numbers about the probabilities [n] of each method on points of these stays [n] with `label` [n]; the
-    checkpoint's in full."""
+    checkpoint's in full, also in groups: {variable: {group: mask [n]}}."""
     probability, prevalence = methods[CHECKPOINT], label.mean()
-    compared = {name: with_intervals(stays, label, p, RANKS) for name, p in methods.items()}
+    alarm = threshold_of(label, probability, sensitivity)
+    full = RANKS | {recalibration: ("slope", "intercept"), alarm_from(alarm): ("sensitivity", "ppv", "alarms")}
+    compared = {name: with_intervals(stays, label, p, full if name == CHECKPOINT else RANKS)
+                for name, p in methods.items()}
+    divided = {variable: {key: group_figures(stays[mask], label[mask], probability[mask], full)
+                          for key, mask in masks.items()} for variable, masks in groups.items()}
     tn, fp, fn, tp = confusion_matrix(label, probability >= threshold).ravel().tolist()
     return {"stays": len(np.unique(stays)), "points": len(label), "positive": int(label.sum()),
             "prevalence": float(prevalence), "few": few(stays, label), "methods": compared,
@@ -230,8 +322,16 @@ def score_figures(stays, label, methods: dict, threshold: float) -> dict:
             "probability": {"mean": float(probability.mean()), "min": float(probability.min()),
                             "max": float(probability.max()),
                             "below_0.01": int((probability < .01).sum()), "above_0.99": int((probability > .99).sum())},
+            "alarm": {"sensitivity": sensitivity, "threshold": alarm}, "subgroups": divided,
+            "net_benefit": net_benefit(label, probability),
             "threshold": threshold, "confusion": {"tp": tp, "fp": fp, "fn": fn, "tn": tn},
             "f1": float(f1_score(label, probability >= threshold))}
+
+
+def group_figures(stays, label, probability, measures: dict) -> dict:
+    """The size of a group and, where it holds both classes, its measures."""
+    size = {"stays": len(np.unique(stays)), "points": len(label), "positive": int(label.sum())}
+    return size | (with_intervals(stays, label, probability, measures) if 0 < label.sum() < len(label) else {})
 
 
 def model_figures(model, dataset, stays) -> dict:
@@ -246,7 +346,7 @@ def model_figures(model, dataset, stays) -> dict:
 def print_figures(figures: dict, threshold_is: str) -> None:
     """The report of `score_figures` and `model_figures`; with baselines, the table of all methods."""
     def with_interval(measure):
-        value = f"{measure['value']:.4f}"
+        value = "not determined" if measure["value"] is None else f"{measure['value']:.4f}"
         return value + "  95% [{:.3f}, {:.3f}]".format(*measure["interval"]) if measure["interval"] else value
 
     own, spread, head = figures["methods"][CHECKPOINT], figures["probability"], figures["model"]
@@ -259,6 +359,13 @@ def print_figures(figures: dict, threshold_is: str) -> None:
     print(f"AUPRC                {with_interval(own['auprc'])}  (prevalence {figures['prevalence']:.4f})")
     print("Brier score          {brier:.4f}  (prevalence alone: {brier_of_prevalence:.4f})".format(**figures))
     print("Calibration error    {calibration_error:.4f}  (expected, 10 bins)".format(**figures))
+    print(f"Calibration slope    {with_interval(own['slope'])}  (1 where calibrated)")
+    print(f"  and intercept      {with_interval(own['intercept'])}  (0 where calibrated)")
+    print("Alarm                from {threshold:.4f} on, where these labels' sensitivity reaches {sensitivity:g}"
+          .format(**figures["alarm"]))
+    print(f"  sensitivity        {with_interval(own['sensitivity'])}")
+    print(f"  predictive value   {with_interval(own['ppv'])}  (positive: the share of alarms that are true)")
+    print(f"  alarms             {with_interval(own['alarms'])}  (per 100 {'points' if points else 'stays'})")
     print(f"Probabilities        mean {spread['mean']:.4f}, range {spread['min']:.4f} to {spread['max']:.4f}, "
           f"below 0.01: {spread['below_0.01']}, above 0.99: {spread['above_0.99']}")
     print(f"Confusion            at {figures['threshold']:.4f} ({threshold_is}): "
@@ -272,6 +379,30 @@ def print_figures(figures: dict, threshold_is: str) -> None:
         for name, measures in figures["methods"].items():
             row = f"{name:32}  {with_interval(measures['auroc']):26}  {with_interval(measures['auprc'])}"
             print(row.replace("  95%", " "))
+
+
+GROUP_COLUMNS = {"auroc": "AUROC", "auprc": "AUPRC", "slope": "slope", "intercept": "intercept",
+                 "sensitivity": "sensitivity"}
+
+
+def print_subgroups(figures: dict) -> None:
+    """A row a group: its size and each measure with its interval, where the group is large enough for one."""
+    def cell(measure):
+        if measure["value"] is None:
+            return ""
+        interval = " [{:.2f}, {:.2f}]".format(*measure["interval"]) if measure["interval"] else ""
+        return f"{measure['value']:.2f}{interval}"
+
+    own = figures["methods"][CHECKPOINT] | {name: figures[name] for name in ("stays", "positive")}
+    rows = {"all": own} | {f"{variable} {key}": group for variable, groups in figures["subgroups"].items()
+                           for key, group in groups.items()}
+    print(f"\n{'':28}  stays  positive  "
+          + "".join(f"{title:20}" for title in GROUP_COLUMNS.values()).rstrip()
+          + f" from {figures['alarm']['threshold']:.4f} on")
+    for name, group in rows.items():
+        cells = "".join(f"{cell(group[measure]) if measure in group else '':20}" for measure in GROUP_COLUMNS)
+        print(f"{name:28} {group['stays']:6,}  {group['positive']:8,}  {cells}".rstrip())
+    print(f"(no interval below {FEW} stays with a positive or with a negative label, no figure of one class alone)")
 
 
 def answered_points(dataset) -> np.ndarray:
@@ -484,6 +615,20 @@ def plot_calibration(folder: Path, label, probability, bins: int = 10) -> None:
     bars.set(xlabel="predicted probability", ylabel="stays")
     bars.yaxis.get_major_locator().set_params(integer=True)
     save_figure(figure, folder / "calibration.png")
+
+
+def plot_decision(folder: Path, label, methods: dict) -> None:
+    """decision.png: the net benefit of alarms from a threshold on, beside alarms for all and for none."""
+    figure, (ax,) = new_figure(1, width=6, height=4.5)
+    for (name, p), style in zip(methods.items(), STYLES):
+        ax.plot(THRESHOLDS, net_benefit(label, p)["net_benefit"], label=name, **style)
+    ax.plot(THRESHOLDS, net_benefit(label, label)["alarm_for_all"], color="#bbbbbb", label="alarm for all")
+    ax.axhline(0, color="#bbbbbb", linewidth=.8, label="alarm for none")
+    most = label.mean()
+    ax.set(title=f"Decision curve, {label.sum():,} positive of {len(label):,}", xlabel="threshold of the probability",
+           ylabel="net benefit", xlim=(0, min(1, 5 * most)), ylim=(-.2 * most, 1.1 * most))
+    ax.legend(frameon=False, fontsize=8)
+    save_figure(figure, folder / "decision.png")
 
 
 def plot_features(folder: Path, features, label) -> None:

@@ -19,7 +19,7 @@ from data import InputError
 from evaluate import performance
 from protocol import baselines, protocol
 from runs import CHECKPOINTS, keep_freed_memory, print_what_the_terminal_can
-from train import add_data_options, add_head_options, data_options
+from train import add_data_options, add_head_options, data_options, fraction
 
 TESTS = str(Path(__file__).with_name("tests"))
 
@@ -39,6 +39,11 @@ def main(argv=None) -> int:
     add("--trajectory", metavar="STAY", help="the risk after every set of this stay")
     add("--plots", metavar="DIR",
         help="draw curves, ROC and precision-recall, calibration, features and the --trajectory (needs matplotlib)")
+    add("--sensitivity", type=fraction, default=.8, metavar="X",
+        help="share of the positives that an alarm shall find (default: %(default)s)")
+    add("--subgroups", type=lambda text: text.split(","), default=[], metavar="NAMES",
+        help="the report in groups by these variables, such as Gender,Age,ICUType: by their first value in the stay, "
+             "numbers in quartiles")
     add("--json", metavar="FILE", help="write the analysis' figures")
     add_head_options(add)
 

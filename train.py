@@ -666,8 +666,8 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
     train = label_subset(cohort, train, arguments.label_fraction, arguments.seed)
     if dataset is None:
         dataset = StayDataset(cohort, Normalizer.fit(cohort, train), points=True)
-    elif dataset.unknown_variables:
-        print(dataset.describe_unknown())
+    else:
+        print(dataset.describe_known())
 
     torch.manual_seed(arguments.seed), random.seed(arguments.seed)
     learned, _ = training_points(cohort, train, config, arguments.seed, 0)

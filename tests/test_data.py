@@ -364,6 +364,13 @@ def test_an_event_of_an_unknown_variable_is_dropped_and_named():
     dataset = StayDataset(cohort_of(stays),
                           Normalizer(NAMES[:5], *np.array([[0] * 5, [1] * 5, [0] * 5], dtype=np.float32)))
     batch, model = dataset[np.arange(4)], build(SeqSetVAEPretrain, tiny(num_variables=5))
+    names = [NAMES[v] for stay in stays for _, events in stay for v, _ in events]
+    dropped = sorted(NAMES[5:], key=lambda name: -names.count(name))
+    share = 1 - sum(map(names.count, dropped)) / len(names)
+    assert dataset.describe_known() == (
+        f"data: {share:.1%} of the events are of variables that the checkpoint knows\ndata: dropped: the events of 2 "
+        "variables unknown to the checkpoint: "
+        + ", ".join(f"{name} ({names.count(name)} events)" for name in dropped))
     assert dataset.unknown_variables == NAMES[5:] and len(batch.event_value) == sum(len(e) for s in known for _, e in s)
     with torch.no_grad():
         assert all(x.isfinite().all() for x in model(batch, 1.0).values())

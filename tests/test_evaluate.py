@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 import benchmark
@@ -19,8 +21,9 @@ import readers
 import test_suite
 import train
 from benchmark import PLAIN_LOOP, asked_at_the_end, assert_plain_loop_agrees
-from data import StayDataset, with_points
-from evaluate import (CHECKPOINT, CPU, bootstrap, open_classifier, print_figures, ranks, risk_over_time, score_figures)
+from data import InputError, StayDataset, with_points
+from evaluate import (CHECKPOINT, CPU, alarm_from, bootstrap, net_benefit, open_classifier, print_figures,
+                      print_subgroups, ranks, recalibration, risk_over_time, score_figures, subgroups, threshold_of)
 from model import ModelConfig, SeqSetVAE, load_checkpoint_weights
 from protocol import BASELINES, Cell, predictions_path, print_protocol
 from readers import synthetic_cohort, write_long_table
@@ -167,7 +170,7 @@ def test_fewer_than_ten_positives_or_negatives_have_no_interval(capsys):
     few = "stays with a positive label: 9, with a negative one: 31; below 10 of each no interval is given"
     for positives, said in ((9, few), (10, "")):
         label = (np.arange(40) < positives).astype(int)
-        methods = {CHECKPOINT: (label + rng.random(40)) / 2, "another": rng.random(40)}
+        methods = {CHECKPOINT: (label / 4 + rng.random(40)) / 2, "another": rng.random(40)}
         figures = score_figures(np.arange(40), label, methods, .5)
         intervals = [measure["interval"] for measures in figures["methods"].values() for measure in measures.values()]
         assert figures["few"].startswith(said) and all((i is None) == bool(said) for i in intervals)
@@ -175,6 +178,67 @@ def test_fewer_than_ten_positives_or_negatives_have_no_interval(capsys):
         assert ("95% [" in capsys.readouterr().out) != bool(said)
     # many points of few stays are no more evidence
     assert score_figures(np.repeat(np.arange(9), 99), np.tile([0, 1, 1], 297), {CHECKPOINT: rng.random(891)}, .5)["few"]
+
+
+def test_recalibration_is_unpenalised_logistic_regression_on_the_logit():
+    rng = np.random.default_rng(0)
+    for scale, shift in ((1, 0), (3, 1), (.2, -4)):
+        logit = rng.normal(size=500) * 2 - 1
+        label = (rng.random(500) < 1 / (1 + np.exp(-logit))).astype(int)
+        weight, p = rng.poisson(1, 500), 1 / (1 + np.exp(-(scale * logit + shift)))
+        fitted = LogisticRegression(C=np.inf, tol=1e-9).fit(np.log(p / (1 - p))[:, None], label, sample_weight=weight)
+        np.testing.assert_allclose(recalibration(label, p, weight), (fitted.coef_[0, 0], fitted.intercept_[0]),
+                                   atol=1e-4)
+    for p in (np.full(500, .3), np.where(label == 1, .9, .1), np.where(label == 1, 1., 0.)):
+        assert np.isnan(recalibration(label, p, np.ones(500))).all()
+
+
+def test_alarms_at_a_fixed_sensitivity_and_net_benefit_are_what_counting_gives():
+    label, p = np.array([1, 0, 1, 1, 0, 0, 0, 1, 0, 0]), np.array([.9, .8, .7, .7, .6, .5, .4, .3, .2, .1])
+    assert [threshold_of(label, p, share) for share in (.25, .5, .75, .76, 1)] == [.9, .7, .7, .3, .3]
+    assert alarm_from(.7)(label, p, np.ones(10)) == (3 / 4, 3 / 4, 40)
+    assert np.isnan(alarm_from(.95)(label, p, np.ones(10))[1])
+    curve = net_benefit(label, p)
+    for t, found, everyone in zip(*curve.values()):
+        true, false = ((p >= t) & (label == 1)).sum(), ((p >= t) & (label == 0)).sum()
+        assert found == pytest.approx(true / 10 - false / 10 * t / (1 - t))
+        assert everyone == pytest.approx(.4 - .6 * t / (1 - t))
+
+
+def test_a_planted_miscalibration_shows_in_its_group_and_nowhere_else(capsys):
+    rng, n = np.random.default_rng(1), 4000
+    logit, sex, unit = rng.normal(size=n) * 1.5 - 1, rng.integers(0, 2, n), rng.integers(0, 2, n)
+    label = (rng.random(n) < 1 / (1 + np.exp(-logit))).astype(int)
+    told = np.where((sex == 1) & (unit == 0), 2 * logit + 1, logit)  # overconfident, and too high
+    groups = {"unit and sex": {f"{u}{s}": (unit == u) & (sex == s) for u in (0, 1) for s in (0, 1)}}
+    figures = score_figures(np.arange(n), label, {CHECKPOINT: 1 / (1 + np.exp(-told))}, .5, groups=groups)
+    for name, group in figures["subgroups"]["unit and sex"].items():
+        (a, b), (c, d) = group["slope"]["interval"], group["intercept"]["interval"]
+        assert (a < 1 < b, c < 0 < d) == ((False, False) if name == "01" else (True, True)), (name, group)
+        assert group["stays"] == groups["unit and sex"][name].sum()
+        assert group["sensitivity"]["interval"][0] < group["sensitivity"]["value"] < group["sensitivity"]["interval"][1]
+    assert figures["methods"][CHECKPOINT]["sensitivity"]["value"] == pytest.approx(.8, abs=.001)
+    print_subgroups(figures)
+    rows = capsys.readouterr().out.splitlines()
+    assert [row[:28].split()[-1] for row in rows[2:-1]] == ["all", "00", "01", "10", "11"]
+    assert all(row.count("[") == 5 for row in rows[2:-1])
+
+
+def test_subgroups_are_first_values_categories_and_quartiles(tmp_path, load):
+    rows = [f"{i},{m},{v},{x}" for i in range(9) for m, v, x in
+            ((5, "Age", 30 + i), (0, "Sex", i % 2), (9, "Sex", 7), (1, f"Unit={i % 3}", 1),
+             (2, f"RACE//{'AB'[i % 2]}", ""))
+            if not (i == 8 and v != "Age")]
+    write(tmp_path / "events.csv", "\n".join(["stay_id,minute,variable,value", *rows]) + "\n")
+    cohort = load(tmp_path)
+    found = {name: {key: np.flatnonzero(mask).tolist() for key, mask in subgroups(cohort, np.arange(9), name).items()}
+             for name in ("Sex", "Unit", "RACE", "Age")}
+    assert found == {"Sex": {"0": [0, 2, 4, 6], "1": [1, 3, 5, 7], "not recorded": [8]},
+                     "Unit": {"0": [0, 3, 6], "1": [1, 4, 7], "2": [2, 5], "not recorded": [8]},
+                     "RACE": {"A": [0, 2, 4, 6], "B": [1, 3, 5, 7], "not recorded": [8]},
+                     "Age": {"30 to 31": [0, 1], "32 to 33": [2, 3], "34 to 35": [4, 5], "36 to 38": [6, 7, 8]}}
+    with pytest.raises(InputError, match="--subgroups unit: no variable of the data; near: Unit; give"):
+        subgroups(cohort, np.arange(9), "unit")
 
 
 def model_figures_of():
@@ -187,7 +251,7 @@ def test_the_analysis_writes_what_is_asked_for_with_or_without_labels(tmp_path, 
     model, content, cohort, dataset, _ = open_classifier(finetuned)
     names = ("predictions", "embeddings", "json", "plots")
     options = [text for name in names for text in (f"--{name}", str(tmp_path / name))]
-    options += ["--trajectory", cohort.stay_id[3]]
+    options += ["--trajectory", cohort.stay_id[3], "--subgroups", "Gender,Age", "--sensitivity", ".5"]
     capsys.readouterr()
     assert main(["--checkpoint", str(finetuned), *options]) == 0
     printed, figures = capsys.readouterr().out, json.loads((tmp_path / "json").read_text())
@@ -207,7 +271,9 @@ def test_the_analysis_writes_what_is_asked_for_with_or_without_labels(tmp_path, 
     assert trajectory["stay"] == cohort.stay_id[3]
     assert trajectory["risk"][-1] == pytest.approx(table["probability"][3], abs=1e-6)
     assert f"{trajectory['risk'][0]:.4f}" in printed
-    pictures = [f"{name}.png" for name in ("calibration", "curves", "features", "ranking", "trajectory")]
+    assert set(figures["subgroups"]) == {"Gender", "Age"} and figures["alarm"]["sensitivity"] == .5
+    assert sum(group["stays"] for group in figures["subgroups"]["Gender"].values()) == figures["stays"]
+    pictures = [f"{name}.png" for name in ("calibration", "curves", "decision", "features", "ranking", "trajectory")]
     assert sorted(file.name for file in (tmp_path / "plots").iterdir()) == pictures
 
     unlabelled = ["--checkpoint", str(finetuned), "--data_dir",
@@ -219,6 +285,31 @@ def test_the_analysis_writes_what_is_asked_for_with_or_without_labels(tmp_path, 
     assert again["label"].isna().all() and again["split"].tolist() == table["split"].tolist()
     one_error_line(capsys, main(unlabelled), "--predictions needs no label")
     one_error_line(capsys, main([*unlabelled, "--trajectory", "nobody"]), "nobody")
+
+
+def test_a_renamed_and_rescaled_copy_of_the_data_scores_equally(tmp_path, capsys, small_finetuned):
+    cohort = synthetic_cohort(24)
+    other = replace(cohort, variables=[f"their {name}" for name in cohort.variables],
+                    event_value=np.float32(4) * cohort.event_value)  # a power of two: to the last bit
+    write(tmp_path / "map.csv", "source,name,factor\n"
+          + "".join(f"their {name},{name},.25\n" for name in cohort.variables if name != "HR"))
+    tables, printed = {}, {}
+    for name, some in (("same", cohort), ("other", other)):
+        options = ["--variables", str(tmp_path / "map.csv")] if name == "other" else []
+        for kind in (name, f"{name} whole"):
+            if kind == "other whole":
+                write(tmp_path / "map.csv", (tmp_path / "map.csv").read_text() + "their HR,HR,.25\n")
+            folder = tmp_path / name
+            if not folder.exists():
+                write_long_table(folder, some)
+            assert main(["--checkpoint", str(small_finetuned), "--data_dir", str(folder), *options, "--predictions",
+                         str(tmp_path / "p.csv")]) == 0
+            tables[kind], printed[kind] = pd.read_csv(tmp_path / "p.csv"), capsys.readouterr().out
+    assert tables["other whole"].equals(tables["same"]) and not tables["other"].equals(tables["same"])
+    heart_rates = (cohort.event_variable == cohort.variables.index("HR")).sum()
+    assert f"data: {1 - heart_rates / len(cohort.event_value):.1%} of the events are of variables" in printed["other"]
+    assert f"1 variables unknown to the checkpoint: their HR ({heart_rates} events)\n" in printed["other"]
+    assert "data: 100.0% of the events are of variables that the checkpoint knows\n" in printed["other whole"]
 
 
 def test_analysis_options_need_a_checkpoint_and_plots_need_matplotlib(capsys, monkeypatch, finetuned):
@@ -307,7 +398,7 @@ def test_the_readmes_commands_for_ones_own_table(tmp_path, capsys, monkeypatch):
     assert "Stay 1001 (label" in capsys.readouterr().out
     assert json.loads(Path("mine.json").read_text())["stays"] == 40
     assert len(pd.read_csv("mine.csv")) == 200
-    assert len(list(Path("mine-plots").glob("*.png"))) == 4
+    assert len(list(Path("mine-plots").glob("*.png"))) == 5
 
 
 @pytest.mark.parametrize("document", ["README.md", "RESULTS.md"])
