@@ -413,6 +413,22 @@ def divided_subjects(cohort: Cohort, split: dict[str, list[str]]) -> int:
     return sum(n > 1 for n in parts.values())
 
 
+HASHED = "sha256:"
+
+
+def salted(salt: str, name: str) -> str:
+    """What stands for an id in a checkpoint that shall not hold it (see `evaluate.export`). It cannot be read off, but
+    whoever has a list of ids, or can guess them, can tell which are meant."""
+    return f"{HASHED}{salt}:{hashlib.sha256((salt + name).encode()).hexdigest()[:16]}"
+
+
+def recognised(parts: dict[str, list[str]], ids: np.ndarray) -> dict[str, list[str]]:
+    """A split with these ids in place of what stands for them; what stands for none of them stays."""
+    salts = {name.split(":")[1] for names in parts.values() for name in names if name.startswith(HASHED)}
+    known = {salted(salt, name): name for salt in salts for name in ids.tolist()}
+    return {part: [known.get(name, name) for name in names] for part, names in parts.items()}
+
+
 def stays_of(cohort: Cohort, ids: list[str]) -> np.ndarray:
     """Indices [n] of the stays with these ids, in the cohort's order."""
     return np.flatnonzero(np.isin(cohort.stay_id, ids))

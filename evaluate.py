@@ -4,8 +4,10 @@
 """
 
 import difflib
+import io
 import json
 import re
+import secrets
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +25,10 @@ from sklearn.metrics import (
 )
 from sklearn.preprocessing import StandardScaler
 
-from data import (InputError, Normalizer, StayDataset, labelled_points, make_splits, point_slots, stay_event_index, stays_of,
-                  stays_with, variable_vectors, with_points, write_atomically)
-from model import SeqSetVAE, at_slots, checkpoint_config, load_weights, original_classifier, real_sets
+from data import (HASHED, InputError, Normalizer, StayDataset, labelled_points, make_splits, point_slots, salted,
+                  stay_event_index, stays_of, stays_with, variable_vectors, with_points, write_atomically)
+from model import (SeqSetVAE, at_slots, checkpoint_config, load_weights, original_classifier, read_checkpoint,
+                   real_sets)
 from runs import evaluation_loader
 from train import data_options, encode_points, open_checkpoint, predict
 
@@ -248,8 +251,14 @@ def performance(arguments, baselines=None) -> None:
     print("checkpoint: {checkpoint}, epoch {epoch}, made by: {command}".format(**figures))
     versions = ", ".join(f"{name} {version}" for name, version in source["versions"].items())
     print(f"checkpoint: seed {source.get('seed', 'unknown')}, data {source['fingerprint']}, {versions}")
-    stay = find_stay(cohort, arguments.trajectory)
+    stay = find_stay(dataset, arguments.trajectory)
     points, what = scored_points(content, cohort, new)
+    answered = answered_points(dataset)
+    if len(strange := points[~np.isin(points, answered)]):
+        named = cohort.stay_id[cohort.point_stay[strange[0]]]
+        print(f"not scored: {len(strange):,} labelled points, as nothing that the checkpoint knows lies before them "
+              f"(stay {named} at minute {cohort.point_minute[strange[0]]:g})")
+    points = np.intersect1d(points, answered)
     label = cohort.label[points].astype(int)
     unscored = len(np.unique(label)) < 2 and (f"{cohort.reader}: the stays to be scored hold one class or none "
                                               f"({len(stays_with(cohort, points))} stays); AUROC needs both")
@@ -259,7 +268,7 @@ def performance(arguments, baselines=None) -> None:
     groups = {name: {key: mask[np.searchsorted(np.unique(stays), stays)]
                      for key, mask in subgroups(cohort, np.unique(stays), name).items()}
               for name in arguments.subgroups}
-    rows = answered_points(dataset) if arguments.predictions or arguments.embeddings else points
+    rows = answered if arguments.predictions or arguments.embeddings else points
     probability = predict(model, dataset, rows, CPU)
     if arguments.predictions:
         write_predictions(arguments.predictions, content, dataset, rows, probability)
@@ -406,13 +415,13 @@ def print_subgroups(figures: dict) -> None:
 
 
 def answered_points(dataset) -> np.ndarray:
-    """Indices [n] of the points that have an answer: those with a set at or before them, of stays of which the checkpoint
-    knows a variable."""
+    """Indices [n] of the points that have an answer: those with an event of a variable that the checkpoint knows at or
+    before them."""
     cohort = dataset.cohort
     index, slot = point_slots(cohort, np.arange(len(cohort)))
-    known = np.append(0, np.cumsum(dataset.variable[cohort.event_variable] >= 0))[cohort.set_start[cohort.stay_start]]
-    known = np.diff(known) > 0
-    return index[(slot >= 0) & known[cohort.point_stay[index]]]
+    known = np.append(0, np.cumsum(dataset.variable[cohort.event_variable] >= 0))[cohort.set_start]    # [T+1]
+    first = cohort.stay_start[cohort.point_stay[index]]
+    return index[known[first + slot + 1] > known[first]]
 
 
 def write_predictions(path, content, dataset, points, probability) -> None:
@@ -463,17 +472,48 @@ def active_units(model, dataset, stays) -> int:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# A checkpoint to give away
+# ----------------------------------------------------------------------------------------------------------------------
+
+def export(path, out) -> None:
+    """Write a checkpoint of equal predictions that names no stay, subject, path, command or machine. What stands for
+    ids (see `data.salted`) still tells whom of other data it was trained on, and of its own data the test split."""
+    content = read_checkpoint(path)
+    if "format" not in content:
+        raise InputError(f"{path}: of the original implementation, which records no ids and paths; give it as it is")
+    salt, source = secrets.token_hex(8), content["source"]
+    data = {name: source["data"][name] for name in ("hours", "synthetic_stays") if name in source["data"]}
+    kept = {name: content[name] for name in ("format", "mode", "model_config", "model", "vocabulary", "normalizer",
+                                             "metrics")}
+    kept["source"] = {name: source.get(name) for name in ("seed", "fingerprint", "commit", "versions", "precision")} | {
+        "command": "a command that an exported checkpoint does not tell",
+        "data": data | ({"data_dir": None} if source["data"].get("data_dir", "") != "" else {})}
+    for name in ("split", "subjects"):
+        kept[name] = {part: sorted(text if text.startswith(HASHED) else salted(salt, text) for text in ids)
+                      for part, ids in content[name].items()}
+    buffer = io.BytesIO()  # given a path, torch.save would record its name
+    torch.save(kept, buffer)
+    write_atomically(out, lambda file: file.write_bytes(buffer.getbuffer()))
+    print(f"exported: {out}, without paths and commands; salted hashes stand for the ids of "
+          f"{sum(map(len, kept['split'].values())):,} stays, names and statistics of the variables are in it")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # One stay over time
 # ----------------------------------------------------------------------------------------------------------------------
 
-def find_stay(cohort, stay_id) -> int | None:
+def find_stay(dataset, stay_id) -> int | None:
     """Index of the stay with this id (None where none is asked for)."""
     if stay_id is None:
         return None
+    cohort = dataset.cohort
     found = np.flatnonzero(cohort.stay_id == stay_id)
     if not len(found):
         raise InputError(f"--trajectory {stay_id}: no such stay in the data ({', '.join(cohort.stay_id[:3])} ...); "
                          "give the id of one")
+    if (dataset.variable[cohort.event_variable[stay_event_index(cohort, found)]] < 0).all():
+        raise InputError(f"--trajectory {stay_id}: the checkpoint knows none of its variables; rename them with "
+                         "--variables, or give another stay")
     return int(found[0])
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from benchmark import benchmark, scale
 from data import InputError
-from evaluate import performance
+from evaluate import export, performance
 from protocol import baselines, protocol
 from runs import CHECKPOINTS, keep_freed_memory, print_what_the_terminal_can
 from train import add_data_options, add_head_options, data_options, fraction
@@ -45,6 +45,8 @@ def main(argv=None) -> int:
         help="the report in groups by these variables, such as Gender,Age,ICUType: by their first value in the stay, "
              "numbers in quartiles")
     add("--json", metavar="FILE", help="write the analysis' figures")
+    add("--export", metavar="FILE",
+        help="instead: write the checkpoint (of either mode) without ids, paths and commands, to give it away")
     add_head_options(add)
 
     add = parser.add_argument_group("data (default: the checkpoint's, of which the recorded test split is scored; "
@@ -79,6 +81,8 @@ def main(argv=None) -> int:
             protocol(data_options(arguments), arguments.seeds, Path(arguments.protocol))
         elif arguments.benchmark:
             scale() if arguments.benchmark == "scale" else benchmark(arguments)
+        elif arguments.checkpoint and arguments.export:
+            export(arguments.checkpoint, arguments.export)
         elif arguments.checkpoint:
             performance(arguments, baselines if arguments.baselines else None)
         elif sys.argv[1:] if argv is None else argv:

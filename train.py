@@ -33,7 +33,7 @@ from sklearn.model_selection import train_test_split
 
 import runs
 from data import (SPLITS, Cohort, InputError, Normalizer, StayDataset, common_variables, epoch_batches, labelled_points,
-                  make_splits, split_batch, stays_of, stays_with, subjects_of, variable_vectors)
+                  make_splits, recognised, split_batch, stays_of, stays_with, subjects_of, variable_vectors)
 from readers import load_cohort
 from finetune_config import (FinetuneConfig, boosted_trees, check_settings, classification_loss, full_optimizer,
                              full_rate, head_optimizer, head_penalty, head_rate, number_of_trees)
@@ -583,9 +583,14 @@ def open_checkpoint(path, given: dict = {}):
     vocabulary, normalizer or split: they are then the data's own.
     """
     content = from_rank_0(lambda: read_checkpoint(path))
-    cohort = read_cohort(data_of(content, given))
+    data = data_of(content, given)
+    if data.get("data_dir", "") is None:
+        raise InputError(f"{path}: an exported checkpoint, which does not tell where its data lie; give --data_dir")
+    cohort = read_cohort(data)
     if "format" not in content:
         return content, cohort, None, None, True
+    content |= {"split": recognised(content["split"], cohort.stay_id),
+                "subjects": recognised(content["subjects"], np.unique(cohort.subject))}
     dataset = StayDataset(cohort, Normalizer.from_state(content["normalizer"], path), points=True)
     if len(dataset.unknown_variables) == len(cohort.variables):
         named = ", ".join(cohort.variables[:5])
@@ -682,7 +687,8 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
     source = source_of(arguments, data_of(content, given), cohort, device, dtype)
     source["pretrained_ckpt"] = str(arguments.pretrained_ckpt)
     untrained = {"val_auc": -1.0, "val_auprc": -1.0, "epoch": 0, "threshold": 0.5}
-    run = Run(arguments, config, model, dataset, split, source, best=untrained)
+    run = Run(arguments, config, model, dataset, split, source, best=untrained,
+              seen=content.get("subjects", {}))
     counts = [f"{len(stays):,} {name} ({(cohort.stay_label[stays] == 1).sum():,} positive)"
               for name, stays in (("train", train), ("valid", valid))]
     print(f"split: {', '.join(counts)}, {len(split['test']):,} test stays"

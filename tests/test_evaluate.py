@@ -1,6 +1,7 @@
 """Tests of evaluate.py, protocol.py, benchmark.py and of README.md: what users run with a checkpoint."""
 
 import json
+import platform
 import re
 import shlex
 import sys
@@ -310,6 +311,71 @@ def test_a_renamed_and_rescaled_copy_of_the_data_scores_equally(tmp_path, capsys
     assert f"data: {1 - heart_rates / len(cohort.event_value):.1%} of the events are of variables" in printed["other"]
     assert f"1 variables unknown to the checkpoint: their HR ({heart_rates} events)\n" in printed["other"]
     assert "data: 100.0% of the events are of variables that the checkpoint knows\n" in printed["other whole"]
+
+
+def test_an_exported_checkpoint_names_nobody_and_predicts_and_guards_alike(tmp_path, capsys, small_models, monkeypatch):
+    """Pretrained on one table, finetuned on another that shares some patients; each exported in between."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--of-the-ward"])
+    cohort = synthetic_cohort(40)
+    ids = np.array([f"patient-{i:04d}-x" for i in range(40)])
+    for name, some in (("first", slice(0, 30)), ("second", slice(10, 40))):
+        part = np.arange(40)[some]
+        table = pd.DataFrame({"stay_id": np.repeat(ids, cohort.stay_events),
+                              "minute": np.repeat(cohort.set_minute, np.diff(cohort.set_start)),
+                              "variable": np.array(cohort.variables)[cohort.event_variable],
+                              "value": cohort.event_value})
+        write(tmp_path / name / "events.csv", table[table["stay_id"].isin(ids[part])].to_csv(index=False))
+        labels = pd.DataFrame({"stay_id": ids[part], "label": part % 2})
+        write(tmp_path / name / "labels.csv", labels.to_csv(index=False))
+    common = ["--device", "cpu", "--max_epochs", "1", "--run_dir"]
+    assert train.main(["--mode", "pretrain", "--data_dir", "first", *common, "run-a"]) == 0
+    assert main(["--checkpoint", "run-a/best.pt", "--export", "a.pt"]) == 0
+    for name, pretrained in (("plain", "run-a/best.pt"), ("given", "a.pt")):
+        assert train.main(["--mode", "finetune", "--pretrained_ckpt", pretrained, "--data_dir", "second", *common,
+                           f"run-{name}"]) == 0
+    assert main(["--checkpoint", "run-given/best.pt", "--export", "b.pt"]) == 0
+    plain, given = (torch.load(f"run-{name}/best.pt", weights_only=True) for name in ("plain", "given"))
+    assert plain["split"] == given["split"]
+    assert all(tensor.equal(given["model"][name]) for name, tensor in plain["model"].items())
+
+    for name, run in (("a.pt", "run-a"), ("b.pt", "run-given")):
+        written, content = Path(name).read_bytes(), torch.load(f"{run}/best.pt", weights_only=True)
+        assert content["source"]["command"] == "python train.py --of-the-ward"
+        told = [*ids, str(tmp_path), *tmp_path.parts[1:], "first", "second", run, "train.py", "--of-the-ward", "run_dir",
+                platform.node()]
+        assert [text for text in told if len(text) > 2 and text.encode() in written] == []
+        one_error_line(capsys, main(["--checkpoint", name, "--export", "a folder/c.pt"]), "a folder/c.pt")
+    one_error_line(capsys, main(["--checkpoint", "b.pt"]), "which does not tell where its data lie; give --data_dir")
+
+    printed = {}
+    for data_dir in ("first", "second"):
+        for name in ("run-plain/best.pt", "b.pt"):
+            assert main(["--checkpoint", name, "--data_dir", data_dir, "--predictions", "p.csv"]) == 0
+            lines = capsys.readouterr().out.splitlines()
+            printed[data_dir, name] = pd.read_csv("p.csv"), [line for line in lines if "heckpoint" not in line]
+        tables, lines = zip(*(printed[data_dir, name] for name in ("run-plain/best.pt", "b.pt")))
+        assert tables[0].equals(tables[1]) and lines[0] == lines[1]
+    test = torch.load("run-a/best.pt", weights_only=True)["split"]["test"]
+    never = sorted({*test, *ids[30:]} - {*plain["split"]["train"], *plain["split"]["valid"]} - {*ids[30:]})
+    main(["--checkpoint", "b.pt", "--data_dir", "first"])
+    assert f"\nScored: {len(never)} stays" in capsys.readouterr().out
+
+
+def test_a_stay_without_a_known_variable_has_no_probability_and_no_part_in_the_score(tmp_path, capsys, small_finetuned):
+    cohort = synthetic_cohort(24)
+    folder = write_long_table(tmp_path / "d", replace(cohort, stay_id=np.array([f"new-{i}" for i in range(24)]),
+                                                      subject=np.array([f"new-{i}" for i in range(24)])))
+    write(folder / "events.csv", (folder / "events.csv").read_text() + "X,0,their HR,80\nY,0,their HR,70\nY,9,HR,80\n")
+    write(folder / "labels.csv", (folder / "labels.csv").read_text() + "X,1\n")
+    options = ["--checkpoint", str(small_finetuned), "--data_dir", str(folder)]
+    assert main([*options, "--predictions", str(tmp_path / "p.csv")]) == 0
+    out, table = capsys.readouterr().out, pd.read_csv(tmp_path / "p.csv").set_index("stay_id")["probability"]
+    assert table.isna().sum() == 1 and np.isnan(table["X"]) and 0 < table["Y"] < 1
+    assert "not scored: 1 labelled points, as nothing that the checkpoint knows lies before them (stay X at" in out
+    assert "Scored: 24 stays, 5 positive" in out
+    assert "predictions: 1 without a probability, as nothing that the checkpoint knows lies before them (stay X" in out
+    one_error_line(capsys, main([*options, "--trajectory", "X"]), "the checkpoint knows none of its variables")
 
 
 def test_analysis_options_need_a_checkpoint_and_plots_need_matplotlib(capsys, monkeypatch, finetuned):
