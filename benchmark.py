@@ -5,7 +5,6 @@ import itertools
 import multiprocessing
 import platform
 import re
-import resource
 import sys
 import tempfile
 import time
@@ -172,6 +171,11 @@ def peak_memory(device) -> float:
     its own."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        raise InputError("--benchmark measures memory by Python's module resource, which this system lacks; run it on "
+                         "Linux or macOS") from None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 

@@ -516,7 +516,8 @@ class Normalizer:
             if len(x):
                 result._fit_variable(v, x, tail, skewed, far)
                 seen += len(x)
-                beyond += int((np.abs(result(np.full(len(x), v), x)) >= result.clip).sum())
+                if (mean[v], std[v]) != (0, 1):  # else a constant, at which nothing is lost
+                    beyond += int((np.abs(result(np.full(len(x), v), x)) >= result.clip).sum())
         given = ~np.isnan(cohort.statistics[:, 0])
         (mean[given], std[given]), log_scale[given] = cohort.statistics[given].T, 0
         result.clipped = beyond / max(1, seen)

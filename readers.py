@@ -413,7 +413,7 @@ def _some(names) -> str:
 def _with_splits(cohort: Cohort, told: pd.Series) -> Cohort:
     """The cohort with the split of these ids; a stay that is not told of belongs to none."""
     ids = _plain_ids(cohort.stay_id)
-    split = told.reindex(ids).fillna(-1).to_numpy(np.int8)
+    split = told.reindex(ids, fill_value=-1).to_numpy(np.int8)
     return replace(cohort, split=split, notes=cohort.notes | {
         "stays without a split (neither trained on nor scored)": int((split < 0).sum()),
         "splits of no stay with a usable event": int((~told.index.isin(ids)).sum())})

@@ -664,10 +664,10 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
         refuse_leaks(arguments, content, subjects_of(cohort, split))
     train, valid = labelled(cohort, split["train"]), labelled(cohort, split["valid"])
     for name, stays in (("train", train), ("valid", valid)):
-        if len(np.unique(cohort.label[labelled_points(cohort, stays)])) < 2:
-            hold = "one class only" if len(stays) else "no label at all"
-            raise InputError(f"{cohort.reader}: the labelled {name} stays hold {hold}; finetuning needs both classes: "
-                             "check the outcome or label file")
+        if len(np.unique(label := cohort.label[labelled_points(cohort, stays)])) < 2:
+            hold = f"one class only ({(label == 1).sum():,} of {len(label):,} labels are 1)" * bool(len(stays))
+            raise InputError(f"{cohort.reader}: the labelled {name} stays hold {hold or 'no label at all'}; finetuning "
+                             "needs both classes there: check the label file, give more labels or a --split")
     train = label_subset(cohort, train, arguments.label_fraction, arguments.seed)
     if dataset is None:
         dataset = StayDataset(cohort, Normalizer.fit(cohort, train), points=True)

@@ -427,7 +427,8 @@ WRONG = {  # (events.csv, labels.csv, mode, what the message names)
     "no number at all": (table_of({s: [(m, v, "inf") for m, v, _ in rows] for s, rows in STAYS.items()}), LABELS, "pretrain", "no usable event"),
     "a label that is no class": (table_of(STAYS), LABELS.replace("s07,1", "s07,3"), "pretrain", "labels.csv line 9: label is '3'"),
     "no label in finetune": (table_of(STAYS), None, "finetune", "no label at all"),
-    "one class in finetune": (table_of(STAYS), LABELS.replace(",1", ",0"), "finetune", "one class only"),
+    "one class in finetune": (table_of(STAYS), LABELS.replace(",1", ",0"), "finetune",
+                              "train stays hold one class only (0 of 19 labels are 1)"),
     "other variables in finetune": (table_of({s: [(m, "other", x) for m, _, x in rows] for s, rows in STAYS.items()}), LABELS, "finetune",
                                     "none of the data's variables"),
     "a split without train": (table_of(STAYS), LABELS.replace("label\n", "label,split\n").replace(",0\n", ",0,valid\n").replace(",1\n", ",1,test\n"),
@@ -663,6 +664,31 @@ def test_scoring_data_that_overlap_the_training_stays_says_so(tmp_path, small_fi
     seen = forged(small_finetuned)["split"]
     left_out = len(seen["train"]) + len(seen["valid"])
     assert f"{left_out} stays left out of subjects that the checkpoint was trained or selected on" in capsys.readouterr().out
+
+
+def test_who_was_pretrained_on_is_not_tested_when_labels_and_other_times_come_later(tmp_path, capsys, small_models):
+    """Labels come after pretraining, then questions at other times, then the same patients under other stay ids."""
+    stays = {f"s{i:02d}": plain_stay(i) for i in range(60)}
+    data, again = tmp_path / "data", tmp_path / "again"
+    write(data / "events.csv", table_of(stays))
+    assert train.main([*PRETRAIN, "--data_dir", str(data), "--run_dir", str(tmp_path / "run")]) == 0
+    write(data / "labels.csv", "stay_id,label\n" + "".join(f"s{i:02d},{i % 2}\n" for i in range(60)))
+    assert train.main([*FINETUNE, str(tmp_path / "run/best.pt"), "--run_dir", str(tmp_path / "head")]) == 0
+    before, after = (forged(tmp_path / run / "best.pt")["split"] for run in ("run", "head"))
+    assert before == after
+    capsys.readouterr()
+    write(tmp_path / "hourly.csv", "stay_id,label,minute\n" + "".join(f"s{i:02d},{i % 2},500\n" for i in range(60)))
+    command = ["--checkpoint", str(tmp_path / "head/best.pt")]
+    assert main([*command, "--label_file", str(tmp_path / "hourly.csv")]) == 0
+    assert f"Scored: {len(after['test'])} stays" in capsys.readouterr().out
+
+    write(again / "events.csv", table_of({f"new {name}": rows for name, rows in stays.items()}))
+    write(again / "labels.csv", "stay_id,label,subject_id\n" + "".join(
+        f"new s{i:02d},{i % 2},s{i:02d}\n" for i in range(60)))
+    assert main([*command, "--data_dir", str(again)]) == 0
+    said = "48 stays left out of subjects that the checkpoint was trained or selected on"
+    out = capsys.readouterr().out
+    assert said in out and "Scored: 12 stays" in out
 
 
 @pytest.mark.parametrize("mode", SMALL)
