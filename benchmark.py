@@ -5,7 +5,6 @@ import itertools
 import multiprocessing
 import platform
 import re
-import resource
 import sys
 import tempfile
 import time
@@ -172,6 +171,11 @@ def peak_memory(device) -> float:
     its own."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        raise InputError("--benchmark measures memory by Python's module resource, which this system lacks; run it on "
+                         "Linux or macOS") from None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
@@ -285,8 +289,11 @@ def in_row(column: pd.Series, **changes) -> list:
 def benchmark(arguments) -> None:
     """Measure, print the table, and append it to checkpoints/benchmark.csv, a row a number."""
     device, facts = torch.device("cuda" if torch.cuda.is_available() else "cpu"), []
+    if arguments.cache_dir:
+        raise InputError(f"--cache_dir {arguments.cache_dir}: --benchmark measures reading, into a temporary folder of "
+                         "its own; leave the option out")
     with tempfile.TemporaryDirectory() as cache:
-        load = partial(load_cohort, cache_dir=Path(cache), **data_options(arguments))
+        load = partial(load_cohort, **data_options(arguments) | {"cache_dir": Path(cache)})
         for what in ("parsed" if arguments.data_dir else "generated", "from the cache"):
             began, cohort = time.perf_counter(), load()
             facts.append((f"data, {what}", time.perf_counter() - began, "s"))

@@ -47,13 +47,13 @@ def write_atomically(path, write) -> None:
 
 
 @contextmanager
-def clear_write_error(path):
-    """A failed write becomes an InputError that names `path`."""
+def clear_write_error(path, mend: str = "free space or choose another folder"):
+    """A failed write becomes an InputError that names `path` and the mend."""
     try:
         yield
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error}); what was there before is untouched: "
-                         "free space or choose another folder") from None
+                         f"{mend}") from None
 
 
 def sync(path) -> None:
@@ -309,6 +309,9 @@ def pieces(parts: Iterable[Cohort]):
 # The cache
 # ----------------------------------------------------------------------------------------------------------------------
 
+CACHE_MEND = "free space, or name another place with --cache_dir"
+
+
 def open_cache(folder: Path) -> Cohort | None:
     """The cached cohort, memory-mapped; None where there is none or it is torn (a file missing or of another
     length)."""
@@ -325,7 +328,7 @@ def open_cache(folder: Path) -> Cohort | None:
 def write_cache(folder: Path, parts: Iterable[Cohort]) -> None:
     """Append part after part to files in a temporary folder beside the target, sync, rename: one part at a time is held
     in memory, and a reader never sees a half-written cache."""
-    with clear_write_error(folder):
+    with clear_write_error(folder, CACHE_MEND):
         temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
         try:
             headers, notes, examples = {}, Counter(), {}
@@ -408,6 +411,22 @@ def divided_subjects(cohort: Cohort, split: dict[str, list[str]]) -> int:
     """How many subjects have stays in more than one part of the split."""
     parts = Counter(subject for ids in split.values() for subject in np.unique(cohort.subject[stays_of(cohort, ids)]))
     return sum(n > 1 for n in parts.values())
+
+
+HASHED = "sha256:"
+
+
+def salted(salt: str, name: str) -> str:
+    """What stands for an id in a checkpoint that shall not hold it (see `evaluate.export`). It cannot be read off, but
+    whoever has a list of ids, or can guess them, can tell which are meant."""
+    return f"{HASHED}{salt}:{hashlib.sha256((salt + name).encode()).hexdigest()[:16]}"
+
+
+def recognised(parts: dict[str, list[str]], ids: np.ndarray) -> dict[str, list[str]]:
+    """A split with these ids in place of what stands for them; what stands for none of them stays."""
+    salts = {name.split(":")[1] for names in parts.values() for name in names if name.startswith(HASHED)}
+    known = {salted(salt, name): name for salt in salts for name in ids.tolist()}
+    return {part: [known.get(name, name) for name in names] for part, names in parts.items()}
 
 
 def stays_of(cohort: Cohort, ids: list[str]) -> np.ndarray:
@@ -498,7 +517,8 @@ class Normalizer:
             if len(x):
                 result._fit_variable(v, x, tail, skewed, far)
                 seen += len(x)
-                beyond += int((np.abs(result(np.full(len(x), v), x)) >= result.clip).sum())
+                if (mean[v], std[v]) != (0, 1):  # else a constant, at which nothing is lost
+                    beyond += int((np.abs(result(np.full(len(x), v), x)) >= result.clip).sum())
         given = ~np.isnan(cohort.statistics[:, 0])
         (mean[given], std[given]), log_scale[given] = cohort.statistics[given].T, 0
         result.clipped = beyond / max(1, seen)
@@ -685,10 +705,20 @@ class StayDataset(torch.utils.data.Dataset):
         self.widths = group_widths(*set_sizes(cohort), max_groups)
         self.points, self.weight = points, None
 
-    def describe_unknown(self) -> str:
-        """The line that tells what was dropped, see `Cohort.describe`."""
-        return (f"data: dropped: events of {len(self.unknown_variables)} variables unknown to the checkpoint: "
-                f"{', '.join(self.unknown_variables)}")
+    def describe_known(self, most: int = 10) -> str:
+        """The lines that tell how much of the data the checkpoint knows and which variables it drops, the most
+        frequent first; see `Cohort.describe`."""
+        count = np.zeros(len(self.variable), dtype=np.int64)
+        for first in range(0, len(self.cohort.event_variable), 2**24):
+            count += np.bincount(self.cohort.event_variable[first:first + 2**24], minlength=len(count))
+        unknown = [v for v in np.argsort(-count, kind="stable") if self.variable[v] < 0]
+        share = 1 - count[unknown].sum() / count.sum()
+        line = f"data: {share:.1%} of the events are of variables that the checkpoint knows"
+        if not unknown:
+            return line
+        named = ", ".join(f"{self.cohort.variables[v]} ({count[v]:,} events)" for v in unknown[:most])
+        return (f"{line}\ndata: dropped: the events of {len(unknown)} variables unknown to the checkpoint: {named}"
+                + " ..." * (len(unknown) > most))
 
     def asking(self, points: np.ndarray, weight: np.ndarray | None = None) -> "StayDataset":
         """The same data with these prediction points alone (indices in the cohort, ascending), and their weights in the

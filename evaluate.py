@@ -5,8 +5,11 @@ runs; `open_classifier` opens a checkpoint beside its data.
 """
 
 import csv
+import difflib
 import io
 import json
+import re
+import secrets
 import sys
 import tempfile
 from collections import Counter
@@ -27,8 +30,8 @@ from sklearn.metrics import (
 )
 from sklearn.preprocessing import StandardScaler
 
-from data import (InputError, Normalizer, StayDataset, labelled_points, make_splits, point_slots, stay_event_index,
-                  stays_of, stays_with, variable_vectors, with_points, write_atomically)
+from data import (HASHED, InputError, Normalizer, StayDataset, labelled_points, make_splits, point_slots, salted,
+                  stay_event_index, stays_of, stays_with, variable_vectors, with_points, write_atomically)
 from model import SeqSetVAE, at_slots, checkpoint_config, load_weights, original_classifier, read_checkpoint, real_sets
 from readers import load_cohort
 from runs import choose_device, evaluation_loader
@@ -113,35 +116,141 @@ def scored_points(content, cohort, new) -> tuple[np.ndarray, str]:
     return labelled_points(cohort, np.flatnonzero(~seen)), what
 
 
-def bootstrap(group, label, *probabilities, repeats: int = 1000, seed: int = 0) -> np.ndarray:
-    """[repeats, n, 2] AUROC and AUPRC of n methods on the same resampled groups, such as stays, of points (Efron &
-    Tibshirani 1993): paired between methods. group, label [points]."""
+def ranks(label, p, weight) -> tuple[float, float]:
+    """AUROC and AUPRC as scikit-learn has them, of weighted points [n] in the order of falling p: without its sorting
+    and checking, which would be nearly all of a bootstrap's time."""
+    last = np.append(np.flatnonzero(np.diff(p)), len(p) - 1)                        # of each distinct p
+    tp, alarms = np.cumsum(weight * label)[last], np.cumsum(weight)[last]
+    fp, gained = alarms - tp, np.diff(tp, prepend=0)
+    auroc = (np.diff(fp, prepend=0) * (tp - gained / 2)).sum() / (tp[-1] * fp[-1])
+    return auroc, (gained * tp / np.maximum(alarms, 1e-300)).sum() / tp[-1]
+
+
+def bootstrap(group, label, *probabilities, measures=(ranks,), repeats: int = 1000, seed: int = 0) -> np.ndarray:
+    """[repeats, n, m] the m numbers that `measures` give of n methods on the same resampled groups, such as stays, of
+    points (Efron & Tibshirani 1993): paired between methods. group, label [points]; each measure is a function of
+    label, probability and weight [points], in the order of falling probability, and gives several numbers."""
     rng = np.random.default_rng(seed)
-    group, ranked = np.unique(group, return_inverse=True)[1], [ranking_of(p) for p in probabilities]
+    group = np.unique(group, return_inverse=True)[1]
+    orders = [np.argsort(-p, kind="stable") for p in probabilities]
+    methods = [(label[order], p[order], group[order]) for order, p in zip(orders, probabilities)]
     groups, draws = group.max() + 1, []
     while len(draws) < repeats:
-        weight = np.bincount(rng.integers(0, groups, groups), minlength=groups)[group]
-        if len(np.unique(label[weight > 0])) == 2:
-            draws.append([scores(*ranks, label, weight) for ranks in ranked])
+        weight = np.bincount(rng.integers(0, groups, groups), minlength=groups)
+        if len(np.unique(label[weight[group] > 0])) == 2:
+            draws.append([[number for measure in measures for number in measure(y, p, weight[of])]
+                          for y, p, of in methods])
     return np.array(draws)
 
 
-def ranking_of(probability) -> tuple[np.ndarray, np.ndarray]:
-    """The order [n] of points by falling probability, and where in it each distinct probability comes last."""
-    order = np.argsort(-probability, kind="stable")
-    return order, np.flatnonzero(np.append(np.diff(probability[order]) != 0, True))
+def recalibration(label, p, weight) -> tuple[float, float]:
+    """Slope and intercept of logit P(label) = intercept + slope logit(p) (Cox 1958), by Newton's method: 1 and 0 where
+    p is calibrated, NaN where they are not determined (p constant, or parting the classes). All [n]."""
+    p = p.clip(1e-12, 1 - 1e-12)
+    x, rate = np.stack([np.log(p / (1 - p)), np.ones_like(p)]), weight @ label / weight.sum()        # [2, n]
+    b = np.array([0, np.log(rate / (1 - rate))])
+    for _ in range(25):
+        q = (1 + np.tanh(b @ x / 2)) / 2
+        hessian = (x * (weight * q * (1 - q))) @ x.T
+        if not np.linalg.cond(hessian) < 1e12:
+            break
+        step = np.linalg.solve(hessian, x @ (weight * (label - q)))
+        b = b + step
+        if np.abs(step).max() < 1e-8:
+            return tuple(b)
+    return np.nan, np.nan
 
 
-def scores(order, last, label, weight) -> tuple[float, float]:
-    """AUROC and AUPRC of points drawn `weight` [n] times, ranked as `ranking_of` tells: what scikit-learn gives, which
-    sorts and checks the same probabilities at each of a thousand calls."""
-    positive, negative = (np.cumsum((weight * (label == y))[order])[last] for y in (1, 0))
-    new = np.diff(positive, prepend=0)                       # true positives that each distinct probability adds
-    auroc = np.diff(negative, prepend=0) @ (positive - new / 2) / (positive[-1] * negative[-1])
-    return auroc, new @ (positive / np.maximum(positive + negative, 1)) / positive[-1]
+def threshold_of(label, probability, sensitivity: float) -> float:
+    """The highest probability from which on an alarm finds this share of the positives."""
+    positives = np.sort(probability[label == 1])[::-1]
+    return float(positives[int(np.ceil(sensitivity * len(positives) - 1e-9)) - 1])
+
+
+def alarm_from(threshold: float):
+    """The measure of an alarm from this probability on: sensitivity, positive predictive value (NaN: no alarm), alarms
+    per 100 points."""
+    def alarm(label, p, weight):
+        raised = p >= threshold
+        alarms, true = weight @ raised, weight @ (raised * label)
+        return true / (weight @ label), true / alarms if alarms else np.nan, 100 * alarms / weight.sum()
+    return alarm
+
+
+THRESHOLDS = np.arange(1, 200) / 200
+
+
+def net_benefit(label, probability) -> dict:
+    """At each of THRESHOLDS t the share of true alarms less t / (1 - t) times that of false ones (Vickers & Elkin
+    2006), of alarms from probability t on and of alarms for all; of no alarm it is 0."""
+    true, false = (len(p) - np.searchsorted(np.sort(p), THRESHOLDS)
+                   for p in (probability[label == 1], probability[label == 0]))
+    odds, prevalence = THRESHOLDS / (1 - THRESHOLDS), label.mean()
+    return {"threshold": THRESHOLDS.tolist(), "net_benefit": ((true - odds * false) / len(label)).tolist(),
+            "alarm_for_all": (prevalence - odds * (1 - prevalence)).tolist()}
+
+
+def subgroups(cohort, stays, name: str) -> dict[str, np.ndarray]:
+    """The groups of these stays [n] by the first value of a variable in each: {value: mask [n]}. More than six numbers
+    are put into quartiles; variables without numbers such as ICUType=2 or GENDER//F are the categories of one."""
+    kinds = {text: text[len(name) + len(mark):] for text in cohort.variables for mark in ("=", "//")
+             if text.startswith(name + mark)}
+    if name not in cohort.variables and not kinds:
+        near = difflib.get_close_matches(name, {re.split("=|//", text)[0] for text in cohort.variables}, n=4, cutoff=.4)
+        raise InputError(f"--subgroups {name}: no variable of the data{'; near: ' * bool(near)}{', '.join(near)}; give "
+                         "the names of variables, separated by commas")
+    asked = np.isin(cohort.variables, [name, *kinds])                                                # [V]
+    events = stay_event_index(cohort, stays)
+    place = np.repeat(np.arange(len(stays)), cohort.stay_events[stays])
+    variable, value = cohort.event_variable[events], cohort.event_value[events]
+    told = asked[variable] & (np.isin(cohort.variables, list(kinds))[variable] | ~np.isnan(value))
+    place, first = np.unique(place[told], return_index=True)
+    variable, value = variable[told][first], value[told][first]
+    group = np.full(len(stays), "not recorded", dtype=object)
+    numbers = np.array([cohort.variables[v] == name for v in variable], dtype=bool)
+    group[place[~numbers]] = [kinds[cohort.variables[v]] for v in variable[~numbers]]
+    place, value = place[numbers], value[numbers]
+    order = list(dict.fromkeys(sorted(group[group != "not recorded"])))
+    if len(distinct := np.unique(value)) > 6:
+        edges = np.unique(np.quantile(value, (.25, .5, .75)))
+        part = np.searchsorted(edges, value, side="right")
+        names = {i: f"{value[part == i].min():g} to {value[part == i].max():g}" for i in np.unique(part)}
+    else:
+        part, names = np.searchsorted(distinct, value), {i: f"{x:g}" for i, x in enumerate(distinct)}
+    group[place] = [names[i] for i in part]
+    return {key: group == key for key in (*names.values(), *order, "not recorded") if (group == key).any()}
 
 
 MANY_POINTS = 20_000  # of which a bootstrap draws 200 samples, not 1,000
+FEW = 10              # stays with a positive label, or with a negative one, below which an interval means nothing
+
+
+def few(stays, label) -> str:
+    """What to say where there is too little to give an interval; else nothing. stays, label [points]."""
+    positive, negative = (len(np.unique(stays[label == value])) for value in (1, 0))
+    return (f"stays with a positive label: {positive}, with a negative one: {negative}; below {FEW} of each no "
+            "interval is given, and the figures may be chance" if min(positive, negative) < FEW else "")
+
+
+def with_intervals(stays, label, probability, measures: dict) -> dict:
+    """{name: {"value": .., "interval": 95% by resampling stays, None where they are few}} of these measures, functions
+    as `bootstrap` takes them with the names of the numbers that each gives."""
+    order = np.argsort(-probability, kind="stable")
+    ordered = label[order], probability[order], np.ones(len(order))
+    values = [number for measure in measures for number in measure(*ordered)]
+    intervals = [None] * len(values)
+    if not few(stays, label):
+        draws = bootstrap(stays, label, probability, measures=measures,
+                          repeats=200 if len(label) > MANY_POINTS else 1000)[:, 0]
+        determined = [column[np.isfinite(column)] for column in draws.T]
+        intervals = [np.percentile(column, [2.5, 97.5]).tolist() if len(column) > len(draws) / 2 else None
+                     for column in determined]
+    names = [name for names in measures.values() for name in names]
+    return {name: {"value": float(value) if np.isfinite(value) else None, "interval": interval}
+            for name, value, interval in zip(names, values, intervals)}
+
+
+RANKS = {ranks: ("auroc", "auprc")}
 
 
 def interval(draws: np.ndarray) -> str:
@@ -170,20 +279,28 @@ def performance(arguments, baselines=None) -> None:
                "seed": source.get("seed"),
                "data": source["fingerprint"], "versions": source["versions"], "reader": cohort.reader, "scored": None}
     print(cohort.describe())
-    if dataset.unknown_variables:
-        print(dataset.describe_unknown())
+    print(dataset.describe_known())
     print("checkpoint: {checkpoint}, epoch {epoch}, made by: {command}".format(**figures))
     versions = ", ".join(f"{name} {version}" for name, version in source["versions"].items())
     print(f"checkpoint: seed {source.get('seed', 'unknown')}, data {source['fingerprint']}, {versions}")
-    stay = find_stay(cohort, arguments.trajectory)
+    stay = find_stay(dataset, arguments.trajectory)
     points, what = scored_points(content, cohort, new)
+    answered = answered_points(dataset)
+    if len(strange := points[~np.isin(points, answered)]):
+        named = cohort.stay_id[cohort.point_stay[strange[0]]]
+        print(f"not scored: {len(strange):,} labelled points, as nothing that the checkpoint knows lies before them "
+              f"(stay {named} at minute {cohort.point_minute[strange[0]]:g})")
+    points = np.intersect1d(points, answered)
     label = cohort.label[points].astype(int)
     unscored = len(np.unique(label)) < 2 and (f"{cohort.reader}: the stays to be scored hold one class or none "
                                               f"({len(stays_with(cohort, points))} stays); AUROC needs both")
     if unscored and not (arguments.predictions or arguments.embeddings or arguments.trajectory):
         raise InputError(f"{unscored}; --predictions needs no label")
-
-    rows = answered_points(dataset) if arguments.predictions or arguments.embeddings else points
+    stays = cohort.point_stay[points]
+    groups = {name: {key: mask[np.searchsorted(np.unique(stays), stays)]
+                     for key, mask in subgroups(cohort, np.unique(stays), name).items()}
+              for name in arguments.subgroups}
+    rows = answered if arguments.predictions or arguments.embeddings else points
     probability = probability_at(model, dataset, rows, device)
     if arguments.predictions:
         write_predictions(arguments.predictions, content, dataset, rows, probability)
@@ -196,11 +313,13 @@ def performance(arguments, baselines=None) -> None:
     else:
         if baselines:
             methods |= baselines(arguments, content, cohort, dataset, points, new)
-        stays = cohort.point_stay[points]
-        figures |= {"scored": what, **score_figures(stays, label, methods, content["metrics"]["threshold"]),
+        figures |= {"scored": what, **score_figures(stays, label, methods, content["metrics"]["threshold"],
+                                                    arguments.sensitivity, groups),
                     "model": model_figures(model, dataset, np.unique(stays), device)}
         print_figures(figures,
                       "no threshold was recorded" if "format" not in content else "best F1 of the validation split")
+        if groups:
+            print_subgroups(figures)
     if stay is not None:
         figures["trajectory"] = risk_over_time(model, dataset, stay, device)
         print_trajectory(figures["trajectory"])
@@ -211,6 +330,7 @@ def performance(arguments, baselines=None) -> None:
         if not unscored:
             plot_ranking(folder, label, methods)
             plot_calibration(folder, label, probability[scored])
+            plot_decision(folder, label, methods)
         shown = np.random.default_rng(0).permutation(rows)[:MOST_SHOWN]
         if len(shown) > 2:
             shown.sort()
@@ -224,28 +344,35 @@ CHECKPOINT = "this checkpoint"
 MOST_SHOWN = 5000  # points in the picture of the features
 
 
-def score_figures(stays, label, methods: dict, threshold: float) -> dict:
+def score_figures(stays, label, methods: dict, threshold: float, sensitivity: float = .8, groups: dict = {}) -> dict:
     """Plain numbers about the probabilities [n] of each method on points of these stays [n] with `label` [n]; the
-    checkpoint's in full."""
+    checkpoint's in full, also in groups: {variable: {group: mask [n]}}."""
     probability, prevalence = methods[CHECKPOINT], label.mean()
-    draws = bootstrap(stays, label, *methods.values(), repeats=200 if len(label) > MANY_POINTS else 1000)
-    compared = {}
-    for i, (name, p) in enumerate(methods.items()):
-        values = {"auroc": roc_auc_score(label, p), "auprc": average_precision_score(label, p)}
-        compared[name] = {measure: {"value": float(value),
-                                    "interval": np.percentile(draws[:, i, j], [2.5, 97.5]).tolist()}
-                          for j, (measure, value) in enumerate(values.items())}
+    alarm = threshold_of(label, probability, sensitivity)
+    full = RANKS | {recalibration: ("slope", "intercept"), alarm_from(alarm): ("sensitivity", "ppv", "alarms")}
+    compared = {name: with_intervals(stays, label, p, full if name == CHECKPOINT else RANKS)
+                for name, p in methods.items()}
+    divided = {variable: {key: group_figures(stays[mask], label[mask], probability[mask], full)
+                          for key, mask in masks.items()} for variable, masks in groups.items()}
     tn, fp, fn, tp = confusion_matrix(label, probability >= threshold).ravel().tolist()
     return {"stays": len(np.unique(stays)), "points": len(label), "positive": int(label.sum()),
-            "prevalence": float(prevalence), "methods": compared,
+            "prevalence": float(prevalence), "few": few(stays, label), "methods": compared,
             "brier": float(brier_score_loss(label, probability)),
             "brier_of_prevalence": float(prevalence * (1 - prevalence)),
             "calibration_error": calibration_error(label, probability),
             "probability": {"mean": float(probability.mean()), "min": float(probability.min()),
                             "max": float(probability.max()),
                             "below_0.01": int((probability < .01).sum()), "above_0.99": int((probability > .99).sum())},
+            "alarm": {"sensitivity": sensitivity, "threshold": alarm}, "subgroups": divided,
+            "net_benefit": net_benefit(label, probability),
             "threshold": threshold, "confusion": {"tp": tp, "fp": fp, "fn": fn, "tn": tn},
             "f1": float(f1_score(label, probability >= threshold))}
+
+
+def group_figures(stays, label, probability, measures: dict) -> dict:
+    """The size of a group and, where it holds both classes, its measures."""
+    size = {"stays": len(np.unique(stays)), "points": len(label), "positive": int(label.sum())}
+    return size | (with_intervals(stays, label, probability, measures) if 0 < label.sum() < len(label) else {})
 
 
 def model_figures(model, dataset, stays, device) -> dict:
@@ -260,16 +387,26 @@ def model_figures(model, dataset, stays, device) -> dict:
 def print_figures(figures: dict, threshold_is: str) -> None:
     """The report of `score_figures` and `model_figures`; with baselines, the table of all methods."""
     def with_interval(measure):
-        return "{:.4f}  95% [{:.3f}, {:.3f}]".format(measure["value"], *measure["interval"])
+        value = "not determined" if measure["value"] is None else f"{measure['value']:.4f}"
+        return value + "  95% [{:.3f}, {:.3f}]".format(*measure["interval"]) if measure["interval"] else value
 
     own, spread, head = figures["methods"][CHECKPOINT], figures["probability"], figures["model"]
-    points = "{points:,} points in ".format(**figures) if figures["points"] > figures["stays"] else ""
-    stays = "{stays:,} stays, {positive:,} positive ({prevalence:.1%})".format(**figures)
-    print(f"\nScored: {points}{stays}: {figures['scored']}")
+    points = f"{figures['points']:,} points in " * (figures["points"] > figures["stays"])
+    print(f"\nScored: {points}"
+          + "{stays:,} stays, {positive:,} positive ({prevalence:.1%}): {scored}".format(**figures))
+    if figures["few"]:
+        print(f"Few                  {figures['few']}")
     print(f"AUROC                {with_interval(own['auroc'])}")
     print(f"AUPRC                {with_interval(own['auprc'])}  (prevalence {figures['prevalence']:.4f})")
     print("Brier score          {brier:.4f}  (prevalence alone: {brier_of_prevalence:.4f})".format(**figures))
     print("Calibration error    {calibration_error:.4f}  (expected, 10 bins)".format(**figures))
+    print(f"Calibration slope    {with_interval(own['slope'])}  (1 where calibrated)")
+    print(f"  and intercept      {with_interval(own['intercept'])}  (0 where calibrated)")
+    print("Alarm                from {threshold:.4f} on, where these labels' sensitivity reaches {sensitivity:g}"
+          .format(**figures["alarm"]))
+    print(f"  sensitivity        {with_interval(own['sensitivity'])}")
+    print(f"  predictive value   {with_interval(own['ppv'])}  (positive: the share of alarms that are true)")
+    print(f"  alarms             {with_interval(own['alarms'])}  (per 100 {'points' if points else 'stays'})")
     print(f"Probabilities        mean {spread['mean']:.4f}, range {spread['min']:.4f} to {spread['max']:.4f}, "
           f"below 0.01: {spread['below_0.01']}, above 0.99: {spread['above_0.99']}")
     print(f"Confusion            at {figures['threshold']:.4f} ({threshold_is}): "
@@ -281,18 +418,42 @@ def print_figures(figures: dict, threshold_is: str) -> None:
         print(f"\n{'':32}  AUROC   95% interval      AUPRC   95% interval      "
               f"(bootstrap over {figures['stays']:,} stays)")
         for name, measures in figures["methods"].items():
-            row = f"{name:32}  {with_interval(measures['auroc'])}  {with_interval(measures['auprc'])}"
+            row = f"{name:32}  {with_interval(measures['auroc']):26}  {with_interval(measures['auprc'])}"
             print(row.replace("  95%", " "))
 
 
+GROUP_COLUMNS = {"auroc": "AUROC", "auprc": "AUPRC", "slope": "slope", "intercept": "intercept",
+                 "sensitivity": "sensitivity"}
+
+
+def print_subgroups(figures: dict) -> None:
+    """A row a group: its size and each measure with its interval, where the group is large enough for one."""
+    def cell(measure):
+        if measure["value"] is None:
+            return ""
+        interval = " [{:.2f}, {:.2f}]".format(*measure["interval"]) if measure["interval"] else ""
+        return f"{measure['value']:.2f}{interval}"
+
+    own = figures["methods"][CHECKPOINT] | {name: figures[name] for name in ("stays", "positive")}
+    rows = {"all": own} | {f"{variable} {key}": group for variable, groups in figures["subgroups"].items()
+                           for key, group in groups.items()}
+    print(f"\n{'':28}  stays  positive  "
+          + "".join(f"{title:20}" for title in GROUP_COLUMNS.values()).rstrip()
+          + f" from {figures['alarm']['threshold']:.4f} on")
+    for name, group in rows.items():
+        cells = "".join(f"{cell(group[measure]) if measure in group else '':20}" for measure in GROUP_COLUMNS)
+        print(f"{name:28} {group['stays']:6,}  {group['positive']:8,}  {cells}".rstrip())
+    print(f"(no interval below {FEW} stays with a positive or with a negative label, no figure of one class alone)")
+
+
 def answered_points(dataset) -> np.ndarray:
-    """Indices [n] of the points that have an answer: those with a set at or before them,
-    of stays of which the checkpoint knows a variable."""
+    """Indices [n] of the points that have an answer: those with an event of a variable that the checkpoint knows at or
+    before them."""
     cohort = dataset.cohort
     index, slot = point_slots(cohort, np.arange(len(cohort)))
-    known = np.append(0, np.cumsum(dataset.variable[cohort.event_variable] >= 0))[cohort.set_start[cohort.stay_start]]
-    known = np.diff(known) > 0
-    return index[(slot >= 0) & known[cohort.point_stay[index]]]
+    known = np.append(0, np.cumsum(dataset.variable[cohort.event_variable] >= 0))[cohort.set_start]    # [T+1]
+    first = cohort.stay_start[cohort.point_stay[index]]
+    return index[known[first + slot + 1] > known[first]]
 
 
 def write_predictions(path, content, dataset, points, probability) -> None:
@@ -343,17 +504,48 @@ def active_units(model, dataset, stays, device) -> int:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# A checkpoint to give away
+# ----------------------------------------------------------------------------------------------------------------------
+
+def export(path, out) -> None:
+    """Write a checkpoint of equal predictions that names no stay, subject, path, command or machine. What stands for
+    ids (see `data.salted`) still tells whom of other data it was trained on, and of its own data the test split."""
+    content = read_checkpoint(path)
+    if "format" not in content:
+        raise InputError(f"{path}: of the original implementation, which records no ids and paths; give it as it is")
+    salt, source = secrets.token_hex(8), content["source"]
+    data = {name: source["data"][name] for name in ("hours", "synthetic_stays") if name in source["data"]}
+    kept = {name: content[name] for name in ("format", "mode", "model_config", "model", "vocabulary", "normalizer",
+                                             "metrics")}
+    kept["source"] = {name: source.get(name) for name in ("seed", "fingerprint", "commit", "versions", "precision")} | {
+        "command": "a command that an exported checkpoint does not tell",
+        "data": data | ({"data_dir": None} if source["data"].get("data_dir", "") != "" else {})}
+    for name in ("split", "subjects"):
+        kept[name] = {part: sorted(text if text.startswith(HASHED) else salted(salt, text) for text in ids)
+                      for part, ids in content[name].items()}
+    buffer = io.BytesIO()  # given a path, torch.save would record its name
+    torch.save(kept, buffer)
+    write_atomically(out, lambda file: file.write_bytes(buffer.getbuffer()))
+    print(f"exported: {out}, without paths and commands; salted hashes stand for the ids of "
+          f"{sum(map(len, kept['split'].values())):,} stays, names and statistics of the variables are in it")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # One stay over time
 # ----------------------------------------------------------------------------------------------------------------------
 
-def find_stay(cohort, stay_id) -> int | None:
+def find_stay(dataset, stay_id) -> int | None:
     """Index of the stay with this id (None where none is asked for)."""
     if stay_id is None:
         return None
+    cohort = dataset.cohort
     found = np.flatnonzero(cohort.stay_id == stay_id)
     if not len(found):
         raise InputError(f"--trajectory {stay_id}: no such stay in the data ({', '.join(cohort.stay_id[:3])} ...); "
                          "give the id of one")
+    if (dataset.variable[cohort.event_variable[stay_event_index(cohort, found)]] < 0).all():
+        raise InputError(f"--trajectory {stay_id}: the checkpoint knows none of its variables; rename them with "
+                         "--variables, or give another stay")
     return int(found[0])
 
 
@@ -606,6 +798,20 @@ def plot_calibration(folder: Path, label, probability, bins: int = 10) -> None:
     bars.set(xlabel="predicted probability", ylabel="stays")
     bars.yaxis.get_major_locator().set_params(integer=True)
     save_figure(figure, folder / "calibration.png")
+
+
+def plot_decision(folder: Path, label, methods: dict) -> None:
+    """decision.png: the net benefit of alarms from a threshold on, beside alarms for all and for none."""
+    figure, (ax,) = new_figure(1, width=6, height=4.5)
+    for (name, p), style in zip(methods.items(), STYLES):
+        ax.plot(THRESHOLDS, net_benefit(label, p)["net_benefit"], label=name, **style)
+    ax.plot(THRESHOLDS, net_benefit(label, label)["alarm_for_all"], color="#bbbbbb", label="alarm for all")
+    ax.axhline(0, color="#bbbbbb", linewidth=.8, label="alarm for none")
+    most = label.mean()
+    ax.set(title=f"Decision curve, {label.sum():,} positive of {len(label):,}", xlabel="threshold of the probability",
+           ylabel="net benefit", xlim=(0, min(1, 5 * most)), ylim=(-.2 * most, 1.1 * most))
+    ax.legend(frameon=False, fontsize=8)
+    save_figure(figure, folder / "decision.png")
 
 
 def plot_features(folder: Path, features, label) -> None:

@@ -136,14 +136,14 @@ CELLS = [
 ]
 
 
-def protocol(data_dir, seeds, folder: Path) -> None:
+def protocol(given: dict, seeds, folder: Path) -> None:
     """Pretrain on the training part of each split without labels, finetune every cell, fit the baselines, score the
     test part once. What is finished lies in `folder` (a CSV of test predictions a cell and split) and is kept: stop and
-    go on at will."""
+    go on at will. given: the data's options, see `data_options`."""
     for stage, cells in enumerate(CELLS):
         for seed in seeds:
             home = folder / f"seed{seed}"
-            common = ["--data_dir", str(data_dir), "--seed", str(seed)]
+            common = [f"--seed={seed}", *(f"--{name}={value}" for name, value in given.items())]
             checkpoint = home / "pretrain" / "best.pt"
             if not checkpoint.exists():
                 partial = home / "pretrain.partial"
@@ -153,9 +153,9 @@ def protocol(data_dir, seeds, folder: Path) -> None:
                 pretrain(parse_arguments(["--mode", "pretrain", *common, *resume]))
                 partial.rename(checkpoint.parent)
             for cell in cells:
-                predict_cell(cell, checkpoint, home, common)
+                predict_cell(cell, checkpoint, home, common, given)
             if stage == 0:
-                predict_baselines(checkpoint, home, seed)
+                predict_baselines(checkpoint, home, seed, given)
     print_protocol(folder)
 
 
@@ -169,7 +169,7 @@ def save_predictions(path: Path, cohort, points, probability) -> None:
     write_atomically(path, lambda out: table.to_csv(out, index=False))
 
 
-def predict_cell(cell: Cell, checkpoint: Path, home: Path, common: list) -> None:
+def predict_cell(cell: Cell, checkpoint: Path, home: Path, common: list, given: dict) -> None:
     path, run = predictions_path(home, cell.name, cell.labels), home / "run"
     if path.exists():
         return
@@ -178,13 +178,13 @@ def predict_cell(cell: Cell, checkpoint: Path, home: Path, common: list) -> None
                str(cell.labels), *common]
     options += ["--full_training"] * cell.full + ["--random_init"] * (not cell.pretrained)
     best = finetune(parse_arguments(options), replace(FinetuneConfig(), fuse=cell.fuse, summaries=cell.summaries))
-    model, content, cohort, dataset, _ = open_classifier(best)
+    model, content, cohort, dataset, _ = open_classifier(best, given)
     points = labelled_points(cohort, stays_of(cohort, content["split"]["test"]))
     save_predictions(path, cohort, points, probability_at(model, dataset, points, CPU))
 
 
-def predict_baselines(checkpoint: Path, home: Path, seed: int) -> None:
-    content, cohort, _, split, _ = open_checkpoint(checkpoint)
+def predict_baselines(checkpoint: Path, home: Path, seed: int, given: dict) -> None:
+    content, cohort, _, split, _ = open_checkpoint(checkpoint, given)
     train, test = labelled(cohort, split["train"]), labelled_points(cohort, stays_of(cohort, split["test"]))
     for fraction in FRACTIONS:
         if all(predictions_path(home, method, fraction).exists() for method in BASELINES):

@@ -23,8 +23,8 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from data import (MINUTE, READER_VERSION, SPLITS, Cohort, InputError, at_end, build_cohort, clear_write_error,
-                  open_cache, pieces, ranges, with_points, write_cache)
+from data import (CACHE_MEND, MINUTE, READER_VERSION, SPLITS, Cohort, InputError, at_end, build_cohort,
+                  clear_write_error, open_cache, pieces, ranges, with_points, write_cache)
 from tables import MISSING, TIME, VALUE, Report, Table, column_names, named_tables, read_table, table_files, tables
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -413,7 +413,7 @@ def _some(names) -> str:
 def _with_splits(cohort: Cohort, told: pd.Series) -> Cohort:
     """The cohort with the split of these ids; a stay that is not told of belongs to none."""
     ids = _plain_ids(cohort.stay_id)
-    split = told.reindex(ids).fillna(-1).to_numpy(np.int8)
+    split = told.reindex(ids, fill_value=-1).to_numpy(np.int8)
     return replace(cohort, split=split, notes=cohort.notes | {
         "stays without a split (neither trained on nor scored)": int((split < 0).sum()),
         "splits of no stay with a usable event": int((~told.index.isin(ids)).sum())})
@@ -940,8 +940,7 @@ def load_cohort(data_dir: str | None = None, synthetic_stays: int = 1000, cache_
                          "out")
 
     cohort = _cached(reader, folder, synthetic_stays, Path(cache_dir or cache_home()),
-                     {name: options[name] for name in ("params_map", "variables_map")
-                                                                                        if name in options})
+                     {name: options[name] for name in ("params_map", "variables_map") if name in options})
     if splits := reader.splits(folder):
         cohort = _with_splits(cohort, _read_splits(splits))
     if not (label_file and "task" in reader.options) and (files := reader.labels(folder, task)):
@@ -969,18 +968,18 @@ def _cached(reader: Reader, folder: Path | None, synthetic_stays: int, home: Pat
     cohort = open_cache(cached)
     if cohort is not None:
         return cohort
-    with clear_write_error(cached):
+    with clear_write_error(cached, CACHE_MEND):
         cached.parent.mkdir(parents=True, exist_ok=True)
     if folder is None:
         if (size := synthetic_stays * _SYNTHETIC_BYTES) > (free := shutil.disk_usage(cached.parent).free):
             raise InputError(f"--synthetic_stays {synthetic_stays}: takes {size // 10**6:,} MB in {cached.parent}, "
-                             f"where {free // 10**6:,} MB are "
-                             "free; give fewer")
+                             f"where {free // 10**6:,} MB are free; give fewer, or another place with --cache_dir")
         write_cache(cached, synthetic_parts(synthetic_stays))
     else:
         report, rename = Report(), _read_map(options.pop("variables_map")) if "variables_map" in options else {}
         source = reader.read(folder, report, **options)
-        with clear_write_error(cached), tempfile.TemporaryDirectory(prefix=".reading-", dir=home) as temporary:
+        with (clear_write_error(cached, CACHE_MEND),
+              tempfile.TemporaryDirectory(prefix=".reading-", dir=home) as temporary):
             write_cache(cached, _Spool(source, report, Path(temporary), rename).parts(source))
     return open_cache(cached)
 

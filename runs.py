@@ -214,7 +214,10 @@ class Run:
 
     best: figures of the best epoch; epoch: epochs done; done: steps done in the next, of which totals are the sums."""
 
-    def __init__(self, arguments, config, model, dataset: StayDataset, split: dict, source: dict, best: dict):
+    def __init__(self, arguments, config, model, dataset: StayDataset, split: dict, source: dict, best: dict,
+                 seen: dict = {}):
+        """seen: subjects by part that the pretrained checkpoint was trained or selected on."""
+        self.seen = seen
         self.model, self.dataset, self.split, self.best = model, dataset, split, best
         self.epoch, self.done, self.totals, self.rows = 0, 0, {}, []
         options = arguments.options | {name: source[name] for name in ("device", "precision")}
@@ -325,9 +328,11 @@ class Run:
 
     def content(self, metrics: dict) -> dict:
         """What every checkpoint holds: enough to score new data, and to know which stays it has seen."""
+        subjects = subjects_of(self.dataset.cohort, self.split)
+        subjects |= {part: sorted({*subjects[part], *self.seen.get(part, [])}) for part in ("train", "valid")}
         return {"format": CHECKPOINT_FORMAT, **self.record, "model": self.model.state_dict(),
                 "vocabulary": self.model.setvae.vocabulary, "normalizer": self.dataset.normalizer.state_dict(),
-                "split": self.split, "subjects": subjects_of(self.dataset.cohort, self.split), "metrics": metrics}
+                "split": self.split, "subjects": subjects, "metrics": metrics}
 
     def save(self, name: str, content: dict) -> None:
         if RANK == 0:
@@ -392,7 +397,8 @@ def restore_random_states(states: dict, device: torch.device) -> None:
 def source_of(arguments, data: dict, cohort: Cohort, device: torch.device, dtype: torch.dtype) -> dict:
     """Where a checkpoint comes from, for whoever must reproduce it; data: the options that its data were read with."""
     libraries = (("torch", torch), ("numpy", np), ("pandas", pd), ("scikit-learn", sklearn))
-    data = data | {name: str(Path(data[name]).resolve()) for name in PATHS if data.get(name)}
+    data = {name: str(Path(value).resolve()) if name in PATHS else value for name, value in data.items()
+            if name != "cache_dir"}  # which says where, not what
     return {"data": data, "seed": arguments.seed, "reader": cohort.reader,
             "fingerprint": cohort.fingerprint, "labels": label_digest(cohort),
             "command": shlex.join([*launcher(), Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": git_commit(),

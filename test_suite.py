@@ -17,10 +17,10 @@ import pytest
 
 from benchmark import benchmark, scale
 from data import InputError
-from evaluate import follow, performance
+from evaluate import export, follow, performance
 from protocol import baselines, protocol
 from runs import CHECKPOINTS, keep_freed_memory, print_what_the_terminal_can
-from train import add_data_options, add_head_options
+from train import add_data_options, add_head_options, data_options, fraction
 
 TESTS = str(Path(__file__).with_name("tests"))
 
@@ -44,7 +44,14 @@ def main(argv=None) -> int:
              "checkpoint alone")
     add("--plots", metavar="DIR",
         help="draw curves, ROC and precision-recall, calibration, features and the --trajectory (needs matplotlib)")
+    add("--sensitivity", type=fraction, default=.8, metavar="X",
+        help="share of the positives that an alarm shall find (default: %(default)s)")
+    add("--subgroups", type=lambda text: text.split(","), default=[], metavar="NAMES",
+        help="the report in groups by these variables, such as Gender,Age,ICUType: by their first value in the stay, "
+             "numbers in quartiles")
     add("--json", metavar="FILE", help="write the analysis' figures")
+    add("--export", metavar="FILE",
+        help="instead: write the checkpoint (of either mode) without ids, paths and commands, to give it away")
     add("--device", default="auto", help="auto (cuda where there is one, else cpu), cpu, cuda, cuda:1 (default: auto)")
     add_head_options(add)
 
@@ -77,9 +84,11 @@ def main(argv=None) -> int:
         if arguments.protocol:
             if not arguments.data_dir:
                 raise InputError("--protocol needs --data_dir, for instance ../shared/data/physionet2012")
-            protocol(arguments.data_dir, arguments.seeds, Path(arguments.protocol))
+            protocol(data_options(arguments), arguments.seeds, Path(arguments.protocol))
         elif arguments.benchmark:
             scale() if arguments.benchmark == "scale" else benchmark(arguments)
+        elif arguments.checkpoint and arguments.export:
+            export(arguments.checkpoint, arguments.export)
         elif arguments.checkpoint and arguments.follow:
             follow(arguments)
         elif arguments.checkpoint:

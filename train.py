@@ -33,7 +33,7 @@ from sklearn.model_selection import train_test_split
 
 import runs
 from data import (SPLITS, Cohort, InputError, Normalizer, StayDataset, common_variables, epoch_batches, labelled_points,
-                  make_splits, split_batch, stays_of, stays_with, subjects_of, variable_vectors)
+                  make_splits, recognised, split_batch, stays_of, stays_with, subjects_of, variable_vectors)
 from finetune_config import (FinetuneConfig, boosted_trees, check_settings, classification_loss, full_optimizer,
                              full_rate, head_optimizer, head_penalty, head_rate, number_of_trees)
 from model import (ModelConfig, SeqSetVAE, SeqSetVAEPretrain, checkpoint_config, checkpoint_state, load_backbone,
@@ -162,11 +162,13 @@ def add_data_options(add) -> None:
         help="stay_id,split of train, valid and test, instead of the data's own")
     add("--variables", "--variables_map", dest="variables_map", metavar="CSV",
         help="source,name,factor[,offset]: other names and units of the data's variables")
+    add("--cache_dir", metavar="DIR",
+        help="where data that were read are kept (default: seqsetvae where the system keeps caches)")
 
 
 def data_options(arguments) -> dict:
-    """Those of DATA that the command line gives."""
-    return {name: value for name in DATA if (value := getattr(arguments, name)) is not None}
+    """Those of DATA that the command line gives, and the cache's place, which no run records."""
+    return {name: value for name in (*DATA, "cache_dir") if (value := getattr(arguments, name)) is not None}
 
 
 def add_head_options(add) -> None:
@@ -282,7 +284,7 @@ OBEYED = ("device", "precision", "data_dir", "params_map", "variables_map", "lab
 OPTIONS_OF = {"pretrain": ("objective",),
               "finetune": ("pretrained_ckpt", "label_fraction", "full_training", "random_init", "allow_partial",
                            "set_heads", "transformer_heads")}
-NO_OPTION = ("mode", "set", "config", "resume", "run_dir")
+NO_OPTION = ("mode", "set", "config", "resume", "run_dir", "cache_dir")
 
 
 def options_of(arguments) -> dict:
@@ -464,8 +466,8 @@ def skipped(row: dict) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 
 def read_cohort(options: dict) -> Cohort:
-    """The cohort of `load_cohort` with these options (see DATA), the same on all ranks. Raises InputError where
-    machines hold different data."""
+    """The cohort of `load_cohort` with these options (see `data_options`), the same on all ranks. Raises InputError
+    where machines hold different data."""
     with in_turn():
         cohort = load_cohort(**options)
     machines = gathered((cohort.fingerprint, label_digest(cohort), platform.node()))
@@ -581,9 +583,14 @@ def open_checkpoint(path, given: dict = {}):
     vocabulary, normalizer or split: they are then the data's own.
     """
     content = from_rank_0(lambda: read_checkpoint(path))
-    cohort = read_cohort(data_of(content, given))
+    data = data_of(content, given)
+    if data.get("data_dir", "") is None:
+        raise InputError(f"{path}: an exported checkpoint, which does not tell where its data lie; give --data_dir")
+    cohort = read_cohort(data)
     if "format" not in content:
         return content, cohort, None, None, True
+    content |= {"split": recognised(content["split"], cohort.stay_id),
+                "subjects": recognised(content["subjects"], np.unique(cohort.subject))}
     dataset = dataset_of(path, content, cohort)
     return content, cohort, dataset, content["split"], cohort.fingerprint != content["source"]["fingerprint"]
 
@@ -665,15 +672,15 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
         refuse_leaks(arguments, content, subjects_of(cohort, split))
     train, valid = labelled(cohort, split["train"]), labelled(cohort, split["valid"])
     for name, stays in (("train", train), ("valid", valid)):
-        if len(np.unique(cohort.label[labelled_points(cohort, stays)])) < 2:
-            hold = "one class only" if len(stays) else "no label at all"
-            raise InputError(f"{cohort.reader}: the labelled {name} stays hold {hold}; finetuning needs both classes: "
-                             "check the outcome or label file")
+        if len(np.unique(label := cohort.label[labelled_points(cohort, stays)])) < 2:
+            hold = f"one class only ({(label == 1).sum():,} of {len(label):,} labels are 1)" * bool(len(stays))
+            raise InputError(f"{cohort.reader}: the labelled {name} stays hold {hold or 'no label at all'}; finetuning "
+                             "needs both classes there: check the label file, give more labels or a --split")
     train = label_subset(cohort, train, arguments.label_fraction, arguments.seed)
     if dataset is None:
         dataset = StayDataset(cohort, Normalizer.fit(cohort, train), points=True)
-    elif dataset.unknown_variables:
-        print(dataset.describe_unknown())
+    else:
+        print(dataset.describe_known())
 
     torch.manual_seed(arguments.seed), random.seed(arguments.seed)
     learned, _ = training_points(cohort, train, config, arguments.seed, 0)
@@ -688,7 +695,8 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
     source = source_of(arguments, data_of(content, given), cohort, device, dtype)
     source["pretrained_ckpt"] = str(arguments.pretrained_ckpt)
     untrained = {"val_auc": -1.0, "val_auprc": -1.0, "epoch": 0, "threshold": 0.5}
-    run = Run(arguments, config, model, dataset, split, source, best=untrained)
+    run = Run(arguments, config, model, dataset, split, source, best=untrained,
+              seen=content.get("subjects", {}))
     counts = [f"{len(stays):,} {name} ({(cohort.stay_label[stays] == 1).sum():,} positive)"
               for name, stays in (("train", train), ("valid", valid))]
     print(f"split: {', '.join(counts)}, {len(split['test']):,} test stays"

@@ -5,11 +5,13 @@ import tracemalloc
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 import data
 import readers
+import train
 from data import (
     Cohort,
     InputError,
@@ -32,7 +34,7 @@ from finetune_config import FinetuneConfig, classification_loss
 from model import SeqSetVAE, SeqSetVAEPretrain
 from readers import load_cohort, synthetic_cohort
 from tests.plain_loop import close, plain_grid
-from tests.tiny import NAMES, PLAIN, as_lists, batch_of, build, cohort_of, random_stays, tiny
+from tests.tiny import NAMES, PLAIN, PRETRAIN, as_lists, batch_of, build, cohort_of, random_stays, tiny
 from train import update
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -259,6 +261,23 @@ def test_normalised_values_are_standard_clipped_and_finite():
     assert np.array_equal(again(cohort.event_variable, cohort.event_value), z)
 
 
+@pytest.mark.parametrize("share", [.03, .2])
+def test_a_sentinel_leaves_scale_and_latents_as_they_are(tmp_path, capsys, monkeypatch, small_models, share):
+    clean, rng = synthetic_cohort(60), np.random.default_rng(0)
+    dirty = replace(clean, event_value=np.where(rng.random(len(clean.event_value)) < share, np.float32(9999999),
+                                                clean.event_value))
+    a, b = (Normalizer.fit(cohort, np.arange(60)) for cohort in (clean, dirty))
+    common = np.bincount(clean.event_variable, minlength=len(clean.variables)) > 200
+    common[clean.variables.index("Gender")] = False
+    v, x = (array[common[clean.event_variable]] for array in (clean.event_variable, clean.event_value))
+    assert common.sum() > 10 and abs(a(v, x) - b(v, x)).mean() < .1
+    hits = ((dirty.event_value == 9999999) & (clean.event_variable == clean.variables.index("HR"))).sum()
+    assert f"HR: {hits} values, most often 1e+07" in b.describe(most=99)
+    monkeypatch.setattr(train, "load_cohort", lambda **_: dirty)
+    assert train.main([*PRETRAIN, "--run_dir", str(tmp_path / "run")]) == 0
+    assert pd.read_csv(tmp_path / "run" / "metrics.csv")["active_units"].min() > 0
+
+
 def test_a_constant_variable_stays_visible():
     normalizer = Normalizer.fit(cohort_of([[(0, [(0, 1.0)])], [(0, [(0, 1.0)])]]), np.arange(2))
     assert normalizer(np.array([0]), np.array([1.0])) == 1
@@ -364,6 +383,13 @@ def test_an_event_of_an_unknown_variable_is_dropped_and_named():
     dataset = StayDataset(cohort_of(stays),
                           Normalizer(NAMES[:5], *np.array([[0] * 5, [1] * 5, [0] * 5], dtype=np.float32)))
     batch, model = dataset[np.arange(4)], build(SeqSetVAEPretrain, tiny(num_variables=5))
+    names = [NAMES[v] for stay in stays for _, events in stay for v, _ in events]
+    dropped = sorted(NAMES[5:], key=lambda name: -names.count(name))
+    share = 1 - sum(map(names.count, dropped)) / len(names)
+    assert dataset.describe_known() == (
+        f"data: {share:.1%} of the events are of variables that the checkpoint knows\ndata: dropped: the events of 2 "
+        "variables unknown to the checkpoint: "
+        + ", ".join(f"{name} ({names.count(name)} events)" for name in dropped))
     assert dataset.unknown_variables == NAMES[5:] and len(batch.event_value) == sum(len(e) for s in known for _, e in s)
     with torch.no_grad():
         assert all(x.isfinite().all() for x in model(batch, 1.0).values())

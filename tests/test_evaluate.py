@@ -2,10 +2,12 @@
 
 import io
 import json
+import platform
 import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 import benchmark
@@ -23,7 +26,9 @@ import test_suite
 import train
 from benchmark import PLAIN_LOOP, asked_at_the_end, assert_plain_loop_agrees
 from data import InputError, StayDataset, with_points
-from evaluate import CHECKPOINT, CPU, bootstrap, followed_event, open_classifier, predict, risk_over_time
+from evaluate import (CHECKPOINT, CPU, alarm_from, bootstrap, followed_event, net_benefit, open_classifier, predict,
+                      print_figures, print_subgroups, ranks, recalibration, risk_over_time, score_figures, subgroups,
+                      threshold_of)
 from model import ModelConfig, SeqSetVAE, load_checkpoint_weights
 from protocol import BASELINES, Cell, predictions_path, print_protocol
 from readers import synthetic_cohort, write_long_table
@@ -203,18 +208,111 @@ def test_intervals_resample_stays_not_points():
     assert fresh.std(0)[0, 0] < .4 * once.std(0)[0, 0]
 
 
+def test_a_bootstraps_measures_are_those_of_scikit_learn():
+    rng = np.random.default_rng(0)
+    for n in (5, 30, 2000):
+        label, weight = rng.permutation(np.arange(n) % 3 == 0).astype(int), rng.poisson(1, n)
+        weight[:np.flatnonzero(np.diff(label))[0] + 2] += 1  # both classes
+        p = np.round(rng.random(n) / 2 + label / 4, 2)  # with ties
+        order = np.argsort(-p)
+        np.testing.assert_allclose(ranks(label[order], p[order], weight[order]),
+                                   [measure(label, p, sample_weight=weight)
+                                    for measure in (roc_auc_score, average_precision_score)], atol=1e-12)
+
+
+def test_fewer_than_ten_positives_or_negatives_have_no_interval(capsys):
+    rng = np.random.default_rng(0)
+    few = "stays with a positive label: 9, with a negative one: 31; below 10 of each no interval is given"
+    for positives, said in ((9, few), (10, "")):
+        label = (np.arange(40) < positives).astype(int)
+        methods = {CHECKPOINT: (label / 4 + rng.random(40)) / 2, "another": rng.random(40)}
+        figures = score_figures(np.arange(40), label, methods, .5)
+        intervals = [measure["interval"] for measures in figures["methods"].values() for measure in measures.values()]
+        assert figures["few"].startswith(said) and all((i is None) == bool(said) for i in intervals)
+        print_figures(figures | {"scored": "these", "model": model_figures_of()}, "best F1")
+        assert ("95% [" in capsys.readouterr().out) != bool(said)
+    # many points of few stays are no more evidence
+    assert score_figures(np.repeat(np.arange(9), 99), np.tile([0, 1, 1], 297), {CHECKPOINT: rng.random(891)}, .5)["few"]
+
+
+def test_recalibration_is_unpenalised_logistic_regression_on_the_logit():
+    rng = np.random.default_rng(0)
+    for scale, shift in ((1, 0), (3, 1), (.2, -4)):
+        logit = rng.normal(size=500) * 2 - 1
+        label = (rng.random(500) < 1 / (1 + np.exp(-logit))).astype(int)
+        weight, p = rng.poisson(1, 500), 1 / (1 + np.exp(-(scale * logit + shift)))
+        fitted = LogisticRegression(C=np.inf, tol=1e-9).fit(np.log(p / (1 - p))[:, None], label, sample_weight=weight)
+        np.testing.assert_allclose(recalibration(label, p, weight), (fitted.coef_[0, 0], fitted.intercept_[0]),
+                                   atol=1e-4)
+    for p in (np.full(500, .3), np.where(label == 1, .9, .1), np.where(label == 1, 1., 0.)):
+        assert np.isnan(recalibration(label, p, np.ones(500))).all()
+
+
+def test_alarms_at_a_fixed_sensitivity_and_net_benefit_are_what_counting_gives():
+    label, p = np.array([1, 0, 1, 1, 0, 0, 0, 1, 0, 0]), np.array([.9, .8, .7, .7, .6, .5, .4, .3, .2, .1])
+    assert [threshold_of(label, p, share) for share in (.25, .5, .75, .76, 1)] == [.9, .7, .7, .3, .3]
+    assert alarm_from(.7)(label, p, np.ones(10)) == (3 / 4, 3 / 4, 40)
+    assert np.isnan(alarm_from(.95)(label, p, np.ones(10))[1])
+    curve = net_benefit(label, p)
+    for t, found, everyone in zip(*curve.values()):
+        true, false = ((p >= t) & (label == 1)).sum(), ((p >= t) & (label == 0)).sum()
+        assert found == pytest.approx(true / 10 - false / 10 * t / (1 - t))
+        assert everyone == pytest.approx(.4 - .6 * t / (1 - t))
+
+
+def test_a_planted_miscalibration_shows_in_its_group_and_nowhere_else(capsys):
+    rng, n = np.random.default_rng(1), 4000
+    logit, sex, unit = rng.normal(size=n) * 1.5 - 1, rng.integers(0, 2, n), rng.integers(0, 2, n)
+    label = (rng.random(n) < 1 / (1 + np.exp(-logit))).astype(int)
+    told = np.where((sex == 1) & (unit == 0), 2 * logit + 1, logit)  # overconfident, and too high
+    groups = {"unit and sex": {f"{u}{s}": (unit == u) & (sex == s) for u in (0, 1) for s in (0, 1)}}
+    figures = score_figures(np.arange(n), label, {CHECKPOINT: 1 / (1 + np.exp(-told))}, .5, groups=groups)
+    for name, group in figures["subgroups"]["unit and sex"].items():
+        (a, b), (c, d) = group["slope"]["interval"], group["intercept"]["interval"]
+        assert (a < 1 < b, c < 0 < d) == ((False, False) if name == "01" else (True, True)), (name, group)
+        assert group["stays"] == groups["unit and sex"][name].sum()
+        assert group["sensitivity"]["interval"][0] < group["sensitivity"]["value"] < group["sensitivity"]["interval"][1]
+    assert figures["methods"][CHECKPOINT]["sensitivity"]["value"] == pytest.approx(.8, abs=.001)
+    print_subgroups(figures)
+    rows = capsys.readouterr().out.splitlines()
+    assert [row[:28].split()[-1] for row in rows[2:-1]] == ["all", "00", "01", "10", "11"]
+    assert all(row.count("[") == 5 for row in rows[2:-1])
+
+
+def test_subgroups_are_first_values_categories_and_quartiles(tmp_path, load):
+    rows = [f"{i},{m},{v},{x}" for i in range(9) for m, v, x in
+            ((5, "Age", 30 + i), (0, "Sex", i % 2), (9, "Sex", 7), (1, f"Unit={i % 3}", 1),
+             (2, f"RACE//{'AB'[i % 2]}", ""))
+            if not (i == 8 and v != "Age")]
+    write(tmp_path / "events.csv", "\n".join(["stay_id,minute,variable,value", *rows]) + "\n")
+    cohort = load(tmp_path)
+    found = {name: {key: np.flatnonzero(mask).tolist() for key, mask in subgroups(cohort, np.arange(9), name).items()}
+             for name in ("Sex", "Unit", "RACE", "Age")}
+    assert found == {"Sex": {"0": [0, 2, 4, 6], "1": [1, 3, 5, 7], "not recorded": [8]},
+                     "Unit": {"0": [0, 3, 6], "1": [1, 4, 7], "2": [2, 5], "not recorded": [8]},
+                     "RACE": {"A": [0, 2, 4, 6], "B": [1, 3, 5, 7], "not recorded": [8]},
+                     "Age": {"30 to 31": [0, 1], "32 to 33": [2, 3], "34 to 35": [4, 5], "36 to 38": [6, 7, 8]}}
+    with pytest.raises(InputError, match="--subgroups unit: no variable of the data; near: Unit; give"):
+        subgroups(cohort, np.arange(9), "unit")
+
+
+def model_figures_of():
+    weights = dict.fromkeys(("mean", "std", "min", "max"), 0)
+    return dict(head_parameters=1, parameters=2, head_weights=weights, active_units=3, latent_dim=4)
+
+
 def test_the_analysis_writes_what_is_asked_for_with_or_without_labels(tmp_path, capsys, finetuned):
     pytest.importorskip("matplotlib")
     model, content, cohort, dataset, _ = open_classifier(finetuned)
     names = ("predictions", "embeddings", "json", "plots")
     options = [text for name in names for text in (f"--{name}", str(tmp_path / name))]
-    options += ["--trajectory", cohort.stay_id[3]]
+    options += ["--trajectory", cohort.stay_id[3], "--subgroups", "Gender,Age", "--sensitivity", ".5"]
     capsys.readouterr()
     assert main(["--checkpoint", str(finetuned), *options]) == 0
     printed, figures = capsys.readouterr().out, json.loads((tmp_path / "json").read_text())
     auroc = figures["methods"][CHECKPOINT]["auroc"]
-    low, high = auroc["interval"]
-    assert f"AUROC                {auroc['value']:.4f}  95% [{low:.3f}, {high:.3f}]" in printed
+    assert auroc["interval"] is None and f"AUROC                {auroc['value']:.4f}\n" in printed
+    assert "Few                  stays with a positive label: 1, with a negative one: 4; below 10 of each" in printed
     table, arrays = pd.read_csv(tmp_path / "predictions"), np.load(tmp_path / "embeddings")
     assert table["stay_id"].tolist() == arrays["stay_id"].tolist() == cohort.stay_id.tolist()
     assert table["label"].tolist() == cohort.label.tolist()
@@ -228,7 +326,9 @@ def test_the_analysis_writes_what_is_asked_for_with_or_without_labels(tmp_path, 
     assert trajectory["stay"] == cohort.stay_id[3]
     assert trajectory["risk"][-1] == pytest.approx(table["probability"][3], abs=1e-6)
     assert f"{trajectory['risk'][0]:.4f}" in printed
-    pictures = [f"{name}.png" for name in ("calibration", "curves", "features", "ranking", "trajectory")]
+    assert set(figures["subgroups"]) == {"Gender", "Age"} and figures["alarm"]["sensitivity"] == .5
+    assert sum(group["stays"] for group in figures["subgroups"]["Gender"].values()) == figures["stays"]
+    pictures = [f"{name}.png" for name in ("calibration", "curves", "decision", "features", "ranking", "trajectory")]
     assert sorted(file.name for file in (tmp_path / "plots").iterdir()) == pictures
 
     unlabelled = ["--checkpoint", str(finetuned), "--data_dir",
@@ -289,6 +389,96 @@ def test_the_log_of_the_untrained_backbone_does_not_stand_in_the_report(capsys, 
     assert "untrained backbone, same head" in out and BASELINES[0] in out
     assert not any(line.startswith(("epoch", "model:", "split:", "best checkpoint:")) for line in out.splitlines())
     assert out.count("data: embedded") == 1
+
+
+def test_a_renamed_and_rescaled_copy_of_the_data_scores_equally(tmp_path, capsys, small_finetuned):
+    cohort = synthetic_cohort(24)
+    other = replace(cohort, variables=[f"their {name}" for name in cohort.variables],
+                    event_value=np.float32(4) * cohort.event_value)  # a power of two: to the last bit
+    write(tmp_path / "map.csv", "source,name,factor\n"
+          + "".join(f"their {name},{name},.25\n" for name in cohort.variables if name != "HR"))
+    tables, printed = {}, {}
+    for name, some in (("same", cohort), ("other", other)):
+        options = ["--variables", str(tmp_path / "map.csv")] if name == "other" else []
+        for kind in (name, f"{name} whole"):
+            if kind == "other whole":
+                write(tmp_path / "map.csv", (tmp_path / "map.csv").read_text() + "their HR,HR,.25\n")
+            folder = tmp_path / name
+            if not folder.exists():
+                write_long_table(folder, some)
+            assert main(["--checkpoint", str(small_finetuned), "--data_dir", str(folder), *options, "--predictions",
+                         str(tmp_path / "p.csv")]) == 0
+            tables[kind], printed[kind] = pd.read_csv(tmp_path / "p.csv"), capsys.readouterr().out
+    assert tables["other whole"].equals(tables["same"]) and not tables["other"].equals(tables["same"])
+    heart_rates = (cohort.event_variable == cohort.variables.index("HR")).sum()
+    assert f"data: {1 - heart_rates / len(cohort.event_value):.1%} of the events are of variables" in printed["other"]
+    assert f"1 variables unknown to the checkpoint: their HR ({heart_rates} events)\n" in printed["other"]
+    assert "data: 100.0% of the events are of variables that the checkpoint knows\n" in printed["other whole"]
+
+
+def test_an_exported_checkpoint_names_nobody_and_predicts_and_guards_alike(tmp_path, capsys, small_models, monkeypatch):
+    """Pretrained on one table, finetuned on another that shares some patients; each exported in between."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--of-the-ward"])
+    cohort = synthetic_cohort(40)
+    ids = np.array([f"patient-{i:04d}-x" for i in range(40)])
+    for name, some in (("first", slice(0, 30)), ("second", slice(10, 40))):
+        part = np.arange(40)[some]
+        table = pd.DataFrame({"stay_id": np.repeat(ids, cohort.stay_events),
+                              "minute": np.repeat(cohort.set_minute, np.diff(cohort.set_start)),
+                              "variable": np.array(cohort.variables)[cohort.event_variable],
+                              "value": cohort.event_value})
+        write(tmp_path / name / "events.csv", table[table["stay_id"].isin(ids[part])].to_csv(index=False))
+        labels = pd.DataFrame({"stay_id": ids[part], "label": part % 2})
+        write(tmp_path / name / "labels.csv", labels.to_csv(index=False))
+    common = ["--device", "cpu", "--max_epochs", "1", "--run_dir"]
+    assert train.main(["--mode", "pretrain", "--data_dir", "first", *common, "run-a"]) == 0
+    assert main(["--checkpoint", "run-a/best.pt", "--export", "a.pt"]) == 0
+    for name, pretrained in (("plain", "run-a/best.pt"), ("given", "a.pt")):
+        assert train.main(["--mode", "finetune", "--pretrained_ckpt", pretrained, "--data_dir", "second", *common,
+                           f"run-{name}"]) == 0
+    assert main(["--checkpoint", "run-given/best.pt", "--export", "b.pt"]) == 0
+    plain, given = (torch.load(f"run-{name}/best.pt", weights_only=True) for name in ("plain", "given"))
+    assert plain["split"] == given["split"]
+    assert all(tensor.equal(given["model"][name]) for name, tensor in plain["model"].items())
+
+    for name, run in (("a.pt", "run-a"), ("b.pt", "run-given")):
+        written, content = Path(name).read_bytes(), torch.load(f"{run}/best.pt", weights_only=True)
+        assert content["source"]["command"] == "python train.py --of-the-ward"
+        told = [*ids, str(tmp_path), *tmp_path.parts[1:], "first", "second", run, "train.py", "--of-the-ward",
+                "run_dir", platform.node()]
+        assert [text for text in told if len(text) > 2 and text.encode() in written] == []
+        one_error_line(capsys, main(["--checkpoint", name, "--export", "a folder/c.pt"]), "a folder/c.pt")
+    one_error_line(capsys, main(["--checkpoint", "b.pt"]), "which does not tell where its data lie; give --data_dir")
+
+    printed = {}
+    for data_dir in ("first", "second"):
+        for name in ("run-plain/best.pt", "b.pt"):
+            assert main(["--checkpoint", name, "--data_dir", data_dir, "--predictions", "p.csv"]) == 0
+            lines = capsys.readouterr().out.splitlines()
+            printed[data_dir, name] = pd.read_csv("p.csv"), [line for line in lines if "heckpoint" not in line]
+        tables, lines = zip(*(printed[data_dir, name] for name in ("run-plain/best.pt", "b.pt")))
+        assert tables[0].equals(tables[1]) and lines[0] == lines[1]
+    test = torch.load("run-a/best.pt", weights_only=True)["split"]["test"]
+    never = sorted({*test, *ids[30:]} - {*plain["split"]["train"], *plain["split"]["valid"]} - {*ids[30:]})
+    main(["--checkpoint", "b.pt", "--data_dir", "first"])
+    assert f"\nScored: {len(never)} stays" in capsys.readouterr().out
+
+
+def test_a_stay_without_a_known_variable_has_no_probability_and_no_part_in_the_score(tmp_path, capsys, small_finetuned):
+    cohort = synthetic_cohort(24)
+    folder = write_long_table(tmp_path / "d", replace(cohort, stay_id=np.array([f"new-{i}" for i in range(24)]),
+                                                      subject=np.array([f"new-{i}" for i in range(24)])))
+    write(folder / "events.csv", (folder / "events.csv").read_text() + "X,0,their HR,80\nY,0,their HR,70\nY,9,HR,80\n")
+    write(folder / "labels.csv", (folder / "labels.csv").read_text() + "X,1\n")
+    options = ["--checkpoint", str(small_finetuned), "--data_dir", str(folder)]
+    assert main([*options, "--predictions", str(tmp_path / "p.csv")]) == 0
+    out, table = capsys.readouterr().out, pd.read_csv(tmp_path / "p.csv").set_index("stay_id")["probability"]
+    assert table.isna().sum() == 1 and np.isnan(table["X"]) and 0 < table["Y"] < 1
+    assert "not scored: 1 labelled points, as nothing that the checkpoint knows lies before them (stay X at" in out
+    assert "Scored: 24 stays, 5 positive" in out
+    assert "predictions: 1 without a probability, as nothing that the checkpoint knows lies before them (stay X" in out
+    one_error_line(capsys, main([*options, "--trajectory", "X"]), "the checkpoint knows none of its variables")
 
 
 def test_analysis_options_need_a_checkpoint_and_plots_need_matplotlib(capsys, monkeypatch, finetuned):
@@ -380,7 +570,7 @@ def test_the_readmes_commands_for_ones_own_table(tmp_path, capsys, monkeypatch):
     assert "Stay 1001 (label" in capsys.readouterr().out
     assert json.loads(Path("mine.json").read_text())["stays"] == 12
     assert len(pd.read_csv("mine.csv")) == 60
-    assert len(list(Path("mine-plots").glob("*.png"))) == 4
+    assert len(list(Path("mine-plots").glob("*.png"))) == 5
 
 
 @pytest.mark.parametrize("document", ["README.md", "RESULTS.md"])

@@ -288,6 +288,25 @@ def test_a_cache_that_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path)
     assert len(load_cohort(None, 24, cache_dir=tmp_path / "cache")) == 24
 
 
+def test_the_caches_place_is_an_option_and_no_setting_of_the_run(tmp_path, capsys, monkeypatch, small_models):
+    monkeypatch.setattr(train, "load_cohort", load_cohort)  # without the tests' own cache
+    monkeypatch.setenv("XDG_CACHE_HOME", str(write(tmp_path / "a file", "")))
+    command = [*PRETRAIN, "--run_dir", str(tmp_path / "run")]
+    one_error_line(capsys, train.main(command), "another place with --cache_dir")
+    assert train.main([*command, "--cache_dir", str(tmp_path / "kept")]) == 0
+    checkpoint = tmp_path / "run" / "best.pt"
+    assert len(list((tmp_path / "kept").iterdir())) == 1
+    assert b"kept" not in checkpoint.read_bytes() + (tmp_path / "run" / "config.json").read_bytes()
+    one_error_line(capsys, train.main([*FINETUNE, str(checkpoint)]), "another place with --cache_dir")
+    tuned = tmp_path / "tuned" / "best.pt"
+    assert train.main([*FINETUNE, str(checkpoint), "--cache_dir", str(tmp_path / "kept"), "--run_dir",
+                       str(tuned.parent)]) == 0
+    assert main(["--checkpoint", str(tuned), "--cache_dir", str(tmp_path / "other")]) == 0
+    assert len(list((tmp_path / "other").iterdir())) == 1
+    assert train.main(["--resume", str(tmp_path / "run"), "--cache_dir", str(tmp_path / "kept"),
+                       "--max_epochs", "2"]) == 0
+
+
 def test_an_unwritable_folder_is_one_line(tmp_path, capsys, small_models):
     (tmp_path / "locked").mkdir(mode=0o555)
     (tmp_path / "a file").touch()
@@ -297,7 +316,7 @@ def test_an_unwritable_folder_is_one_line(tmp_path, capsys, small_models):
     try:
         with pytest.raises(InputError, match="locked/x.csv: cannot be written"):
             write_atomically(tmp_path / "locked" / "x.csv", lambda path: path.touch())
-        with pytest.raises(InputError, match="cannot be written"):
+        with pytest.raises(InputError, match="cannot be written.*--cache_dir"):
             load_cohort(None, 24, cache_dir=tmp_path / "locked" / "cache")
     finally:
         os.seteuid(user)
@@ -412,7 +431,8 @@ WRONG = {  # (events.csv, labels.csv, mode, what the message names)
     "a label that is no class": (table_of(STAYS), LABELS.replace("s07,1", "s07,3"), "pretrain",
                                  "labels.csv line 9: label is '3'"),
     "no label in finetune": (table_of(STAYS), None, "finetune", "no label at all"),
-    "one class in finetune": (table_of(STAYS), LABELS.replace(",1", ",0"), "finetune", "one class only"),
+    "one class in finetune": (table_of(STAYS), LABELS.replace(",1", ",0"), "finetune",
+                              "train stays hold one class only (0 of 19 labels are 1)"),
     "other variables in finetune": (table_of({s: [(m, "other", x) for m, _, x in rows] for s, rows in STAYS.items()}),
                                     LABELS, "finetune", "none of the data's variables"),
     "a split without train": (table_of(STAYS),
@@ -652,6 +672,31 @@ def test_scoring_data_that_overlap_the_training_stays_says_so(tmp_path, small_fi
     left_out = len(seen["train"]) + len(seen["valid"])
     told = capsys.readouterr().out
     assert f"{left_out} stays left out of subjects that the checkpoint was trained or selected on" in told
+
+
+def test_who_was_pretrained_on_is_not_tested_when_labels_and_other_times_come_later(tmp_path, capsys, small_models):
+    """Labels come after pretraining, then questions at other times, then the same patients under other stay ids."""
+    stays = {f"s{i:02d}": plain_stay(i) for i in range(60)}
+    data, again = tmp_path / "data", tmp_path / "again"
+    write(data / "events.csv", table_of(stays))
+    assert train.main([*PRETRAIN, "--data_dir", str(data), "--run_dir", str(tmp_path / "run")]) == 0
+    write(data / "labels.csv", "stay_id,label\n" + "".join(f"s{i:02d},{i % 2}\n" for i in range(60)))
+    assert train.main([*FINETUNE, str(tmp_path / "run/best.pt"), "--run_dir", str(tmp_path / "head")]) == 0
+    before, after = (forged(tmp_path / run / "best.pt")["split"] for run in ("run", "head"))
+    assert before == after
+    capsys.readouterr()
+    write(tmp_path / "hourly.csv", "stay_id,label,minute\n" + "".join(f"s{i:02d},{i % 2},500\n" for i in range(60)))
+    command = ["--checkpoint", str(tmp_path / "head/best.pt")]
+    assert main([*command, "--label_file", str(tmp_path / "hourly.csv")]) == 0
+    assert f"Scored: {len(after['test'])} stays" in capsys.readouterr().out
+
+    write(again / "events.csv", table_of({f"new {name}": rows for name, rows in stays.items()}))
+    write(again / "labels.csv", "stay_id,label,subject_id\n" + "".join(
+        f"new s{i:02d},{i % 2},s{i:02d}\n" for i in range(60)))
+    assert main([*command, "--data_dir", str(again)]) == 0
+    said = "48 stays left out of subjects that the checkpoint was trained or selected on"
+    out = capsys.readouterr().out
+    assert said in out and "Scored: 12 stays" in out
 
 
 @pytest.mark.parametrize("mode", SMALL)

@@ -248,7 +248,7 @@ def test_a_system_without_file_locks_trains_and_says_so(tmp_path, small_models, 
     monkeypatch.setattr(runs, "fcntl", None)
     assert train.main([*PRETRAIN, "--run_dir", str(tmp_path / "run")]) == 0
     assert "note: this system has no file locks" in capsys.readouterr().out
-    code = "import sys; sys.modules |= dict(fcntl=None, resource=None); import train; sys.exit(train.main(['--help']))"
+    code = "import sys; sys.modules |= dict(fcntl=None, resource=None); import test_suite; test_suite.main(['--help'])"
     ended = subprocess.run([sys.executable, "-c", code], cwd=CODE, capture_output=True, text=True)
     assert ended.returncode == 0 and ended.stdout.startswith("usage:") and not ended.stderr
 
