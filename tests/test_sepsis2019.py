@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from sepsis2019 import (bedside, best_threshold, hours_since_onset, normalised, of_this_kind, sepsis_figures, stay_utilities,
+from sepsis2019 import (bedside, best_threshold, figures, hours_since_onset, normalised, of_this_kind, stay_utilities,
                         utilities)
 from tests.tiny import SHARED
 
@@ -38,12 +38,12 @@ def test_the_figures_of_hours_are_the_official_scorers(official):
     stay, minute, label, probability, prediction = flat(official["stays"], "label", "probability", "prediction")
     threshold = probability[prediction == 1].min()
     assert ((probability >= threshold) == prediction).all()
-    figures = sepsis_figures(stay, minute, label, probability, threshold)
-    assert abs(figures["all_hours"]["auroc"] - official["auroc"]) < 1e-9
-    assert abs(figures["utility"]["value"] - official["normalised_utility"]) < 1e-9
-    low, high = figures["utility"]["interval"]
+    told = figures(stay, minute, label, probability, threshold)
+    assert abs(told["all_hours"]["auroc"] - official["auroc"]) < 1e-9
+    assert abs(told["utility"]["value"] - official["normalised_utility"]) < 1e-9
+    low, high = told["utility"]["interval"]
     assert low < official["normalised_utility"] < high
-    assert figures["until_the_onset"]["hours"] == (hours_since_onset(stay, minute, label) <= 0).sum() < len(label)
+    assert told["until_the_onset"]["hours"] == (hours_since_onset(stay, minute, label) <= 0).sum() < len(label)
 
 
 def random_hours(seed, stays=40):
@@ -62,14 +62,15 @@ def random_hours(seed, stays=40):
 def test_the_threshold_is_the_best_of_all(seed):
     stay, minute, label, probability = random_hours(seed)
     since = hours_since_onset(stay, minute, label)
-    values = {cut: normalised(stay_utilities(stay, since, probability >= cut).sum(0)) for cut in (*np.unique(probability), 9)}
+    values = {cut: normalised(stay_utilities(stay, since, probability >= cut).sum(0))
+              for cut in (*np.unique(probability), 9)}
     threshold, utility = best_threshold(stay, since, probability)
     assert utility == max(values.values()) == values[threshold]
 
 
 def test_where_no_alarm_pays_there_is_none():
-    stay, minute, label = np.repeat([0, 1], [9, 91]), 60.0 * np.append(np.arange(9), np.arange(91)), np.zeros(100, dtype=int)
-    label[-1] = 1
+    stay, minute = np.repeat([0, 1], [9, 91]), 60.0 * np.append(np.arange(9), np.arange(91))
+    label = (np.arange(100) == 99).astype(int)
     threshold, utility = best_threshold(stay, hours_since_onset(stay, minute, label), 1 - label * .5)
     assert threshold > 1 and utility == 0
 
@@ -82,16 +83,19 @@ def test_the_utility_by_the_hours_since_onset():
 
 
 def test_what_a_ward_would_ask():
-    """Two stays of 24 hours, onset at hour 20 of the first; one of 6 hours whose first label is 1, so with its onset at 6."""
+    """Two stays of 24 hours, onset at hour 20 of the first; one of 6 hours, labelled 1 from the first on."""
+    hours = np.array([24, 24, 6])
     label = np.zeros(54, dtype=int)
     label[14:24], label[48:] = 1, 1
-    stay, minute = np.repeat([7, 8, 9], [24, 24, 6]), 60.0 * np.concatenate([np.arange(24), np.arange(24), np.arange(6)])
+    stay, minute = np.repeat([7, 8, 9], hours), 60.0 * np.concatenate([np.arange(n) for n in hours])
     alarm = np.zeros(54, dtype=bool)
-    alarm[[2, 3, 5, 16, 17, 24, 30, 31, 50]] = True  # hours 2, 3, 5, 16, 17 of the first; 0, 6, 7 of the second; 2 of the third
+    alarm[[2, 3, 5, 16, 17]] = True  # hours of the first stay
+    alarm[[24, 30, 31]] = True       # 0, 6, 7 of the second
+    alarm[50] = True                 # 2 of the third, whose onset is at hour 6
     told = bedside(stay, hours_since_onset(stay, minute, label), alarm)
     assert told["septic_stays"] == told["warned"] == 2 and told["share_warned"] == 1
-    assert told["lead_hours"] == 4 and told["lead_stays"] == told["septic_from_the_first_hour"] == 1
-    assert told["false_alarms"] == 4 and told["false_alarms_a_patient_day"] == pytest.approx(4 / (54 / 24))
+    assert told["lead_hours"] == 4 and told["lead_stays"] == told["labelled_from_the_first_hour"] == 1
+    assert told["false_alarms"] == 4 and told["false_alarms_a_day"] == pytest.approx(4 / (54 / 24))
 
 
 def test_other_labels_are_not_taken_for_the_challenges():
