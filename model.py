@@ -951,15 +951,18 @@ class SeqSetVAE(nn.Module):
             believed = (logits > 0) & real_sets(batch)[..., None]
             features.append(statistics_of_beliefs(values.float(), believed, batch.minute, slots).past.flatten(2))
         if config.summaries:
-            listed = torch.full((config.num_variables,), config.head_variables, device=h.device)
-            listed[self.head_variables] = torch.arange(config.head_variables, device=h.device)
-            mine = batch.variables[batch.stay_variables]                                              # [B, D]
-            held = torch.arange(mine.shape[1], device=h.device) < batch.variable_counts[:, None]
-            column = listed[mine].masked_fill(~held, config.head_variables)
-            exact = statistics_at(batch, slots, column, config.head_variables)
-            seen = exact.past_exists[:, :, HISTORY_STATISTICS.index("log count")].float()
-            features += [exact.past.flatten(2), seen, batch.point_hours[..., None]]
+            features += summaries(self.exact_statistics(batch), batch.point_hours)
         return torch.cat(features, dim=-1)
+
+    def exact_statistics(self, batch: EventBatch) -> Statistics:
+        """The exact statistics of the head's variables at the batch's prediction points, n = K."""
+        size, device = self.config.head_variables, batch.minute.device
+        slots = batch.point_slot.masked_fill(batch.point < 0, batch.minute.shape[1])
+        listed = torch.full((self.config.num_variables,), size, device=device)
+        listed[self.head_variables] = torch.arange(size, device=device)
+        mine = batch.variables[batch.stay_variables]                                                  # [B, D]
+        held = torch.arange(mine.shape[1], device=device) < batch.variable_counts[:, None]
+        return statistics_at(batch, slots, listed[mine].masked_fill(~held, size), size)
 
     def features(self, batch: EventBatch) -> torch.Tensor:
         """Head input of every prediction point before standardisation, [B, Q, F]. Of a frozen backbone it never changes: compute it
@@ -990,6 +993,12 @@ class SeqSetVAE(nn.Module):
         question = self.setvae.ask(batch) if self.config.decoder == "readout" else None
         terms = sequence_losses(self.setvae, getattr(self, "history_readout", None), h, batch, question)
         return {"logits": logits, "reconstruction": sum(terms.values()).mean(), "kl": self.setvae.kl(mu, logvar, batch)}
+
+
+def summaries(exact: Statistics, hours) -> list:
+    """What the head is told of the statistics at points, `hours` [B, Q] after their sets: [B, Q, (10 + 1) n + 1] in parts."""
+    seen = exact.past_exists[:, :, HISTORY_STATISTICS.index("log count")].float()
+    return [exact.past.flatten(2), seen, hours[..., None]]
 
 
 def attention_pool(h, last, slots):

@@ -15,6 +15,7 @@ from sklearn.metrics import roc_auc_score
 
 import benchmark
 import data
+import protocol
 import readers
 import test_suite
 import train
@@ -22,7 +23,8 @@ from benchmark import PLAIN_LOOP, asked_at_the_end, assert_plain_loop_agrees
 from data import StayDataset, with_points
 from evaluate import CHECKPOINT, CPU, bootstrap, open_classifier, risk_over_time
 from model import ModelConfig, SeqSetVAE, load_checkpoint_weights
-from protocol import BASELINES, Cell, predictions_path, print_protocol
+from protocol import (BASELINES, STATISTICS, Cell, hand_made_baselines, predictions_path, print_protocol,
+                      summaries_alone, summary_table)
 from readers import synthetic_cohort, write_long_table
 from test_suite import main
 from tests.tiny import FINETUNE, PLAIN, SHARED, build, cohort_of, labels_of, one_error_line, random_stays, tiny, write
@@ -197,17 +199,60 @@ def test_analysis_options_need_a_checkpoint_and_plots_need_matplotlib(capsys, mo
         main(["--checkpoint", str(finetuned), "--unknown"])
 
 
+def test_the_hand_made_features_are_those_of_each_points_past():
+    """Against pandas, a point and a variable at a time; two events of one set, events without a value, a stay that does
+    not have the variable."""
+    cohort = cohort_of(random_stays([9, 1, 30], seed=3, valueless=.2))
+    minute = np.concatenate([np.unique(np.append(cohort.set_minute[slice(*cohort.stay_start[p:p + 2])], [0., 3100.]))
+                             for p in range(3)])
+    cohort = with_points(cohort, np.array([11, 3, 32]), minute, np.zeros(len(minute)))
+    points = np.flatnonzero(np.arange(len(minute)) % 3 != 1)
+    table = summary_table(cohort, points, np.array([1, 4]))
+    assert table.shape == (len(points), 2, len(STATISTICS))
+    sets = np.repeat(np.arange(len(cohort.set_minute)), np.diff(cohort.set_start))
+    events = pd.DataFrame({"stay": np.searchsorted(cohort.stay_start, sets, side="right") - 1,
+                           "minute": cohort.set_minute[sets], "variable": cohort.event_variable,
+                           "value": cohort.event_value.astype(float)})
+    for row, point in zip(table, points):
+        for told, variable in zip(row, (1, 4)):
+            past = events[(events["stay"] == cohort.point_stay[point]) & (events["variable"] == variable)
+                          & (events["minute"] <= cohort.point_minute[point])]
+            x = past["value"].dropna()
+            day = past["minute"][x.index] / 1440
+            slope = np.polyfit(day, x, 1)[0] if day.nunique() > 1 else 0
+            expected = [x.iloc[0], x.iloc[-1], x.min(), x.max(), x.mean(), x.std(), slope] if len(x) else [np.nan] * 7
+            since = (cohort.point_minute[point] - past["minute"].max()) / 60
+            np.testing.assert_allclose(told, [*expected, len(past), since], rtol=1e-4, atol=1e-5)
+
+
+def test_from_many_points_boosting_alone_learns_and_nothing_constant_kills_it(monkeypatch, capsys):
+    rng = np.random.default_rng(0)
+    stays = [[(60 * h, [(0, (i % 2) * h + rng.normal()), (1, 7.)]) for h in range(20)] for i in range(40)]
+    cohort = cohort_of(stays)
+    minute, label = np.tile(60. * np.arange(20), 40), np.repeat(np.arange(40) % 2, 20) * np.tile(np.arange(20) > 9, 40)
+    cohort = with_points(cohort, np.full(40, 20), minute, label)
+    train, test = np.arange(500), np.arange(500, 800)
+    monkeypatch.setattr(protocol, "MANY_POINTS", 400)
+    told = hand_made_baselines(cohort, np.arange(7), train, np.ones(500), test)  # variables 2 to 6 never occur
+    assert list(told) == [BASELINES[1]] and roc_auc_score(cohort.label[test], told[BASELINES[1]]) > .95
+    assert BASELINES[0] in capsys.readouterr().out
+    dataset = StayDataset(cohort, PLAIN, points=True)
+    alone = summaries_alone(dataset, np.arange(2), np.arange(25), test, 0)
+    assert roc_auc_score(cohort.label[test], alone) > .95
+    assert (alone == summaries_alone(dataset, np.arange(2), np.arange(25), test, 0)).all()
+
+
 def test_the_protocols_table_pairs_each_method_with_the_better_baseline(tmp_path, capsys):
     rng, label = np.random.default_rng(0), np.arange(60) % 3 == 0
     for seed in range(2):
-        for method, noise in zip((*BASELINES, Cell().name), (1.5, 1.0, 0.3)):
+        for method, noise in zip((*BASELINES, Cell().name), (1.5, 1.0, 2.5, 0.3)):
             (tmp_path / f"seed{seed}").mkdir(exist_ok=True)
             table = pd.DataFrame({"stay_id": range(60), "label": label.astype(int),
                                   "probability": label + noise * rng.normal(size=60)})
             table.to_csv(predictions_path(tmp_path / f"seed{seed}", method, 1.0), index=False)
     print_protocol(tmp_path)
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ") and "±" in line]
-    assert [row[0][2:] for row in rows] == [Cell().name, BASELINES[1], BASELINES[0]]
+    assert [row[0][2:] for row in rows] == [Cell().name, *(BASELINES[i] for i in (1, 0, 2))]
     assert all(row[1] == "2" for row in rows)
     assert rows[0][4].startswith("+0.") and rows[2][4].startswith("-0.") and rows[1][4].strip() == ""
 
