@@ -21,12 +21,13 @@ import test_suite
 import train
 from benchmark import PLAIN_LOOP, asked_at_the_end, assert_plain_loop_agrees
 from data import StayDataset, with_points
-from evaluate import CHECKPOINT, CPU, bootstrap, open_classifier, risk_over_time
+from evaluate import (CHECKPOINT, CPU, bootstrap, influence, open_classifier, risk_over_time, write_meds_predictions)
 from model import ModelConfig, SeqSetVAE, load_checkpoint_weights
 from protocol import (BASELINES, STATISTICS, Cell, hand_made_baselines, predictions_path, print_protocol,
                       summaries_alone, summary_table)
 from readers import synthetic_cohort, write_long_table
 from test_suite import main
+from tests.test_readers import meds
 from tests.tiny import FINETUNE, PLAIN, SHARED, build, cohort_of, labels_of, one_error_line, random_stays, tiny, write
 from train import encode_points, predict, probability_of
 
@@ -189,6 +190,78 @@ def test_the_analysis_writes_what_is_asked_for_with_or_without_labels(tmp_path, 
     assert again["label"].isna().all() and again["split"].tolist() == table["split"].tolist()
     one_error_line(capsys, main(unlabelled), "--predictions needs no label")
     one_error_line(capsys, main([*unlabelled, "--trajectory", "nobody"]), "nobody")
+
+
+@pytest.fixture
+def meds_answers(tmp_path, load, capsys):
+    """Of 28 of 30 subjects of MEDS data, each asked twice, made-up answers: the cohort, the probabilities [60], the file
+    that holds them, what was printed when it was written, and the times that were asked."""
+    rng = np.random.default_rng(0)
+    times = pd.Timestamp("2020-02-03 10:00:00.000001") + pd.to_timedelta(rng.integers(10**11, size=60), "us")
+    subject = np.repeat(np.arange(1, 31), 2)
+    meds(tmp_path / "meds", "data/0.parquet", subject_id=np.arange(1, 31), time=[times.min()] * 30, code=["HR"] * 30)
+    meds(tmp_path / "meds", "labels/0.parquet", subject_id=subject, prediction_time=times,
+         boolean_value=rng.random(60) < .4)
+    cohort, probability = load(tmp_path / "meds"), rng.random(60)
+    path = tmp_path / "answers.parquet"
+    write_meds_predictions(path, cohort, np.arange(60), probability, .5, np.arange(2, 30))
+    asked = pd.DataFrame({"subject_id": subject, "prediction_time": times})
+    return cohort, probability, path, capsys.readouterr().out, asked
+
+
+def test_predictions_of_meds_data_are_what_meds_evaluation_takes(meds_answers):
+    from pyarrow import parquet
+    cohort, probability, path, printed, asked = meds_answers
+    assert {field.name: str(field.type) for field in parquet.read_schema(path)} == {
+        "subject_id": "int64", "prediction_time": "timestamp[us]", "boolean_value": "bool",
+        "predicted_boolean_value": "bool", "predicted_boolean_probability": "float"}
+    table, of = pd.read_parquet(path), np.isin(cohort.point_stay, np.arange(2, 30))
+    keys = ["subject_id", "prediction_time"]
+    asked = asked[asked["subject_id"].isin(cohort.stay_id[2:].astype(int))].sort_values(keys)
+    order = table.sort_values(keys)
+    assert order["prediction_time"].tolist() == asked["prediction_time"].tolist()  # to the microsecond
+    assert order["subject_id"].tolist() == asked["subject_id"].tolist()
+    assert table["boolean_value"].tolist() == (cohort.label[of] == 1).tolist()
+    assert table["predicted_boolean_value"].tolist() == (probability[of] >= .5).tolist()
+    assert table["predicted_boolean_probability"].tolist() == probability[of].astype(np.float32).tolist()
+    assert "56 points of 28 subjects" in printed and "4 of subjects that" in printed
+
+
+def test_meds_evaluation_finds_our_auroc(meds_answers):
+    evaluation = pytest.importorskip("meds_evaluation.evaluate")
+    polars = pytest.importorskip("polars")
+    cohort, probability, path, *_ = meds_answers
+    told = evaluation.evaluate_binary_classification(polars.read_parquet(path))["samples_equally_weighted"]
+    of = np.isin(cohort.point_stay, np.arange(2, 30))
+    assert told["roc_auc_score"] == pytest.approx(roc_auc_score(cohort.label[of], probability[of].astype(np.float32)))
+
+
+def test_predictions_as_parquet_have_the_columns_of_the_csv(tmp_path, finetuned):
+    pytest.importorskip("pyarrow")
+    for end in ("csv", "parquet"):
+        assert main(["--checkpoint", str(finetuned), "--predictions", str(tmp_path / f"p.{end}")]) == 0
+    csv, table = pd.read_csv(tmp_path / "p.csv", dtype={"stay_id": str}), pd.read_parquet(tmp_path / "p.parquet")
+    assert list(csv) == list(table) and table["stay_id"].tolist() == csv["stay_id"].tolist()
+    np.testing.assert_allclose(table["probability"], csv["probability"], rtol=1e-12)
+
+
+def test_a_variable_moves_the_risk_by_what_the_risk_is_without_it():
+    """Against a cohort built without the variable; a stay of one variable has no risk without it."""
+    stay = random_stays([12])[0]
+    model, cohort = build(SeqSetVAE, tiny(summaries=True, head_variables=5)), cohort_of([stay, [(5, [(3, 1.)])]])
+    dataset = StayDataset(cohort, PLAIN, points=True)
+    told = risk_over_time(model, dataset, 0)
+    assert told["highest"] == told["minute"][np.argmax(told["risk"])] and len(told["without"]) == 7
+    before = [(m, events) for m, events in stay if m <= told["highest"]]
+    for v in range(7):
+        rest = [(m, kept) for m, events in before if (kept := [e for e in events if e[0] != v])]
+        other = cohort_of([rest, [(5, [(u, 0.) for u in range(7)])]])
+        other = with_points(other, np.array([1, 0]), np.array([told["highest"]]), np.array([-1]))
+        expected = predict(model, StayDataset(other, PLAIN, points=True), np.arange(1), CPU)[0]
+        assert told["without"][f"lab{v}"] == pytest.approx(expected, abs=1e-5)
+    assert risk_over_time(model, dataset, 1)["without"] == {"lab3": None}
+    order = [abs(x) for x in influence(told).values()]
+    assert order == sorted(order, reverse=True) and influence({"risk": [1.], "without": {"a": None}}) == {}
 
 
 def test_analysis_options_need_a_checkpoint_and_plots_need_matplotlib(capsys, monkeypatch, finetuned):

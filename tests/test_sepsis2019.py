@@ -3,11 +3,15 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 
+import train
+from evaluate import CHECKPOINT, open_classifier
 from sepsis2019 import (bedside, best_threshold, figures, hours_since_onset, normalised, of_this_kind, stay_utilities,
                         utilities)
-from tests.tiny import SHARED
+from test_suite import main
+from tests.tiny import SHARED, write
 
 
 @pytest.fixture(scope="module")
@@ -105,3 +109,34 @@ def test_other_labels_are_not_taken_for_the_challenges():
     assert not of_this_kind(stay, minute, 1 - label)                             # falls
     assert not of_this_kind(np.arange(9), 60.0 * np.arange(9), np.arange(9) % 2)  # one question a stay
     assert not of_this_kind(np.zeros(60), 60.0 * np.arange(60), (np.arange(60) > 20).astype(int))  # 39 hours of label 1
+
+
+def test_hourly_sepsis_labels_are_scored_as_the_challenge_does(tmp_path, capsys, small_models):
+    """From the reader to the report: the threshold is the validation stays' best."""
+    rng, header = np.random.default_rng(0), "HR|Temp|Age|SepsisLabel\n"
+    for i in range(48):
+        hours, septic = int(rng.integers(14, 22)), i % 3 == 0
+        rows = [f"{80 + 4 * rng.normal() + 3 * septic * h:.1f}|{'NaN' if h % 4 else 37}|60|{int(septic and h >= 11)}\n"
+                for h in range(hours)]
+        write(tmp_path / "data" / "training_setA" / f"p{i:06}.psv", header + "".join(rows))
+    run = ["--device", "cpu", "--max_epochs", "1", "--run_dir"]
+    assert train.main(["--mode", "pretrain", "--data_dir", str(tmp_path / "data"), *run, str(tmp_path / "pre")]) == 0
+    assert train.main(["--mode", "finetune", "--pretrained_ckpt", str(tmp_path / "pre" / "best.pt"), "--set",
+                       "trees=20", *run, str(tmp_path / "fine")]) == 0
+    assert "utility" in capsys.readouterr().out
+    content = open_classifier(tmp_path / "fine" / "best.pt")[1]
+    assert main(["--checkpoint", str(tmp_path / "fine" / "best.pt"), "--predictions", str(tmp_path / "p.csv"), "--json",
+                 str(tmp_path / "json")]) == 0
+    printed, told = capsys.readouterr().out, json.loads((tmp_path / "json").read_text())["sepsis"][CHECKPOINT]
+    assert "best utility of the validation split" in printed and "a patient-day" in printed
+    table = pd.read_csv(tmp_path / "p.csv")
+    for part, expected in (("valid", content["metrics"]["val_utility"]), ("test", told["utility"]["value"])):
+        rows = table[table["split"] == part]
+        stay = pd.factorize(rows["stay_id"])[0]
+        since = hours_since_onset(stay, rows["minute"].to_numpy(), rows["label"].to_numpy())
+        probability = rows["probability"].to_numpy()
+        utility = normalised(stay_utilities(stay, since, probability >= told["threshold"] - 1e-6).sum(0))
+        assert utility == pytest.approx(expected, abs=1e-9)
+        if part == "valid":
+            found = best_threshold(stay, since, probability)[0]
+            assert found == pytest.approx(content["metrics"]["threshold"], abs=1e-5)
