@@ -30,13 +30,14 @@ from sklearn.metrics import (
 )
 from sklearn.preprocessing import StandardScaler
 
-from data import (HASHED, InputError, Normalizer, StayDataset, labelled_points, make_splits, point_slots, salted,
-                  stay_event_index, stays_of, stays_with, variable_vectors, with_points, write_atomically)
+import sepsis2019
+from data import (HASHED, InputError, Normalizer, StayDataset, build_cohort, labelled_points, make_splits, point_slots,
+                  salted, stay_event_index, stays_of, stays_with, variable_vectors, with_points, write_atomically)
 from model import SeqSetVAE, at_slots, checkpoint_config, load_weights, original_classifier, read_checkpoint, real_sets
 from readers import load_cohort
 from runs import choose_device, evaluation_loader
 from tables import BEYOND, MISSING
-from train import data_of, data_options, dataset_of, encode_points, open_checkpoint, probability_at
+from train import data_of, data_options, dataset_of, encode_points, open_checkpoint, probability_at, ranking
 
 CPU = torch.device("cpu")
 
@@ -102,18 +103,17 @@ def open_original(path, content, cohort, set_heads, transformer_heads):
     return model, content | {"source": source, "split": split, "metrics": metrics}, cohort, dataset, False
 
 
-def scored_points(content, cohort, new) -> tuple[np.ndarray, str]:
-    """The labelled points that may be scored, and what they are: those of the recorded test split; of other data, of
-    all subjects that were not trained or selected on."""
+def scored_stays(content, cohort, new) -> tuple[np.ndarray, str]:
+    """The stays that may be scored, and what they are: those of the recorded test split; of other data, those of
+    subjects that were not trained or selected on."""
     if not new:
         recorded_by = "checkpoint" if "format" in content else "data"
-        stays = stays_of(cohort, content["split"]["test"])
-        return labelled_points(cohort, stays), f"the test split that the {recorded_by} recorded"
+        return stays_of(cohort, content["split"]["test"]), f"the test split that the {recorded_by} recorded"
     seen = np.isin(cohort.subject, content["subjects"]["train"] + content["subjects"]["valid"])
     what = "all labelled stays of other data than the checkpoint's"
     if seen.any():
         what += f"; {seen.sum():,} stays left out of subjects that the checkpoint was trained or selected on"
-    return labelled_points(cohort, np.flatnonzero(~seen)), what
+    return np.flatnonzero(~seen), what
 
 
 def ranks(label, p, weight) -> tuple[float, float]:
@@ -284,8 +284,9 @@ def performance(arguments, baselines=None) -> None:
     versions = ", ".join(f"{name} {version}" for name, version in source["versions"].items())
     print(f"checkpoint: seed {source.get('seed', 'unknown')}, data {source['fingerprint']}, {versions}")
     stay = find_stay(dataset, arguments.trajectory)
-    points, what = scored_points(content, cohort, new)
-    answered = answered_points(dataset)
+    unseen, what = scored_stays(content, cohort, new)
+    points, answered = labelled_points(cohort, unseen), answered_points(dataset)
+    threshold = content["metrics"]["threshold"]
     if len(strange := points[~np.isin(points, answered)]):
         named = cohort.stay_id[cohort.point_stay[strange[0]]]
         print(f"not scored: {len(strange):,} labelled points, as nothing that the checkpoint knows lies before them "
@@ -303,7 +304,10 @@ def performance(arguments, baselines=None) -> None:
     rows = answered if arguments.predictions or arguments.embeddings else points
     probability = probability_at(model, dataset, rows, device)
     if arguments.predictions:
-        write_predictions(arguments.predictions, content, dataset, rows, probability)
+        if cohort.reader == "MEDS" and Path(arguments.predictions).suffix == ".parquet":
+            write_meds_predictions(arguments.predictions, cohort, rows, probability, threshold, unseen)
+        else:
+            write_predictions(arguments.predictions, content, dataset, rows, probability)
     if arguments.embeddings:
         write_embeddings(arguments.embeddings, model, dataset, rows, device)
     scored = np.searchsorted(rows, points)
@@ -311,15 +315,24 @@ def performance(arguments, baselines=None) -> None:
     if unscored:
         print(f"nothing to score: {unscored}")
     else:
+        thresholds = {CHECKPOINT: threshold}
         if baselines:
-            methods |= baselines(arguments, content, cohort, dataset, points, new)
-        figures |= {"scored": what, **score_figures(stays, label, methods, content["metrics"]["threshold"],
-                                                    arguments.sensitivity, groups),
+            valid = labelled_points(cohort, stays_of(cohort, content["split"]["valid"]))
+            asked = np.union1d(valid, points)
+            told = baselines(arguments, content, cohort, dataset, asked, new)
+            methods |= {name: p[np.searchsorted(asked, points)] for name, p in told.items()}
+            thresholds |= {name: ranking(cohort, valid, p[np.searchsorted(asked, valid)])["threshold"]
+                           for name, p in told.items()}
+        figures |= {"scored": what, **score_figures(stays, label, methods, threshold, arguments.sensitivity, groups),
                     "model": model_figures(model, dataset, np.unique(stays), device)}
-        print_figures(figures,
-                      "no threshold was recorded" if "format" not in content else "best F1 of the validation split")
+        best = f"best {'utility' if 'val_utility' in content['metrics'] else 'F1'} of the validation split"
+        print_figures(figures, best if "format" in content else "no threshold was recorded")
         if groups:
             print_subgroups(figures)
+        hours = stays, cohort.point_minute[points], label
+        if sepsis2019.of_this_kind(*hours):
+            figures["sepsis"] = {name: sepsis2019.figures(*hours, p, thresholds[name]) for name, p in methods.items()}
+            sepsis2019.print_figures(figures["sepsis"])
     if stay is not None:
         figures["trajectory"] = risk_over_time(model, dataset, stay, device)
         print_trajectory(figures["trajectory"])
@@ -336,7 +349,7 @@ def performance(arguments, baselines=None) -> None:
             shown.sort()
             plot_features(folder, encode_points(model, dataset, shown, device).cpu(), cohort.label[shown])
         if stay is not None:
-            plot_trajectory(folder, figures["trajectory"], dataset, stay, content["metrics"]["threshold"])
+            plot_trajectory(folder, figures["trajectory"], dataset, stay, threshold)
         print(f"pictures: {', '.join(sorted(file.name for file in folder.glob('*.png')))} in {folder}")
 
 
@@ -456,6 +469,17 @@ def answered_points(dataset) -> np.ndarray:
     return index[known[first + slot + 1] > known[first]]
 
 
+def write_table(path, table: pd.DataFrame) -> None:
+    """As Parquet where the path ends so, else as CSV."""
+    if Path(path).suffix != ".parquet":
+        return write_atomically(path, lambda out: table.to_csv(out, index=False))
+    try:
+        import pyarrow  # noqa: F401 (of which pandas makes use)
+    except ImportError:
+        raise InputError(f"--predictions {path}: Parquet needs pyarrow; pip install pyarrow") from None
+    write_atomically(path, lambda out: table.to_parquet(out, index=False))
+
+
 def write_predictions(path, content, dataset, points, probability) -> None:
     """A row a prediction point of the data: its probability (empty: no answer),
     label (empty: none) and the split that the checkpoint knows its stay from."""
@@ -468,12 +492,29 @@ def write_predictions(path, content, dataset, points, probability) -> None:
     table = pd.DataFrame({"stay_id": cohort.stay_id[stay], "minute": cohort.point_minute, "probability": answers,
                           "split": split[stay],
                           "label": pd.array(np.where(cohort.label >= 0, cohort.label, np.nan), dtype="Int64")})
-    write_atomically(path, lambda out: table.to_csv(out, index=False))
+    write_table(path, table)
     print(f"predictions: {len(table):,} points of {len(np.unique(stay)):,} stays written to {path}")
     empty = table[table["probability"].isna()]
     if len(empty):
         print(f"predictions: {len(empty):,} without a probability, as nothing that the checkpoint knows lies before "
               f"them (stay {empty['stay_id'].iloc[0]} at minute {empty['minute'].iloc[0]:g})")
+
+
+def write_meds_predictions(path, cohort, points, probability, threshold: float, stays) -> None:
+    """The answered points of these stays, which may be scored, in the columns and types that the package
+    meds-evaluation takes, to the microsecond."""
+    mine = np.isin(cohort.point_stay[points], stays)
+    stay, label = cohort.point_stay[points[mine]], cohort.label[points[mine]]
+    table = pd.DataFrame({
+        "subject_id": cohort.stay_id[stay].astype(np.int64),
+        "prediction_time": cohort.clock(stay, cohort.point_minute[points[mine]]),
+        "boolean_value": pd.array(np.where(label >= 0, label == 1, None), dtype="boolean"),
+        "predicted_boolean_value": probability[mine] >= threshold,
+        "predicted_boolean_probability": probability[mine].astype(np.float32)})
+    write_table(path, table)
+    others = len(cohort.label) - len(points)
+    print(f"predictions: {len(table):,} points of {len(np.unique(stay)):,} subjects written to {path}; left out: "
+          f"{(~mine).sum():,} of subjects that the checkpoint was trained or selected on, {others:,} without an answer")
 
 
 @torch.no_grad()
@@ -549,18 +590,55 @@ def find_stay(dataset, stay_id) -> int | None:
     return int(found[0])
 
 
-def risk_over_time(model, dataset, stay: int, device=CPU) -> dict:
-    """The risk at every minute at which something was charted, as if the stay had ended there. The model is causal: one
-    pass answers all."""
+def risk_over_time(model, dataset, stay: int, device=CPU, most: int = 40) -> dict:
+    """The risk at every minute at which something was charted or a risk is asked for, as if the stay had ended there:
+    the model is causal, one pass answers all. Where it is highest, the risk without each of the `most` charted
+    variables."""
     cohort = dataset.cohort
-    sets = slice(cohort.stay_start[stay], cohort.stay_start[stay + 1])
-    minute, first = np.unique(cohort.set_minute[sets], return_index=True)
-    events = np.add.reduceat(np.diff(cohort.set_start)[sets], first)
+    sets, points = (slice(*start[stay:stay + 2]) for start in (cohort.stay_start, cohort.point_start))
+    asked, label = cohort.point_minute[points], cohort.label[points]
+    minute = np.union1d(cohort.set_minute[sets], asked[asked >= cohort.set_minute[sets][0]])
+    events = np.bincount(np.searchsorted(minute, cohort.set_minute[sets]), np.diff(cohort.set_start)[sets], len(minute))
     count = np.where(np.arange(len(cohort)) == stay, len(minute), 0)
-    asked = with_points(cohort, count, minute, np.full(len(minute), -1))
-    risk = probability_at(model, dataset.of(asked), np.arange(len(minute)), device)
+    dataset = dataset.of(with_points(cohort, count, minute, np.full(len(minute), -1)))
+    risk = probability_at(model, dataset, np.arange(len(minute)), device)
+    highest = minute[risk.argmax()]
+    septic = (label == 1).any() and sepsis2019.of_this_kind(np.zeros(len(label)), asked, label)
     return {"stay": str(cohort.stay_id[stay]), "label": int(cohort.stay_label[stay]), "minute": minute.tolist(),
-            "events": events.tolist(), "risk": risk.tolist()}
+            "events": events.astype(int).tolist(), "risk": risk.tolist(), "admission": float(cohort.admission[stay]),
+            "onset": float(asked[label == 1][0] + 60 * sepsis2019.AHEAD) if septic else None,
+            "labelled": asked[label == 1].tolist() if len(label) > 1 else [],
+            "highest": float(highest), "without": risk_without(model, dataset, stay, highest, device, most)}
+
+
+def risk_without(model, dataset, stay: int, minute: float, device, most: int) -> dict:
+    """The risk at this minute by the variable whose events are left out, of the `most` charted until then that the
+    model knows: the stay is repeated, each time without one. None: nothing is left to tell a risk by."""
+    cohort = dataset.cohort
+    events = stay_event_index(cohort, np.array([stay]))
+    sets = np.searchsorted(cohort.set_start, events, side="right") - 1
+    known = (cohort.set_minute[sets] <= minute) & (dataset.variable[cohort.event_variable[events]] >= 0)
+    events, sets = events[known], sets[known]
+    variables, count = np.unique(cohort.event_variable[events], return_counts=True)
+    variables = variables[np.argsort(-count, kind="stable")[:most]]
+    names = [cohort.variables[v] for v in variables]
+    copy, event = np.nonzero(cohort.event_variable[events] != variables[:, None])
+    if not len(copy):
+        return dict.fromkeys(names)
+    copies = build_cohort(cohort.reader, cohort.variables, copy, cohort.set_minute[sets[event]],
+                          cohort.event_variable[events[event]], cohort.event_value[events[event]], names,
+                          set_key=sets[event], whole=True)
+    ones = np.ones(len(copies), dtype=int)
+    asked = dataset.of(with_points(copies, ones, minute * ones, -ones))
+    risk = probability_at(model, asked, np.arange(len(copies)), device)
+    return dict.fromkeys(names) | dict(zip(copies.stay_id.tolist(), risk.tolist()))
+
+
+def influence(trajectory: dict) -> dict:
+    """By how much each variable raises the highest risk (lowers: negative), those that move it most first."""
+    highest = max(trajectory["risk"])
+    moved = {name: highest - risk for name, risk in trajectory["without"].items() if risk is not None}
+    return dict(sorted(moved.items(), key=lambda item: -abs(item[1])))
 
 
 LABEL_NAMES = {-1: "no label", 0: "label 0", 1: "label 1"}
@@ -568,9 +646,13 @@ LABEL_NAMES = {-1: "no label", 0: "label 0", 1: "label 1"}
 
 def print_trajectory(trajectory: dict) -> None:
     print(f"\nStay {trajectory['stay']} ({LABEL_NAMES[trajectory['label']]}): "
-          f"risk after each of its {len(trajectory['risk'])} sets\n  set      hour  events    risk")
-    for i, (minute, events, risk) in enumerate(zip(trajectory["minute"], trajectory["events"], trajectory["risk"])):
-        print(f"{i + 1:5d}  {minute / 60:8.2f}  {events:6d}  {risk:6.4f}  {'#' * round(40 * risk)}")
+          f"risk at {len(trajectory['risk'])} times\n           hour  events    risk")
+    hours = (np.array(trajectory["minute"]) - trajectory["admission"]) / 60
+    for i, (hour, events, risk) in enumerate(zip(hours, trajectory["events"], trajectory["risk"])):
+        print(f"{i + 1:5d}  {hour:8.2f}  {events:6d}  {risk:6.4f}  {'#' * round(40 * risk)}")
+    moved = ", ".join(f"{name} {x:+.4f}" for name, x in list(influence(trajectory).items())[:5])
+    if moved:
+        print(f"most of the highest risk, {max(trajectory['risk']):.4f}, comes and goes with: {moved}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -833,33 +915,56 @@ def plot_features(folder: Path, features, label) -> None:
     save_figure(figure, folder / "features.png")
 
 
-def plot_trajectory(folder: Path, trajectory: dict, dataset, stay: int, threshold: float, most: int = 40) -> None:
-    """trajectory.png: the risk after every set, above the stay's events (its `most` charted variables), low and high
-    ones marked."""
-    cohort, normalizer = dataset.cohort, dataset.normalizer
+def plot_trajectory(folder: Path, trajectory: dict, dataset, stay: int, threshold: float, most: int = 24) -> None:
+    """trajectory.png: the risk over time, above the events of the `most` variables that move its highest value most,
+    low and high ones marked, and by how much each moves it."""
+    cohort, normalizer, moved = dataset.cohort, dataset.normalizer, influence(trajectory)
+    shown = list(moved)[:most][::-1]
     events = stay_event_index(cohort, np.array([stay]))
-    hour = np.repeat(trajectory["minute"], trajectory["events"]) / 60
-    variable = dataset.variable[cohort.event_variable[events]]
-    hour, events, variable = (x[variable >= 0] for x in (hour, events, variable))
-    z = normalizer(variable, cohort.event_value[events])
-    names, count = np.unique(variable, return_counts=True)
-    shown = np.sort(names[np.argsort(-count, kind="stable")[:most]])[::-1]
-    figure, (risk, chart) = new_figure(1, 2, width=9, height=1.7 + .09 * len(shown), sharex=True,
-                                       gridspec_kw={"height_ratios": [2.2, .8 + .18 * len(shown)]})
-    risk.step(np.array(trajectory["minute"]) / 60, trajectory["risk"], where="post", color="black", marker=".",
-              markersize=4)
-    risk.axhline(threshold, color="#888888", linestyle=":", label=f"threshold {threshold:.2f}")
-    risk.set(title=f"Stay {trajectory['stay']} ({LABEL_NAMES[trajectory['label']]})", ylabel="risk",
-             ylim=(0, max(1.05 * max(*trajectory["risk"], threshold), .1)))
-    risk.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1))
+    minute = cohort.set_minute[np.searchsorted(cohort.set_start, events, side="right") - 1]
+    row = np.array([shown.index(name) if name in shown else -1 for name in cohort.variables])
+    row = row[cohort.event_variable[events]]
+    events, minute, row = (x[(row >= 0) & (minute >= trajectory["admission"])] for x in (events, minute, row))
+    z = normalizer(dataset.variable[cohort.event_variable[events]], cohort.event_value[events])
+    last = max(trajectory["minute"]) - trajectory["admission"]
+    unit, length = ("hours", 60) if last < 21 * 1440 else ("days", 1440)
+
+    def time(minutes):  # on the axis
+        return (np.array(minutes) - trajectory["admission"]) / length
+
+    figure, (risk, corner, chart, bars) = new_figure(
+        2, 2, width=5.5, height=1.7 + .09 * len(shown), sharex="col", sharey="row",
+        gridspec_kw={"width_ratios": [4, 1], "height_ratios": [2.2, .8 + .18 * len(shown)]})
+    corner.set_axis_off()
+    hours, value = time(trajectory["minute"]), np.array(trajectory["risk"])
+    risk.step(hours, value, where="post", color="black", linewidth=1.2)
+    risk.fill_between(hours, threshold, value, where=value >= threshold, step="post", color="#D55E00", alpha=.15,
+                      linewidth=0, label="alarm")
+    risk.axhline(threshold, color="#888888", linestyle=":", label=f"threshold {threshold:.3g}")
+    highest = value.max()
+    risk.plot(time(trajectory["highest"]), highest, "o", color="#D55E00", markersize=6, label=f"highest, {highest:.3g}")
+    if trajectory["labelled"]:
+        risk.plot(time(trajectory["labelled"]), np.zeros(len(trajectory["labelled"])), "s", color="#0072B2",
+                  markersize=4, clip_on=False, label="label 1")
+    if trajectory["onset"] is not None:
+        for ax in (risk, chart):
+            ax.axvline(time(trajectory["onset"]), color="#0072B2", linestyle="--", linewidth=1.2,
+                       label="onset of sepsis" if ax is risk else None)
+    figure.suptitle(f"Stay {trajectory['stay']} ({LABEL_NAMES[trajectory['label']]})")
+    risk.set(ylabel="risk", ylim=(0, max(1.1 * highest, 1.1 * threshold if threshold < 2 * highest else 0, .01)))
+    risk.legend(frameon=False, fontsize=8, ncols=5, loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)
     for name, which, marker, color in (("1 sd below the mean or lower", z <= -1, "v", "#0072B2"),
-                                       ("between", abs(z) < 1, ".", "#888888"),
+                                       ("between, or no number", ~(abs(z) >= 1), ".", "#888888"),
                                        ("1 sd above or higher", z >= 1, "^", "black")):
-        which = which & np.isin(variable, shown)
-        chart.scatter(hour[which], np.searchsorted(-shown, -variable[which]), s=13, linewidths=0, label=name,
-                      marker=marker, color=color)
-    chart.set_yticks(range(len(shown)), [normalizer.variables[v] for v in shown], fontsize=7)
-    chart.set(xlabel="hours since admission", ylim=(-1, len(shown)),
-              ylabel="variables" if len(shown) == len(names) else f"the {most} most charted of {len(names)} variables")
-    chart.legend(frameon=False, ncols=3, fontsize=8, loc="lower center", bbox_to_anchor=(.5, 1))
+        chart.scatter(time(minute[which]), row[which], s=13, linewidths=0, label=name, marker=marker, color=color)
+    chart.set_yticks(range(len(shown)), shown, fontsize=7)
+    chart.set(xlabel=f"{unit} since admission", ylim=(-1, len(shown)), xlim=np.array([-.01, 1.01]) * last / length,
+              ylabel="variables" if len(shown) == len(moved) else f"{most} of {len(moved)} variables")
+    chart.legend(frameon=False, ncols=3, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)
+    change = np.array([moved[name] for name in shown])
+    bars.barh(range(len(shown)), change, height=.6, color=np.where(change > 0, "#D55E00", "#0072B2"))
+    bars.axvline(0, color="black", linewidth=.8)
+    bars.set_title(f"moves the highest risk\n({unit[:-1]} {time(trajectory['highest']):.3g}) by", fontsize=8)
+    bars.spines["left"].set_visible(False)
+    bars.tick_params(labelsize=7, left=False, labelleft=False)
     save_figure(figure, folder / "trajectory.png")

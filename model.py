@@ -1090,12 +1090,7 @@ class SeqSetVAE(nn.Module):
             values, believed = self._beliefs(z)
             beliefs = statistics_of_beliefs(values, believed & real_sets(batch)[..., None], batch.minute, slots)
         if config.summaries:
-            listed = torch.full((config.num_variables,), config.head_variables, device=h.device)
-            listed[self.head_variables] = torch.arange(config.head_variables, device=h.device)
-            mine = batch.variables[batch.stay_variables]                                              # [B, D]
-            held = torch.arange(mine.shape[1], device=h.device) < batch.variable_counts[:, None]
-            column = listed[mine].masked_fill(~held, config.head_variables)
-            exact = statistics_at(batch, slots, column, config.head_variables)
+            exact = self.exact_statistics(batch)
         return self._joined(z, h, batch.point_slot, beliefs, exact, batch.point_hours)
 
     def _joined(self, z, h, slots, beliefs: Statistics | None, exact: Statistics | None, hours, pool=None):
@@ -1107,9 +1102,18 @@ class SeqSetVAE(nn.Module):
         if beliefs:  # the stay's history as the latents of its sets tell it
             features.append(beliefs.past.flatten(2))
         if exact:
-            seen = exact.past_exists[:, :, HISTORY_STATISTICS.index("log count")].float()
-            features += [exact.past.flatten(2), seen, hours[..., None]]
+            features += summaries(exact, hours)
         return torch.cat(features, dim=-1)
+
+    def exact_statistics(self, batch: EventBatch) -> Statistics:
+        """The exact statistics of the head's variables at the batch's prediction points, n = K."""
+        size, device = self.config.head_variables, batch.minute.device
+        slots = batch.point_slot.masked_fill(batch.point < 0, batch.minute.shape[1])
+        listed = torch.full((self.config.num_variables,), size, device=device)
+        listed[self.head_variables] = torch.arange(size, device=device)
+        mine = batch.variables[batch.stay_variables]                                                  # [B, D]
+        held = torch.arange(mine.shape[1], device=device) < batch.variable_counts[:, None]
+        return statistics_at(batch, slots, listed[mine].masked_fill(~held, size), size)
 
     def features(self, batch: EventBatch) -> torch.Tensor:
         """Head input of every prediction point before standardisation, [B, Q, F].
@@ -1192,6 +1196,13 @@ class SeqSetVAE(nn.Module):
     def ask(self, state: Bedside, minute: float) -> float:
         """The probability of class 1 at `minute`; see `features_at`."""
         return self.classify(self.features_at(state, minute)).softmax(-1)[0, 0, 1].item()
+
+
+def summaries(exact: Statistics, hours) -> list:
+    """What the head is told of the statistics at points, `hours` [B, Q] after their sets: [B, Q, (10 + 1) n + 1] in
+    parts."""
+    seen = exact.past_exists[:, :, HISTORY_STATISTICS.index("log count")].float()
+    return [exact.past.flatten(2), seen, hours[..., None]]
 
 
 def attention_pool(h, last, slots):

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -19,62 +20,87 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
-from data import InputError, labelled_points, ranges, search_after, stays_of, write_atomically
+from data import (InputError, common_variables, labelled_points, search_after, stay_event_index, stays_of,
+                  write_atomically)
 from evaluate import CPU, bootstrap, interval, open_classifier
-from finetune_config import FinetuneConfig
-from train import (
-    choose_device,
-    data_options,
-    finetune,
-    label_subset,
-    labelled,
-    open_checkpoint,
-    parse_arguments,
-    pretrain,
-    probability_at,
-)
+from finetune_config import MANY_POINTS, FinetuneConfig, number_of_trees
+from model import HISTORY_STATISTICS, ModelConfig, SeqSetVAE, summaries
+from runs import choose_device
+from train import (HeadTraining, data_options, finetune, label_subset, labelled, open_checkpoint, parse_arguments,
+                   pretrain, probability_at, training_points)
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Hand-made baselines
+# Baselines: hand-made features, and the model's own head without its backbone
 # ----------------------------------------------------------------------------------------------------------------------
 
-BASELINES = ("logistic regression on summaries", "gradient boosting on summaries")
+BASELINES = ("logistic regression on summaries", "gradient boosting on summaries", "same head, exact summaries alone")
+STATISTICS = ("first", "last", "min", "max", "mean", "sd", "slope", "count", "hours since")
 
 
-def summary_table(cohort, points) -> pd.DataFrame:
-    """Hand-made features of the stay up to each prediction point: first, last, min, max, mean, sd, count and slope
-    (a day) of every variable, descriptors included; raw units, NaN where a variable was not measured."""
-    stays = cohort.point_stay[points]
-    first, end = cohort.stay_start[stays], cohort.stay_start[stays + 1]
-    end = search_after(cohort.set_minute, cohort.point_minute[points], first, end)
-    number = cohort.set_start[end] - cohort.set_start[first]
-    events = ranges(cohort.set_start[first], number)
-    table = pd.DataFrame({"stay": np.repeat(np.arange(len(points)), number),
-                          "variable": cohort.event_variable[events],
-                          "value": cohort.event_value[events].astype(np.float64)})
-    sets = np.searchsorted(cohort.set_start, events, side="right") - 1
-    table["day"] = cohort.set_minute[sets] / 1440
-    table["square"], table["product"] = table["day"] ** 2, table["day"] * table["value"]
-    groups = table.groupby(["stay", "variable"])
-    summary = groups["value"].agg(["first", "last", "min", "max", "mean", "std", "count"])
-    day, square, product = (groups[name].mean() for name in ("day", "square", "product"))
-    spread = square - day ** 2
-    summary["slope"] = ((product - day * summary["mean"]) / spread.where(spread > 1e-9)).fillna(0)
-    wide = summary.unstack("variable").reindex(range(len(points)))
-    wide["count"] = wide["count"].fillna(0)
-    wide.columns = [f"{cohort.variables[v]} {name}" for name, v in wide.columns]
-    return wide
+def running(x: np.ndarray, first: np.ndarray, combine) -> np.ndarray:
+    """[n] each x combined (np.add, np.maximum, np.minimum) with all before it in its segment, which begins at index
+    `first` [n]. By doubling steps (Hillis & Steele 1986): nothing of another segment enters a sum, so nothing cancels.
+    """
+    x, index, step = x.copy(), np.arange(len(x)), 1
+    while len(index := index[index - step >= first[index]]):
+        x[index] = combine(x[index], x[index - step])
+        step *= 2
+    return x
 
 
-def hand_made_baselines(cohort, train, test) -> dict[str, np.ndarray]:
-    """Probabilities at the test points by logistic regression (penalty chosen by cross-validation inside the training
-    stays) and by HistGradientBoosting (scikit-learn's defaults, and shallow trees chosen likewise) on
-    `summary_table`."""
-    both = summary_table(cohort, np.concatenate([train, test]))
-    both = both.loc[:, both.iloc[:len(train)].nunique() > 1]  # what is constant in training says nothing
-    x, x_test, y = both.iloc[:len(train)], both.iloc[len(train):], cohort.label[train].astype(int)
-    low, high = x.quantile(.005), x.quantile(.995)
-    linear = make_pipeline(FunctionTransformer(lambda t: t.clip(low, high, axis=1)),
+def summary_table(cohort, points, variables) -> np.ndarray:
+    """Hand-made features of the stay up to each prediction point: STATISTICS of these variables [K] (indices in the
+    cohort), descriptors included: [n, K, 9] float32, raw units, slope a day; NaN where there is none (count: 0)."""
+    stay = cohort.point_stay[points]
+    begin, after = cohort.stay_start[stay], cohort.stay_start[stay + 1]
+    after = search_after(cohort.set_minute, cohort.point_minute[points], begin, after)
+    begin, end = cohort.set_start[begin], cohort.set_start[after]                         # [n] the events of each point
+    events = stay_event_index(cohort, np.unique(stay))
+    events = events[np.argsort(cohort.event_variable[events], kind="stable")]             # by variable, stay, time
+    begins, ends = (np.searchsorted(cohort.event_variable[events], variables, side) for side in ("left", "right"))
+    table = np.full((len(points), len(variables), len(STATISTICS)), np.nan, dtype=np.float32)
+    for k, mine in enumerate(events[low:high] for low, high in zip(begins, ends)):
+        last, before = np.searchsorted(mine, end) - 1, np.searchsorted(mine, begin)
+        table[:, k, -2] = last + 1 - before
+        seen = last >= before
+        charted = cohort.set_minute[np.searchsorted(cohort.set_start, mine, side="right") - 1]
+        table[seen, k, -1] = (cohort.point_minute[points[seen]] - charted[last[seen]]) / 60
+
+        value = cohort.event_value[mine].astype(np.float64)
+        valued = ~np.isnan(value)
+        mine, value, day = mine[valued], value[valued], charted[valued] / 1440
+        owner = np.searchsorted(cohort.set_start[cohort.stay_start], mine, side="right") - 1
+        first = np.searchsorted(owner, owner)
+        x, day, n = value - value[first], day - day[first], np.arange(len(mine)) - first + 1
+        mean, square, days, spread, product = (running(term, first, np.add) / n
+                                               for term in (x, x * x, day, day * day, x * day))
+        variance, spread = np.maximum(square - mean ** 2, 0), spread - days ** 2
+        sd = np.sqrt(np.where(n > 1, variance * n / np.maximum(n - 1, 1), np.nan))
+        slope = np.where(spread > 1e-9, (product - days * mean) / np.where(spread > 1e-9, spread, 1), 0)
+        statistics = np.stack([value[first], value, *(running(value, first, how) for how in (np.minimum, np.maximum)),
+                               value[first] + mean, sd, slope], axis=1)
+        last, before = np.searchsorted(mine, end) - 1, np.searchsorted(mine, begin)
+        seen = last >= before
+        table[seen, k, :-2] = statistics[last[seen]]
+    return table
+
+
+def hand_made_baselines(cohort, variables, train, weight, test) -> dict[str, np.ndarray]:
+    """Probabilities at the test points by models of `summary_table`, from the training points and their weights:
+    logistic regression (penalty chosen by cross-validation) and HistGradientBoosting (shallow trees, chosen likewise);
+    from many points boosting alone, with the hours since each variable's last event and settings of its own."""
+    many = len(train) > MANY_POINTS
+    both = summary_table(cohort, np.concatenate([train, test]), variables)
+    both = (both if many else both[..., :-1]).reshape(len(both), -1)
+    x, y = both[:len(train)], cohort.label[train].astype(int)
+    says = np.fmin.reduce(x) < np.fmax.reduce(x)  # what is constant in training, or was never measured, says nothing
+    x, x_test = x[:, says], both[len(train):, says]
+    if many:
+        print(f"baselines: no {BASELINES[0]}: it takes too long for {len(train):,} points")
+        boosting = HistGradientBoostingClassifier(l2_regularization=10., early_stopping=False, random_state=0)
+        return {BASELINES[1]: boosting.fit(x, y, weight).predict_proba(x_test)[:, 1]}
+    low, high = np.nanquantile(x, [.005, .995], axis=0)
+    linear = make_pipeline(FunctionTransformer(lambda t: t.clip(low, high)),
                            SimpleImputer(strategy="median", add_indicator=True),
                            StandardScaler(),
                            GridSearchCV(LogisticRegression(max_iter=500), {"C": [.0003, .001, .003, .01, .03, .1]},
@@ -83,16 +109,55 @@ def hand_made_baselines(cohort, train, test) -> dict[str, np.ndarray]:
                             {"max_iter": [100, 200], "max_leaf_nodes": [6, 15], "l2_regularization": [10.]},
                             scoring="neg_log_loss", cv=5)
     return {BASELINES[0]: linear.fit(x, y).predict_proba(x_test)[:, 1],
-            BASELINES[1]: boosting.fit(x.to_numpy(), y).predict_proba(x_test.to_numpy())[:, 1]}
+            BASELINES[1]: boosting.fit(x, y).predict_proba(x_test)[:, 1]}
+
+
+class SummariesAlone(SeqSetVAE):
+    """The classifier's head on the exact summaries of the stay and nothing else: its backbone is never run."""
+
+    def _feature_sizes(self) -> dict[str, int]:
+        return {"plain": 0, "standardised": (len(HISTORY_STATISTICS) + 1) * self.config.head_variables + 1}
+
+    def features(self, batch) -> torch.Tensor:
+        return torch.cat(summaries(self.exact_statistics(batch), batch.point_hours), dim=-1)
+
+
+def summaries_alone(dataset, variables, train, test, seed: int, device=CPU, config=FinetuneConfig()) -> np.ndarray:
+    """Probabilities at the test points by the default head (linear and trees) on exact summaries of these variables
+    (indices in the dataset's vocabulary), trained like that of a frozen backbone on the training stays."""
+    points, _ = training_points(dataset.cohort, train, config, seed, 0)
+    shape = ModelConfig(len(dataset.normalizer.variables), summaries=True, head_variables=len(variables),
+                        head_widths=config.head_widths, head_trees=number_of_trees(config, len(points)),
+                        tree_depth=config.tree_depth)
+    torch.manual_seed(seed)
+    model = SummariesAlone(shape, torch.zeros(shape.num_variables, shape.input_dim))
+    model.head_variables.copy_(torch.from_numpy(variables))
+    model.to(device)
+    head = HeadTraining(SimpleNamespace(model=model, dataset=dataset, last=None), train, config, seed, device)
+    for epoch in range(config.max_epochs):
+        head.epoch(epoch)
+    return probability_at(model, dataset, test, device)
+
+
+def without_backbone(dataset, train, test, seed: int, device=CPU, config=FinetuneConfig()) -> dict[str, np.ndarray]:
+    """Probabilities at the test points by every one of BASELINES that can be had, learned from the training stays."""
+    cohort = dataset.cohort
+    variables = common_variables(cohort, dataset, train, config.most_variables)
+    points, weight = training_points(cohort, train, config, seed, 0)
+    own = np.flatnonzero(np.isin(dataset.variable, variables))
+    return (hand_made_baselines(cohort, own, points, weight, test)
+            | {BASELINES[2]: summaries_alone(dataset, variables, train, test, seed, device, config)})
 
 
 def baselines(arguments, content, cohort, dataset, points, new) -> dict[str, np.ndarray]:
-    """Probabilities at the scored points by the hand-made baselines and by an untrained backbone of the checkpoint's
-    config under the same head, all trained on the checkpoint's training stays."""
+    """Probabilities at the scored points by BASELINES and by an untrained backbone of the checkpoint's config under the
+    same head, all trained on the checkpoint's training stays."""
     if new or "format" not in content:
         raise InputError(f"{arguments.checkpoint}: --baselines are fitted on the data that train.py made the "
                          f"checkpoint with; leave {'--data_dir' if new else '--baselines'} out")
-    methods = hand_made_baselines(cohort, labelled_points(cohort, stays_of(cohort, content["split"]["train"])), points)
+    device = choose_device(arguments.device, "fp32")[0]
+    methods = without_backbone(dataset, labelled(cohort, content["split"]["train"]), points, content["source"]["seed"],
+                               device)
     with tempfile.TemporaryDirectory() as folder:
         pretrained = Path(folder) / "untrained.pt"
         torch.save(content | {"mode": "pretrain"}, pretrained)
@@ -101,7 +166,7 @@ def baselines(arguments, content, cohort, dataset, points, new) -> dict[str, np.
                    "--run_dir", f"{folder}/run", "--device", arguments.device, *given]
         with contextlib.redirect_stdout(io.StringIO()):  # its log would stand in the middle of the report
             path = finetune(parse_arguments(command))
-        model, device = open_classifier(path, data_options(arguments))[0], choose_device(arguments.device, "fp32")[0]
+        model = open_classifier(path, data_options(arguments))[0]
         return methods | {"untrained backbone, same head": probability_at(model.to(device), dataset, points, device)}
 
 
@@ -184,13 +249,13 @@ def predict_cell(cell: Cell, checkpoint: Path, home: Path, common: list, given: 
 
 
 def predict_baselines(checkpoint: Path, home: Path, seed: int, given: dict) -> None:
-    content, cohort, _, split, _ = open_checkpoint(checkpoint, given)
+    _, cohort, dataset, split, _ = open_checkpoint(checkpoint, given)
     train, test = labelled(cohort, split["train"]), labelled_points(cohort, stays_of(cohort, split["test"]))
     for fraction in FRACTIONS:
         if all(predictions_path(home, method, fraction).exists() for method in BASELINES):
             continue
         part = label_subset(cohort, train, fraction, seed)
-        for method, probability in hand_made_baselines(cohort, labelled_points(cohort, part), test).items():
+        for method, probability in without_backbone(dataset, part, test, seed).items():
             save_predictions(predictions_path(home, method, fraction), cohort, test, probability)
 
 

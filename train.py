@@ -32,6 +32,7 @@ from sklearn.metrics import average_precision_score, precision_recall_curve, roc
 from sklearn.model_selection import train_test_split
 
 import runs
+import sepsis2019
 from data import (SPLITS, Cohort, InputError, Normalizer, StayDataset, common_variables, epoch_batches, labelled_points,
                   make_splits, recognised, split_batch, stays_of, stays_with, subjects_of, variable_vectors)
 from finetune_config import (FinetuneConfig, boosted_trees, check_settings, classification_loss, full_optimizer,
@@ -741,13 +742,19 @@ def new_classifier(arguments, config: FinetuneConfig, content: dict, dataset: St
     return model
 
 
-def ranking(label: np.ndarray, probability: np.ndarray) -> dict:
-    """AUROC, AUPRC and the probability from which a point counts as positive (best F1) of the validation points."""
+def ranking(cohort: Cohort, points: np.ndarray, probability: np.ndarray) -> dict:
+    """AUROC and AUPRC of the validation points, and the probability from which one counts as positive: of the best F1,
+    or, where the labels are those of the challenge 2019, of its best utility."""
+    stay, minute, label = cohort.point_stay[points], cohort.point_minute[points], cohort.label[points]
     precision, recall, thresholds = precision_recall_curve(label, probability)
     f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
-    return {"val_auc": float(roc_auc_score(label, probability)),
-            "val_auprc": float(average_precision_score(label, probability)),
-            "threshold": float(thresholds[f1[:-1].argmax()])}
+    result = {"val_auc": float(roc_auc_score(label, probability)),
+              "val_auprc": float(average_precision_score(label, probability)),
+              "threshold": float(thresholds[f1[:-1].argmax()])}
+    if sepsis2019.of_this_kind(stay, minute, label):
+        since = sepsis2019.hours_since_onset(stay, minute, label)
+        result["threshold"], result["val_utility"] = sepsis2019.best_threshold(stay, since, probability)
+    return result
 
 
 def training_points(cohort: Cohort, stays: np.ndarray, config: FinetuneConfig, seed: int, epoch: int):
@@ -908,13 +915,14 @@ def finetuning_epoch(run: Run, row: dict, valid, val_features, keep_last: bool) 
     AUROC (`keep_last`: the last)."""
     with torch.no_grad():
         logits = run.model.eval().classify(val_features)
-    row |= ranking(run.dataset.cohort.label[valid], probability_of(logits))
+    row |= ranking(run.dataset.cohort, valid, probability_of(logits))
     row = gathered(row)[0]  # all go on from the figures of rank 0, should another's device round otherwise
     improved = keep_last or row["val_auc"] > run.best["val_auc"]
     run.end_of_epoch(row, improved)
+    utility = f", utility {row['val_utility']:.4f}" if "val_utility" in row else ""
     print(f"epoch {row['epoch']:3d}: loss {row['loss']:.4f}, "
           f"validation AUROC {row['val_auc']:.4f}{' *' if improved and not keep_last else ''}, "
-          f"AUPRC {row['val_auprc']:.4f}{skipped(row)}")
+          f"AUPRC {row['val_auprc']:.4f}{utility}{skipped(row)}")
 
 
 def main(argv=None) -> int:

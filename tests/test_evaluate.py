@@ -26,13 +26,15 @@ import test_suite
 import train
 from benchmark import PLAIN_LOOP, asked_at_the_end, assert_plain_loop_agrees
 from data import InputError, StayDataset, with_points
-from evaluate import (CHECKPOINT, CPU, alarm_from, bootstrap, followed_event, net_benefit, open_classifier, predict,
-                      print_figures, print_subgroups, ranks, recalibration, risk_over_time, score_figures, subgroups,
-                      threshold_of)
+from evaluate import (CHECKPOINT, CPU, alarm_from, bootstrap, followed_event, influence, net_benefit, open_classifier,
+                      predict, print_figures, print_subgroups, ranks, recalibration, risk_over_time, score_figures,
+                      subgroups, threshold_of, write_meds_predictions)
 from model import ModelConfig, SeqSetVAE, load_checkpoint_weights
-from protocol import BASELINES, Cell, predictions_path, print_protocol
+from protocol import (BASELINES, STATISTICS, Cell, hand_made_baselines, predictions_path, print_protocol,
+                      summaries_alone, summary_table)
 from readers import synthetic_cohort, write_long_table
 from test_suite import main
+from tests.test_readers import meds
 from tests.tiny import FINETUNE, PLAIN, SHARED, build, cohort_of, labels_of, one_error_line, random_stays, tiny, write
 from train import encode_points, probability_at, probability_of
 
@@ -382,7 +384,7 @@ def test_scoring_needs_neither_pytest_nor_the_tests():
 
 def test_the_log_of_the_untrained_backbone_does_not_stand_in_the_report(capsys, monkeypatch, finetuned):
     monkeypatch.setattr(protocol, "hand_made_baselines",
-                        lambda cohort, train, test: {BASELINES[0]: np.zeros(len(test))})
+                        lambda cohort, variables, train, weight, test: {BASELINES[0]: np.zeros(len(test))})
     capsys.readouterr()
     assert main(["--checkpoint", str(finetuned), "--baselines", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
@@ -481,6 +483,78 @@ def test_a_stay_without_a_known_variable_has_no_probability_and_no_part_in_the_s
     one_error_line(capsys, main([*options, "--trajectory", "X"]), "the checkpoint knows none of its variables")
 
 
+@pytest.fixture
+def meds_answers(tmp_path, load, capsys):
+    """Of 28 of 30 subjects of MEDS data, each asked twice, made-up answers: the cohort, the probabilities [60], the
+    file that holds them, what was printed when it was written, and the times that were asked."""
+    rng = np.random.default_rng(0)
+    times = pd.Timestamp("2020-02-03 10:00:00.000001") + pd.to_timedelta(rng.integers(10**11, size=60), "us")
+    subject = np.repeat(np.arange(1, 31), 2)
+    meds(tmp_path / "meds", "data/0.parquet", subject_id=np.arange(1, 31), time=[times.min()] * 30, code=["HR"] * 30)
+    meds(tmp_path / "meds", "labels/0.parquet", subject_id=subject, prediction_time=times,
+         boolean_value=rng.random(60) < .4)
+    cohort, probability = load(tmp_path / "meds"), rng.random(60)
+    path = tmp_path / "answers.parquet"
+    write_meds_predictions(path, cohort, np.arange(60), probability, .5, np.arange(2, 30))
+    asked = pd.DataFrame({"subject_id": subject, "prediction_time": times})
+    return cohort, probability, path, capsys.readouterr().out, asked
+
+
+def test_predictions_of_meds_data_are_what_meds_evaluation_takes(meds_answers):
+    from pyarrow import parquet
+    cohort, probability, path, printed, asked = meds_answers
+    assert {field.name: str(field.type) for field in parquet.read_schema(path)} == {
+        "subject_id": "int64", "prediction_time": "timestamp[us]", "boolean_value": "bool",
+        "predicted_boolean_value": "bool", "predicted_boolean_probability": "float"}
+    table, of = pd.read_parquet(path), np.isin(cohort.point_stay, np.arange(2, 30))
+    keys = ["subject_id", "prediction_time"]
+    asked = asked[asked["subject_id"].isin(cohort.stay_id[2:].astype(int))].sort_values(keys)
+    order = table.sort_values(keys)
+    assert order["prediction_time"].tolist() == asked["prediction_time"].tolist()  # to the microsecond
+    assert order["subject_id"].tolist() == asked["subject_id"].tolist()
+    assert table["boolean_value"].tolist() == (cohort.label[of] == 1).tolist()
+    assert table["predicted_boolean_value"].tolist() == (probability[of] >= .5).tolist()
+    assert table["predicted_boolean_probability"].tolist() == probability[of].astype(np.float32).tolist()
+    assert "56 points of 28 subjects" in printed and "4 of subjects that" in printed
+
+
+def test_meds_evaluation_finds_our_auroc(meds_answers):
+    evaluation = pytest.importorskip("meds_evaluation.evaluate")
+    polars = pytest.importorskip("polars")
+    cohort, probability, path, *_ = meds_answers
+    told = evaluation.evaluate_binary_classification(polars.read_parquet(path))["samples_equally_weighted"]
+    of = np.isin(cohort.point_stay, np.arange(2, 30))
+    assert told["roc_auc_score"] == pytest.approx(roc_auc_score(cohort.label[of], probability[of].astype(np.float32)))
+
+
+def test_predictions_as_parquet_have_the_columns_of_the_csv(tmp_path, finetuned):
+    pytest.importorskip("pyarrow")
+    for end in ("csv", "parquet"):
+        assert main(["--checkpoint", str(finetuned), "--predictions", str(tmp_path / f"p.{end}")]) == 0
+    csv, table = pd.read_csv(tmp_path / "p.csv", dtype={"stay_id": str}), pd.read_parquet(tmp_path / "p.parquet")
+    assert list(csv) == list(table) and table["stay_id"].tolist() == csv["stay_id"].tolist()
+    np.testing.assert_allclose(table["probability"], csv["probability"], rtol=1e-12)
+
+
+def test_a_variable_moves_the_risk_by_what_the_risk_is_without_it():
+    """Against a cohort built without the variable; a stay of one variable has no risk without it."""
+    stay = random_stays([12])[0]
+    model, cohort = build(SeqSetVAE, tiny(summaries=True, head_variables=5)), cohort_of([stay, [(5, [(3, 1.)])]])
+    dataset = StayDataset(cohort, PLAIN, points=True)
+    told = risk_over_time(model, dataset, 0)
+    assert told["highest"] == told["minute"][np.argmax(told["risk"])] and len(told["without"]) == 7
+    before = [(m, events) for m, events in stay if m <= told["highest"]]
+    for v in range(7):
+        rest = [(m, kept) for m, events in before if (kept := [e for e in events if e[0] != v])]
+        other = cohort_of([rest, [(5, [(u, 0.) for u in range(7)])]])
+        other = with_points(other, np.array([1, 0]), np.array([told["highest"]]), np.array([-1]))
+        expected = probability_at(model, StayDataset(other, PLAIN, points=True), np.arange(1), CPU)[0]
+        assert told["without"][f"lab{v}"] == pytest.approx(expected, abs=1e-5)
+    assert risk_over_time(model, dataset, 1)["without"] == {"lab3": None}
+    order = [abs(x) for x in influence(told).values()]
+    assert order == sorted(order, reverse=True) and influence({"risk": [1.], "without": {"a": None}}) == {}
+
+
 def test_analysis_options_need_a_checkpoint_and_plots_need_matplotlib(capsys, monkeypatch, finetuned):
     one_error_line(capsys, main(["--plots", "x"]), "--checkpoint")
     one_error_line(capsys, main(["--checkpoint", str(finetuned), "--device", "cuda:99"]), "--device cuda:99")
@@ -490,10 +564,53 @@ def test_analysis_options_need_a_checkpoint_and_plots_need_matplotlib(capsys, mo
         main(["--checkpoint", str(finetuned), "--unknown"])
 
 
+def test_the_hand_made_features_are_those_of_each_points_past():
+    """Against pandas, a point and a variable at a time; two events of one set, events without a value, a stay that does
+    not have the variable."""
+    cohort = cohort_of(random_stays([9, 1, 30], seed=3, valueless=.2))
+    minute = np.concatenate([np.unique(np.append(cohort.set_minute[slice(*cohort.stay_start[p:p + 2])], [0., 3100.]))
+                             for p in range(3)])
+    cohort = with_points(cohort, np.array([11, 3, 32]), minute, np.zeros(len(minute)))
+    points = np.flatnonzero(np.arange(len(minute)) % 3 != 1)
+    table = summary_table(cohort, points, np.array([1, 4]))
+    assert table.shape == (len(points), 2, len(STATISTICS))
+    sets = np.repeat(np.arange(len(cohort.set_minute)), np.diff(cohort.set_start))
+    events = pd.DataFrame({"stay": np.searchsorted(cohort.stay_start, sets, side="right") - 1,
+                           "minute": cohort.set_minute[sets], "variable": cohort.event_variable,
+                           "value": cohort.event_value.astype(float)})
+    for row, point in zip(table, points):
+        for told, variable in zip(row, (1, 4)):
+            past = events[(events["stay"] == cohort.point_stay[point]) & (events["variable"] == variable)
+                          & (events["minute"] <= cohort.point_minute[point])]
+            x = past["value"].dropna()
+            day = past["minute"][x.index] / 1440
+            slope = np.polyfit(day, x, 1)[0] if day.nunique() > 1 else 0
+            expected = [x.iloc[0], x.iloc[-1], x.min(), x.max(), x.mean(), x.std(), slope] if len(x) else [np.nan] * 7
+            since = (cohort.point_minute[point] - past["minute"].max()) / 60
+            np.testing.assert_allclose(told, [*expected, len(past), since], rtol=1e-4, atol=1e-5)
+
+
+def test_from_many_points_boosting_alone_learns_and_nothing_constant_kills_it(monkeypatch, capsys):
+    rng = np.random.default_rng(0)
+    stays = [[(60 * h, [(0, (i % 2) * h + rng.normal()), (1, 7.)]) for h in range(20)] for i in range(40)]
+    cohort = cohort_of(stays)
+    minute, label = np.tile(60. * np.arange(20), 40), np.repeat(np.arange(40) % 2, 20) * np.tile(np.arange(20) > 9, 40)
+    cohort = with_points(cohort, np.full(40, 20), minute, label)
+    train, test = np.arange(500), np.arange(500, 800)
+    monkeypatch.setattr(protocol, "MANY_POINTS", 400)
+    told = hand_made_baselines(cohort, np.arange(7), train, np.ones(500), test)  # variables 2 to 6 never occur
+    assert list(told) == [BASELINES[1]] and roc_auc_score(cohort.label[test], told[BASELINES[1]]) > .95
+    assert BASELINES[0] in capsys.readouterr().out
+    dataset = StayDataset(cohort, PLAIN, points=True)
+    alone = summaries_alone(dataset, np.arange(2), np.arange(25), test, 0)
+    assert roc_auc_score(cohort.label[test], alone) > .95
+    assert (alone == summaries_alone(dataset, np.arange(2), np.arange(25), test, 0)).all()
+
+
 def test_the_protocols_table_pairs_each_method_with_the_better_baseline(tmp_path, capsys):
     rng, label = np.random.default_rng(0), np.arange(60) % 3 == 0
     for seed in range(2):
-        for method, noise in zip((*BASELINES, Cell().name), (1.5, 1.0, 0.3)):
+        for method, noise in zip((*BASELINES, Cell().name), (1.5, 1.0, 2.5, 0.3)):
             (tmp_path / f"seed{seed}").mkdir(exist_ok=True)
             table = pd.DataFrame({"stay_id": range(60), "label": label.astype(int),
                                   "probability": label + noise * rng.normal(size=60)})
@@ -501,7 +618,7 @@ def test_the_protocols_table_pairs_each_method_with_the_better_baseline(tmp_path
     print_protocol(tmp_path)
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()
             if line.startswith("| ") and "±" in line]
-    assert [row[0][2:] for row in rows] == [Cell().name, BASELINES[1], BASELINES[0]]
+    assert [row[0][2:] for row in rows] == [Cell().name, *(BASELINES[i] for i in (1, 0, 2))]
     assert all(row[1] == "2" for row in rows)
     assert rows[0][4].startswith("+0.") and rows[2][4].startswith("-0.") and rows[1][4].strip() == ""
 

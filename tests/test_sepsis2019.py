@@ -1,0 +1,142 @@
+"""Tests of sepsis2019.py: the challenge's utility, and what a ward would ask."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import train
+from evaluate import CHECKPOINT, open_classifier
+from sepsis2019 import (bedside, best_threshold, figures, hours_since_onset, normalised, of_this_kind, stay_utilities,
+                        utilities)
+from test_suite import main
+from tests.tiny import SHARED, write
+
+
+@pytest.fixture(scope="module")
+def official():
+    path = SHARED / "fixtures" / "sepsis2019_utility.json"
+    if not path.exists():
+        pytest.skip("shared/fixtures is absent: the official scorer's utility was not compared")
+    return json.loads(path.read_text())
+
+
+def flat(stays, *names):
+    """Of stays as lists of hours: place of the stay, minute, and the named lists, [n] each."""
+    hours = [len(stay[names[0]]) for stay in stays]
+    return (np.repeat(np.arange(len(stays)), hours), np.concatenate([60.0 * np.arange(n) for n in hours]),
+            *(np.concatenate([stay[name] for stay in stays]) for name in names))
+
+
+def test_the_utility_is_the_official_scorers(official):
+    stay, minute, label, prediction = flat(official["stays"], "label", "prediction")
+    assert of_this_kind(stay, minute, label)
+    utility = stay_utilities(stay, hours_since_onset(stay, minute, label), prediction == 1)
+    expected = [[s["utility"], s["inaction"], s["best"]] for s in official["stays"]]
+    np.testing.assert_allclose(utility, expected, rtol=0, atol=1e-9)
+    assert abs(normalised(utility.sum(0)) - official["normalised_utility"]) < 1e-9
+
+
+def test_the_figures_of_hours_are_the_official_scorers(official):
+    stay, minute, label, probability, prediction = flat(official["stays"], "label", "probability", "prediction")
+    threshold = probability[prediction == 1].min()
+    assert ((probability >= threshold) == prediction).all()
+    told = figures(stay, minute, label, probability, threshold)
+    assert abs(told["all_hours"]["auroc"] - official["auroc"]) < 1e-9
+    assert abs(told["utility"]["value"] - official["normalised_utility"]) < 1e-9
+    low, high = told["utility"]["interval"]
+    assert low < official["normalised_utility"] < high
+    assert told["until_the_onset"]["hours"] == (hours_since_onset(stay, minute, label) <= 0).sum() < len(label)
+
+
+def random_hours(seed, stays=40):
+    """Stays of 1 to 60 hours, every third with sepsis, probabilities with ties."""
+    rng, hours = np.random.default_rng(seed), []
+    for i in range(stays):
+        n = int(rng.integers(1, 60))
+        label = np.zeros(n, dtype=int)
+        if i % 3 == 0:
+            label[max(0, n - int(rng.integers(1, 11))):] = 1
+        hours.append({"label": label, "probability": (rng.random(n) + .3 * label).round(2)})
+    return flat(hours, "label", "probability")
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_threshold_is_the_best_of_all(seed):
+    stay, minute, label, probability = random_hours(seed)
+    since = hours_since_onset(stay, minute, label)
+    values = {cut: normalised(stay_utilities(stay, since, probability >= cut).sum(0))
+              for cut in (*np.unique(probability), 9)}
+    threshold, utility = best_threshold(stay, since, probability)
+    assert utility == max(values.values()) == values[threshold]
+
+
+def test_where_no_alarm_pays_there_is_none():
+    stay, minute = np.repeat([0, 1], [9, 91]), 60.0 * np.append(np.arange(9), np.arange(91))
+    label = (np.arange(100) == 99).astype(int)
+    threshold, utility = best_threshold(stay, hours_since_onset(stay, minute, label), 1 - label * .5)
+    assert threshold > 1 and utility == 0
+
+
+def test_the_utility_by_the_hours_since_onset():
+    since = np.array([-np.inf, -20, -12, -11, -6, -5, 0, 3, 4])
+    quiet, alarm = utilities(since)
+    np.testing.assert_allclose(quiet, [0, 0, 0, 0, 0, -2 / 9, -12 / 9, -2, 0])
+    np.testing.assert_allclose(alarm, [-.05, -.05, 0, 1 / 6, 1, 8 / 9, 3 / 9, 0, 0], atol=1e-12)
+
+
+def test_what_a_ward_would_ask():
+    """Two stays of 24 hours, onset at hour 20 of the first; one of 6 hours, labelled 1 from the first on."""
+    hours = np.array([24, 24, 6])
+    label = np.zeros(54, dtype=int)
+    label[14:24], label[48:] = 1, 1
+    stay, minute = np.repeat([7, 8, 9], hours), 60.0 * np.concatenate([np.arange(n) for n in hours])
+    alarm = np.zeros(54, dtype=bool)
+    alarm[[2, 3, 5, 16, 17]] = True  # hours of the first stay
+    alarm[[24, 30, 31]] = True       # 0, 6, 7 of the second
+    alarm[50] = True                 # 2 of the third, whose onset is at hour 6
+    told = bedside(stay, hours_since_onset(stay, minute, label), alarm)
+    assert told["septic_stays"] == told["warned"] == 2 and told["share_warned"] == 1
+    assert told["lead_hours"] == 4 and told["lead_stays"] == told["labelled_from_the_first_hour"] == 1
+    assert told["false_alarms"] == 4 and told["false_alarms_a_day"] == pytest.approx(4 / (54 / 24))
+
+
+def test_other_labels_are_not_taken_for_the_challenges():
+    stay, minute, label, _ = random_hours(0)
+    assert of_this_kind(stay, minute, label)
+    assert not of_this_kind(stay, minute * 2, label)                             # not hourly
+    assert not of_this_kind(stay, minute, 1 - label)                             # falls
+    assert not of_this_kind(np.arange(9), 60.0 * np.arange(9), np.arange(9) % 2)  # one question a stay
+    assert not of_this_kind(np.zeros(60), 60.0 * np.arange(60), (np.arange(60) > 20).astype(int))  # 39 hours of label 1
+
+
+def test_hourly_sepsis_labels_are_scored_as_the_challenge_does(tmp_path, capsys, small_models):
+    """From the reader to the report: the threshold is the validation stays' best."""
+    rng, header = np.random.default_rng(0), "HR|Temp|Age|SepsisLabel\n"
+    for i in range(48):
+        hours, septic = int(rng.integers(14, 22)), i % 3 == 0
+        rows = [f"{80 + 4 * rng.normal() + 3 * septic * h:.1f}|{'NaN' if h % 4 else 37}|60|{int(septic and h >= 11)}\n"
+                for h in range(hours)]
+        write(tmp_path / "data" / "training_setA" / f"p{i:06}.psv", header + "".join(rows))
+    run = ["--device", "cpu", "--max_epochs", "1", "--run_dir"]
+    assert train.main(["--mode", "pretrain", "--data_dir", str(tmp_path / "data"), *run, str(tmp_path / "pre")]) == 0
+    assert train.main(["--mode", "finetune", "--pretrained_ckpt", str(tmp_path / "pre" / "best.pt"), "--set",
+                       "trees=20", *run, str(tmp_path / "fine")]) == 0
+    assert "utility" in capsys.readouterr().out
+    content = open_classifier(tmp_path / "fine" / "best.pt")[1]
+    assert main(["--checkpoint", str(tmp_path / "fine" / "best.pt"), "--predictions", str(tmp_path / "p.csv"), "--json",
+                 str(tmp_path / "json")]) == 0
+    printed, told = capsys.readouterr().out, json.loads((tmp_path / "json").read_text())["sepsis"][CHECKPOINT]
+    assert "best utility of the validation split" in printed and "a patient-day" in printed
+    table = pd.read_csv(tmp_path / "p.csv")
+    for part, expected in (("valid", content["metrics"]["val_utility"]), ("test", told["utility"]["value"])):
+        rows = table[table["split"] == part]
+        stay = pd.factorize(rows["stay_id"])[0]
+        since = hours_since_onset(stay, rows["minute"].to_numpy(), rows["label"].to_numpy())
+        probability = rows["probability"].to_numpy()
+        utility = normalised(stay_utilities(stay, since, probability >= told["threshold"] - 1e-6).sum(0))
+        assert utility == pytest.approx(expected, abs=1e-9)
+        if part == "valid":
+            found = best_threshold(stay, since, probability)[0]
+            assert found == pytest.approx(content["metrics"]["threshold"], abs=1e-5)
