@@ -26,7 +26,8 @@ from finetune_config import FinetuneConfig, head_optimizer
 from model import ModelConfig, SeqSetVAE, SeqSetVAEPretrain
 from readers import load_cohort
 from tests.plain_loop import close, plain_features, plain_pass
-from train import CHECKPOINTS, data_options, encode_points, head_epoch, keep_freed_memory, prepare_head, probability_of, update
+from runs import CHECKPOINTS, keep_freed_memory
+from train import data_options, encode_points, head_epoch, prepare_head, probability_of, update
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Benchmark: our batched model beside the plain loop (above), in one run and on one number of threads
@@ -258,8 +259,8 @@ def measure(dataset, load, device) -> tuple[pd.DataFrame, float]:
 
 
 def bedside_latency(dataset, sets: int = 200, events: int = 6, timed: int = 100) -> list:
-    """Of our default classifier, on one thread of the CPU: the median time of appending a set of so many events to a stay
-    of so many sets, and of asking for the risk after it."""
+    """Of our default classifier, on one thread of the CPU: the median time of appending a set of so many events to a
+    stay of so many sets, and of asking for the risk after it."""
     variables, rng, times = len(dataset.normalizer.variables), np.random.default_rng(0), np.zeros((sets + timed, 2))
     model, threads = new_classifier(ModelConfig(variables), dataset)[0].eval(), torch.get_num_threads()
     state = model.start()
@@ -415,7 +416,8 @@ def alone(work, *arguments) -> tuple:
     try:
         return mine.recv()
     except EOFError:
-        raise InputError(f"--benchmark scale: the measurement ended early (exit code {process.exitcode}); see above") from None
+        raise InputError(f"--benchmark scale: the measurement ended early (exit code {process.exitcode}); "
+                         "see above") from None
 
 
 def scale() -> None:

@@ -19,7 +19,8 @@ from benchmark import benchmark, scale
 from data import InputError
 from evaluate import follow, performance
 from protocol import baselines, protocol
-from train import CHECKPOINTS, add_data_options, add_head_options, keep_freed_memory
+from runs import CHECKPOINTS, keep_freed_memory, print_what_the_terminal_can
+from train import add_data_options, add_head_options
 
 TESTS = str(Path(__file__).with_name("tests"))
 
@@ -38,11 +39,13 @@ def main(argv=None) -> int:
     add("--embeddings", metavar="NPZ", help="write stay_id, features and h after the last set of every stay")
     add("--trajectory", metavar="STAY", help="the risk after every set of this stay")
     add("--follow", action="store_true",
-        help="instead of the analysis: read lines stay_id,minute,variable,value from standard input as they come, and after "
-             "each set (a later minute of the stay, an empty line) print stay_id,minute,risk; needs the checkpoint alone")
+        help="instead of the analysis: read lines stay_id,minute,variable,value from standard input as they come, and "
+             "after each set (a later minute of the stay, an empty line) print stay_id,minute,risk; needs the checkpoint "
+             "alone")
     add("--plots", metavar="DIR",
         help="draw curves, ROC and precision-recall, calibration, features and the --trajectory (needs matplotlib)")
     add("--json", metavar="FILE", help="write the analysis' figures")
+    add("--device", default="auto", help="auto (cuda where there is one, else cpu), cpu, cuda, cuda:1 (default: auto)")
     add_head_options(add)
 
     add = parser.add_argument_group("data (default: the checkpoint's, of which the recorded test split is scored; "
@@ -66,7 +69,7 @@ def main(argv=None) -> int:
     add("--soak", action="store_true",
         help="run the tests of killed processes and damaged inputs at length: 60 kills, 2,000 inputs")
     arguments = parser.parse_args(argv)
-    keep_freed_memory()
+    keep_freed_memory(), print_what_the_terminal_can()
     try:
         if arguments.soak:
             os.environ["SEQSETVAE_SOAK"] = "1"
