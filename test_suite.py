@@ -40,8 +40,8 @@ def main(argv=None) -> int:
     add("--trajectory", metavar="STAY", help="the risk after every set of this stay")
     add("--follow", action="store_true",
         help="instead of the analysis: read lines stay_id,minute,variable,value from standard input as they come, and "
-             "after each set (a later minute of the stay, an empty line) print stay_id,minute,risk; needs the checkpoint "
-             "alone")
+             "after each set (a later minute of the stay, an empty line) print stay_id,minute,risk; needs the "
+             "checkpoint alone")
     add("--plots", metavar="DIR",
         help="draw curves, ROC and precision-recall, calibration, features and the --trajectory (needs matplotlib)")
     add("--json", metavar="FILE", help="write the analysis' figures")
