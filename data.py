@@ -627,8 +627,7 @@ class EventSets:
 
     @classmethod
     def of_one(cls, variable: torch.Tensor, value: torch.Tensor) -> "EventSets":
-        """A single set: variable [E], value [E], 0 where the event has none. Without events it is one cell of
-        padding."""
+        """A single set: variable [E], value [E], 0 where the event has none. Without events it is a cell of padding."""
         cell = torch.arange(max(1, len(value)), device=value.device)
         return cls(variable, cell[:len(value)], value, [(1, len(cell))], cell, cell[:1, None])
 

@@ -426,8 +426,8 @@ FUTURE_STATISTICS = ("mean", "max", "min")
 class Statistics(NamedTuple):
     """What the stays showed of n variables up to Q sets of each, that set included, and will show after it."""
 
-    past: torch.Tensor   # [B, Q, 10, n] in the order of HISTORY_STATISTICS, 0 where there is none; slope in units a day
-    past_exists: torch.Tensor    # [B, Q, 10, n] bool: the count once the variable was seen, others once it had a value
+    past: torch.Tensor         # [B, Q, 10, n] in the order of HISTORY_STATISTICS, 0: there is none; slope a day
+    past_exists: torch.Tensor  # [B, Q, 10, n] bool: the count once the variable was seen, others once it had a value
     future: torch.Tensor | None = None         # [B, Q, 3, n] in the order of FUTURE_STATISTICS
     future_exists: torch.Tensor | None = None  # [B, Q, 3, n] bool
 
@@ -442,7 +442,7 @@ def statistics_of_sums(sums, seen, latest, high, low, first) -> Statistics:
     slope = (tx - t * x) / ((tt - t.square()).clamp(min=0) + 0.01)
     past = torch.stack([latest, first.expand_as(mean), mean, high, low, std, slope, seen.log1p(), latest.abs(),
                         mean.abs()], dim=-2)
-    counts = torch.tensor([name == "log count" for name in HISTORY_STATISTICS], device=seen.device)[:, None]   # [10, 1]
+    counts = torch.tensor([name == "log count" for name in HISTORY_STATISTICS], device=seen.device)[:, None]  # [10, 1]
     exists = exists[..., None, :] | counts & (seen > 0)[..., None, :]
     return Statistics(past.masked_fill(~exists, 0), exists)
 
@@ -793,12 +793,12 @@ class History(nn.Module):
         return torch.addcmul(future, self.slope.abs().view(-1, 1, 1), distance, value=-1)
 
     def forward(self, z, minute, past: list[Cache] | None = None):
-        """z [B, n, d] of the last n sets, minute [B, L] of all -> h [B, n, d]. Later sets never reach earlier ones; a
-        stay's padding lies after its last set. past: of every layer, see `TransformerLayer`."""
+        """z [B, n, d] of the last n sets, minute [B, L] of all -> h [B, n, d]. Later sets never reach earlier ones;
+        a stay's padding lies after its last set. past: of every layer, see `TransformerLayer`."""
         n, length = z.shape[1], minute.shape[1]
         gap = F.pad(minute.diff(dim=1), (1, 0))[:, length - n:].clamp(min=0).float()
-        x = z + sinusoids(torch.arange(length - n, length, device=z.device), z.shape[-1])
-        x = x + self.gap_embedding(torch.bucketize(gap, self.gap_edges))
+        position = sinusoids(torch.arange(length - n, length, device=z.device), z.shape[-1])          # [n, d]
+        x = z + position + self.gap_embedding(torch.bucketize(gap, self.gap_edges))
         x = F.layer_norm(x, x.shape[-1:])
         bias = self.time_bias(minute, length - n) if n <= LONG_STAY else partial(self.time_bias, minute)
         for layer, cache in zip(self.layers, past or [None] * len(self.layers)):
@@ -1055,8 +1055,8 @@ class SeqSetVAE(nn.Module):
     def _extract_enhanced_features(self, h, slots=None, key_value=None):
         """Features from h [B, L, d] alone at the sets `slots` [B, Q] (None: the last), from no later set: stable
         [B, Q, d] = 0.7 * last + 0.3 * attention pool, or multiscale [B, Q, 4d] = last, attention pool, mean, max. Full
-        training: before them a projection [B, Q, d] of mean, max and learned attention pool (`key_value` [B, L, 2d]:
-        its keys and values, None: yet to be projected)."""
+        training: before them a projection [B, Q, d] of mean, max and learned attention pool, whose keys and values are
+        `key_value` [B, L, 2d] (None: yet to be projected)."""
         if slots is None:
             slots = torch.full((len(h), 1), h.shape[1] - 1, device=h.device)
         last = at_slots(h, slots)                                                                     # [B, Q, d]
@@ -1095,7 +1095,7 @@ class SeqSetVAE(nn.Module):
 
     def _joined(self, z, h, slots, beliefs: Statistics | None, exact: Statistics | None, hours, pool=None):
         """The head input [B, Q, F] at the sets `slots` [B, Q], asked `hours` [B, Q] later: what z and h [B, L, d] tell,
-        and the statistics there; pool: see `_extract_enhanced_features`."""
+        and the statistics there; pool: the learned pool's keys and values, see `_extract_enhanced_features`."""
         features = [self._extract_enhanced_features(h, slots, pool)]
         if self.config.features == "multiscale":
             features += prefix_moments(z, slots)
@@ -1146,8 +1146,8 @@ class SeqSetVAE(nn.Module):
         terms = sequence_losses(self.setvae, getattr(self, "history_readout", None), h, batch, question)
         return {"logits": logits, "reconstruction": sum(terms.values()).mean(), "kl": self.setvae.kl(mu, logvar, batch)}
 
-    # At the bedside: one set after another, each step in a time that grows with the sets before (O(L d)) and with
-    # nothing else. Equal to the whole pass; in evaluation mode.
+    # At the bedside, in evaluation mode: equal to the whole pass, one set after another, in a time that grows with the
+    # sets before (O(L d)) and not with the vocabulary.
 
     def start(self) -> Bedside:
         """A stay without sets."""
