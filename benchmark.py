@@ -403,7 +403,8 @@ def alone(work, *arguments) -> tuple:
     try:
         return mine.recv()
     except EOFError:
-        raise InputError(f"--benchmark scale: the measurement ended early (exit code {process.exitcode}); see above") from None
+        raise InputError(f"--benchmark scale: the measurement ended early (exit code {process.exitcode}); "
+                         "see above") from None
 
 
 def scale() -> None:

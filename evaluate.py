@@ -1,6 +1,7 @@
 """What a finetuned checkpoint is worth: its scores, predictions, features, the risk over one stay, and pictures.
 
-`open_classifier` opens a checkpoint beside its data; `performance` is what `test_suite.py --checkpoint` runs.
+`predict` gives the probabilities of a table of events, from Python; `performance` is what `test_suite.py --checkpoint`
+runs; `open_classifier` opens a checkpoint beside its data.
 """
 
 import difflib
@@ -8,6 +9,7 @@ import io
 import json
 import re
 import secrets
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +29,31 @@ from sklearn.preprocessing import StandardScaler
 
 from data import (HASHED, InputError, Normalizer, StayDataset, labelled_points, make_splits, point_slots, salted,
                   stay_event_index, stays_of, stays_with, variable_vectors, with_points, write_atomically)
-from model import (SeqSetVAE, at_slots, checkpoint_config, load_weights, original_classifier, read_checkpoint,
-                   real_sets)
-from runs import evaluation_loader
-from train import data_options, encode_points, open_checkpoint, predict
+from model import SeqSetVAE, at_slots, checkpoint_config, load_weights, original_classifier, read_checkpoint, real_sets
+from readers import load_cohort
+from runs import choose_device, evaluation_loader
+from train import data_of, data_options, dataset_of, encode_points, open_checkpoint, probability_at
 
 CPU = torch.device("cpu")
+
+
+def predict(checkpoint, events: pd.DataFrame, device: str = "auto") -> pd.DataFrame:
+    """The probability of every stay of a table of events, as `--predictions` gives it for the same table.
+
+    checkpoint: path of a finetuned checkpoint of train.py. events: a row an event, with the columns stay_id, minute,
+    variable and value of the long table (see README.md). Returns the columns stay_id (text) and probability, a row a
+    stay in the order of the ids; NaN where the checkpoint knows nothing of a stay's events. Raises InputError as
+    train.py.
+    """
+    content = read_checkpoint(checkpoint)
+    model, device = classifier_of(checkpoint, content), choose_device(device, "fp32")[0]
+    with tempfile.TemporaryDirectory() as folder:
+        events.to_csv(Path(folder) / "events.csv", index=False)
+        cohort = load_cohort(**data_of(content, {"data_dir": folder}), cache_dir=Path(folder) / "cache")
+        dataset = dataset_of(checkpoint, content, cohort)
+        points, probability = answered_points(dataset), np.full(len(cohort), np.nan)
+        probability[cohort.point_stay[points]] = probability_at(model.to(device), dataset, points, device)
+        return pd.DataFrame({"stay_id": cohort.stay_id, "probability": probability})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -44,12 +65,18 @@ def open_classifier(path, given: dict = {}, set_heads=None, transformer_heads=No
     content, cohort, dataset, _, new = open_checkpoint(path, given)
     if "format" not in content:
         return open_original(path, content, cohort, set_heads, transformer_heads)
+    return classifier_of(path, content), content, cohort, dataset, new
+
+
+def classifier_of(path, content: dict) -> SeqSetVAE:
+    """The model of a finetuned checkpoint with this content, in evaluation mode."""
     if content.get("mode") != "finetune":
         raise InputError(f"{path}: not a finetuned checkpoint; make one with: "
                          f"python train.py --mode finetune --pretrained_ckpt {path}")
-    model = SeqSetVAE(checkpoint_config(content, len(dataset.normalizer.variables), path), content["vocabulary"])
+    variables = len(content["normalizer"]["variables"])
+    model = SeqSetVAE(checkpoint_config(content, variables, path), content["vocabulary"])
     load_weights(model, content["model"], path)
-    return model.eval(), content, cohort, dataset, new
+    return model.eval()
 
 
 def open_original(path, content, cohort, set_heads, transformer_heads):
@@ -72,8 +99,8 @@ def open_original(path, content, cohort, set_heads, transformer_heads):
 
 
 def scored_points(content, cohort, new) -> tuple[np.ndarray, str]:
-    """The labelled points that may be scored, and what they are: those of the recorded test split; of other data, of all
-    subjects that were not trained or selected on."""
+    """The labelled points that may be scored, and what they are: those of the recorded test split; of other data, of
+    all subjects that were not trained or selected on."""
     if not new:
         recorded_by = "checkpoint" if "format" in content else "data"
         stays = stays_of(cohort, content["split"]["test"])
@@ -238,10 +265,11 @@ def calibration_error(label, probability, bins: int = 10) -> float:
 def performance(arguments, baselines=None) -> None:
     """Print the analysis of a finetuned checkpoint on the stays it may be scored on (see `scored_stays`), and write
     what is asked for."""
-    path = arguments.checkpoint
+    path, device = arguments.checkpoint, choose_device(arguments.device, "fp32")[0]
     folder = arguments.plots and picture_folder(arguments.plots)
     model, content, cohort, dataset, new = open_classifier(path, data_options(arguments), arguments.set_heads,
                                                            arguments.transformer_heads)
+    model.to(device)
     source = content["source"]
     figures = {"checkpoint": str(path), "epoch": content["metrics"]["epoch"], "command": source["command"],
                "seed": source.get("seed"),
@@ -269,11 +297,11 @@ def performance(arguments, baselines=None) -> None:
                      for key, mask in subgroups(cohort, np.unique(stays), name).items()}
               for name in arguments.subgroups}
     rows = answered if arguments.predictions or arguments.embeddings else points
-    probability = predict(model, dataset, rows, CPU)
+    probability = probability_at(model, dataset, rows, device)
     if arguments.predictions:
         write_predictions(arguments.predictions, content, dataset, rows, probability)
     if arguments.embeddings:
-        write_embeddings(arguments.embeddings, model, dataset, rows)
+        write_embeddings(arguments.embeddings, model, dataset, rows, device)
     scored = np.searchsorted(rows, points)
     methods = {CHECKPOINT: probability[scored]}
     if unscored:
@@ -283,13 +311,13 @@ def performance(arguments, baselines=None) -> None:
             methods |= baselines(arguments, content, cohort, dataset, points, new)
         figures |= {"scored": what, **score_figures(stays, label, methods, content["metrics"]["threshold"],
                                                     arguments.sensitivity, groups),
-                    "model": model_figures(model, dataset, np.unique(stays))}
+                    "model": model_figures(model, dataset, np.unique(stays), device)}
         print_figures(figures,
                       "no threshold was recorded" if "format" not in content else "best F1 of the validation split")
         if groups:
             print_subgroups(figures)
     if stay is not None:
-        figures["trajectory"] = risk_over_time(model, dataset, stay)
+        figures["trajectory"] = risk_over_time(model, dataset, stay, device)
         print_trajectory(figures["trajectory"])
     if arguments.json:
         write_atomically(arguments.json, lambda out: out.write_text(json.dumps(figures, indent=1)))
@@ -302,7 +330,7 @@ def performance(arguments, baselines=None) -> None:
         shown = np.random.default_rng(0).permutation(rows)[:MOST_SHOWN]
         if len(shown) > 2:
             shown.sort()
-            plot_features(folder, encode_points(model, dataset, shown, CPU), cohort.label[shown])
+            plot_features(folder, encode_points(model, dataset, shown, device).cpu(), cohort.label[shown])
         if stay is not None:
             plot_trajectory(folder, figures["trajectory"], dataset, stay, content["metrics"]["threshold"])
         print(f"pictures: {', '.join(sorted(file.name for file in folder.glob('*.png')))} in {folder}")
@@ -343,13 +371,13 @@ def group_figures(stays, label, probability, measures: dict) -> dict:
     return size | (with_intervals(stays, label, probability, measures) if 0 < label.sum() < len(label) else {})
 
 
-def model_figures(model, dataset, stays) -> dict:
+def model_figures(model, dataset, stays, device) -> dict:
     weights = torch.cat([p.detach().flatten()
                          for name, p in model.cls_head.named_parameters() if name.endswith("weight")])
     return {"head_parameters": sum(p.numel() for p in model.cls_head.parameters()),
             "parameters": sum(p.numel() for p in model.parameters()),
             "head_weights": {name: getattr(weights, name)().item() for name in ("mean", "std", "min", "max")},
-            "active_units": active_units(model, dataset, stays), "latent_dim": model.config.latent_dim}
+            "active_units": active_units(model, dataset, stays, device), "latent_dim": model.config.latent_dim}
 
 
 def print_figures(figures: dict, threshold_is: str) -> None:
@@ -425,8 +453,8 @@ def answered_points(dataset) -> np.ndarray:
 
 
 def write_predictions(path, content, dataset, points, probability) -> None:
-    """A row a prediction point of the data: its probability (empty: no answer), label (empty: none) and the split that the
-    checkpoint knows its stay from."""
+    """A row a prediction point of the data: its probability (empty: no answer),
+    label (empty: none) and the split that the checkpoint knows its stay from."""
     cohort = dataset.cohort
     split, answers = np.full(len(cohort), "", dtype=object), np.full(len(cohort.label), np.nan)
     for name, ids in content["split"].items():
@@ -440,33 +468,33 @@ def write_predictions(path, content, dataset, points, probability) -> None:
     print(f"predictions: {len(table):,} points of {len(np.unique(stay)):,} stays written to {path}")
     empty = table[table["probability"].isna()]
     if len(empty):
-        print(f"predictions: {len(empty):,} without a probability, as nothing that the checkpoint knows lies before them "
-              f"(stay {empty['stay_id'].iloc[0]} at minute {empty['minute'].iloc[0]:g})")
+        print(f"predictions: {len(empty):,} without a probability, as nothing that the checkpoint knows lies before "
+              f"them (stay {empty['stay_id'].iloc[0]} at minute {empty['minute'].iloc[0]:g})")
 
 
 @torch.no_grad()
-def write_embeddings(path, model, dataset, points) -> None:
+def write_embeddings(path, model, dataset, points, device) -> None:
     """Of every point the head input before standardisation [n, F] and h of its set [n, d]."""
-    features, cohort = encode_points(model, dataset, points, CPU), dataset.cohort
-    h = torch.zeros(len(points), model.config.latent_dim)
+    features, cohort = encode_points(model, dataset, points, device), dataset.cohort
+    h = torch.zeros(len(points), model.config.latent_dim, device=device)
     asking = dataset.asking(points)
-    for batch in evaluation_loader(asking, stays_with(cohort, points), CPU):
+    for batch in evaluation_loader(asking, stays_with(cohort, points), device):
         real = batch.point >= 0
         h[batch.point[real]] = at_slots(model.encode(batch)[3], batch.point_slot)[real]
 
     def write(out):
         with open(out, "wb") as file:  # given a name, NumPy would append .npz
             np.savez(file, stay_id=cohort.stay_id[cohort.point_stay[points]], minute=cohort.point_minute[points],
-                     features=features.numpy(), h=h.numpy())
+                     features=features.cpu().numpy(), h=h.cpu().numpy())
     write_atomically(path, write)
     print(f"embeddings: {len(points):,} points, features [{features.shape[1]}] and h [{h.shape[1]}], written to {path}")
 
 
 @torch.no_grad()
-def active_units(model, dataset, stays) -> int:
+def active_units(model, dataset, stays, device) -> int:
     """Units of mu whose variance over the sets of these stays exceeds 0.01 (Burda et al. 2016, section 5.2)."""
     mus = []
-    for batch in evaluation_loader(dataset, stays, torch.device("cpu")):
+    for batch in evaluation_loader(dataset, stays, device):
         mus.append(model.setvae.encode(batch)[0][real_sets(batch)])
     return int((torch.cat(mus).var(0) > 0.01).sum())
 
@@ -517,7 +545,7 @@ def find_stay(dataset, stay_id) -> int | None:
     return int(found[0])
 
 
-def risk_over_time(model, dataset, stay: int) -> dict:
+def risk_over_time(model, dataset, stay: int, device=CPU) -> dict:
     """The risk at every minute at which something was charted, as if the stay had ended there. The model is causal: one
     pass answers all."""
     cohort = dataset.cohort
@@ -526,7 +554,7 @@ def risk_over_time(model, dataset, stay: int) -> dict:
     events = np.add.reduceat(np.diff(cohort.set_start)[sets], first)
     count = np.where(np.arange(len(cohort)) == stay, len(minute), 0)
     asked = with_points(cohort, count, minute, np.full(len(minute), -1))
-    risk = predict(model, dataset.of(asked), np.arange(len(minute)), CPU)
+    risk = probability_at(model, dataset.of(asked), np.arange(len(minute)), device)
     return {"stay": str(cohort.stay_id[stay]), "label": int(cohort.stay_label[stay]), "minute": minute.tolist(),
             "events": events.tolist(), "risk": risk.tolist()}
 

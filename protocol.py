@@ -1,6 +1,8 @@
 """Against what the model is measured: hand-made baselines, an untrained backbone, and the protocol that runs every
 method on several splits with one command (`test_suite.py --protocol`)."""
 
+import contextlib
+import io
 import shutil
 import tempfile
 from dataclasses import dataclass, replace
@@ -11,7 +13,7 @@ import pandas as pd
 import torch
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.impute import SimpleImputer
-from sklearn.linear_model import LogisticRegressionCV
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
@@ -20,7 +22,17 @@ from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from data import InputError, labelled_points, ranges, search_after, stays_of, write_atomically
 from evaluate import CPU, bootstrap, interval, open_classifier
 from finetune_config import FinetuneConfig
-from train import data_options, finetune, label_subset, labelled, open_checkpoint, parse_arguments, predict, pretrain
+from train import (
+    choose_device,
+    data_options,
+    finetune,
+    label_subset,
+    labelled,
+    open_checkpoint,
+    parse_arguments,
+    pretrain,
+    probability_at,
+)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Hand-made baselines
@@ -30,8 +42,8 @@ BASELINES = ("logistic regression on summaries", "gradient boosting on summaries
 
 
 def summary_table(cohort, points) -> pd.DataFrame:
-    """Hand-made features of the stay up to each prediction point: first, last, min, max, mean, sd, count and slope (a day)
-    of every variable, descriptors included; raw units, NaN where a variable was not measured."""
+    """Hand-made features of the stay up to each prediction point: first, last, min, max, mean, sd, count and slope
+    (a day) of every variable, descriptors included; raw units, NaN where a variable was not measured."""
     stays = cohort.point_stay[points]
     first, end = cohort.stay_start[stays], cohort.stay_start[stays + 1]
     end = search_after(cohort.set_minute, cohort.point_minute[points], first, end)
@@ -64,8 +76,9 @@ def hand_made_baselines(cohort, train, test) -> dict[str, np.ndarray]:
     low, high = x.quantile(.005), x.quantile(.995)
     linear = make_pipeline(FunctionTransformer(lambda t: t.clip(low, high, axis=1)),
                            SimpleImputer(strategy="median", add_indicator=True),
-                           StandardScaler(), LogisticRegressionCV(Cs=[.0003, .001, .003, .01, .03, .1], cv=5,
-                                                                  scoring="neg_log_loss", max_iter=500))
+                           StandardScaler(),
+                           GridSearchCV(LogisticRegression(max_iter=500), {"C": [.0003, .001, .003, .01, .03, .1]},
+                                        scoring="neg_log_loss", cv=5))
     boosting = GridSearchCV(HistGradientBoostingClassifier(learning_rate=.05, random_state=0),
                             {"max_iter": [100, 200], "max_leaf_nodes": [6, 15], "l2_regularization": [10.]},
                             scoring="neg_log_loss", cv=5)
@@ -84,10 +97,12 @@ def baselines(arguments, content, cohort, dataset, points, new) -> dict[str, np.
         pretrained = Path(folder) / "untrained.pt"
         torch.save(content | {"mode": "pretrain"}, pretrained)
         given = [f"--{name}={value}" for name, value in data_options(arguments).items()]
-        path = finetune(parse_arguments(["--mode", "finetune", "--pretrained_ckpt", str(pretrained), "--random_init",
-                                         "--run_dir", f"{folder}/run", *given]))
-        model = open_classifier(path, data_options(arguments))[0]
-        return methods | {"untrained backbone, same head": predict(model, dataset, points, CPU)}
+        command = ["--mode", "finetune", "--pretrained_ckpt", str(pretrained), "--random_init",
+                   "--run_dir", f"{folder}/run", "--device", arguments.device, *given]
+        with contextlib.redirect_stdout(io.StringIO()):  # its log would stand in the middle of the report
+            path = finetune(parse_arguments(command))
+        model, device = open_classifier(path, data_options(arguments))[0], choose_device(arguments.device, "fp32")[0]
+        return methods | {"untrained backbone, same head": probability_at(model.to(device), dataset, points, device)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -165,7 +180,7 @@ def predict_cell(cell: Cell, checkpoint: Path, home: Path, common: list, given: 
     best = finetune(parse_arguments(options), replace(FinetuneConfig(), fuse=cell.fuse, summaries=cell.summaries))
     model, content, cohort, dataset, _ = open_classifier(best, given)
     points = labelled_points(cohort, stays_of(cohort, content["split"]["test"]))
-    save_predictions(path, cohort, points, predict(model, dataset, points, CPU))
+    save_predictions(path, cohort, points, probability_at(model, dataset, points, CPU))
 
 
 def predict_baselines(checkpoint: Path, home: Path, seed: int, given: dict) -> None:

@@ -47,6 +47,7 @@ def main(argv=None) -> int:
     add("--json", metavar="FILE", help="write the analysis' figures")
     add("--export", metavar="FILE",
         help="instead: write the checkpoint (of either mode) without ids, paths and commands, to give it away")
+    add("--device", default="auto", help="auto (cuda where there is one, else cpu), cpu, cuda, cuda:1 (default: auto)")
     add_head_options(add)
 
     add = parser.add_argument_group("data (default: the checkpoint's, of which the recorded test split is scored; "

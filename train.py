@@ -34,11 +34,11 @@ from sklearn.model_selection import train_test_split
 import runs
 from data import (SPLITS, Cohort, InputError, Normalizer, StayDataset, common_variables, epoch_batches, labelled_points,
                   make_splits, recognised, split_batch, stays_of, stays_with, subjects_of, variable_vectors)
-from readers import load_cohort
 from finetune_config import (FinetuneConfig, boosted_trees, check_settings, classification_loss, full_optimizer,
                              full_rate, head_optimizer, head_penalty, head_rate, number_of_trees)
 from model import (ModelConfig, SeqSetVAE, SeqSetVAEPretrain, checkpoint_config, checkpoint_state, load_backbone,
                    read_checkpoint, real_sets)
+from readers import load_cohort
 from runs import (PATHS, PRECISIONS, Run, choose_device, data_parallel, end_rank, evaluation_batches, evaluation_loader,
                   from_rank_0, gathered, in_turn, keep_freed_memory, label_digest, loader, print_what_the_terminal_can,
                   progress, source_of, summed)
@@ -591,12 +591,19 @@ def open_checkpoint(path, given: dict = {}):
         return content, cohort, None, None, True
     content |= {"split": recognised(content["split"], cohort.stay_id),
                 "subjects": recognised(content["subjects"], np.unique(cohort.subject))}
+    dataset = dataset_of(path, content, cohort)
+    return content, cohort, dataset, content["split"], cohort.fingerprint != content["source"]["fingerprint"]
+
+
+def dataset_of(path, content: dict, cohort: Cohort) -> StayDataset:
+    """A cohort with the vocabulary and normalisation of a checkpoint. Raises InputError where they share no
+    variable."""
     dataset = StayDataset(cohort, Normalizer.from_state(content["normalizer"], path), points=True)
     if len(dataset.unknown_variables) == len(cohort.variables):
         named = ", ".join(cohort.variables[:5])
         raise InputError(f"{path}: its vocabulary holds none of the data's variables ({named} ...); pretrain on this "
                          "data, or rename its variables")
-    return content, cohort, dataset, content["split"], cohort.fingerprint != content["source"]["fingerprint"]
+    return dataset
 
 
 def splits_beside(known: dict, cohort: Cohort, seed: int) -> dict[str, list[str]]:
@@ -616,8 +623,9 @@ def refuse_leaks(arguments, content: dict, subjects: dict) -> None:
     known = content.get("subjects", {"train": [], "valid": []})
     leaks = sorted(set(subjects["test"]) & {*known["train"], *known["valid"]})
     if leaks:
-        raise InputError(f"--split {arguments.split_file}: tests {len(leaks)} subjects ({', '.join(leaks[:3])} ...) that "
-                         f"{arguments.pretrained_ckpt} was pretrained or selected on; pretrain with this --split")
+        raise InputError(f"--split {arguments.split_file}: tests {len(leaks)} subjects "
+                         f"({', '.join(leaks[:3])} ...) that {arguments.pretrained_ckpt} was pretrained or "
+                         "selected on; pretrain with this --split")
 
 
 def labelled(cohort: Cohort, ids: list) -> np.ndarray:
@@ -777,7 +785,7 @@ def encode_points(model: SeqSetVAE, dataset: StayDataset, points: np.ndarray, de
     return result
 
 
-def predict(model: SeqSetVAE, dataset: StayDataset, points: np.ndarray, device) -> np.ndarray:
+def probability_at(model: SeqSetVAE, dataset: StayDataset, points: np.ndarray, device) -> np.ndarray:
     """Probability of the positive class at every point, [n] float64."""
     logits = encode_points(model, dataset, points, device, through=model.classify)
     return probability_of(logits)

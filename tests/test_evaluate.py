@@ -4,6 +4,7 @@ import json
 import platform
 import re
 import shlex
+import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
@@ -18,19 +19,20 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 import benchmark
 import data
+import protocol
 import readers
 import test_suite
 import train
 from benchmark import PLAIN_LOOP, asked_at_the_end, assert_plain_loop_agrees
 from data import InputError, StayDataset, with_points
-from evaluate import (CHECKPOINT, CPU, alarm_from, bootstrap, net_benefit, open_classifier, print_figures,
+from evaluate import (CHECKPOINT, CPU, alarm_from, bootstrap, net_benefit, open_classifier, predict, print_figures,
                       print_subgroups, ranks, recalibration, risk_over_time, score_figures, subgroups, threshold_of)
 from model import ModelConfig, SeqSetVAE, load_checkpoint_weights
 from protocol import BASELINES, Cell, predictions_path, print_protocol
 from readers import synthetic_cohort, write_long_table
 from test_suite import main
 from tests.tiny import FINETUNE, PLAIN, SHARED, build, cohort_of, labels_of, one_error_line, random_stays, tiny, write
-from train import encode_points, predict, probability_of
+from train import encode_points, probability_at, probability_of
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What users bring and take away: original checkpoints, predictions, pictures, the commands of the README
@@ -96,7 +98,8 @@ def test_an_original_finetuned_checkpoint_is_scored_with_its_data(tmp_path, caps
     assert json.loads((tmp_path / "a.json").read_text())["stays"] == 10  # patient_ehr/test
 
     # The probabilities are those of its weights on the data's values, vectors and statistics.
-    model, _, cohort, dataset, _ = open_classifier(whole, dict(zip(("data_dir", "params_map", "label_file"), original_data[1::2])))
+    options = dict(zip(("data_dir", "params_map", "label_file"), original_data[1::2]))
+    model, _, cohort, dataset, _ = open_classifier(whole, options)
     assert model.config.features == "stable" and model.config.head_widths is None and model.trees is None
     assert model.config.classification_only
     assert dataset.normalizer.mean.tolist() == [5] * 7
@@ -125,7 +128,7 @@ def test_the_risk_over_time_equals_scoring_the_truncated_stay(config):
     trajectory = risk_over_time(model, StayDataset(cohort, PLAIN, points=True), 1)
     truncated = StayDataset(cohort_of([stay[:end] for end in range(1, 38)]), PLAIN, points=True)
     # float32, in other batches
-    np.testing.assert_allclose(trajectory["risk"], predict(model, truncated, np.arange(37), CPU), atol=1e-5)
+    np.testing.assert_allclose(trajectory["risk"], probability_at(model, truncated, np.arange(37), CPU), atol=1e-5)
     assert trajectory["minute"] == [minute for minute, _ in stay]
     assert trajectory["events"] == [len(events) for _, events in stay]
 
@@ -137,7 +140,8 @@ def test_what_comes_after_a_stays_last_point_changes_no_bit_of_its_features(conf
     features = []
     for tail in (other, [(m + 1, [(v, x + 7) for v, x in events]) for m, events in other]):
         whole = stay + [(m + minute[-1] + 30, events) for m, events in tail]
-        cohort = with_points(cohort_of([whole]), np.array([2]), np.array([minute[4], minute[-1] + 20]), np.array([0, 1]))
+        asked = np.array([minute[4], minute[-1] + 20])
+        cohort = with_points(cohort_of([whole]), np.array([2]), asked, np.array([0, 1]))
         features.append(encode_points(model, StayDataset(cohort, PLAIN, points=True), np.arange(2), CPU))
     assert torch.equal(*features) and (features[0][0] - features[0][1]).abs().max() > 1e-3
     if config.get("summaries"):
@@ -151,7 +155,8 @@ def test_intervals_resample_stays_not_points():
     once = bootstrap(np.arange(40), label, p, repeats=300)
     many = bootstrap(np.repeat(np.arange(40), 25), np.repeat(label, 25), np.repeat(p, 25), repeats=300)
     assert np.allclose(once[..., 0], many[..., 0])  # the same points again are no more evidence
-    assert bootstrap(np.arange(1000), np.repeat(label, 25), np.repeat(p, 25), repeats=300).std(0)[0, 0] < .4 * once.std(0)[0, 0]
+    fresh = bootstrap(np.arange(1000), np.repeat(label, 25), np.repeat(p, 25), repeats=300)
+    assert fresh.std(0)[0, 0] < .4 * once.std(0)[0, 0]
 
 
 def test_a_bootstraps_measures_are_those_of_scikit_learn():
@@ -342,8 +347,8 @@ def test_an_exported_checkpoint_names_nobody_and_predicts_and_guards_alike(tmp_p
     for name, run in (("a.pt", "run-a"), ("b.pt", "run-given")):
         written, content = Path(name).read_bytes(), torch.load(f"{run}/best.pt", weights_only=True)
         assert content["source"]["command"] == "python train.py --of-the-ward"
-        told = [*ids, str(tmp_path), *tmp_path.parts[1:], "first", "second", run, "train.py", "--of-the-ward", "run_dir",
-                platform.node()]
+        told = [*ids, str(tmp_path), *tmp_path.parts[1:], "first", "second", run, "train.py", "--of-the-ward",
+                "run_dir", platform.node()]
         assert [text for text in told if len(text) > 2 and text.encode() in written] == []
         one_error_line(capsys, main(["--checkpoint", name, "--export", "a folder/c.pt"]), "a folder/c.pt")
     one_error_line(capsys, main(["--checkpoint", "b.pt"]), "which does not tell where its data lie; give --data_dir")
@@ -378,8 +383,58 @@ def test_a_stay_without_a_known_variable_has_no_probability_and_no_part_in_the_s
     one_error_line(capsys, main([*options, "--trajectory", "X"]), "the checkpoint knows none of its variables")
 
 
+def test_the_bootstrap_scores_as_scikit_learn_does():
+    rng = np.random.default_rng(0)
+    label, group, p = rng.integers(0, 2, 90), rng.integers(0, 30, 90), rng.random(90).round(1)  # with ties
+    draws, rng = bootstrap(group, label, p, 1 - p, repeats=20), np.random.default_rng(0)
+    groups = len(np.unique(group))
+    for scored in draws:
+        drawn = np.bincount(rng.integers(0, groups, groups), minlength=groups)
+        weight = drawn[np.unique(group, return_inverse=True)[1]]
+        for q, (auroc, auprc) in zip((p, 1 - p), scored):
+            assert auroc == pytest.approx(roc_auc_score(label, q, sample_weight=weight), abs=1e-12)
+            assert auprc == pytest.approx(average_precision_score(label, q, sample_weight=weight), abs=1e-12)
+
+
+def test_predict_gives_what_predictions_writes_for_the_same_table(tmp_path, finetuned):
+    cohort = synthetic_cohort(6, seed=5)
+    folder = write_long_table(tmp_path / "new", cohort, labels=False)
+    scoring = ["--checkpoint", str(finetuned), "--data_dir", str(folder)]
+    assert main([*scoring, "--predictions", str(tmp_path / "new.csv")]) == 0
+    events = pd.read_csv(folder / "events.csv")
+    stranger = pd.DataFrame({"stay_id": ["stranger"], "minute": [0], "variable": ["unheard of"], "value": [1.0]})
+    table = predict(finetuned, pd.concat([stranger, events.sample(frac=1, random_state=0)]), device="cpu")
+    assert table.columns.tolist() == ["stay_id", "probability"]
+    assert np.isnan(table.set_index("stay_id")["probability"].pop("stranger"))
+    table = table[table["stay_id"] != "stranger"]
+    written = pd.read_csv(tmp_path / "new.csv")
+    assert table["stay_id"].tolist() == written["stay_id"].tolist()
+    np.testing.assert_allclose(table["probability"], written["probability"], rtol=0, atol=1e-6)
+    with pytest.raises(InputError, match="events.csv.* minute"):
+        predict(finetuned, events.assign(minute="soon"))
+
+
+def test_scoring_needs_neither_pytest_nor_the_tests():
+    loaded = "import sys, evaluate; print([name for name in sys.modules if name.split('.')[0] in ('pytest', 'tests')])"
+    home = Path(train.__file__).parent
+    ended = subprocess.run([sys.executable, "-c", loaded], cwd=home, capture_output=True, text=True)
+    assert ended.stdout == "[]\n", ended.stderr
+
+
+def test_the_log_of_the_untrained_backbone_does_not_stand_in_the_report(capsys, monkeypatch, finetuned):
+    monkeypatch.setattr(protocol, "hand_made_baselines",
+                        lambda cohort, train, test: {BASELINES[0]: np.zeros(len(test))})
+    capsys.readouterr()
+    assert main(["--checkpoint", str(finetuned), "--baselines", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "untrained backbone, same head" in out and BASELINES[0] in out
+    assert not any(line.startswith(("epoch", "model:", "split:", "best checkpoint:")) for line in out.splitlines())
+    assert out.count("data: embedded") == 1
+
+
 def test_analysis_options_need_a_checkpoint_and_plots_need_matplotlib(capsys, monkeypatch, finetuned):
     one_error_line(capsys, main(["--plots", "x"]), "--checkpoint")
+    one_error_line(capsys, main(["--checkpoint", str(finetuned), "--device", "cuda:99"]), "--device cuda:99")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     one_error_line(capsys, main(["--checkpoint", str(finetuned), "--plots", "x"]), "pip install matplotlib")
     with pytest.raises(SystemExit, match="2"):
@@ -395,7 +450,8 @@ def test_the_protocols_table_pairs_each_method_with_the_better_baseline(tmp_path
                                   "probability": label + noise * rng.normal(size=60)})
             table.to_csv(predictions_path(tmp_path / f"seed{seed}", method, 1.0), index=False)
     print_protocol(tmp_path)
-    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ") and "±" in line]
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()
+            if line.startswith("| ") and "±" in line]
     assert [row[0][2:] for row in rows] == [Cell().name, BASELINES[1], BASELINES[0]]
     assert all(row[1] == "2" for row in rows)
     assert rows[0][4].startswith("+0.") and rows[2][4].startswith("-0.") and rows[1][4].strip() == ""
@@ -453,17 +509,18 @@ def test_the_readmes_examples_of_data_are_read(tmp_path, load, monkeypatch, fold
 
 
 def test_the_readmes_commands_for_ones_own_table(tmp_path, capsys, monkeypatch):
-    """As printed there, but for one epoch."""
+    """As printed there, but on 60 stays and for one epoch."""
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(readers, "synthetic_cohort", lambda stays: synthetic_cohort(60))
     commands = {"readers.py": readers.main, "train.py": lambda options: train.main([*options, "--max_epochs", "1"]),
                 "test_suite.py": main}
     for line in (line for _, block in readme_blocks("run") for line in block.splitlines()):
         python, script, *options = shlex.split(line, comments=True)
         assert python == "python" and commands[script](options) == 0, line
     assert "Stay 1001 (label" in capsys.readouterr().out
-    assert json.loads(Path("mine.json").read_text())["stays"] == 40
-    assert len(pd.read_csv("mine.csv")) == 200
+    assert json.loads(Path("mine.json").read_text())["stays"] == 12
+    assert len(pd.read_csv("mine.csv")) == 60
     assert len(list(Path("mine-plots").glob("*.png"))) == 5
 
 
@@ -480,7 +537,7 @@ def test_every_command_of_the_documents_has_options_that_exist(monkeypatch, docu
     text = Path(train.__file__).with_name(document).read_text()
     lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
     for count, line in enumerate(lines, 1):
-        launcher, script, *options = shlex.split(line.replace("torchrun --standalone --nproc_per_node=2", "python"),
+        launcher, script, *options = shlex.split(re.sub("^torchrun .*?(?=train.py)", "python ", line),
                                                  comments=True)
         assert launcher == "python" and commands[script](options) == 0 and len(done) == count, line
     assert lines
