@@ -26,7 +26,8 @@ from finetune_config import FinetuneConfig, head_optimizer
 from model import ModelConfig, SeqSetVAE, SeqSetVAEPretrain
 from readers import load_cohort
 from tests.plain_loop import close, plain_features, plain_pass
-from train import CHECKPOINTS, data_options, encode_points, head_epoch, keep_freed_memory, prepare_head, probability_of, update
+from runs import CHECKPOINTS, keep_freed_memory
+from train import data_options, encode_points, head_epoch, prepare_head, probability_of, update
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Benchmark: our batched model beside the plain loop (above), in one run and on one number of threads
@@ -395,7 +396,8 @@ def alone(work, *arguments) -> tuple:
     try:
         return mine.recv()
     except EOFError:
-        raise InputError(f"--benchmark scale: the measurement ended early (exit code {process.exitcode}); see above") from None
+        raise InputError(f"--benchmark scale: the measurement ended early (exit code {process.exitcode}); "
+                         "see above") from None
 
 
 def scale() -> None:

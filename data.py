@@ -152,8 +152,8 @@ class Cohort:
                  f"{len(self.variables)} variables, {labelled.sum():,} labelled ({(self.label == 1).sum():,} positive)"]
         first, last = self.admission, self.set_minute[self.stay_start[1:] - 1]
         hours, sets = np.median(last - first) / 60, np.median(np.diff(self.stay_start))
-        lines.append(f"data: minutes {first.min():,.0f} to {last.max():,.0f}; a median stay lasts {hours:,.1f} hours and "
-                     f"has {sets:,.0f} sets, {np.median(self.stay_events):,.0f} events")
+        lines.append(f"data: minutes {first.min():,.0f} to {last.max():,.0f}; a median stay lasts {hours:,.1f} hours "
+                     f"and has {sets:,.0f} sets, {np.median(self.stay_events):,.0f} events")
         if len(self.label) != len(self):
             asked = (np.diff(self.point_start) > 0).sum()
             lines.append(f"data: {len(self.label):,} prediction points in {asked:,} stays")
@@ -415,6 +415,11 @@ def stays_of(cohort: Cohort, ids: list[str]) -> np.ndarray:
     return np.flatnonzero(np.isin(cohort.stay_id, ids))
 
 
+def subjects_of(cohort: Cohort, split: dict[str, list[str]]) -> dict[str, list[str]]:
+    """The subjects whose stays the parts of a split hold."""
+    return {name: np.unique(cohort.subject[stays_of(cohort, ids)]).tolist() for name, ids in split.items()}
+
+
 def stay_event_index(cohort: Cohort, stays: np.ndarray) -> np.ndarray:
     """Indices [n] of all events of these stays, stay after stay."""
     return ranges(cohort.set_start[cohort.stay_start[stays]], cohort.stay_events[stays])
@@ -466,17 +471,18 @@ class Normalizer:
     @classmethod
     def fit(cls, cohort: Cohort, stays: np.ndarray, tail: float = .005, skewed: float = 1.5, far: float = 25.0,
             most: int = 2**24) -> "Normalizer":
-        """Mean and standard deviation of each variable's values between its `tail` and 1 - `tail` quantiles (winsorised: one
-        mistyped pH of 735 must not set the scale), of those within `far` interquartile ranges of the quartiles (nor may 3%
-        of 9999999). A non-negative variable with a skewness above `skewed` (most enzymes, bilirubin, lactate) is taken on a
-        log scale, relative to its median. A constant variable (an indicator) keeps its value: mean 0, std 1. Where the cohort
-        was given a variable's statistics, they are taken instead. Of more than `most` values a seeded share is looked at, in
-        which rare variables keep all of theirs."""
+        """Mean and standard deviation of each variable's values between its `tail` and 1 - `tail` quantiles
+        (winsorised: one mistyped pH of 735 must not set the scale), of those within `far` interquartile ranges of the
+        quartiles (nor may 3% of 9999999). A non-negative variable with a skewness above `skewed` (most enzymes,
+        bilirubin, lactate) is taken on a log scale, relative to its median. A constant variable (an indicator) keeps
+        its value: mean 0, std 1. Where the cohort was given a variable's statistics, they are taken instead. Of more
+        than `most` values a seeded share is looked at, in which rare variables keep all of theirs."""
         counts = np.zeros(len(cohort.variables), dtype=np.int64)
         for variable, _ in _valued_events(cohort, stays):
             counts += np.bincount(variable, minlength=len(counts))
         share = np.minimum(1, _largest_cap(counts, most) / counts.clip(min=1))
-        sorted_values, rng = [], np.random.default_rng(0)  # the values of some stays by variable, where each variable begins
+        # The values of some stays by variable, where each variable begins.
+        sorted_values, rng = [], np.random.default_rng(0)
         for variable, value in _valued_events(cohort, stays):
             if share.min() < 1:
                 kept = rng.random(len(variable)) < share[variable]
@@ -524,13 +530,14 @@ class Normalizer:
 
     def describe(self, most: int = 5) -> str:
         """The lines that tell what `fit` found, see `Cohort.describe`."""
-        line = f"data: {self.clipped:.2%} of the training values lie beyond {self.clip:g} standard deviations and are clipped"
+        line = (f"data: {self.clipped:.2%} of the training values lie beyond {self.clip:g} standard deviations "
+                "and are clipped")
         if not self.outside:
             return line
         worst = sorted(self.outside.items(), key=lambda item: -item[1][0])
         named = "; ".join(f"{name}: {count:,} values, most often {value:g}" for name, (count, value) in worst[:most])
-        return (f"{line}\ndata: far outside the quartiles, and no part of the scale, are values of {len(worst)} variables: "
-                f"{named}{' ...' if len(worst) > most else ''}")
+        return (f"{line}\ndata: far outside the quartiles, and no part of the scale, are values of {len(worst)} "
+                f"variables: {named}{' ...' if len(worst) > most else ''}")
 
     def state_dict(self) -> dict:
         """Plain types and tensors, for the checkpoint."""
@@ -547,9 +554,10 @@ class Normalizer:
         return cls(state["variables"], *(x.numpy() for x in arrays), state["clip"])
 
 
-def common_variables(cohort: Cohort, dataset: "StayDataset", stays: np.ndarray, most: int, share: float = 0.01) -> np.ndarray:
-    """Indices in the dataset's vocabulary of the variables that at least `share` of the stays have, `most` at most: the most
-    common, of which half the places are for variables with numbers first; ties by name. Ascending."""
+def common_variables(cohort: Cohort, dataset: "StayDataset", stays: np.ndarray, most: int,
+                     share: float = 0.01) -> np.ndarray:
+    """Indices in the dataset's vocabulary of the variables that at least `share` of the stays have, `most` at most: the
+    most common, of which half the places are for variables with numbers first; ties by name. Ascending."""
     size = len(cohort.variables)
     held, valued = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=bool)
     for part in np.array_split(stays, 1 + len(stays) // 1000):
@@ -565,13 +573,14 @@ def common_variables(cohort: Cohort, dataset: "StayDataset", stays: np.ndarray, 
 
 
 def variable_vectors(variables: list[str], dim: int, given: np.ndarray | None = None) -> torch.Tensor:
-    """[V, dim] one unit vector a variable, seeded by a hash of its *name*: the same variable has the same vector in every data set.
+    """[V, dim] one unit vector a variable, seeded by a hash of its *name*:
+    the same variable has the same vector in every data set.
 
-    given: [V, D] vectors to take instead, where not NaN (`Cohort.vectors`; D = 0: none). Raises InputError where D is neither 0 nor `dim`.
+    given: [V, D] vectors to take instead, where not NaN (`Cohort.vectors`; D = 0: none).
+    Raises InputError where D is neither 0 nor `dim`.
     """
-    rows = [np.random.default_rng(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")).standard_normal(dim)
-            for name in variables]
-    table = np.stack(rows)
+    seeds = [int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") for name in variables]
+    table = np.stack([np.random.default_rng(seed).standard_normal(dim) for seed in seeds])
     table /= np.linalg.norm(table, axis=1, keepdims=True)
     if given is not None and given.shape[1]:
         if given.shape[1] != dim:
@@ -589,19 +598,21 @@ def variable_vectors(variables: list[str], dim: int, given: np.ndarray | None = 
 class EventBatch:
     """B stays, their E events and Q prediction points as tensors: nothing in it grows with the vocabulary.
 
-    Variables: `variables` names the batch's U distinct ones, and all else speaks of places in it; a stay's own are its row of
-    `stay_variables`. Sets are laid out twice: grouped by size for the set encoder, by stay for the Transformer.
+    Variables: `variables` names the batch's U distinct ones, and all else speaks of places in it; a stay's own are its
+    row of `stay_variables`. Sets are laid out twice: grouped by size for the set encoder, by stay for the Transformer.
 
-    Groups: sets of similar size form a group of S_k sets, padded to its widest, N_k; `token_event` lists the groups' M cells,
-    group after group, set after set, as indices of events, E (one past the end) where a cell is padding. Stays: a grid
-    [B, L]; `slot_set` is the place of each slot's set in the concatenated groups, S (one past the end) after a stay's last.
+    Groups: sets of similar size form a group of S_k sets, padded to its widest, N_k; `token_event` lists the groups' M
+    cells, group after group, set after set, as indices of events, E (one past the end) where a cell is padding. Stays:
+    a grid [B, L]; `slot_set` is the place of each slot's set in the concatenated groups, S (one past the end) after a
+    stay's last.
 
-    Measurements: a variable in a set, however many of the set's events name it: C of them, sorted by stay, variable and time.
-    Their value is the mean of the events that have one; their day counts from the variable's first value in the stay, so that
-    nothing depends on where a stay's clock begins.
+    Measurements: a variable in a set, however many of the set's events name it: C of them, sorted by stay, variable and
+    time. Their value is the mean of the events that have one; their day counts from the variable's first value in the
+    stay, so that nothing depends on where a stay's clock begins.
 
-    S, M, L, U, D and Q are rounded up (see `round_up`; sets of padding are groups of their own), so that few distinct shapes
-    occur: matrix kernels that are compiled for each shape (oneDNN, torch.compile) would else be compiled at every step.
+    S, M, L, U, D and Q are rounded up (see `round_up`; sets of padding are groups of their own), so that few distinct
+    shapes occur: matrix kernels that are compiled for each shape (oneDNN, torch.compile) would else be compiled at
+    every step.
     """
 
     variables: torch.Tensor        # [U] int64, indices into the model's vocabulary (padding: 0)
@@ -634,7 +645,8 @@ class EventBatch:
         return len(self.stay)
 
     def _map(self, function) -> "EventBatch":
-        return EventBatch(**{f.name: function(x) if torch.is_tensor(x := getattr(self, f.name)) else x for f in fields(self)})
+        return EventBatch(**{f.name: function(x) if torch.is_tensor(x := getattr(self, f.name)) else x
+                             for f in fields(self)})
 
     def to(self, device, non_blocking: bool = False) -> "EventBatch":
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))
@@ -644,11 +656,12 @@ class EventBatch:
 
 
 class StayDataset(torch.utils.data.Dataset):
-    """Turns an array of stay indices into an `EventBatch`: the data set behind a DataLoader whose sampler yields whole batches.
+    """Turns an array of stay indices into an `EventBatch`: the data set behind a DataLoader whose sampler yields whole
+    batches.
 
-    `points`: with the cohort's prediction points, and of each stay no set after its last one (so that nothing later can reach
-    a prediction); else whole stays without points. A point before a stay's first set has no answer and is left out. Events of
-    variables outside the normalizer's vocabulary are dropped here; `unknown_variables` names them.
+    `points`: with the cohort's prediction points, and of each stay no set after its last one (so that nothing later can
+    reach a prediction); else whole stays without points. A point before a stay's first set has no answer and is left
+    out. Events of variables outside the normalizer's vocabulary are dropped here; `unknown_variables` names them.
     """
 
     def __init__(self, cohort: Cohort, normalizer: Normalizer, max_groups: int = 8, points: bool = False):
@@ -665,11 +678,11 @@ class StayDataset(torch.utils.data.Dataset):
                 f"{', '.join(self.unknown_variables)}")
 
     def asking(self, points: np.ndarray, weight: np.ndarray | None = None) -> "StayDataset":
-        """The same data with these prediction points alone (indices in the cohort, ascending), and their weights in the loss
-        (None: 1): a batch's `point` is then the place of each in `points`."""
+        """The same data with these prediction points alone (indices in the cohort, ascending), and their weights in the
+        loss (None: 1): a batch's `point` is then the place of each in `points`."""
         cohort = self.cohort
-        return self.of(replace(cohort, point_start=np.searchsorted(points, cohort.point_start), label=cohort.label[points],
-                               point_minute=cohort.point_minute[points]), weight)
+        return self.of(replace(cohort, point_start=np.searchsorted(points, cohort.point_start),
+                               label=cohort.label[points], point_minute=cohort.point_minute[points]), weight)
 
     def of(self, cohort: Cohort, weight: np.ndarray | None = None) -> "StayDataset":
         """The same stays, asked at the points of another cohort."""
@@ -734,7 +747,7 @@ class StayDataset(torch.utils.data.Dataset):
         group_set = np.argsort(width_class, kind="stable")
         groups, token_event = [], []
         for members in np.split(group_set, np.flatnonzero(np.diff(width_class[group_set])) + 1):
-            column = np.arange(max(1, size[members].max()))  # a set left empty by unknown variables is one cell of padding
+            column = np.arange(max(1, size[members].max()))  # a set left empty by unknown variables: a cell of padding
             groups.append((len(members), len(column)))
             token_event.append(np.where(column < size[members, None], first[members, None] + column, events).ravel())
         padding_sets, cells = round_up(sets + 1) - sets, sum(s * n for s, n in groups)
@@ -744,11 +757,12 @@ class StayDataset(torch.utils.data.Dataset):
 
     @staticmethod
     def _measurements(stays: int, local, value, valued, slot, minute) -> dict[str, np.ndarray]:
-        """The batch's measurements, and each stay's variables, from its events: local variable, value, whether it is one, slot,
-        [E] each; minute [B * L] of every slot."""
+        """The batch's measurements, and each stay's variables, from its events: local variable, value, whether it is
+        one, slot, [E] each; minute [B * L] of every slot."""
         length = len(minute) // stays
         order = np.lexsort((slot, local, slot // length))
-        pair_change = (np.diff(local[order], prepend=-1) != 0) | (np.diff(slot[order] // length, prepend=-1) != 0)  # [E]
+        stay_change = np.diff(slot[order] // length, prepend=-1) != 0                                   # [E]
+        pair_change = stay_change | (np.diff(local[order], prepend=-1) != 0)                            # [E]
         begin = np.flatnonzero(pair_change | (np.diff(slot[order], prepend=-1) != 0))                   # [C], in events
         count = np.diff(begin, append=len(order))
         numbers = np.add.reduceat(valued[order].astype(np.int64), begin) if len(begin) else count
@@ -800,8 +814,8 @@ class StayDataset(torch.utils.data.Dataset):
 
 
 def point_slots(cohort: Cohort, stays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Indices [n] of all points of these stays, stay after stay, and of each the position [n] of its stay's last set not after
-    it (-1: it lies before the first)."""
+    """Indices [n] of all points of these stays, stay after stay, and of each the position [n] of its stay's last set
+    not after it (-1: it lies before the first)."""
     count = np.diff(cohort.point_start)[stays]
     index = ranges(cohort.point_start[stays], count)
     first, end = (np.repeat(cohort.stay_start[stays + i], count) for i in (0, 1))
@@ -826,7 +840,8 @@ def round_up(n: int) -> int:
 
 
 def set_sizes(cohort: Cohort) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct sizes of the cohort's sets, ascending, and how many sets have each. A million sets are looked at at a time."""
+    """The distinct sizes of the cohort's sets, ascending, and how many sets have each.
+    A million sets are looked at at a time."""
     count = np.zeros(1, dtype=np.int64)
     for begin in range(0, len(cohort.set_minute), 2**20):
         part = np.bincount(np.diff(cohort.set_start[begin:begin + 2**20 + 1]))
@@ -836,8 +851,8 @@ def set_sizes(cohort: Cohort) -> tuple[np.ndarray, np.ndarray]:
 
 
 def group_widths(unique: np.ndarray, count: np.ndarray, groups: int) -> np.ndarray:
-    """At most `groups` upper bounds on set size that minimise the padded cells when each set is padded to the next bound;
-    unique, count: see `set_sizes`.
+    """At most `groups` upper bounds on set size that minimise the padded cells when each set is padded to the next
+    bound; unique, count: see `set_sizes`.
 
     Exact dynamic programme over the distinct sizes u: cost[g, j] = min_i cost[g-1, i] + u_j * (number of sets with
     u_i < size <= u_j).
@@ -870,8 +885,8 @@ class StaySizes(NamedTuple):
     points: np.ndarray
 
     def fit(self, batch: np.ndarray) -> bool:
-        """Whether these stays may be one batch: few enough events, squares of the longest stay (attention), and points. A stay
-        of any size is a batch of its own."""
+        """Whether these stays may be one batch: few enough events, squares of the longest stay (attention),
+        and points. A stay of any size is a batch of its own."""
         longest, most_points = self.sets[batch].max(initial=1), self.points[batch].max(initial=0)
         return len(batch) <= 1 or (self.events[batch].sum() <= _MOST_EVENTS and len(batch) * most_points <= _MOST_POINTS
                                    and len(batch) * max(longest, most_points) ** 2 <= _MOST_SETS_SQUARED)
@@ -882,10 +897,11 @@ _MOST_SETS_SQUARED, _MOST_EVENTS, _MOST_POINTS = 2**24, 2**14, 2**14
 
 
 def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """The batches of one training epoch: positions into `lengths`, every one once, in an order that (seed, epoch) decides.
+    """The batches of one training epoch: positions into `lengths`, every one once,
+    in an order that (seed, epoch) decides.
 
-    Stays are shuffled, then sorted by length within windows of 32 batches, so that a batch holds stays of similar length; the
-    order of the batches is shuffled again. A run resumes inside an epoch by slicing the list.
+    Stays are shuffled, then sorted by length within windows of 32 batches, so that a batch holds stays of similar
+    length; the order of the batches is shuffled again. A run resumes inside an epoch by slicing the list.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
@@ -899,8 +915,8 @@ def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -
 
 
 def split_batch(sizes: StaySizes, batch: np.ndarray, parts: int) -> list[np.ndarray]:
-    """The stays of `batch` (positions into `sizes`) as a multiple of `parts` lists of nearly equal events, each of which fits
-    into memory (see `StaySizes.fit`); some may be empty."""
+    """The stays of `batch` (positions into `sizes`) as a multiple of `parts` lists of nearly equal events, each of
+    which fits into memory (see `StaySizes.fit`); some may be empty."""
     for number in itertools.count(parts, parts):
         lists = [batch[part] for part in balanced_parts(sizes.events[batch], number)]
         if all(map(sizes.fit, lists)):
@@ -908,8 +924,8 @@ def split_batch(sizes: StaySizes, batch: np.ndarray, parts: int) -> list[np.ndar
 
 
 def balanced_parts(events: np.ndarray, parts: int) -> list[np.ndarray]:
-    """Positions into `events`, every one once and in order, in so many parts of nearly equal sums: the largest first, each to
-    the part that has the least so far (Graham 1969)."""
+    """Positions into `events`, every one once and in order, in so many parts of nearly equal sums: the largest first,
+    each to the part that has the least so far (Graham 1969)."""
     part, total, held = np.zeros(len(events), dtype=np.int64), np.zeros(parts), np.zeros(parts)
     for i in np.argsort(-events, kind="stable"):
         part[i] = np.lexsort((held, total))[0]
@@ -919,8 +935,8 @@ def balanced_parts(events: np.ndarray, parts: int) -> list[np.ndarray]:
 
 
 def sorted_batches(sizes: StaySizes) -> list[np.ndarray]:
-    """The batches of an evaluation pass: positions into `sizes`, ascending in their number of sets, nothing random; each as
-    large as fits."""
+    """The batches of an evaluation pass: positions into `sizes`, ascending in their number of sets,
+    nothing random; each as large as fits."""
     batches = []
     for i in np.argsort(sizes.sets, kind="stable"):
         grown = np.append(batches[-1], i) if batches else None

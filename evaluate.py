@@ -1,9 +1,11 @@
 """What a finetuned checkpoint is worth: its scores, predictions, features, the risk over one stay, and pictures.
 
-`open_classifier` opens a checkpoint beside its data; `performance` is what `test_suite.py --checkpoint` runs.
+`predict` gives the probabilities of a table of events, from Python; `performance` is what `test_suite.py --checkpoint`
+runs; `open_classifier` opens a checkpoint beside its data.
 """
 
 import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +26,31 @@ from sklearn.preprocessing import StandardScaler
 import sepsis2019
 from data import (InputError, Normalizer, StayDataset, build_cohort, labelled_points, make_splits, point_slots,
                   stay_event_index, stays_of, stays_with, variable_vectors, with_points, write_atomically)
-from model import SeqSetVAE, at_slots, checkpoint_config, load_weights, original_classifier, real_sets
-from train import data_options, encode_points, evaluation_loader, open_checkpoint, predict, ranking
+from model import SeqSetVAE, at_slots, checkpoint_config, load_weights, original_classifier, read_checkpoint, real_sets
+from readers import load_cohort
+from runs import choose_device, evaluation_loader
+from train import data_of, data_options, dataset_of, encode_points, open_checkpoint, probability_at, ranking
 
 CPU = torch.device("cpu")
+
+
+def predict(checkpoint, events: pd.DataFrame, device: str = "auto") -> pd.DataFrame:
+    """The probability of every stay of a table of events, as `--predictions` gives it for the same table.
+
+    checkpoint: path of a finetuned checkpoint of train.py. events: a row an event, with the columns stay_id, minute,
+    variable and value of the long table (see README.md). Returns the columns stay_id (text) and probability, a row a
+    stay in the order of the ids; NaN where the checkpoint knows nothing of a stay's events. Raises InputError as
+    train.py.
+    """
+    content = read_checkpoint(checkpoint)
+    model, device = classifier_of(checkpoint, content), choose_device(device, "fp32")[0]
+    with tempfile.TemporaryDirectory() as folder:
+        events.to_csv(Path(folder) / "events.csv", index=False)
+        cohort = load_cohort(**data_of(content, {"data_dir": folder}), cache_dir=Path(folder) / "cache")
+        dataset = dataset_of(checkpoint, content, cohort)
+        points, probability = answered_points(dataset), np.full(len(cohort), np.nan)
+        probability[cohort.point_stay[points]] = probability_at(model.to(device), dataset, points, device)
+        return pd.DataFrame({"stay_id": cohort.stay_id, "probability": probability})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -39,12 +62,18 @@ def open_classifier(path, given: dict = {}, set_heads=None, transformer_heads=No
     content, cohort, dataset, _, new = open_checkpoint(path, given)
     if "format" not in content:
         return open_original(path, content, cohort, set_heads, transformer_heads)
+    return classifier_of(path, content), content, cohort, dataset, new
+
+
+def classifier_of(path, content: dict) -> SeqSetVAE:
+    """The model of a finetuned checkpoint with this content, in evaluation mode."""
     if content.get("mode") != "finetune":
         raise InputError(f"{path}: not a finetuned checkpoint; make one with: "
                          f"python train.py --mode finetune --pretrained_ckpt {path}")
-    model = SeqSetVAE(checkpoint_config(content, len(dataset.normalizer.variables), path), content["vocabulary"])
+    variables = len(content["normalizer"]["variables"])
+    model = SeqSetVAE(checkpoint_config(content, variables, path), content["vocabulary"])
     load_weights(model, content["model"], path)
-    return model.eval(), content, cohort, dataset, new
+    return model.eval()
 
 
 def open_original(path, content, cohort, set_heads, transformer_heads):
@@ -83,15 +112,28 @@ def bootstrap(group, label, *probabilities, repeats: int = 1000, seed: int = 0) 
     """[repeats, n, 2] AUROC and AUPRC of n methods on the same resampled groups, such as stays, of points (Efron &
     Tibshirani 1993): paired between methods. group, label [points]."""
     rng = np.random.default_rng(seed)
-    group = np.unique(group, return_inverse=True)[1]
+    group, ranked = np.unique(group, return_inverse=True)[1], [ranking_of(p) for p in probabilities]
     groups, draws = group.max() + 1, []
     while len(draws) < repeats:
         weight = np.bincount(rng.integers(0, groups, groups), minlength=groups)[group]
-        drawn = weight > 0
-        if len(np.unique(label[drawn])) == 2:
-            draws.append([[measure(label[drawn], p[drawn], sample_weight=weight[drawn])
-                           for measure in (roc_auc_score, average_precision_score)] for p in probabilities])
+        if len(np.unique(label[weight > 0])) == 2:
+            draws.append([scores(*ranks, label, weight) for ranks in ranked])
     return np.array(draws)
+
+
+def ranking_of(probability) -> tuple[np.ndarray, np.ndarray]:
+    """The order [n] of points by falling probability, and where in it each distinct probability comes last."""
+    order = np.argsort(-probability, kind="stable")
+    return order, np.flatnonzero(np.append(np.diff(probability[order]) != 0, True))
+
+
+def scores(order, last, label, weight) -> tuple[float, float]:
+    """AUROC and AUPRC of points drawn `weight` [n] times, ranked as `ranking_of` tells: what scikit-learn gives, which
+    sorts and checks the same probabilities at each of a thousand calls."""
+    positive, negative = (np.cumsum((weight * (label == y))[order])[last] for y in (1, 0))
+    new = np.diff(positive, prepend=0)                       # true positives that each distinct probability adds
+    auroc = np.diff(negative, prepend=0) @ (positive - new / 2) / (positive[-1] * negative[-1])
+    return auroc, new @ (positive / np.maximum(positive + negative, 1)) / positive[-1]
 
 
 MANY_POINTS = 20_000  # of which a bootstrap draws 200 samples, not 1,000
@@ -113,10 +155,11 @@ def calibration_error(label, probability, bins: int = 10) -> float:
 def performance(arguments, baselines=None) -> None:
     """Print the analysis of a finetuned checkpoint on the stays it may be scored on (see `scored_stays`), and write
     what is asked for."""
-    path = arguments.checkpoint
+    path, device = arguments.checkpoint, choose_device(arguments.device, "fp32")[0]
     folder = arguments.plots and picture_folder(arguments.plots)
     model, content, cohort, dataset, new = open_classifier(path, data_options(arguments), arguments.set_heads,
                                                            arguments.transformer_heads)
+    model.to(device)
     source = content["source"]
     figures = {"checkpoint": str(path), "epoch": content["metrics"]["epoch"], "command": source["command"],
                "seed": source.get("seed"),
@@ -138,14 +181,14 @@ def performance(arguments, baselines=None) -> None:
         raise InputError(f"{unscored}; --predictions needs no label")
 
     rows = answered_points(dataset) if arguments.predictions or arguments.embeddings else points
-    probability = predict(model, dataset, rows, CPU)
+    probability = probability_at(model, dataset, rows, device)
     if arguments.predictions:
         if cohort.reader == "MEDS" and Path(arguments.predictions).suffix == ".parquet":
             write_meds_predictions(arguments.predictions, cohort, rows, probability, threshold, unseen)
         else:
             write_predictions(arguments.predictions, content, dataset, rows, probability)
     if arguments.embeddings:
-        write_embeddings(arguments.embeddings, model, dataset, rows)
+        write_embeddings(arguments.embeddings, model, dataset, rows, device)
     scored = np.searchsorted(rows, points)
     methods = {CHECKPOINT: probability[scored]}
     if unscored:
@@ -160,7 +203,7 @@ def performance(arguments, baselines=None) -> None:
             thresholds |= {name: ranking(cohort, valid, p[np.searchsorted(asked, valid)])["threshold"]
                            for name, p in told.items()}
         figures |= {"scored": what, **score_figures(stays, label, methods, threshold),
-                    "model": model_figures(model, dataset, np.unique(stays))}
+                    "model": model_figures(model, dataset, np.unique(stays), device)}
         best = f"best {'utility' if 'val_utility' in content['metrics'] else 'F1'} of the validation split"
         print_figures(figures, best if "format" in content else "no threshold was recorded")
         hours = stays, cohort.point_minute[points], label
@@ -168,7 +211,7 @@ def performance(arguments, baselines=None) -> None:
             figures["sepsis"] = {name: sepsis2019.figures(*hours, p, thresholds[name]) for name, p in methods.items()}
             sepsis2019.print_figures(figures["sepsis"])
     if stay is not None:
-        figures["trajectory"] = risk_over_time(model, dataset, stay)
+        figures["trajectory"] = risk_over_time(model, dataset, stay, device)
         print_trajectory(figures["trajectory"])
     if arguments.json:
         write_atomically(arguments.json, lambda out: out.write_text(json.dumps(figures, indent=1)))
@@ -180,7 +223,7 @@ def performance(arguments, baselines=None) -> None:
         shown = np.random.default_rng(0).permutation(rows)[:MOST_SHOWN]
         if len(shown) > 2:
             shown.sort()
-            plot_features(folder, encode_points(model, dataset, shown, CPU), cohort.label[shown])
+            plot_features(folder, encode_points(model, dataset, shown, device).cpu(), cohort.label[shown])
         if stay is not None:
             plot_trajectory(folder, figures["trajectory"], dataset, stay, threshold)
         print(f"pictures: {', '.join(sorted(file.name for file in folder.glob('*.png')))} in {folder}")
@@ -202,7 +245,8 @@ def score_figures(stays, label, methods: dict, threshold: float) -> dict:
                                     "interval": np.percentile(draws[:, i, j], [2.5, 97.5]).tolist()}
                           for j, (measure, value) in enumerate(values.items())}
     tn, fp, fn, tp = confusion_matrix(label, probability >= threshold).ravel().tolist()
-    return {"stays": len(np.unique(stays)), "points": len(label), "positive": int(label.sum()), "prevalence": float(prevalence), "methods": compared,
+    return {"stays": len(np.unique(stays)), "points": len(label), "positive": int(label.sum()),
+            "prevalence": float(prevalence), "methods": compared,
             "brier": float(brier_score_loss(label, probability)),
             "brier_of_prevalence": float(prevalence * (1 - prevalence)),
             "calibration_error": calibration_error(label, probability),
@@ -213,13 +257,13 @@ def score_figures(stays, label, methods: dict, threshold: float) -> dict:
             "f1": float(f1_score(label, probability >= threshold))}
 
 
-def model_figures(model, dataset, stays) -> dict:
+def model_figures(model, dataset, stays, device) -> dict:
     weights = torch.cat([p.detach().flatten()
                          for name, p in model.cls_head.named_parameters() if name.endswith("weight")])
     return {"head_parameters": sum(p.numel() for p in model.cls_head.parameters()),
             "parameters": sum(p.numel() for p in model.parameters()),
             "head_weights": {name: getattr(weights, name)().item() for name in ("mean", "std", "min", "max")},
-            "active_units": active_units(model, dataset, stays), "latent_dim": model.config.latent_dim}
+            "active_units": active_units(model, dataset, stays, device), "latent_dim": model.config.latent_dim}
 
 
 def print_figures(figures: dict, threshold_is: str) -> None:
@@ -229,7 +273,8 @@ def print_figures(figures: dict, threshold_is: str) -> None:
 
     own, spread, head = figures["methods"][CHECKPOINT], figures["probability"], figures["model"]
     points = "{points:,} points in ".format(**figures) if figures["points"] > figures["stays"] else ""
-    print(f"\nScored: {points}" + "{stays:,} stays, {positive:,} positive ({prevalence:.1%}): {scored}".format(**figures))
+    stays = "{stays:,} stays, {positive:,} positive ({prevalence:.1%})".format(**figures)
+    print(f"\nScored: {points}{stays}: {figures['scored']}")
     print(f"AUROC                {with_interval(own['auroc'])}")
     print(f"AUPRC                {with_interval(own['auprc'])}  (prevalence {figures['prevalence']:.4f})")
     print("Brier score          {brier:.4f}  (prevalence alone: {brier_of_prevalence:.4f})".format(**figures))
@@ -250,8 +295,8 @@ def print_figures(figures: dict, threshold_is: str) -> None:
 
 
 def answered_points(dataset) -> np.ndarray:
-    """Indices [n] of the points that have an answer: those with a set at or before them, of stays of which the
-    checkpoint knows a variable."""
+    """Indices [n] of the points that have an answer: those with a set at or before them,
+    of stays of which the checkpoint knows a variable."""
     cohort = dataset.cohort
     index, slot = point_slots(cohort, np.arange(len(cohort)))
     known = np.append(0, np.cumsum(dataset.variable[cohort.event_variable] >= 0))[cohort.set_start[cohort.stay_start]]
@@ -271,8 +316,8 @@ def write_table(path, table: pd.DataFrame) -> None:
 
 
 def write_predictions(path, content, dataset, points, probability) -> None:
-    """A row a prediction point of the data: its probability (empty: no answer), label (empty: none) and the split that
-    the checkpoint knows its stay from."""
+    """A row a prediction point of the data: its probability (empty: no answer),
+    label (empty: none) and the split that the checkpoint knows its stay from."""
     cohort = dataset.cohort
     split, answers = np.full(len(cohort), "", dtype=object), np.full(len(cohort.label), np.nan)
     for name, ids in content["split"].items():
@@ -291,8 +336,8 @@ def write_predictions(path, content, dataset, points, probability) -> None:
 
 
 def write_meds_predictions(path, cohort, points, probability, threshold: float, stays) -> None:
-    """The answered points of these stays, which may be scored, in the columns and types that the package meds-evaluation
-    takes, to the microsecond."""
+    """The answered points of these stays, which may be scored, in the columns and types that the package
+    meds-evaluation takes, to the microsecond."""
     mine = np.isin(cohort.point_stay[points], stays)
     stay, label = cohort.point_stay[points[mine]], cohort.label[points[mine]]
     table = pd.DataFrame({
@@ -308,28 +353,28 @@ def write_meds_predictions(path, cohort, points, probability, threshold: float, 
 
 
 @torch.no_grad()
-def write_embeddings(path, model, dataset, points) -> None:
+def write_embeddings(path, model, dataset, points, device) -> None:
     """Of every point the head input before standardisation [n, F] and h of its set [n, d]."""
-    features, cohort = encode_points(model, dataset, points, CPU), dataset.cohort
-    h = torch.zeros(len(points), model.config.latent_dim)
+    features, cohort = encode_points(model, dataset, points, device), dataset.cohort
+    h = torch.zeros(len(points), model.config.latent_dim, device=device)
     asking = dataset.asking(points)
-    for batch in evaluation_loader(asking, stays_with(cohort, points), CPU):
+    for batch in evaluation_loader(asking, stays_with(cohort, points), device):
         real = batch.point >= 0
         h[batch.point[real]] = at_slots(model.encode(batch)[3], batch.point_slot)[real]
 
     def write(out):
         with open(out, "wb") as file:  # given a name, NumPy would append .npz
             np.savez(file, stay_id=cohort.stay_id[cohort.point_stay[points]], minute=cohort.point_minute[points],
-                     features=features.numpy(), h=h.numpy())
+                     features=features.cpu().numpy(), h=h.cpu().numpy())
     write_atomically(path, write)
     print(f"embeddings: {len(points):,} points, features [{features.shape[1]}] and h [{h.shape[1]}], written to {path}")
 
 
 @torch.no_grad()
-def active_units(model, dataset, stays) -> int:
+def active_units(model, dataset, stays, device) -> int:
     """Units of mu whose variance over the sets of these stays exceeds 0.01 (Burda et al. 2016, section 5.2)."""
     mus = []
-    for batch in evaluation_loader(dataset, stays, torch.device("cpu")):
+    for batch in evaluation_loader(dataset, stays, device):
         mus.append(model.setvae.encode(batch)[0][real_sets(batch)])
     return int((torch.cat(mus).var(0) > 0.01).sum())
 
@@ -349,10 +394,10 @@ def find_stay(cohort, stay_id) -> int | None:
     return int(found[0])
 
 
-def risk_over_time(model, dataset, stay: int, most: int = 40) -> dict:
+def risk_over_time(model, dataset, stay: int, device=CPU, most: int = 40) -> dict:
     """The risk at every minute at which something was charted or a risk is asked for, as if the stay had ended there:
-    the model is causal, one pass answers all. Where it is highest, the risk without each of the `most` charted variables.
-    """
+    the model is causal, one pass answers all. Where it is highest, the risk without each of the `most` charted
+    variables."""
     cohort = dataset.cohort
     sets, points = (slice(*start[stay:stay + 2]) for start in (cohort.stay_start, cohort.point_start))
     asked, label = cohort.point_minute[points], cohort.label[points]
@@ -360,17 +405,17 @@ def risk_over_time(model, dataset, stay: int, most: int = 40) -> dict:
     events = np.bincount(np.searchsorted(minute, cohort.set_minute[sets]), np.diff(cohort.set_start)[sets], len(minute))
     count = np.where(np.arange(len(cohort)) == stay, len(minute), 0)
     dataset = dataset.of(with_points(cohort, count, minute, np.full(len(minute), -1)))
-    risk = predict(model, dataset, np.arange(len(minute)), CPU)
+    risk = probability_at(model, dataset, np.arange(len(minute)), device)
     highest = minute[risk.argmax()]
     septic = (label == 1).any() and sepsis2019.of_this_kind(np.zeros(len(label)), asked, label)
     return {"stay": str(cohort.stay_id[stay]), "label": int(cohort.stay_label[stay]), "minute": minute.tolist(),
             "events": events.astype(int).tolist(), "risk": risk.tolist(), "admission": float(cohort.admission[stay]),
             "onset": float(asked[label == 1][0] + 60 * sepsis2019.AHEAD) if septic else None,
             "labelled": asked[label == 1].tolist() if len(label) > 1 else [],
-            "highest": float(highest), "without": risk_without(model, dataset, stay, highest, most)}
+            "highest": float(highest), "without": risk_without(model, dataset, stay, highest, most, device)}
 
 
-def risk_without(model, dataset, stay: int, minute: float, most: int) -> dict:
+def risk_without(model, dataset, stay: int, minute: float, most: int, device) -> dict:
     """The risk at this minute by the variable whose events are left out, of the `most` charted until then that the
     model knows: the stay is repeated, each time without one. None: nothing is left to tell a risk by."""
     cohort = dataset.cohort
@@ -388,7 +433,8 @@ def risk_without(model, dataset, stay: int, minute: float, most: int) -> dict:
                           cohort.event_variable[events[event]], cohort.event_value[events[event]], names,
                           set_key=sets[event], whole=True)
     ones = np.ones(len(copies), dtype=int)
-    risk = predict(model, dataset.of(with_points(copies, ones, minute * ones, -ones)), np.arange(len(copies)), CPU)
+    dataset = dataset.of(with_points(copies, ones, minute * ones, -ones))
+    risk = probability_at(model, dataset, np.arange(len(copies)), device)
     return dict.fromkeys(names) | dict(zip(copies.stay_id.tolist(), risk.tolist()))
 
 
@@ -549,8 +595,8 @@ def plot_features(folder: Path, features, label) -> None:
 
 
 def plot_trajectory(folder: Path, trajectory: dict, dataset, stay: int, threshold: float, most: int = 24) -> None:
-    """trajectory.png: the risk over time, above the events of the `most` variables that move its highest value most, low
-    and high ones marked, and by how much each moves it."""
+    """trajectory.png: the risk over time, above the events of the `most` variables that move its highest value most,
+    low and high ones marked, and by how much each moves it."""
     cohort, normalizer, moved = dataset.cohort, dataset.normalizer, influence(trajectory)
     shown = list(moved)[:most][::-1]
     events = stay_event_index(cohort, np.array([stay]))

@@ -1,14 +1,15 @@
 """SeqSetVAE: a set-VAE for every charted set, a causal Transformer across the sets of a stay.
 
-`SetVAE` encodes one set of (variable, value) events, history-free. `SeqSetVAEPretrain` adds the history and trains on reconstruction +
-KL, without labels. `SeqSetVAE` puts a classification head on the same blocks. The two share building blocks and nothing else.
+`SetVAE` encodes one set of (variable, value) events, history-free. `SeqSetVAEPretrain` adds the history and trains on
+reconstruction + KL, without labels. `SeqSetVAE` puts a classification head on the same blocks. The two share building
+blocks and nothing else.
 
-Nothing in a step grows with the vocabulary: what depends on a variable is computed for the U variables of a batch, what is asked of
-a stay concerns its own, at some of its sets.
+Nothing in a step grows with the vocabulary: what depends on a variable is computed for the U variables of a batch, what
+is asked of a stay concerns its own, at some of its sets.
 
-Shapes: B stays, S sets, E events, U variables, C measurements of a batch (see `EventBatch`); L sets of its longest stay, D variables
-of the stay with the most; Q sets or prediction points that are asked about; M cells of the padded groups of sets; V variables in all, K
-of the head; d latent_dim, w set_dim, r reduced_dim or key_dim, m inducing points.
+Shapes: B stays, S sets, E events, U variables, C measurements of a batch (see `EventBatch`); L sets of its longest
+stay, D variables of the stay with the most; Q sets or prediction points that are asked about; M cells of the padded
+groups of sets; V variables in all, K of the head; d latent_dim, w set_dim, r reduced_dim or key_dim, m inducing points.
 """
 
 import math
@@ -56,7 +57,7 @@ class ModelConfig:
     other_variables: int = 128      # that the stay does not hold, a sample, asked whether they were measured
     learned_seeds: bool = True      # slots decoder: learned slot seeds, or pure noise as in the original
     noise_std: float = 0.3          # noise on learned seeds, in training
-    sample_z: bool = True           # readout decoder: each set is also decoded from its own sampled z, so that logvar has a meaning
+    sample_z: bool = True           # readout: each set also decoded from its own sampled z: logvar then has a meaning
     hide_sets: float = 0.1          # share of sets hidden from the Transformer in pretraining
     drop_events: float = 0.1        # share of events hidden from the encoder in pretraining and full training
     max_beta: float = 1e-4          # weight of the KL after its warm-up
@@ -66,7 +67,7 @@ class ModelConfig:
     classes: int = 2
     classification_only: bool = True  # frozen backbone; False: full training
     fuse: bool = True               # mu and logvar fused, or mu alone
-    features: str = "beliefs"       # "stable"; "beliefs": stable + the history that the latents tell; "multiscale": all pools + that history
+    features: str = "beliefs"    # "stable"; "beliefs": stable + the latents' history; "multiscale": all pools + it
     summaries: bool = False         # exact per-variable summaries of the stay beside the learned features
     head_variables: int = 0         # K, how many variables beliefs and summaries speak of
     head_widths: tuple | None = None  # hidden widths of the head; None: the original's d, d/2, d/4
@@ -74,8 +75,10 @@ class ModelConfig:
     tree_depth: int = 4
 
     def __post_init__(self):
-        """Refuse what no model can be, before memory is allocated for it: a config may come from a stranger's checkpoint."""
-        fits = {int: lambda x: type(x) is int and 1 <= x <= 2**20, int | None: lambda x: x is None or type(x) is int and 1 <= x <= 2**12,
+        """Refuse what no model can be, before memory is allocated for it:
+        a config may come from a stranger's checkpoint."""
+        fits = {int: lambda x: type(x) is int and 1 <= x <= 2**20,
+                int | None: lambda x: x is None or type(x) is int and 1 <= x <= 2**12,
                 float: lambda x: type(x) in (int, float) and 0 <= x < math.inf, bool: lambda x: type(x) is bool,
                 str: lambda x: x in ("readout", "slots", "stable", "beliefs", "multiscale")}
         most = {"dropout": 1, "hide_sets": 1, "drop_events": 1, "layers": 256, "levels": 256, "tree_depth": 8}
@@ -87,9 +90,10 @@ class ModelConfig:
         widths = self.head_widths
         if not (widths is None or isinstance(widths, tuple) and all(type(w) is int and 0 < w <= 2**12 for w in widths)):
             raise InputError(f"model config: head_widths is {str(widths)[:40]!r}, which is no tuple of hidden widths")
-        if self.latent_dim % (2 * self.heads) or self.set_dim % self.set_heads or self.decoder == "slots" and self.latent_dim % self.set_heads:
-            raise InputError(f"model config: latent_dim {self.latent_dim} is odd or no multiple of heads {self.heads}, or set_dim {self.set_dim} "
-                             f"(slots: latent_dim too) of set_heads {self.set_heads}")
+        if (self.latent_dim % (2 * self.heads) or self.set_dim % self.set_heads
+                or self.decoder == "slots" and self.latent_dim % self.set_heads):
+            raise InputError(f"model config: latent_dim {self.latent_dim} is odd or no multiple of heads {self.heads}, "
+                             f"or set_dim {self.set_dim} (slots: latent_dim too) of set_heads {self.set_heads}")
         d, v, widest = self.latent_dim, self.num_variables, max(self.latent_dim, self.set_dim)
         weights = (d * (self.layers * (4 * d + 2 * self.ff_dim) + 16 * self.key_dim + self.reduced_dim)
                    + self.levels * widest * (40 * widest + 2 * self.inducing)
@@ -99,11 +103,13 @@ class ModelConfig:
 
     @classmethod
     def original(cls, num_variables: int, **sizes) -> "ModelConfig":
-        """The original implementation's architecture and objective (section 5 of its description), for comparison and its checkpoints."""
+        """The original implementation's architecture and objective (section 5 of its description),
+        for comparison and its checkpoints."""
         return cls(num_variables, **{**dict(
-            input_dim=768, reduced_dim=256, set_dim=256, latent_dim=256, levels=2, inducing=16, set_heads=2, layers=4, heads=8, ff_dim=512,
-            dropout=0.1, mab_residual=False, presence=False, slope_per_head=False, decoder="slots", learned_seeds=False, sample_z=False,
-            hide_sets=0.0, drop_events=0.0, max_beta=0.05, free_bits=0.1, logvar_bonus=0.1), **sizes})
+            input_dim=768, reduced_dim=256, set_dim=256, latent_dim=256, levels=2, inducing=16, set_heads=2, layers=4,
+            heads=8, ff_dim=512, dropout=0.1, mab_residual=False, presence=False, slope_per_head=False, decoder="slots",
+            learned_seeds=False, sample_z=False, hide_sets=0.0, drop_events=0.0, max_beta=0.05, free_bits=0.1,
+            logvar_bonus=0.1), **sizes})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -111,7 +117,8 @@ class ModelConfig:
 # ----------------------------------------------------------------------------------------------------------------------
 
 class Attention(nn.Module):
-    """Multi-head attention with the parameter names of `nn.MultiheadAttention`, on fused scaled-dot-product attention."""
+    """Multi-head attention with the parameter names of `nn.MultiheadAttention`,
+    on fused scaled-dot-product attention."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -130,17 +137,20 @@ class Attention(nn.Module):
         return F.linear(x, self.in_proj_weight[d:], self.in_proj_bias[d:])  # [..., 2d]
 
     def attend(self, query, key_value, mask=None):
-        """query [G, Nq, d], key_value [G, Nk, 2d], both projected; mask broadcastable to [G, heads, Nq, Nk] -> [G, Nq, d], not yet projected."""
+        """query [G, Nq, d], key_value [G, Nk, 2d], both projected;
+        mask broadcastable to [G, heads, Nq, Nk] -> [G, Nq, d], not yet projected."""
         key, value = key_value.unflatten(-1, (2, self.heads, -1)).unbind(-3)         # [G, Nk, heads, d / heads]
         if key.shape[1] == 1:  # softmax over one key is 1
             return value.flatten(-2).expand(-1, query.shape[1], -1)
         query = query.unflatten(-1, (self.heads, -1))
-        if query.device.type == "cpu" and torch.is_grad_enabled():  # the fused kernel's backward pass is several times slower in bf16
+        # On a CPU the fused kernel's backward pass is several times slower in bf16.
+        if query.device.type == "cpu" and torch.is_grad_enabled():
             query, key, value = query.float(), key.float(), value.float()
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))         # [G, heads, N, d / heads]
         with torch.autocast("cpu", enabled=False):
             if query.device.type == "cpu" and mask is not None and mask.requires_grad:
-                # No fused kernel learns a bias, and the one in PyTorch spends a quarter of its time on rows that attend to nothing.
+                # No fused kernel learns a bias, and the one in PyTorch spends a quarter of its time on rows that attend
+                # to nothing.
                 bias = mask.expand(-1, self.heads, -1, -1).flatten(0, 1)
                 score = torch.baddbmm(bias, query.flatten(0, 1), key.flatten(0, 1).mT, alpha=query.shape[-1]**-0.5)
                 out = (score.softmax(-1) @ value.flatten(0, 1)).view(query.shape)
@@ -150,9 +160,11 @@ class Attention(nn.Module):
 
 
 class MAB(nn.Module):
-    """Multihead attention block. `residual`: LN(H + FF(H)), H = LN(X + MHA(X, Y)) (Lee et al. 2019, eq. 6-7); without: LN(FF(LN(MHA(X, Y)))).
+    """Multihead attention block. `residual`: LN(H + FF(H)), H = LN(X + MHA(X, Y)) (Lee et al. 2019, eq. 6-7);
+    without: LN(FF(LN(MHA(X, Y)))).
 
-    Works on groups of sets (see `EventBatch`): everything but the attention itself is dense over the cells of all groups at once.
+    Works on groups of sets (see `EventBatch`): everything but the attention itself is dense over the cells of all
+    groups at once.
     """
 
     def __init__(self, dim: int, heads: int, residual: bool):
@@ -164,8 +176,9 @@ class MAB(nn.Module):
         self.ln2 = nn.LayerNorm(dim)
 
     def forward(self, x, y, groups, masks=None):
-        """x: cells that attend, [sum S_k * Nx_k, d], or [n, d], the same n queries for every set; y: cells attended to, [sum S_k * Ny_k, d];
-        groups: k of (S_k, Nx_k, Ny_k); masks: k of [S_k, 1, 1, Ny_k], True where attended -> [sum S_k * Nx_k, d]."""
+        """x: cells that attend, [sum S_k * Nx_k, d], or [n, d], the same n queries for every set; y: cells attended to,
+        [sum S_k * Ny_k, d]; groups: k of (S_k, Nx_k, Ny_k); masks: k of [S_k, 1, 1, Ny_k], True where attended
+        -> [sum S_k * Nx_k, d]."""
         query, key_value = self.multihead.project_query(x), self.multihead.project_key_value(y)
         shared = len(x) != sum(s * nx for s, nx, _ in groups)
         queries = [query.expand(s, -1, -1) for s, _, _ in groups] if shared else \
@@ -181,7 +194,8 @@ class MAB(nn.Module):
 
 
 class ISAB(nn.Module):
-    """Induced set attention block: m learned points attend to the set, the set attends to them (Lee et al. 2019, eq. 9-10)."""
+    """Induced set attention block: m learned points attend to the set,
+    the set attends to them (Lee et al. 2019, eq. 9-10)."""
 
     def __init__(self, dim: int, heads: int, inducing: int, residual: bool):
         super().__init__()
@@ -197,7 +211,8 @@ class ISAB(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Pre-norm layer with the parameter names of `nn.TransformerEncoderLayer` (whose evaluation fast path misreads a float mask)."""
+    """Pre-norm layer with the parameter names of `nn.TransformerEncoderLayer` (whose evaluation fast path misreads a
+    float mask)."""
 
     def __init__(self, dim: int, heads: int, ff_dim: int, dropout: float):
         super().__init__()
@@ -207,7 +222,8 @@ class TransformerLayer(nn.Module):
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def forward(self, x, bias):
-        """x [B, L, d]; bias [B, heads or 1, L, L], or of long stays the function that gives its rows (see `attend_in_blocks`)."""
+        """x [B, L, d]; bias [B, heads or 1, L, L], or of long stays the function that gives its rows
+        (see `attend_in_blocks`)."""
         y = self.norm1(x)
         attend = partial(attend_in_blocks, self.self_attn) if callable(bias) else self.self_attn.attend
         y = attend(self.self_attn.project_query(y), self.self_attn.project_key_value(y), bias)
@@ -219,8 +235,9 @@ LONG_STAY, QUERY_BLOCK = 1024, 256  # sets
 
 
 def attend_in_blocks(attention: Attention, query, key_value, bias):
-    """`attention.attend` of stays with themselves, causal, a block of queries after another, so that memory grows with L and not with its
-    square; for a gradient each block is computed again. bias(first, end) -> [B, heads or 1, end - first, end]."""
+    """`attention.attend` of stays with themselves, causal, a block of queries after another, so that memory grows with
+    L and not with its square; for a gradient each block is computed again. bias(first, end)
+    -> [B, heads or 1, end - first, end]."""
     def attend(block, first):
         end = first + block.shape[1]
         return attention.attend(block, key_value[:, :end], bias(first, end))
@@ -246,15 +263,18 @@ def sinusoids(index: torch.Tensor, dim: int) -> torch.Tensor:
 # ----------------------------------------------------------------------------------------------------------------------
 
 class VariableKeys(nn.Module):
-    """The key by which a read-out asks for a variable: a projection of its vector plus a free part, learned. A read-out's weights of a
-    variable are its key times a matrix that all variables share; with as many dimensions as variables that loses nothing."""
+    """The key by which a read-out asks for a variable: a projection of its vector plus a free part, learned. A
+    read-out's weights of a variable are its key times a matrix that all variables share; with as many dimensions as
+    variables that loses nothing."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.projection = nn.Linear(config.input_dim, config.key_dim, bias=False)
         self.free = nn.Embedding(config.num_variables, config.key_dim)
-        nn.init.normal_(self.projection.weight, std=config.key_dim**-0.5)  # the key of a unit vector has length 1
-        nn.init.zeros_(self.free.weight)
+        if config.num_variables <= config.key_dim:  # a dimension of its own for each: as free rows of weights learn
+            nn.init.zeros_(self.projection.weight), nn.init.eye_(self.free.weight)
+        else:  # of length 1, as far from each other as chance has them
+            nn.init.normal_(self.projection.weight, std=config.key_dim**-0.5), nn.init.zeros_(self.free.weight)
 
     def forward(self, vectors, variables):
         """vectors [n, input_dim] and indices [n] of variables -> [n, r]."""
@@ -262,8 +282,8 @@ class VariableKeys(nn.Module):
 
 
 class ReadoutDecoder(nn.Module):
-    """From a code: for every variable asked for, its expected value (normalised) and the logit that it was measured. Two one-hidden-layer
-    MLPs, whose output meets the variable's key."""
+    """From a code: for every variable asked for, its expected value (normalised) and the logit that it was measured.
+    Two one-hidden-layer MLPs, whose output meets the variable's key."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -303,12 +323,14 @@ class SlotLevel(nn.Module):
 
 
 class SlotDecoder(nn.Module):
-    """From a code and the number of events: a set of points in the reduced space (the attentive bottleneck decoder of the original)."""
+    """From a code and the number of events: a set of points in the reduced space (the attentive bottleneck decoder of
+    the original)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.noise_std, self.dim = config.noise_std, config.latent_dim
-        self.seeds = nn.Linear(config.latent_dim, config.latent_dim) if config.learned_seeds else None  # of the slot's sinusoidal index
+        # Of the slot's sinusoidal index.
+        self.seeds = nn.Linear(config.latent_dim, config.latent_dim) if config.learned_seeds else None
         self.decoder_layers = nn.ModuleList(SlotLevel(config) for _ in range(config.levels))
         self.out = nn.Linear(config.latent_dim, config.reduced_dim)
 
@@ -323,7 +345,8 @@ class SlotDecoder(nn.Module):
 
     def forward(self, code, groups, masks):
         """code [S, d] in group order, masks: k of [S_k, 1, 1, N_k] -> [M, r]."""
-        x = torch.cat([c[:, None].expand(-1, n, -1).flatten(0, 1) for c, (_, n) in zip(code.split([s for s, _ in groups]), groups)])
+        x = torch.cat([c[:, None].expand(-1, n, -1).flatten(0, 1)
+                       for c, (_, n) in zip(code.split([s for s, _ in groups]), groups)])
         for level in self.decoder_layers:
             x = x + level(x, self._seeds(groups, code.device), groups, masks)
         return self.out(x)
@@ -345,14 +368,16 @@ def masked_mean(x, real):
 
 
 def kl_divergence(mu, logvar, free_bits: float = 0.0, logvar_bonus: float = 0.0):
-    """KL(N(mu, exp logvar) || N(0, 1)) a set (Kingma & Welling 2014, appendix B), at least free_bits * d (Kingma et al. 2016): [..., d] -> [...]."""
+    """KL(N(mu, exp logvar) || N(0, 1)) a set (Kingma & Welling 2014, appendix B),
+    at least free_bits * d (Kingma et al. 2016): [..., d] -> [...]."""
     kl = 0.5 * (logvar.exp() + mu.square() - 1 - logvar).sum(-1)
     return kl.clamp(min=free_bits * mu.shape[-1]) - logvar_bonus * logvar.mean(-1)
 
 
 def chamfer_loss(reconstruction, x, batch: EventBatch):
-    """Weighted Chamfer distance of each set: direction (1 - cosine) + magnitude + 3 * squared distance, minus 0.1 * variance of the
-    reconstruction. reconstruction [M, r], x [M, r] in cells of the groups -> [S], in the groups' order."""
+    """Weighted Chamfer distance of each set: direction (1 - cosine) + magnitude + 3 * squared distance, minus
+    0.1 * variance of the reconstruction. reconstruction [M, r], x [M, r] in cells of the groups -> [S], in the groups'
+    order."""
     losses, sizes = [], [s * n for s, n in batch.groups]
     for a, b, mask, (s, n) in zip(reconstruction.split(sizes), x.split(sizes), event_masks(batch), batch.groups):
         a, b, real = a.view(s, n, -1), b.view(s, n, -1), mask.view(s, n)
@@ -360,7 +385,8 @@ def chamfer_loss(reconstruction, x, batch: EventBatch):
         size_a, size_b = a.square().sum(-1).add(1e-12).sqrt(), b.square().sum(-1).add(1e-12).sqrt()
         product = a @ b.transpose(1, 2)                                                       # [s, n, n]
         squared = (size_a.square()[:, :, None] + size_b.square()[:, None] - 2 * product).clamp(min=0)
-        cost = 1 - product / (size_a[:, :, None] * size_b[:, None]).clamp(min=1e-6) + (size_a[:, :, None] - size_b[:, None]).abs() + 3 * squared
+        direction = 1 - product / (size_a[:, :, None] * size_b[:, None]).clamp(min=1e-6)
+        cost = direction + (size_a[:, :, None] - size_b[:, None]).abs() + 3 * squared
         cost = cost.masked_fill(~(real[:, :, None] & real[:, None]), 1e9)
         forth, back = ((cost.amin(axis) * real).sum(1) / count for axis in (2, 1))
         weight = real[..., None] / count[:, None, None]
@@ -378,14 +404,14 @@ class Statistics(NamedTuple):
     """What the stays showed of n variables up to Q sets of each, that set included, and will show after it."""
 
     past: torch.Tensor   # [B, Q, 10, n] in the order of HISTORY_STATISTICS, 0 where there is none; slope in units a day
-    past_exists: torch.Tensor    # [B, Q, 10, n] bool: the count once the variable was seen, the others once it had a value
+    past_exists: torch.Tensor    # [B, Q, 10, n] bool: the count once the variable was seen, others once it had a value
     future: torch.Tensor         # [B, Q, 3, n] in the order of FUTURE_STATISTICS
     future_exists: torch.Tensor  # [B, Q, 3, n] bool
 
 
 def interval_of(slots: torch.Tensor, length: int) -> torch.Tensor:
-    """slots [B, Q], ascending positions (padding: `length`) -> [B, length], the place in `slots` of the first one at or after each
-    position, Q where there is none: the interval between asked sets in which a set lies."""
+    """slots [B, Q], ascending positions (padding: `length`) -> [B, length], the place in `slots` of the first one at or
+    after each position, Q where there is none: the interval between asked sets in which a set lies."""
     position = torch.arange(length, device=slots.device).expand(len(slots), length).contiguous()
     return torch.searchsorted(slots.contiguous(), position)
 
@@ -393,9 +419,10 @@ def interval_of(slots: torch.Tensor, length: int) -> torch.Tensor:
 def statistics(value, day, valued, count, row, first, shape) -> Statistics:
     """Exact statistics of measurements by the sums over the intervals between asked sets, which compose: O(C + B Q n).
 
-    value [C], relative to its variable's first value in the stay; day [C], since that first value; valued [C] bool; count [C] events; all
-    ascending in time within a variable of a stay; row [C]: (stay * (Q + 1) + interval) * n + variable, or B (Q + 1) n: left out; first
-    [B, n] the first values; shape (B, Q, n).
+    value [C], relative to its variable's first value in the stay; day [C], since that first value; valued [C] bool;
+    count [C] events; all ascending in time within a variable of a stay; row [C]:
+    (stay * (Q + 1) + interval) * n + variable, or B (Q + 1) n: left out; first [B, n] the first values; shape
+    (B, Q, n).
     """
     stays, asked, width = shape
     size = stays * (asked + 1) * width
@@ -418,11 +445,12 @@ def statistics(value, day, valued, count, row, first, shape) -> Statistics:
     origin = first[:, None]                                                                           # [B, 1, n]
     mean, latest = origin + x_mean, origin + F.pad(value, (1, 0))[last + 1]
     std = (xx_mean - x_mean.square()).clamp(min=1e-12).sqrt()
-    # Least-squares slope over the times of measurement, ridge of (0.1 day)^2: two measurements close together say little.
+    # Least-squares slope over the times of measurement, ridge of (0.1 day)^2: two close together say little.
     slope = (tx_mean - t_mean * x_mean) / ((tt_mean - t_mean.square()).clamp(min=0) + 0.01)
     seen = events[:, :asked].cumsum(1)
     high, low = origin + largest[:, :asked].cummax(1).values, origin + smallest[:, :asked].cummin(1).values
-    past = torch.stack([latest, origin.expand_as(mean), mean, high, low, std, slope, seen.log1p(), latest.abs(), mean.abs()], dim=2)
+    past = torch.stack([latest, origin.expand_as(mean), mean, high, low, std, slope, seen.log1p(), latest.abs(),
+                        mean.abs()], dim=2)
     counts = torch.tensor([name == "log count" for name in HISTORY_STATISTICS], device=value.device)[:, None]  # [10, 1]
     past_exists = exists[:, :, None] | counts & (seen > 0)[:, :, None]
 
@@ -433,32 +461,36 @@ def statistics(value, day, valued, count, row, first, shape) -> Statistics:
     high, low = later(largest, lambda x: x.cummax(1).values), later(smallest, lambda x: x.cummin(1).values)
     future = torch.stack([origin + x / times.clamp(min=1), origin + high, origin + low], dim=2)
     future_exists = (times > 0)[:, :, None].expand_as(future)
-    return Statistics(past.masked_fill(~past_exists, 0), past_exists, future.masked_fill(~future_exists, 0), future_exists)
+    return Statistics(past.masked_fill(~past_exists, 0), past_exists,
+                      future.masked_fill(~future_exists, 0), future_exists)
 
 
 def statistics_at(batch: EventBatch, slots, column, width: int) -> Statistics:
-    """The exact statistics of the stays' measurements. slots [B, Q]: positions of sets, ascending, L where padding; column [B, D]: the
-    place among `width` variables of each of the stay's variables, `width` where it is left out."""
+    """The exact statistics of the stays' measurements. slots [B, Q]: positions of sets, ascending, L where padding;
+    column [B, D]: the place among `width` variables of each of the stay's variables, `width` where it is left out."""
     stays, length = batch.minute.shape
     asked = slots.shape[1]
     column = column.flatten()
     interval = interval_of(slots, length).flatten()[batch.cell_slot]                                  # [C]
     row = (batch.cell_slot // length * (asked + 1) + interval) * width + column[batch.cell_pair]
     row = torch.where(column[batch.cell_pair] < width, row, stays * (asked + 1) * width)
-    first = batch.first_value.new_zeros(stays, width + 1).scatter(1, column.view(stays, -1), batch.first_value)[:, :width]
+    first = batch.first_value.new_zeros(stays, width + 1)
+    first = first.scatter(1, column.view(stays, -1), batch.first_value)[:, :width]
     value = batch.cell_value - batch.first_value.flatten()[batch.cell_pair]
     return statistics(value, batch.cell_day, batch.cell_valued, batch.cell_count, row, first, (stays, asked, width))
 
 
 def statistics_of_beliefs(values, believed, minute, slots) -> Statistics:
-    """The same of what the latents of a stay's sets tell: values [B, L, n], believed [B, L, n] bool, minute [B, L]; see `statistics_at`."""
+    """The same of what the latents of a stay's sets tell: values [B, L, n], believed [B, L, n] bool, minute [B, L];
+    see `statistics_at`."""
     stays, length, width = values.shape
     asked = slots.shape[1]
     at = believed.to(torch.uint8).argmax(1, keepdim=True)                               # [B, 1, n], of the first belief
     first = values.gather(1, at)
     day = (minute[..., None] - minute.gather(1, at.squeeze(1))[:, None]).div(1440).float()            # [B, L, n]
     stay = torch.arange(stays, device=values.device)[:, None, None]
-    row = (stay * (asked + 1) + interval_of(slots, length)[..., None]) * width + torch.arange(width, device=values.device)
+    interval = interval_of(slots, length)[..., None]                                                  # [B, L, 1]
+    row = (stay * (asked + 1) + interval) * width + torch.arange(width, device=values.device)
     row = torch.where(believed, row, stays * (asked + 1) * width)
     cells = [x.flatten() for x in (values - first, day, believed, believed.float(), row)]
     return statistics(*cells, first.squeeze(1), (stays, asked, width))
@@ -482,9 +514,9 @@ class Question(NamedTuple):
 
 
 def ask(batch: EventBatch, config: ModelConfig, order: torch.Tensor, sample: bool) -> Question:
-    """All sets and variables of each stay, or `config`'s numbers of them where it has more: `sample`d at random, or evenly spaced sets and
-    the first variables in the fixed order [V], so that a stay's question does not depend on its batch. Others: all of a vocabulary of at
-    most twice their number."""
+    """All sets and variables of each stay, or `config`'s numbers of them where it has more: `sample`d at random, or
+    evenly spaced sets and the first variables in the fixed order [V], so that a stay's question does not depend on its
+    batch. Others: all of a vocabulary of at most twice their number."""
     (stays, length), device = batch.minute.shape, batch.minute.device
     number = min(length, config.asked_sets)
     position = torch.arange(number, device=device)
@@ -511,7 +543,8 @@ def ask(batch: EventBatch, config: ModelConfig, order: torch.Tensor, sample: boo
     else:
         others = order.topk(config.other_variables).indices
     absent = ~((mine[..., None] == others) & held[..., None]).any(1)
-    return Question(torch.where(real, slots, length), real, batch.stay_variables.gather(1, chosen), column, others, absent)
+    slots, variables = torch.where(real, slots, length), batch.stay_variables.gather(1, chosen)
+    return Question(slots, real, variables, column, others, absent)
 
 
 def at_slots(x, slots):
@@ -540,7 +573,8 @@ class HistoryReadout(nn.Linear):
 # ----------------------------------------------------------------------------------------------------------------------
 
 class SetVAE(nn.Module):
-    """Variational autoencoder of one set of events, history-free. Its decoder is the one that the sequence models use on h_t."""
+    """Variational autoencoder of one set of events, history-free.
+    Its decoder is the one that the sequence models use on h_t."""
 
     def __init__(self, config: ModelConfig, vocabulary: torch.Tensor):
         """vocabulary: [V, input_dim], one (frozen) vector a variable."""
@@ -551,13 +585,16 @@ class SetVAE(nn.Module):
         self.dim_reducer = nn.Linear(config.input_dim, config.reduced_dim)
         self.presence = nn.Linear(config.input_dim, config.reduced_dim) if config.presence else None
         self.embed = nn.Sequential(nn.Linear(config.reduced_dim, w), nn.LayerNorm(w), nn.GELU())
-        self.encoder_layers = nn.ModuleList(ISAB(w, config.set_heads, config.inducing, config.mab_residual) for _ in range(config.levels))
-        self.mu_logvar = nn.Sequential(nn.Linear(w, d), nn.LayerNorm(d), nn.GELU(), nn.Dropout(0.1), nn.Linear(d, 2 * d))
+        self.encoder_layers = nn.ModuleList(ISAB(w, config.set_heads, config.inducing, config.mab_residual)
+                                            for _ in range(config.levels))
+        self.mu_logvar = nn.Sequential(nn.Linear(w, d), nn.LayerNorm(d), nn.GELU(), nn.Dropout(0.1),
+                                       nn.Linear(d, 2 * d))
         self.decoder = ReadoutDecoder(config) if config.decoder == "readout" else SlotDecoder(config)
         self.keys = VariableKeys(config) if config.decoder == "readout" else None
 
     def embed_events(self, batch: EventBatch, presence: bool = True) -> torch.Tensor:
-        """x = u_v * value (+ p_v) of every cell of the groups: [M, r], zeros in padding. Each variable is projected once."""
+        """x = u_v * value (+ p_v) of every cell of the groups: [M, r], zeros in padding.
+        Each variable is projected once."""
         vectors = self.vocabulary[batch.variables]                                                   # [U, input_dim]
         direction = F.normalize(self.dim_reducer(vectors).float(), dim=-1)                           # [U, r]
         x = F.embedding(batch.event_variable, direction) * batch.event_value[:, None]                # [E, r]
@@ -571,8 +608,10 @@ class SetVAE(nn.Module):
         if drop_events:
             masks = [mask & (torch.rand(mask.shape, device=mask.device) >= drop_events) for mask in masks]
         counts = [mask.sum(-1, keepdim=True) for mask in masks]
-        weights = [(mask / count.clamp(min=1)).flatten(1).unsqueeze(-1) for mask, count in zip(masks, counts)]    # k of [S_k, N_k, 1]
-        masks = [mask | (count == 0) for mask, count in zip(masks, counts)]  # an empty set attends to its padding; its mean is 0
+        weights = [(mask / count.clamp(min=1)).flatten(1).unsqueeze(-1)
+                   for mask, count in zip(masks, counts)]                                           # k of [S_k, N_k, 1]
+        # An empty set attends to its padding; its mean is 0.
+        masks = [mask | (count == 0) for mask, count in zip(masks, counts)]
         x = self.embed(self.embed_events(batch))                                                     # [M, w]
         for layer in self.encoder_layers:
             x = x + layer(x, batch.groups, masks)
@@ -580,7 +619,8 @@ class SetVAE(nn.Module):
                              in zip(x.split([s * n for s, n in batch.groups]), weights, batch.groups)])
 
     def _posterior(self, pooled, batch):
-        mu_logvar = F.embedding(batch.slot_set, F.pad(self.mu_logvar(pooled).float(), (0, 0, 0, 1)))  # [B, L, 2d], zeros in padding
+        # [B, L, 2d], zeros in padding
+        mu_logvar = F.embedding(batch.slot_set, F.pad(self.mu_logvar(pooled).float(), (0, 0, 0, 1)))
         mu, logvar = mu_logvar.chunk(2, dim=-1)
         return mu, logvar.clamp(-10, 10)
 
@@ -599,20 +639,21 @@ class SetVAE(nn.Module):
         return self.keys(self.vocabulary[variables], variables)
 
     def decode(self, code, batch: EventBatch):
-        """code [B, L, d] -> values and measurement logits of each stay's own variables, [B, L, D] (readout), or reconstructed cells
-        [M, r] (slots)."""
+        """code [B, L, d] -> values and measurement logits of each stay's own variables, [B, L, D] (readout),
+        or reconstructed cells [M, r] (slots)."""
         if self.config.decoder == "readout":
             return self.decoder(code, F.embedding(batch.stay_variables, self.keys_of(batch.variables)))
         return self.decoder(F.embedding(batch.group_slot, code.flatten(0, 1)), batch.groups, event_masks(batch))
 
     def ask(self, batch: EventBatch) -> Question:
-        """What the read-outs of a training step, or of an evaluation, are asked for. The fixed order of variables is that of their
-        vectors' first entries, as good as random."""
+        """What the read-outs of a training step, or of an evaluation, are asked for. The fixed order of variables is
+        that of their vectors' first entries, as good as random."""
         return ask(batch, self.config, self.vocabulary[:, 0], self.training)
 
     def reconstruction_losses(self, code, batch: EventBatch, question: Question | None) -> dict[str, torch.Tensor]:
-        """The terms of the reconstruction of every set from `code` [B, L, d]: name -> [B], means over sets. With the readout decoder each
-        measured value given its variable (smooth L1), and at the sets of the `question` which variables were measured (cross-entropy)."""
+        """The terms of the reconstruction of every set from `code` [B, L, d]: name -> [B], means over sets. With the
+        readout decoder each measured value given its variable (smooth L1), and at the sets of the `question` which
+        variables were measured (cross-entropy)."""
         if self.config.decoder == "slots":
             chamfer = chamfer_loss(self.decode(code, batch).float(), self.embed_events(batch, presence=False), batch)
             return {"chamfer": masked_mean(F.pad(chamfer, (0, 1))[batch.slot_set], real_sets(batch))}
@@ -626,7 +667,8 @@ class SetVAE(nn.Module):
         return {"value": value, "measured": self._measured_loss(code, batch, question, keys)}
 
     def _measured_loss(self, code, batch, question, keys):
-        """Cross-entropy of whether each variable of the question was measured in each of its sets, the plain mean: [B]."""
+        """Cross-entropy of whether each variable of the question was measured in each of its sets,
+        the plain mean: [B]."""
         query = self.decoder.measured(at_slots(code, question.slots)).float()                        # [B, Q, r]
         (stays, asked), width = question.slots.shape, question.variables.shape[1]
         interval = interval_of(question.slots, batch.minute.shape[1])                                # [B, L]
@@ -634,8 +676,9 @@ class SetVAE(nn.Module):
         exact = F.pad(question.slots, (0, 1), value=-1).gather(1, interval) == position        # a set that is asked for
         column = question.column.flatten()[batch.cell_pair]
         row = batch.cell_slot // interval.shape[1] * asked + interval.flatten()[batch.cell_slot]
-        row = torch.where(exact.flatten()[batch.cell_slot] & (column < width), row * width + column, stays * asked * width)
-        true = torch.zeros(stays * asked * width + 1, device=row.device).index_fill(0, row, 1)[:-1].view(stays, asked, width)
+        size = stays * asked * width
+        row = torch.where(exact.flatten()[batch.cell_slot] & (column < width), row * width + column, size)
+        true = torch.zeros(size + 1, device=row.device).index_fill(0, row, 1)[:-1].view(stays, asked, width)
         held = torch.zeros(stays, width + 1, device=row.device).scatter(1, question.column, 1)[:, None, :width]
         own = query @ F.embedding(question.variables, keys).mT                                       # [B, Q, n]
         other = query @ self.keys_of(question.others).T                                              # [B, Q, o]
@@ -644,7 +687,8 @@ class SetVAE(nn.Module):
         return masked_mean(loss / (held.sum(-1) + question.absent.sum(-1)[:, None]), question.real)
 
     def forward(self, batch: EventBatch):
-        """(decoded, z_list): the reconstruction from z of the last level (sampled in training, mu in evaluation); (z, mu, logvar) of every level."""
+        """(decoded, z_list): the reconstruction from z of the last level (sampled in training, mu in evaluation);
+        (z, mu, logvar) of every level."""
         z_list = []
         for pooled in self._pooled_levels(batch):
             mu, logvar = self._posterior(pooled, batch)
@@ -676,26 +720,31 @@ class History(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         d = config.latent_dim
-        self.layers = nn.ModuleList(TransformerLayer(d, config.heads, config.ff_dim, config.dropout) for _ in range(config.layers))
+        self.layers = nn.ModuleList(TransformerLayer(d, config.heads, config.ff_dim, config.dropout)
+                                    for _ in range(config.layers))
         self.norm = nn.LayerNorm(d, eps=1e-6)
         self.gap_embedding = nn.Embedding(64, d)
         nn.init.normal_(self.gap_embedding.weight, std=0.02)
-        self.register_buffer("gap_edges", torch.logspace(math.log10(0.5), math.log10(1440), 63), persistent=False)  # minutes
-        self.slope = nn.Parameter(0.5 * 0.5 ** torch.arange(config.heads) if config.slope_per_head else torch.tensor(1.0))
+        edges = torch.logspace(math.log10(0.5), math.log10(1440), 63)  # minutes
+        self.register_buffer("gap_edges", edges, persistent=False)
+        slope = 0.5 * 0.5 ** torch.arange(config.heads) if config.slope_per_head else torch.tensor(1.0)
+        self.slope = nn.Parameter(slope)
         self.tau = nn.Parameter(torch.tensor(60.0))  # minutes
 
     def time_bias(self, minute: torch.Tensor, first: int = 0, end: int | None = None) -> torch.Tensor:
-        """minute [B, L] -> additive attention bias [B, heads or 1, L, L]: -slope * log1p((t_i - t_j) / tau) for j <= i, else -inf; or its
-        rows `first` to `end`, which see no set after `end`."""
+        """minute [B, L] -> additive attention bias [B, heads or 1, L, L]: -slope * log1p((t_i - t_j) / tau) for j <= i,
+        else -inf; or its rows `first` to `end`, which see no set after `end`."""
         apart = (minute[:, None, first:end, None] - minute[:, None, None, :end]).clamp(min=0).float()
         distance = torch.log1p(apart / self.tau.abs().clamp(min=1.0))                                 # [B, 1, L, L]
         future = torch.full(apart.shape[-2:], -math.inf, device=minute.device).triu(1 + first)
         return torch.addcmul(future, self.slope.abs().view(-1, 1, 1), distance, value=-1)
 
     def forward(self, z, minute):
-        """z [B, L, d], minute [B, L] -> h [B, L, d]. Later sets never reach earlier ones; a stay's padding lies after its last set."""
+        """z [B, L, d], minute [B, L] -> h [B, L, d]. Later sets never reach earlier ones;
+        a stay's padding lies after its last set."""
         gap = F.pad(minute.diff(dim=1), (1, 0)).clamp(min=0).float()
-        x = z + sinusoids(torch.arange(z.shape[1], device=z.device), z.shape[-1]) + self.gap_embedding(torch.bucketize(gap, self.gap_edges))
+        position = sinusoids(torch.arange(z.shape[1], device=z.device), z.shape[-1])                  # [L, d]
+        x = z + position + self.gap_embedding(torch.bucketize(gap, self.gap_edges))
         x = F.layer_norm(x, x.shape[-1:])
         bias = self.time_bias(minute) if minute.shape[1] <= LONG_STAY else partial(self.time_bias, minute)
         for layer in self.layers:
@@ -708,10 +757,11 @@ class History(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 
 class SeqSetVAEPretrain(nn.Module):
-    """Set-VAE + history, trained to reconstruct every set (and, with the readout decoder, the history so far and the stay's future) from h_t.
+    """Set-VAE + history, trained to reconstruct every set (and, with the readout decoder, the history so far and the
+    stay's future) from h_t.
 
-    Only mu goes to the Transformer. In training some sets are hidden from it behind a learned mask token and some events from the encoder,
-    while the loss still asks for them: h_t must then carry the history.
+    Only mu goes to the Transformer. In training some sets are hidden from it behind a learned mask token and some
+    events from the encoder, while the loss still asks for them: h_t must then carry the history.
     """
 
     def __init__(self, config: ModelConfig, vocabulary: torch.Tensor):
@@ -745,7 +795,8 @@ class SeqSetVAEPretrain(nn.Module):
 
 
 def sequence_losses(setvae: SetVAE, readout: HistoryReadout | None, h, batch: EventBatch, question: Question | None):
-    """What h [B, L, d] must tell: each set's reconstruction and, with the readout decoder, history and future: name -> [B]."""
+    """What h [B, L, d] must tell: each set's reconstruction and, with the readout decoder, history and future:
+    name -> [B]."""
     terms = setvae.reconstruction_losses(h, batch, question)
     if question:
         keys = F.embedding(question.variables, setvae.keys_of(batch.variables))                      # [B, n, r]
@@ -758,7 +809,8 @@ def sequence_losses(setvae: SetVAE, readout: HistoryReadout | None, h, batch: Ev
 # ----------------------------------------------------------------------------------------------------------------------
 
 def classification_head(features: int, widths: tuple, classes: int) -> nn.Sequential:
-    """Hidden layers of Linear, LayerNorm, ReLU, Dropout, then the classes; Xavier initialised, a linear head at zero (it is convex)."""
+    """Hidden layers of Linear, LayerNorm, ReLU, Dropout, then the classes; Xavier initialised,
+    a linear head at zero (it is convex)."""
     layers = []
     for width, share in zip(widths, (0.2, 0.2, 0.1)):
         layers += [nn.Linear(features, width), nn.LayerNorm(width), nn.ReLU(), nn.Dropout(share)]
@@ -772,8 +824,8 @@ def classification_head(features: int, widths: tuple, classes: int) -> nn.Sequen
 
 
 def trees_of(classifier):
-    """Yield left and right child (of a leaf: -1), feature, threshold and value (in log odds, with the shrinkage) of the nodes
-    of each tree of a fitted (Hist)GradientBoostingClassifier."""
+    """Yield left and right child (of a leaf: -1), feature, threshold and value (in log odds, with the shrinkage) of the
+    nodes of each tree of a fitted (Hist)GradientBoostingClassifier."""
     if isinstance(classifier, GradientBoostingClassifier):
         for tree in (estimator.tree_ for estimator in classifier.estimators_[:, 0]):
             value = classifier.learning_rate * tree.value[:, 0, 0]
@@ -786,8 +838,9 @@ def trees_of(classifier):
 
 
 class BoostedTrees(nn.Module):
-    """Gradient-boosted trees for two classes (Friedman 2001), fitted by scikit-learn and kept as tensors: each a complete binary tree, whose
-    node n has the children 2n + 1 and 2n + 2. They see what a linear head cannot, such as a variable that matters beyond a threshold."""
+    """Gradient-boosted trees for two classes (Friedman 2001), fitted by scikit-learn and kept as tensors: each a
+    complete binary tree, whose node n has the children 2n + 1 and 2n + 2. They see what a linear head cannot, such as a
+    variable that matters beyond a threshold."""
 
     def __init__(self, trees: int, depth: int):
         super().__init__()
@@ -798,7 +851,8 @@ class BoostedTrees(nn.Module):
         self.register_buffer("prior", torch.zeros(()))
 
     def fit(self, x, label, weight, classifier) -> None:
-        """x [n, F], label [n], weight [n]; classifier: a (Hist)GradientBoostingClassifier of as many trees, no deeper."""
+        """x [n, F], label [n], weight [n]; classifier: a (Hist)GradientBoostingClassifier of as many trees,
+        no deeper."""
         classifier.fit(x.cpu().numpy(), label.cpu().numpy(), sample_weight=weight.cpu().numpy())
         self.prior.copy_(((weight * label).sum() / weight.sum()).logit())
         for i, (left, right, feature, cut, value) in enumerate(trees_of(classifier)):
@@ -825,7 +879,8 @@ class BoostedTrees(nn.Module):
 
 
 class GatedFusion(nn.Module):
-    """Learned fusion of mu and std (full training): g * A(mu) + (1 - g) * B(std), g = sigmoid(W [A(mu); B(std)]), times 1 + 0.1 * c(std).
+    """Learned fusion of mu and std (full training): g * A(mu) + (1 - g) * B(std), g = sigmoid(W [A(mu); B(std)]),
+    times 1 + 0.1 * c(std).
 
     Starts as mu (A the identity, B zero, g near 1), so that a pretrained Transformer meets what it was trained on."""
 
@@ -863,8 +918,8 @@ class AttentionPool(nn.Module):
 
 
 class SeqSetVAE(nn.Module):
-    """Classifier on the set-VAE and its history. `config.classification_only`: the backbone is frozen and stays in evaluation mode;
-    otherwise everything trains on classification + reconstruction + KL."""
+    """Classifier on the set-VAE and its history. `config.classification_only`: the backbone is frozen and stays in
+    evaluation mode; otherwise everything trains on classification + reconstruction + KL."""
 
     BACKBONE = ("setvae.", "history.", "history_readout.")
 
@@ -880,13 +935,14 @@ class SeqSetVAE(nn.Module):
                 self.vae_feature_fusion = GatedFusion(d)
             self.feature_fusion = AttentionPool(d, config.heads)
             self.feature_projection = nn.Sequential(nn.Linear(3 * d, d), nn.LayerNorm(d))
-        self.register_buffer("head_variables", torch.arange(config.head_variables))  # beliefs and summaries are of these, see `train.py`
-        # Everything that reaches the head untrained is standardised, with statistics of the training points (see `train.py`).
+        # What beliefs and summaries are of (see `train.py`).
+        self.register_buffer("head_variables", torch.arange(config.head_variables))
+        # All that reaches the head untrained is standardised, with statistics of the training points (see `train.py`).
         features = self._feature_sizes()
         self.register_buffer("feature_mean", torch.zeros(features["standardised"]))
         self.register_buffer("feature_std", torch.ones(features["standardised"]))
-        size = sum(features.values())
-        self.cls_head = classification_head(size, (d, d // 2, d // 4) if config.head_widths is None else config.head_widths, config.classes)
+        widths = (d, d // 2, d // 4) if config.head_widths is None else config.head_widths
+        self.cls_head = classification_head(sum(features.values()), widths, config.classes)
         self.trees = BoostedTrees(config.head_trees, config.tree_depth) if config.head_trees else None
         if config.classification_only:
             for name, parameter in self.named_parameters():
@@ -908,8 +964,9 @@ class SeqSetVAE(nn.Module):
         return self
 
     def _fuse_vae_features(self, mu, logvar):
-        """z that goes to the Transformer, [..., d]. Without parameters (classification only): with w = sigmoid(1 - mean(std)),
-        w * mu * (1 + 0.05 tanh(std)) + (1 - w) * mu; in full training the learned gate; mu alone where the config says so."""
+        """z that goes to the Transformer, [..., d]. Without parameters (classification only): with w =
+        sigmoid(1 - mean(std)), w * mu * (1 + 0.05 tanh(std)) + (1 - w) * mu; in full training the learned gate; mu
+        alone where the config says so."""
         if not self.config.fuse:
             return mu
         if not self.config.classification_only:
@@ -919,9 +976,9 @@ class SeqSetVAE(nn.Module):
         return w * mu * (1 + 0.05 * torch.tanh(std)) + (1 - w) * mu
 
     def _extract_enhanced_features(self, h, slots=None):
-        """Features from h [B, L, d] alone at the sets `slots` [B, Q] (None: the last), from no later set: stable [B, Q, d] = 0.7 * last +
-        0.3 * attention pool, or multiscale [B, Q, 4d] = last, attention pool, mean, max. Full training: before them a projection
-        [B, Q, d] of mean, max and learned attention pool."""
+        """Features from h [B, L, d] alone at the sets `slots` [B, Q] (None: the last), from no later set: stable
+        [B, Q, d] = 0.7 * last + 0.3 * attention pool, or multiscale [B, Q, 4d] = last, attention pool, mean, max. Full
+        training: before them a projection [B, Q, d] of mean, max and learned attention pool."""
         if slots is None:
             slots = torch.full((len(h), 1), h.shape[1] - 1, device=h.device)
         last = at_slots(h, slots)                                                                     # [B, Q, d]
@@ -930,11 +987,13 @@ class SeqSetVAE(nn.Module):
             pools = prefix_moments(h, slots)[:2]                                                      # mean, max
         features = [last, attention, *pools] if self.config.features == "multiscale" else [0.7 * last + 0.3 * attention]
         if not self.config.classification_only:
-            features.insert(0, self.feature_projection(torch.cat([*pools, self.feature_fusion(h, last, slots)], dim=-1)))
+            pools = [*pools, self.feature_fusion(h, last, slots)]
+            features.insert(0, self.feature_projection(torch.cat(pools, dim=-1)))
         return torch.cat(features, dim=-1)
 
     def encode(self, batch: EventBatch):
-        """mu, logvar, fused z and h, each [B, L, d]; in full training, as in pretraining, of stays with events dropped at random."""
+        """mu, logvar, fused z and h, each [B, L, d]; in full training, as in pretraining,
+        of stays with events dropped at random."""
         mu, logvar = self.setvae.encode(batch, self.config.drop_events if self.setvae.training else 0.0)
         z = self._fuse_vae_features(mu, logvar)
         return mu, logvar, z, self.history(z, batch.minute)
@@ -946,7 +1005,7 @@ class SeqSetVAE(nn.Module):
         if config.features == "multiscale":
             features += prefix_moments(z, batch.point_slot)
         slots = batch.point_slot.masked_fill(batch.point < 0, h.shape[1])
-        if config.features != "stable" and config.decoder == "readout":  # the stay's history as the latents of its sets tell it
+        if config.features != "stable" and config.decoder == "readout":  # the stay's history as its latents tell it
             values, logits = self.setvae.decoder(z, self.setvae.keys_of(self.head_variables))         # [B, L, K]
             believed = (logits > 0) & real_sets(batch)[..., None]
             features.append(statistics_of_beliefs(values.float(), believed, batch.minute, slots).past.flatten(2))
@@ -965,8 +1024,8 @@ class SeqSetVAE(nn.Module):
         return statistics_at(batch, slots, listed[mine].masked_fill(~held, size), size)
 
     def features(self, batch: EventBatch) -> torch.Tensor:
-        """Head input of every prediction point before standardisation, [B, Q, F]. Of a frozen backbone it never changes: compute it
-        once."""
+        """Head input of every prediction point before standardisation, [B, Q, F].
+        Of a frozen backbone it never changes: compute it once."""
         _, _, z, h = self.encode(batch)
         return self._head_input(z, h, batch)
 
@@ -976,14 +1035,15 @@ class SeqSetVAE(nn.Module):
         return torch.cat([plain, ((rest - self.feature_mean) / self.feature_std).clamp(-5, 5)], dim=-1)
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
-        """features [..., F], as `features` gives them -> logits [..., classes]: in training the head's alone (no gradient passes a tree),
-        in evaluation the mean with its trees'."""
+        """features [..., F], as `features` gives them -> logits [..., classes]: in training the head's alone (no
+        gradient passes a tree), in evaluation the mean with its trees'."""
         x = self.standardise(features)
         logits = self.cls_head(x)
         return logits if self.training or self.trees is None else (logits + self.trees(x)) / 2
 
     def forward(self, batch: EventBatch, losses: bool = False):
-        """logits, see `classify`; or what full training needs, see `losses` (by way of `forward`, which DistributedDataParallel calls)."""
+        """logits, see `classify`; or what full training needs,
+        see `losses` (by way of `forward`, which DistributedDataParallel calls)."""
         return self.losses(batch) if losses else self.classify(self.features(batch))
 
     def losses(self, batch: EventBatch) -> dict[str, torch.Tensor]:
@@ -996,14 +1056,16 @@ class SeqSetVAE(nn.Module):
 
 
 def summaries(exact: Statistics, hours) -> list:
-    """What the head is told of the statistics at points, `hours` [B, Q] after their sets: [B, Q, (10 + 1) n + 1] in parts."""
+    """What the head is told of the statistics at points, `hours` [B, Q] after their sets: [B, Q, (10 + 1) n + 1] in
+    parts."""
     seen = exact.past_exists[:, :, HISTORY_STATISTICS.index("log count")].float()
     return [exact.past.flatten(2), seen, hours[..., None]]
 
 
 def attention_pool(h, last, slots):
-    """Parameter-free: mean of h_t up to a point's set, weighted by softmax(h_t . h_last): h [B, L, d], last [B, Q, d] of the sets at
-    slots [B, Q] -> [B, Q, d]. A block of points after another: of a long stay asked at each set [Q, L] is too much."""
+    """Parameter-free: mean of h_t up to a point's set, weighted by softmax(h_t . h_last): h [B, L, d], last [B, Q, d]
+    of the sets at slots [B, Q] -> [B, Q, d]. A block of points after another: of a long stay asked at each set [Q, L]
+    is too much."""
     position = torch.arange(h.shape[1], device=h.device)
     pooled = []
     for queries, ends in zip(last.split(QUERY_BLOCK, dim=1), slots.split(QUERY_BLOCK, dim=1)):
@@ -1013,8 +1075,8 @@ def attention_pool(h, last, slots):
 
 
 def prefix_moments(x, slots):
-    """Mean, maximum, minimum and standard deviation over the sets of each stay up to the sets `slots`: x [B, L, c], slots [B, Q] -> four
-    of [B, Q, c]."""
+    """Mean, maximum, minimum and standard deviation over the sets of each stay up to the sets `slots`:
+    x [B, L, c], slots [B, Q] -> four of [B, Q, c]."""
     count = (slots + 1)[..., None]
     mean = at_slots(x.cumsum(1), slots) / count
     centre = at_slots(x, slots[:, -1:])                                             # squares cancel less around a value
@@ -1029,8 +1091,8 @@ def prefix_moments(x, slots):
 # ----------------------------------------------------------------------------------------------------------------------
 
 CHECKPOINT_FORMAT = 2
-_CHECKPOINT_TYPES = {"mode": str, "model_config": dict, "model": dict, "vocabulary": torch.Tensor, "normalizer": dict, "split": dict,
-                     "subjects": dict,                     "source": dict, "metrics": dict}  # see train.model_content
+_CHECKPOINT_TYPES = {"mode": str, "model_config": dict, "model": dict, "vocabulary": torch.Tensor, "normalizer": dict,
+                     "split": dict, "subjects": dict, "source": dict, "metrics": dict}  # see train.model_content
 _CHECKPOINT_ENTRIES = {"normalizer": ("variables", "mean", "std", "log_scale", "clip"), "split": SPLITS,
                        "subjects": SPLITS, "metrics": ("epoch",),
                        "source": ("data", "fingerprint", "seed", "command", "versions")}
@@ -1041,12 +1103,15 @@ _ORIGINAL_NAMES = {
     "post_transformer_norm.": "history.norm.", "rel_time_bucket_embed.": "history.gap_embedding.",
     "alibi_slope": "history.slope", "time_tau": "history.tau",
 }
-# Never loaded into a classifier: its own head, what only pretraining uses, and the original's second decoder, which never reached a loss.
-_SKIPPED = ("cls_head.", "trees.", "feature_", "vae_feature_fusion.", "mask_token", "setvae.decoder_layers.", "setvae.out.")
+# Never loaded into a classifier: its own head, what only pretraining uses, and the original's second decoder, which
+# never reached a loss.
+_SKIPPED = ("cls_head.", "trees.", "feature_", "vae_feature_fusion.", "mask_token", "setvae.decoder_layers.",
+            "setvae.out.")
 
 
 def read_checkpoint(path, device="cpu") -> dict:
-    """The checkpoint's content: plain types and tensors only, nothing in it is executed. Raises InputError where it cannot be used."""
+    """The checkpoint's content: plain types and tensors only, nothing in it is executed.
+    Raises InputError where it cannot be used."""
     try:
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch.load takes a flipped bit for a weight
             raise zipfile.BadZipFile("checksum")
@@ -1062,27 +1127,31 @@ def read_checkpoint(path, device="cpu") -> dict:
         raise InputError(f"{path}: holds {type(content).__name__}, not a checkpoint; give a file that train.py wrote")
     if content.get("format", CHECKPOINT_FORMAT) != CHECKPOINT_FORMAT:
         mend = "commit 42f6991 reads it" if content["format"] == 1 else "use the version that wrote it"
-        raise InputError(f"{path}: checkpoint format {content['format']}, this version reads {CHECKPOINT_FORMAT}; {mend}, "
-                         "or make it again")
+        raise InputError(f"{path}: checkpoint format {content['format']}, this version reads {CHECKPOINT_FORMAT}; "
+                         f"{mend}, or make it again")
     lacking = [name for name, kind in _CHECKPOINT_TYPES.items() if not isinstance(content.get(name), kind)]
-    lacking = lacking or [f"{name}[{entry}]" for name, entries in _CHECKPOINT_ENTRIES.items() for entry in entries if entry not in content[name]]
+    lacking = lacking or [f"{name}[{entry}]" for name, entries in _CHECKPOINT_ENTRIES.items() for entry in entries
+                          if entry not in content[name]]
     if "format" in content and lacking:
-        raise InputError(f"{path}: a checkpoint without {', '.join(lacking)}; it was not written by train.py: make it again")
+        raise InputError(f"{path}: a checkpoint without {', '.join(lacking)}; it was not written by train.py: "
+                         "make it again")
     return content
 
 
 def checkpoint_state(content: dict, path) -> dict[str, torch.Tensor]:
-    """State dict under our names, from our checkpoints, the original's (Lightning) or a bare state dict, behind any wrapper's prefix."""
+    """State dict under our names, from our checkpoints, the original's (Lightning) or a bare state dict,
+    behind any wrapper's prefix."""
     state = content["model"] if "format" in content else content.get("state_dict", content)
     if not isinstance(state, dict) or not state or not all(torch.is_tensor(t) for t in state.values()):
-        raise InputError(f"{path}: no state dict in it; give a checkpoint that train.py or the original implementation wrote")
+        raise InputError(f"{path}: no state dict in it; give a checkpoint that train.py or the original implementation "
+                         "wrote")
     ours = {}
     for name, tensor in state.items():
         while (prefix := next((p for p in _WRAPPERS if name.startswith(p)), None)):
             name = name[len(prefix):]
         original = None if "format" in content else next((p for p in _ORIGINAL_NAMES if name.startswith(p)), None)
         if original == "alibi_slope":
-            # The original's sign error kept its bias at zero for the whole past, whatever the slope: slope 0 reproduces its outputs.
+            # The original's sign error kept its bias at zero for the whole past: slope 0 reproduces its outputs.
             tensor = torch.zeros_like(tensor)
         ours[_ORIGINAL_NAMES[original] + name[len(original):] if original else name] = tensor
     return ours
@@ -1093,37 +1162,43 @@ def load_checkpoint_weights(path, device="cpu") -> dict[str, torch.Tensor]:
     return checkpoint_state(read_checkpoint(path, device), path)
 
 
-def checkpoint_config(content: dict, num_variables: int, path, set_heads: int | None = None, transformer_heads: int | None = None) -> ModelConfig:
-    """The model config of a checkpoint: recorded in ours. Of an original one, V is the data's, every size is read off the weights' shapes,
-    and the numbers of heads, which leave no trace in a shape, come from its hyper_parameters or, in a bare state dict, are given."""
+def checkpoint_config(content: dict, num_variables: int, path, set_heads: int | None = None,
+                      transformer_heads: int | None = None) -> ModelConfig:
+    """The model config of a checkpoint: recorded in ours. Of an original one, V is the data's, every size is read off
+    the weights' shapes, and the numbers of heads, which leave no trace in a shape, come from its hyper_parameters or,
+    in a bare state dict, are given."""
     if "format" in content:
         sizes = content["model_config"]
         unknown = sorted(set(sizes) - {f.name for f in fields(ModelConfig)} | {"num_variables"} - set(sizes), key=str)
         if unknown:
-            raise InputError(f"{path}: unknown or missing entry {unknown[0]!r} in its model config; use the version that wrote it")
+            raise InputError(f"{path}: unknown or missing entry {unknown[0]!r} in its model config; "
+                             "use the version that wrote it")
         make = ModelConfig
     else:
         state = checkpoint_state(content, path)
-        names = {"reduced": "setvae.dim_reducer.weight", "embed": "setvae.embed.0.weight", "inducing": "setvae.encoder_layers.0.inducing",
-                 "ff": "history.layers.0.linear1.weight", "decoder": "setvae.decoder.out.weight"}
+        names = {"reduced": "setvae.dim_reducer.weight", "embed": "setvae.embed.0.weight",
+                 "inducing": "setvae.encoder_layers.0.inducing", "ff": "history.layers.0.linear1.weight",
+                 "decoder": "setvae.decoder.out.weight"}
         if (lacking := [name for name in names.values() if name not in state]):
-            raise InputError(f"{path}: no {lacking[0]} in its state dict; give a checkpoint of train.py, or the whole model of the original "
-                             "implementation")
+            raise InputError(f"{path}: no {lacking[0]} in its state dict; give a checkpoint of train.py, or the whole "
+                             "model of the original implementation")
         shape = {size: state[name].shape for size, name in names.items()}
         given = content.get("hyper_parameters")
         given = given if isinstance(given, dict) else {}
-        heads = {"set_heads": set_heads or given.get("heads"), "heads": transformer_heads or given.get("transformer_heads")}
+        heads = {"set_heads": set_heads or given.get("heads"),
+                 "heads": transformer_heads or given.get("transformer_heads")}
         for (name, number), option in zip(heads.items(), ("--set_heads", "--transformer_heads")):
             if not number:
-                raise InputError(f"{path}: a bare state dict does not tell its numbers of attention heads; give {option} "
-                                 f"(the original's default: {getattr(ModelConfig.original(1), name)})")
+                raise InputError(f"{path}: a bare state dict does not tell its numbers of attention heads; "
+                                 f"give {option} (the original's default: {getattr(ModelConfig.original(1), name)})")
             if shape["embed"][0] % number:
-                raise InputError(f"{path}: {number} heads do not divide its width of {shape['embed'][0]}; correct {option}")
+                raise InputError(f"{path}: {number} heads do not divide its width of {shape['embed'][0]}; "
+                                 f"correct {option}")
         levels, layers = (len({name[len(prefix):].split(".")[0] for name in state if name.startswith(prefix)})
                           for prefix in ("setvae.encoder_layers.", "history.layers."))
         make = ModelConfig.original
-        sizes = dict(num_variables=num_variables, **heads, input_dim=shape["reduced"][1], reduced_dim=shape["reduced"][0],
-                     set_dim=shape["embed"][0], latent_dim=shape["embed"][0],
+        sizes = dict(num_variables=num_variables, **heads, input_dim=shape["reduced"][1],
+                     reduced_dim=shape["reduced"][0], set_dim=shape["embed"][0], latent_dim=shape["embed"][0],
                      inducing=shape["inducing"][0], ff_dim=shape["ff"][0], levels=levels, layers=layers)
     try:
         config = make(**sizes)
@@ -1131,18 +1206,20 @@ def checkpoint_config(content: dict, num_variables: int, path, set_heads: int | 
         raise InputError(f"{path}: {error}; it is damaged or forged") from None
     held = tuple(content["vocabulary"].shape) if "format" in content else (num_variables, config.input_dim)
     if not held == (config.num_variables, config.input_dim) == (num_variables, config.input_dim):
-        raise InputError(f"{path}: its vocabulary {list(held)}, its normalizer of {num_variables} variables and its model config of "
-                         f"{config.num_variables} x {config.input_dim} disagree; it is damaged or forged")
+        raise InputError(f"{path}: its vocabulary {list(held)}, its normalizer of {num_variables} variables and its "
+                         f"model config of {config.num_variables} x {config.input_dim} disagree; "
+                         "it is damaged or forged")
     return config
 
 
 def load_weights(model: nn.Module, state: dict[str, torch.Tensor], path) -> None:
     """Copy every weight of a checkpoint into the model of its config. Raises InputError where they disagree."""
     own = model.state_dict()
-    wrong = sorted(own.keys() ^ state.keys()) + [name for name in own.keys() & state.keys() if own[name].shape != getattr(state[name], "shape", None)]
+    wrong = sorted(own.keys() ^ state.keys()) + [name for name in own.keys() & state.keys()
+                                                 if own[name].shape != getattr(state[name], "shape", None)]
     if wrong:
-        raise InputError(f"{path}: weight {wrong[0]} is missing, unknown or of another shape than its model config says; use the version that "
-                         "wrote it")
+        raise InputError(f"{path}: weight {wrong[0]} is missing, unknown or of another shape than its model config "
+                         "says; use the version that wrote it")
     model.load_state_dict(state)
     trees = getattr(model, "trees", None)
     if trees is not None and not 0 <= trees.feature.min() <= trees.feature.max() < sum(model._feature_sizes().values()):
@@ -1164,9 +1241,10 @@ class WeightReport:
         return not (self.missing or self.mismatched)
 
     def __str__(self) -> str:
-        rows = [("loaded", self.loaded), ("skipped by rule", self.skipped), ("missing", self.missing), ("unexpected", self.unexpected),
-                ("shape mismatch", self.mismatched)]
-        lines = [f"{title:>16}: {len(names):4d}" + (f"  {', '.join(names[:6])}{' ...' if len(names) > 6 else ''}" if names and i else "")
+        rows = [("loaded", self.loaded), ("skipped by rule", self.skipped), ("missing", self.missing),
+                ("unexpected", self.unexpected), ("shape mismatch", self.mismatched)]
+        lines = [f"{title:>16}: {len(names):4d}"
+                 + (f"  {', '.join(names[:6])}{' ...' if len(names) > 6 else ''}" if names and i else "")
                  for i, (title, names) in enumerate(rows)]
         return "\n".join(lines)
 
@@ -1189,16 +1267,20 @@ def load_backbone(model: SeqSetVAE, state: dict[str, torch.Tensor]) -> WeightRep
 
 
 def original_classifier(content: dict, config: ModelConfig, vocabulary: torch.Tensor, path) -> SeqSetVAE:
-    """The classifier of a checkpoint that the original implementation finetuned, in its classification-only mode: stable features, one head."""
+    """The classifier of a checkpoint that the original implementation finetuned,
+    in its classification-only mode: stable features, one head."""
     state = checkpoint_state(content, path)
     head = {name.removeprefix("cls_head."): tensor for name, tensor in state.items() if name.startswith("cls_head.")}
     if not head:
-        raise InputError(f"{path}: not a finetuned checkpoint; make one with: python train.py --mode finetune --pretrained_ckpt {path}")
+        raise InputError(f"{path}: not a finetuned checkpoint; make one with: "
+                         f"python train.py --mode finetune --pretrained_ckpt {path}")
     model = SeqSetVAE(replace(config, features="stable"), vocabulary)
     report = load_backbone(model, state)
     wrong = report.missing + report.mismatched
-    wrong += [f"cls_head.{name}" for name, own in model.cls_head.state_dict().items() if name not in head or head[name].shape != own.shape]
+    wrong += [f"cls_head.{name}" for name, own in model.cls_head.state_dict().items()
+              if name not in head or head[name].shape != own.shape]
     if wrong:
-        raise InputError(f"{path}: {', '.join(wrong[:3])} missing or of another shape than in the original implementation; give its whole checkpoint")
+        raise InputError(f"{path}: {', '.join(wrong[:3])} missing or of another shape than in the original "
+                         "implementation; give its whole checkpoint")
     model.cls_head.load_state_dict(head)
     return model.eval()

@@ -1,6 +1,8 @@
 """Against what the model is measured: hand-made baselines, an untrained backbone, and the protocol that runs every
 method on several splits with one command (`test_suite.py --protocol`)."""
 
+import contextlib
+import io
 import shutil
 import tempfile
 from dataclasses import dataclass, replace
@@ -12,7 +14,7 @@ import pandas as pd
 import torch
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.impute import SimpleImputer
-from sklearn.linear_model import LogisticRegressionCV
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
@@ -23,8 +25,9 @@ from data import (InputError, common_variables, labelled_points, search_after, s
 from evaluate import CPU, bootstrap, interval, open_classifier
 from finetune_config import MANY_POINTS, FinetuneConfig, number_of_trees
 from model import HISTORY_STATISTICS, ModelConfig, SeqSetVAE, summaries
+from runs import choose_device
 from train import (HeadTraining, data_options, finetune, label_subset, labelled, open_checkpoint, parse_arguments,
-                   predict, pretrain, training_points)
+                   pretrain, probability_at, training_points)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Baselines: hand-made features, and the model's own head without its backbone
@@ -99,8 +102,9 @@ def hand_made_baselines(cohort, variables, train, weight, test) -> dict[str, np.
     low, high = np.nanquantile(x, [.005, .995], axis=0)
     linear = make_pipeline(FunctionTransformer(lambda t: t.clip(low, high)),
                            SimpleImputer(strategy="median", add_indicator=True),
-                           StandardScaler(), LogisticRegressionCV(Cs=[.0003, .001, .003, .01, .03, .1], cv=5,
-                                                                  scoring="neg_log_loss", max_iter=500))
+                           StandardScaler(),
+                           GridSearchCV(LogisticRegression(max_iter=500), {"C": [.0003, .001, .003, .01, .03, .1]},
+                                        scoring="neg_log_loss", cv=5))
     boosting = GridSearchCV(HistGradientBoostingClassifier(learning_rate=.05, random_state=0),
                             {"max_iter": [100, 200], "max_leaf_nodes": [6, 15], "l2_regularization": [10.]},
                             scoring="neg_log_loss", cv=5)
@@ -118,7 +122,7 @@ class SummariesAlone(SeqSetVAE):
         return torch.cat(summaries(self.exact_statistics(batch), batch.point_hours), dim=-1)
 
 
-def summaries_alone(dataset, variables, train, test, seed: int, config=FinetuneConfig()) -> np.ndarray:
+def summaries_alone(dataset, variables, train, test, seed: int, device=CPU, config=FinetuneConfig()) -> np.ndarray:
     """Probabilities at the test points by the default head (linear and trees) on exact summaries of these variables
     (indices in the dataset's vocabulary), trained like that of a frozen backbone on the training stays."""
     points, _ = training_points(dataset.cohort, train, config, seed, 0)
@@ -128,20 +132,21 @@ def summaries_alone(dataset, variables, train, test, seed: int, config=FinetuneC
     torch.manual_seed(seed)
     model = SummariesAlone(shape, torch.zeros(shape.num_variables, shape.input_dim))
     model.head_variables.copy_(torch.from_numpy(variables))
-    head = HeadTraining(SimpleNamespace(model=model, dataset=dataset, last=None), train, config, seed, CPU)
+    run = SimpleNamespace(model=model.to(device), dataset=dataset, last=None)
+    head = HeadTraining(run, train, config, seed, device)
     for epoch in range(config.max_epochs):
         head.epoch(epoch)
-    return predict(model, dataset, test, CPU)
+    return probability_at(model, dataset, test, device)
 
 
-def without_backbone(dataset, train, test, seed: int, config=FinetuneConfig()) -> dict[str, np.ndarray]:
+def without_backbone(dataset, train, test, seed: int, device=CPU, config=FinetuneConfig()) -> dict[str, np.ndarray]:
     """Probabilities at the test points by every one of BASELINES that can be had, learned from the training stays."""
     cohort = dataset.cohort
     variables = common_variables(cohort, dataset, train, config.most_variables)
     points, weight = training_points(cohort, train, config, seed, 0)
     own = np.flatnonzero(np.isin(dataset.variable, variables))
     return (hand_made_baselines(cohort, own, points, weight, test)
-            | {BASELINES[2]: summaries_alone(dataset, variables, train, test, seed, config)})
+            | {BASELINES[2]: summaries_alone(dataset, variables, train, test, seed, device, config)})
 
 
 def baselines(arguments, content, cohort, dataset, points, new) -> dict[str, np.ndarray]:
@@ -150,15 +155,18 @@ def baselines(arguments, content, cohort, dataset, points, new) -> dict[str, np.
     if new or "format" not in content:
         raise InputError(f"{arguments.checkpoint}: --baselines are fitted on the data that train.py made the "
                          f"checkpoint with; leave {'--data_dir' if new else '--baselines'} out")
-    methods = without_backbone(dataset, labelled(cohort, content["split"]["train"]), points, content["source"]["seed"])
+    train, device = labelled(cohort, content["split"]["train"]), choose_device(arguments.device, "fp32")[0]
+    methods = without_backbone(dataset, train, points, content["source"]["seed"], device)
     with tempfile.TemporaryDirectory() as folder:
         pretrained = Path(folder) / "untrained.pt"
         torch.save(content | {"mode": "pretrain"}, pretrained)
         given = [f"--{name}={value}" for name, value in data_options(arguments).items()]
-        path = finetune(parse_arguments(["--mode", "finetune", "--pretrained_ckpt", str(pretrained), "--random_init",
-                                         "--run_dir", f"{folder}/run", *given]))
+        command = ["--mode", "finetune", "--pretrained_ckpt", str(pretrained), "--random_init",
+                   "--run_dir", f"{folder}/run", "--device", arguments.device, *given]
+        with contextlib.redirect_stdout(io.StringIO()):  # its log would stand in the middle of the report
+            path = finetune(parse_arguments(command))
         model = open_classifier(path, data_options(arguments))[0]
-        return methods | {"untrained backbone, same head": predict(model, dataset, points, CPU)}
+        return methods | {"untrained backbone, same head": probability_at(model.to(device), dataset, points, device)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -236,7 +244,7 @@ def predict_cell(cell: Cell, checkpoint: Path, home: Path, common: list) -> None
     best = finetune(parse_arguments(options), replace(FinetuneConfig(), fuse=cell.fuse, summaries=cell.summaries))
     model, content, cohort, dataset, _ = open_classifier(best)
     points = labelled_points(cohort, stays_of(cohort, content["split"]["test"]))
-    save_predictions(path, cohort, points, predict(model, dataset, points, CPU))
+    save_predictions(path, cohort, points, probability_at(model, dataset, points, CPU))
 
 
 def predict_baselines(checkpoint: Path, home: Path, seed: int) -> None:

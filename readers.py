@@ -1011,8 +1011,8 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description="Write an example of the long table that train.py --data_dir reads: "
                                                  "200 stays of the embedded cohort.", allow_abbrev=False)
     parser.add_argument("--example", metavar="DIR", required=True, help="the new folder of events.csv and labels.csv")
-    folder = Path(parser.parse_args(argv).example)
-    cohort = replace(synthetic_cohort(200), stay_id=np.arange(1001, 1201).astype(str))
+    folder, cohort = Path(parser.parse_args(argv).example), synthetic_cohort(200)
+    cohort = replace(cohort, stay_id=np.arange(1001, 1001 + len(cohort)).astype(str))
     try:
         write_long_table(folder, cohort)
     except InputError as error:

@@ -18,7 +18,8 @@ from benchmark import benchmark, scale
 from data import InputError
 from evaluate import performance
 from protocol import baselines, protocol
-from train import CHECKPOINTS, add_data_options, add_head_options, keep_freed_memory
+from runs import CHECKPOINTS, keep_freed_memory, print_what_the_terminal_can
+from train import add_data_options, add_head_options
 
 TESTS = str(Path(__file__).with_name("tests"))
 
@@ -39,6 +40,7 @@ def main(argv=None) -> int:
     add("--plots", metavar="DIR",
         help="draw curves, ROC and precision-recall, calibration, features and the --trajectory (needs matplotlib)")
     add("--json", metavar="FILE", help="write the analysis' figures")
+    add("--device", default="auto", help="auto (cuda where there is one, else cpu), cpu, cuda, cuda:1 (default: auto)")
     add_head_options(add)
 
     add = parser.add_argument_group("data (default: the checkpoint's, of which the recorded test split is scored; "
@@ -62,7 +64,7 @@ def main(argv=None) -> int:
     add("--soak", action="store_true",
         help="run the tests of killed processes and damaged inputs at length: 60 kills, 2,000 inputs")
     arguments = parser.parse_args(argv)
-    keep_freed_memory()
+    keep_freed_memory(), print_what_the_terminal_can()
     try:
         if arguments.soak:
             os.environ["SEQSETVAE_SOAK"] = "1"

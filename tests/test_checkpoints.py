@@ -67,8 +67,8 @@ def fixture_of_the_original(name):
     minutes = expected["minutes"].double().numpy()
     names = [f"event {i:05d}" for i in range(len(values))]
     sizes = [len(expected[f"val_{i}"]) for i in range(5)]
-    cohort = build_cohort("fixture", names, np.zeros(len(values), int), np.repeat(minutes, sizes), np.arange(len(values)),
-                          values, ["stay"], [0])
+    cohort = build_cohort("fixture", names, np.zeros(len(values), int), np.repeat(minutes, sizes),
+                          np.arange(len(values)), values, ["stay"], [0])
     plain = Normalizer(names, *(np.full(len(values), x, np.float32) for x in (0, 1, 0)), clip=np.inf)
     batch = StayDataset(cohort, plain, points=True)[np.array([0])]
     return read_checkpoint(path), expected, batch, vectors, path

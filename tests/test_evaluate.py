@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 import benchmark
 import data
@@ -20,16 +21,18 @@ import readers
 import test_suite
 import train
 from benchmark import PLAIN_LOOP, asked_at_the_end, assert_plain_loop_agrees
-from data import StayDataset, with_points
-from evaluate import (CHECKPOINT, CPU, bootstrap, influence, open_classifier, risk_over_time, write_meds_predictions)
+from data import InputError, StayDataset, with_points
+from evaluate import (CHECKPOINT, CPU, bootstrap, influence, open_classifier, predict, risk_over_time, risk_without,
+                      write_meds_predictions)
 from model import ModelConfig, SeqSetVAE, load_checkpoint_weights
 from protocol import (BASELINES, STATISTICS, Cell, hand_made_baselines, predictions_path, print_protocol,
                       summaries_alone, summary_table)
 from readers import synthetic_cohort, write_long_table
 from test_suite import main
 from tests.test_readers import meds
-from tests.tiny import FINETUNE, PLAIN, SHARED, build, cohort_of, labels_of, one_error_line, random_stays, tiny, write
-from train import encode_points, predict, probability_of
+from tests.tiny import (FINETUNE, NAMES, PLAIN, SHARED, build, cohort_of, labels_of, one_error_line, random_stays, tiny,
+                        write)
+from train import encode_points, probability_at, probability_of
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What users bring and take away: original checkpoints, predictions, pictures, the commands of the README
@@ -95,7 +98,8 @@ def test_an_original_finetuned_checkpoint_is_scored_with_its_data(tmp_path, caps
     assert json.loads((tmp_path / "a.json").read_text())["stays"] == 10  # patient_ehr/test
 
     # The probabilities are those of its weights on the data's values, vectors and statistics.
-    model, _, cohort, dataset, _ = open_classifier(whole, dict(zip(("data_dir", "params_map", "label_file"), original_data[1::2])))
+    options = dict(zip(("data_dir", "params_map", "label_file"), original_data[1::2]))
+    model, _, cohort, dataset, _ = open_classifier(whole, options)
     assert model.config.features == "stable" and model.config.head_widths is None and model.trees is None
     assert model.config.classification_only
     assert dataset.normalizer.mean.tolist() == [5] * 7
@@ -124,7 +128,7 @@ def test_the_risk_over_time_equals_scoring_the_truncated_stay(config):
     trajectory = risk_over_time(model, StayDataset(cohort, PLAIN, points=True), 1)
     truncated = StayDataset(cohort_of([stay[:end] for end in range(1, 38)]), PLAIN, points=True)
     # float32, in other batches
-    np.testing.assert_allclose(trajectory["risk"], predict(model, truncated, np.arange(37), CPU), atol=1e-5)
+    np.testing.assert_allclose(trajectory["risk"], probability_at(model, truncated, np.arange(37), CPU), atol=1e-5)
     assert trajectory["minute"] == [minute for minute, _ in stay]
     assert trajectory["events"] == [len(events) for _, events in stay]
 
@@ -136,7 +140,8 @@ def test_what_comes_after_a_stays_last_point_changes_no_bit_of_its_features(conf
     features = []
     for tail in (other, [(m + 1, [(v, x + 7) for v, x in events]) for m, events in other]):
         whole = stay + [(m + minute[-1] + 30, events) for m, events in tail]
-        cohort = with_points(cohort_of([whole]), np.array([2]), np.array([minute[4], minute[-1] + 20]), np.array([0, 1]))
+        asked = np.array([minute[4], minute[-1] + 20])
+        cohort = with_points(cohort_of([whole]), np.array([2]), asked, np.array([0, 1]))
         features.append(encode_points(model, StayDataset(cohort, PLAIN, points=True), np.arange(2), CPU))
     assert torch.equal(*features) and (features[0][0] - features[0][1]).abs().max() > 1e-3
     if config.get("summaries"):
@@ -150,7 +155,8 @@ def test_intervals_resample_stays_not_points():
     once = bootstrap(np.arange(40), label, p, repeats=300)
     many = bootstrap(np.repeat(np.arange(40), 25), np.repeat(label, 25), np.repeat(p, 25), repeats=300)
     assert np.allclose(once[..., 0], many[..., 0])  # the same points again are no more evidence
-    assert bootstrap(np.arange(1000), np.repeat(label, 25), np.repeat(p, 25), repeats=300).std(0)[0, 0] < .4 * once.std(0)[0, 0]
+    fresh = bootstrap(np.arange(1000), np.repeat(label, 25), np.repeat(p, 25), repeats=300)
+    assert fresh.std(0)[0, 0] < .4 * once.std(0)[0, 0]
 
 
 def test_the_analysis_writes_what_is_asked_for_with_or_without_labels(tmp_path, capsys, finetuned):
@@ -194,7 +200,7 @@ def test_the_analysis_writes_what_is_asked_for_with_or_without_labels(tmp_path, 
 
 @pytest.fixture
 def meds_answers(tmp_path, load, capsys):
-    """Of 28 of 30 subjects of MEDS data, each asked twice, made-up answers: the cohort, the probabilities [60], the file
+    """Of 28 of 30 subjects of MEDS data, each asked twice, made-up answers: the cohort, probabilities [60], the file
     that holds them, what was printed when it was written, and the times that were asked."""
     rng = np.random.default_rng(0)
     times = pd.Timestamp("2020-02-03 10:00:00.000001") + pd.to_timedelta(rng.integers(10**11, size=60), "us")
@@ -250,22 +256,75 @@ def test_a_variable_moves_the_risk_by_what_the_risk_is_without_it():
     stay = random_stays([12])[0]
     model, cohort = build(SeqSetVAE, tiny(summaries=True, head_variables=5)), cohort_of([stay, [(5, [(3, 1.)])]])
     dataset = StayDataset(cohort, PLAIN, points=True)
-    told = risk_over_time(model, dataset, 0)
-    assert told["highest"] == told["minute"][np.argmax(told["risk"])] and len(told["without"]) == 7
-    before = [(m, events) for m, events in stay if m <= told["highest"]]
-    for v in range(7):
-        rest = [(m, kept) for m, events in before if (kept := [e for e in events if e[0] != v])]
+    last = stay[-1][0]
+    without = risk_without(model, dataset, 0, last, 40, CPU)
+    assert sorted(without) == NAMES and len(risk_without(model, dataset, 0, last, 3, CPU)) == 3
+    for v, name in enumerate(NAMES):
+        rest = [(m, kept) for m, events in stay if (kept := [e for e in events if e[0] != v])]
         other = cohort_of([rest, [(5, [(u, 0.) for u in range(7)])]])
-        other = with_points(other, np.array([1, 0]), np.array([told["highest"]]), np.array([-1]))
-        expected = predict(model, StayDataset(other, PLAIN, points=True), np.arange(1), CPU)[0]
-        assert told["without"][f"lab{v}"] == pytest.approx(expected, abs=1e-5)
+        other = with_points(other, np.array([1, 0]), np.array([last]), np.array([-1]))
+        expected = probability_at(model, StayDataset(other, PLAIN, points=True), np.arange(1), CPU)[0]
+        assert without[name] == pytest.approx(expected, abs=1e-5)
+    told = risk_over_time(model, dataset, 0)
+    assert told["highest"] == told["minute"][np.argmax(told["risk"])]
+    assert told["without"] == risk_without(model, dataset, 0, told["highest"], 40, CPU)
     assert risk_over_time(model, dataset, 1)["without"] == {"lab3": None}
-    order = [abs(x) for x in influence(told).values()]
-    assert order == sorted(order, reverse=True) and influence({"risk": [1.], "without": {"a": None}}) == {}
+    moved = influence({"risk": [.2, .5], "without": {"a": .4, "b": None, "c": .9}})
+    assert list(moved) == ["c", "a"] and moved["c"] == pytest.approx(-.4)
+
+
+def test_the_bootstrap_scores_as_scikit_learn_does():
+    rng = np.random.default_rng(0)
+    label, group, p = rng.integers(0, 2, 90), rng.integers(0, 30, 90), rng.random(90).round(1)  # with ties
+    draws, rng = bootstrap(group, label, p, 1 - p, repeats=20), np.random.default_rng(0)
+    groups = len(np.unique(group))
+    for scored in draws:
+        drawn = np.bincount(rng.integers(0, groups, groups), minlength=groups)
+        weight = drawn[np.unique(group, return_inverse=True)[1]]
+        for q, (auroc, auprc) in zip((p, 1 - p), scored):
+            assert auroc == pytest.approx(roc_auc_score(label, q, sample_weight=weight), abs=1e-12)
+            assert auprc == pytest.approx(average_precision_score(label, q, sample_weight=weight), abs=1e-12)
+
+
+def test_predict_gives_what_predictions_writes_for_the_same_table(tmp_path, finetuned):
+    cohort = synthetic_cohort(6, seed=5)
+    folder = write_long_table(tmp_path / "new", cohort, labels=False)
+    scoring = ["--checkpoint", str(finetuned), "--data_dir", str(folder)]
+    assert main([*scoring, "--predictions", str(tmp_path / "new.csv")]) == 0
+    events = pd.read_csv(folder / "events.csv")
+    stranger = pd.DataFrame({"stay_id": ["stranger"], "minute": [0], "variable": ["unheard of"], "value": [1.0]})
+    table = predict(finetuned, pd.concat([stranger, events.sample(frac=1, random_state=0)]), device="cpu")
+    assert table.columns.tolist() == ["stay_id", "probability"]
+    assert np.isnan(table.set_index("stay_id")["probability"].pop("stranger"))
+    table = table[table["stay_id"] != "stranger"]
+    written = pd.read_csv(tmp_path / "new.csv")
+    assert table["stay_id"].tolist() == written["stay_id"].tolist()
+    np.testing.assert_allclose(table["probability"], written["probability"], rtol=0, atol=1e-6)
+    with pytest.raises(InputError, match="events.csv.* minute"):
+        predict(finetuned, events.assign(minute="soon"))
+
+
+def test_scoring_needs_neither_pytest_nor_the_tests():
+    loaded = "import sys, evaluate; print([name for name in sys.modules if name.split('.')[0] in ('pytest', 'tests')])"
+    home = Path(train.__file__).parent
+    ended = subprocess.run([sys.executable, "-c", loaded], cwd=home, capture_output=True, text=True)
+    assert ended.stdout == "[]\n", ended.stderr
+
+
+def test_the_log_of_the_untrained_backbone_does_not_stand_in_the_report(capsys, monkeypatch, finetuned):
+    monkeypatch.setattr(protocol, "hand_made_baselines",
+                        lambda *given: {BASELINES[0]: np.zeros(len(given[-1]))})
+    capsys.readouterr()
+    assert main(["--checkpoint", str(finetuned), "--baselines", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("untrained backbone, same head", BASELINES[0], BASELINES[2]))
+    assert not any(line.startswith(("epoch", "model:", "split:", "best checkpoint:")) for line in out.splitlines())
+    assert out.count("data: embedded") == 1
 
 
 def test_analysis_options_need_a_checkpoint_and_plots_need_matplotlib(capsys, monkeypatch, finetuned):
     one_error_line(capsys, main(["--plots", "x"]), "--checkpoint")
+    one_error_line(capsys, main(["--checkpoint", str(finetuned), "--device", "cuda:99"]), "--device cuda:99")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     one_error_line(capsys, main(["--checkpoint", str(finetuned), "--plots", "x"]), "pip install matplotlib")
     with pytest.raises(SystemExit, match="2"):
@@ -324,7 +383,8 @@ def test_the_protocols_table_pairs_each_method_with_the_better_baseline(tmp_path
                                   "probability": label + noise * rng.normal(size=60)})
             table.to_csv(predictions_path(tmp_path / f"seed{seed}", method, 1.0), index=False)
     print_protocol(tmp_path)
-    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ") and "±" in line]
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()
+            if line.startswith("| ") and "±" in line]
     assert [row[0][2:] for row in rows] == [Cell().name, *(BASELINES[i] for i in (1, 0, 2))]
     assert all(row[1] == "2" for row in rows)
     assert rows[0][4].startswith("+0.") and rows[2][4].startswith("-0.") and rows[1][4].strip() == ""
@@ -382,17 +442,18 @@ def test_the_readmes_examples_of_data_are_read(tmp_path, load, monkeypatch, fold
 
 
 def test_the_readmes_commands_for_ones_own_table(tmp_path, capsys, monkeypatch):
-    """As printed there, but for one epoch."""
+    """As printed there, but on 60 stays and for one epoch."""
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(readers, "synthetic_cohort", lambda stays: synthetic_cohort(60))
     commands = {"readers.py": readers.main, "train.py": lambda options: train.main([*options, "--max_epochs", "1"]),
                 "test_suite.py": main}
     for line in (line for _, block in readme_blocks("run") for line in block.splitlines()):
         python, script, *options = shlex.split(line, comments=True)
         assert python == "python" and commands[script](options) == 0, line
     assert "Stay 1001 (label" in capsys.readouterr().out
-    assert json.loads(Path("mine.json").read_text())["stays"] == 40
-    assert len(pd.read_csv("mine.csv")) == 200
+    assert json.loads(Path("mine.json").read_text())["stays"] == 12
+    assert len(pd.read_csv("mine.csv")) == 60
     assert len(list(Path("mine-plots").glob("*.png"))) == 4
 
 

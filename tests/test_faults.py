@@ -105,8 +105,10 @@ BAD_DATA = {  # what is wrong: (make it at this folder, what the message names)
     "another record's id": (lambda f: write_physionet(f, records={"132541": RECORDS["132540"]}), "132541.txt"),
     "record without text": (lambda f: write_physionet(f, records={"132539": ""}, header=""), "132539.txt"),
     "no record": (partial(write_physionet, records={}), "set-a"),
-    "outcome that is not 0 or 1": (partial(write_physionet, outcomes=OUTCOMES.replace(",4,1\n", ",4,yes\n")), "Outcomes-a.txt line 3"),
-    "outcome column missing": (partial(write_physionet, outcomes=OUTCOMES.replace("In-hospital_death", "dead")), "Outcomes-a.txt"),
+    "outcome that is not 0 or 1": (partial(write_physionet, outcomes=OUTCOMES.replace(",4,1\n", ",4,yes\n")),
+                                    "Outcomes-a.txt line 3"),
+    "outcome column missing": (partial(write_physionet, outcomes=OUTCOMES.replace("In-hospital_death", "dead")),
+                               "Outcomes-a.txt"),
     "truncated archive": (cut_archive, "set-a.tar.gz"),
     "damaged archive": (partial(cut_archive, flip=True), "set-a.tar.gz"),
     "archive that leaves its folder": (tar_with(tarfile.TarInfo("../evil.txt")), "set-a.tar.gz: member ../evil.txt"),
@@ -405,15 +407,19 @@ WRONG = {  # (events.csv, labels.csv, mode, what the message names)
     "minutes beyond any stay": (table_of(STAYS | {"s04": [(1e30, "lab0", 1)]}), LABELS, "pretrain",
                                 "events.csv line 50: minute is 1e+30"),
     "gzip where text belongs": (gzip.compress(table_of(STAYS).encode()), LABELS, "pretrain", "events.csv: not UTF-8"),
-    "no number at all": (table_of({s: [(m, v, "inf") for m, v, _ in rows] for s, rows in STAYS.items()}), LABELS, "pretrain", "no usable event"),
-    "a label that is no class": (table_of(STAYS), LABELS.replace("s07,1", "s07,3"), "pretrain", "labels.csv line 9: label is '3'"),
+    "no number at all": (table_of({s: [(m, v, "inf") for m, v, _ in rows] for s, rows in STAYS.items()}), LABELS,
+                            "pretrain", "no usable event"),
+    "a label that is no class": (table_of(STAYS), LABELS.replace("s07,1", "s07,3"), "pretrain",
+                                 "labels.csv line 9: label is '3'"),
     "no label in finetune": (table_of(STAYS), None, "finetune", "no label at all"),
     "one class in finetune": (table_of(STAYS), LABELS.replace(",1", ",0"), "finetune", "one class only"),
-    "other variables in finetune": (table_of({s: [(m, "other", x) for m, _, x in rows] for s, rows in STAYS.items()}), LABELS, "finetune",
-                                    "none of the data's variables"),
-    "a split without train": (table_of(STAYS), LABELS.replace("label\n", "label,split\n").replace(",0\n", ",0,valid\n").replace(",1\n", ",1,test\n"),
-                              "pretrain", "0 train and 15 valid stays"),
-    "labels of nobody": (table_of(STAYS), LABELS.replace("s", "t").replace("ttay", "stay"), "finetune", "no label at all"),
+    "other variables in finetune": (table_of({s: [(m, "other", x) for m, _, x in rows] for s, rows in STAYS.items()}),
+                                    LABELS, "finetune", "none of the data's variables"),
+    "a split without train": (table_of(STAYS),
+                              LABELS.replace("label\n", "label,split\n").replace(",0\n", ",0,valid\n")
+                              .replace(",1\n", ",1,test\n"), "pretrain", "0 train and 15 valid stays"),
+    "labels of nobody": (table_of(STAYS), LABELS.replace("s", "t").replace("ttay", "stay"), "finetune",
+                         "no label at all"),
 }
 
 
@@ -506,7 +512,8 @@ def works(folder, rows):
     """Read the data, and check what was read as far as it can be known."""
     cohort = load_cohort(str(folder), cache_dir=folder.parent / "cache")
     batch = StayDataset(cohort, Normalizer.fit(cohort, np.arange(len(cohort))))[np.arange(len(cohort))]
-    assert torch.isfinite(batch.event_value[torch.from_numpy(~np.isnan(cohort.event_value))]).all() and torch.isfinite(batch.minute).all()
+    given = torch.from_numpy(~np.isnan(cohort.event_value))
+    assert torch.isfinite(batch.event_value[given]).all() and torch.isfinite(batch.minute).all()
     assert all((np.diff(cohort.set_minute[a:b]) >= 0).all() for a, b in zip(cohort.stay_start, cohort.stay_start[1:]))
     assert len(batch.event_value) == len(cohort.event_value) == cohort.set_start[-1]
     assert set(np.unique(cohort.label)) <= {-1, 0, 1}
@@ -643,7 +650,8 @@ def test_scoring_data_that_overlap_the_training_stays_says_so(tmp_path, small_fi
     assert main(["--checkpoint", str(small_finetuned), "--data_dir", str(tmp_path / "data")]) == 0
     seen = forged(small_finetuned)["split"]
     left_out = len(seen["train"]) + len(seen["valid"])
-    assert f"{left_out} stays left out of subjects that the checkpoint was trained or selected on" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"{left_out} stays left out of subjects that the checkpoint was trained or selected on" in told
 
 
 @pytest.mark.parametrize("mode", SMALL)

@@ -79,6 +79,29 @@ def test_a_stay_alone_and_in_any_batch_gets_the_same_logits(full_training):
     assert together.std(0).min() > 1e-3  # else equality says nothing
 
 
+@pytest.mark.parametrize("valueless", [0.0, 0.3])
+def test_a_sampled_question_of_a_stay_does_not_depend_on_its_batch(valueless):
+    """More sets and variables than are asked for, more of the vocabulary than is named: in evaluation the same ones."""
+    model = build(SeqSetVAEPretrain, tiny(asked_sets=3, asked_variables=2, other_variables=2))
+    stays = random_stays((5, 1, 12, 3), valueless=valueless)
+    with torch.no_grad():
+        together = model(batch_of(stays), 0.5)
+        alone = [model(batch_of([stay]), 0.5) for stay in stays]
+    for name in ("loss", "measured", "history", "future", "set_measured"):
+        close(together[name], torch.stack([losses[name] for losses in alone]).mean())
+
+
+def test_sampled_questions_are_those_of_the_whole_on_average():
+    stays = random_stays((9, 11))
+    asked, whole = (build(SeqSetVAEPretrain, tiny(hide_sets=0.0, drop_events=0.0, sample_z=False, **some))
+                    for some in (dict(asked_sets=4), {}))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        draws = torch.stack([asked.train()(batch_of(stays), 0.0)["history"] for _ in range(400)])
+        all_sets = whole.train()(batch_of(stays), 0.0)["history"]
+    assert draws.std() > 0 and abs(draws.mean() - all_sets) < 4 * draws.std() / 20
+
+
 @pytest.mark.parametrize("mab_residual", [True, False])
 def test_permuting_the_events_of_a_set_changes_nothing(mab_residual):
     model, stays = build(SeqSetVAEPretrain, tiny(mab_residual=mab_residual)), random_stays()

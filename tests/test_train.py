@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ import torch
 import torch.nn.functional as F
 
 import data
+import readers
+import runs
 import train
 from data import balanced_parts, make_splits
 from readers import synthetic_cohort
@@ -97,13 +100,47 @@ def test_finetuning_interrupted_and_resumed_ends_with_equal_bits(tmp_path, monke
     same_run(tmp_path / "whole", tmp_path / "cut")
 
 
+@pytest.mark.parametrize("full_training", [False, True])
+def test_a_step_in_micro_batches_learns_what_it_learns_at_once(tmp_path, monkeypatch, small_models, full_training):
+    """Nothing is hidden, dropped or sampled; passes that follow one another draw other masks."""
+    monkeypatch.setattr(train, "ModelConfig",
+                        lambda v: tiny(num_variables=v, hide_sets=0.0, drop_events=0.0, sample_z=False))
+    monkeypatch.setattr(F, "dropout", lambda x, *_: x)
+    assert train.main([*PRETRAIN, "--run_dir", str(tmp_path / "pretrain")]) == 0
+    command = [*PRETRAIN, "--max_epochs", "2", "--batch_size", "7", "--set", "warmup_steps=1",
+               "--set", "learning_rate=1e-4"]  # where a gradient is rounding alone, Adam's step is this long
+    if full_training:
+        command = [*FINETUNE, str(tmp_path / "pretrain" / "best.pt"), "--full_training", "--batch_size", "7"]
+    folders, passes = [tmp_path / "at once", tmp_path / "in parts"], []
+    for run, most in zip(folders, (data._MOST_EVENTS, 600)):
+        loaded = []
+        with monkeypatch.context() as patch:
+            patch.setattr(data, "_MOST_EVENTS", most)
+            patch.setattr(train, "loader", lambda *a, of=train.loader: (loaded.append(0) or batch for batch in of(*a)))
+            assert train.main([*command, "--run_dir", str(run)]) == 0
+        passes.append(len(loaded))
+    assert passes[1] > 1.5 * passes[0]
+    pd.testing.assert_frame_equal(*(pd.read_csv(run / "metrics.csv") for run in folders), rtol=0, atol=1e-5)
+    close(*(learned(run / "last.pt") for run in folders))
+
+
+def learned(path) -> dict:
+    """A checkpoint's weights without what is added to every key: it cancels in the softmax, so that its gradient is
+    rounding, which Adam scales up."""
+    weights = torch.load(path, weights_only=True)["model"]
+    return {name: torch.cat([x.chunk(3)[0], x.chunk(3)[2]]) if name.endswith("in_proj_bias") else x
+            for name, x in weights.items()}
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Several processes: two ranks of torchrun against one process. 15 training stays in batches of 7: the last one has
-# fewer stays than ranks; 4 validation stays, evaluated 3 at a time
+# fewer stays than ranks. A batch holds so few events that steps are made of micro-batches, and the 4 validation stays
+# of several batches
 # ----------------------------------------------------------------------------------------------------------------------
 
 RANKS = {"pretrain": [*PRETRAIN, "--precision", "fp32", "--batch_size", "7", "--max_epochs", "3",
-                      "--set", "warmup_steps=1", "--set", "beta_warmup_steps=1"],  # at full speed from the first step
+                      "--set", "warmup_steps=1", "--set", "beta_warmup_steps=1",  # at full speed from the first step,
+                      "--set", "learning_rate=2e-4"],  # but Adam's step is as long where a gradient is rounding alone
          "head": [*FINETUNE, "pretrain/best.pt", "--max_epochs", "3"],
          "full training": [*FINETUNE, "pretrain/best.pt", "--full_training", "--precision", "fp32", "--batch_size", "7",
                            "--max_epochs", "2"]}
@@ -114,37 +151,50 @@ def small_rank(home: str, command: list, deterministic: bool = True, interrupted
     sampled. `interrupted_at`: the step, or the epoch of the head, in which SIGTERM reaches the last rank alone."""
     def interrupting(steps, function):
         def call(*a):
-            if next(steps) == interrupted_at and train.RANK == train.WORLD - 1:
+            if next(steps) == interrupted_at and runs.RANK == runs.WORLD - 1:
                 os.kill(os.getpid(), signal.SIGTERM)
             return function(*a)
         return call
     data._MOST_EVENTS = 60
-    train.update, train.ranking = (interrupting(itertools.count(), function) for function in (train.update, train.ranking))
+    train.update = interrupting(itertools.count(), train.update)
+    train.ranking = interrupting(itertools.count(), train.ranking)
     if deterministic:
         F.dropout = lambda x, *_: x
     small_process(home, command, **dict(hide_sets=0.0, drop_events=0.0, sample_z=False) if deterministic else {})
 
 
-def forked_rank(rank: int, port: int, home: str, command: list, options: dict):
-    """`small_rank` as one of two, without torchrun: it starts at once, and nobody ends a rank that waits forever."""
-    os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
-    train.RANK, train.LOCAL_RANK, train.WORLD = rank, rank, 2
+def forked_rank(rank: int, ranks: int, port: int, home: str, command: list, options: dict):
+    """`small_rank` without torchrun: it starts at once, and nobody ends a rank that waits forever. Four ranks are two
+    machines, each with a folder and a log of its own."""
+    os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(ranks))
+    runs.RANK, runs.LOCAL_RANK, runs.WORLD = rank, rank % 2, ranks
+    if ranks == 4:
+        runs.MACHINE, home = rank // 2, f"{home}/machine{rank // 2}"
+        os.makedirs(home, exist_ok=True)
+        written = open(f"{home}/written", "a", buffering=1)
+        readers.write_cache = lambda *a, write=readers.write_cache: (write(*a), written.write(f"{rank}\n"))
     small_rank(home, command, **options)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 @pytest.fixture
 def exit_codes(processes, ranks_home):
-    """Runs two forked ranks: their exit codes, and what they printed."""
-    def run(*command, **options):
+    """Runs forked ranks: their exit codes, and what they printed. `beside`: words for the last rank alone."""
+    def run(*command, ranks=2, beside=(), **options):
         (ranks_home / "log").unlink(missing_ok=True)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        ranks = [processes(target=forked_rank, args=(rank, port, str(ranks_home), command, options), daemon=True)
-                 for rank in range(2)]
-        for process in ranks:
-            process.start()
-        return [finished(process) for process in ranks], (ranks_home / "log").read_text()
+        port, started = free_port(), []
+        for rank in range(ranks):
+            words = [*command, *(beside if rank + 1 == ranks else ())]
+            started.append(processes(target=forked_rank, args=(rank, ranks, port, str(ranks_home), words, options),
+                                     daemon=True))
+            started[-1].start()
+        codes = [finished(process) for process in started]
+        return codes, "".join(log.read_text() for log in sorted(ranks_home.rglob("log")))
     return run
 
 
@@ -193,13 +243,7 @@ def test_two_ranks_of_torchrun_learn_what_one_process_learns(ranks_home, mode):
     else:
         pd.testing.assert_frame_equal(*(pd.read_csv(run / "metrics.csv") for run in (one, two)), rtol=0, atol=1e-5)
     for name in ("best.pt", "last.pt"):
-        a, b = (torch.load(run / name, weights_only=True)["model"] for run in (one, two))
-        assert list(a) == list(b)
-        for weight in a:
-            # what is added to every key cancels in the softmax: its gradient is rounding, which Adam scales up
-            if weight.endswith("in_proj_bias"):
-                (a[weight], b[weight]) = (torch.cat([x.chunk(3)[0], x.chunk(3)[2]]) for x in (a[weight], b[weight]))
-            close(a[weight], b[weight])
+        close(*(learned(run / name) for run in (one, two)))
     assert sorted(path.name for path in two.iterdir()) == [".lock", "best.pt", "config.json", "last.pt", "metrics.csv"]
     assert printed.count("run folder") == printed.count("best checkpoint") == 1
 
@@ -228,3 +272,81 @@ def test_an_error_is_one_line_and_no_rank_waits(exit_codes, option, error):
     codes, printed = exit_codes(*RANKS["pretrain"], *option)
     assert codes == [2, 2] and "Traceback" not in printed
     assert [line for line in printed.splitlines() if line.startswith("error:")] == [f"error: {error}"]
+
+
+def test_ranks_that_read_other_data_stop_with_one_line(exit_codes):
+    codes, printed = exit_codes(*RANKS["pretrain"], beside=["--synthetic_stays", "25"])
+    assert codes == [2, 2] and "Traceback" not in printed
+    errors = [line for line in printed.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and "rank 1 on" in errors[0] and "read other data" in errors[0]
+
+
+def test_each_machine_parses_its_data_once_and_the_run_lies_on_one(ranks_home, exit_codes):
+    """Two machines of two processes, with folders of their own."""
+    codes, printed = exit_codes(*RANKS["pretrain"], "--run_dir", "run", ranks=4)
+    assert codes == [0] * 4, printed
+    homes = [ranks_home / f"machine{machine}" for machine in range(2)]
+    assert [(home / "written").read_text() for home in homes] == ["0\n", "2\n"]  # who wrote a cache
+    assert (homes[0] / "run" / "last.pt").exists() and not (homes[1] / "run").exists()
+    both = homes[0] / "run", ranks_home / "pretrain"
+    pd.testing.assert_frame_equal(*(pd.read_csv(run / "metrics.csv") for run in both), rtol=0, atol=1e-5)
+    (homes[0] / "run").rename(homes[1] / "run")  # rank 0 is elsewhere: it must not start anew in silence
+    codes, printed = exit_codes(*RANKS["pretrain"], "--run_dir", "run", "--resume", "auto", ranks=4)
+    assert codes == [2] * 4 and "run/last.pt: lies on" in printed
+
+
+def machine_rank(home: str, command: list, ended_at: str):
+    """What a rank of a torchrun agent does whose machine has the folder `home`: in step `ended_at` (or never) rank 1's
+    agent is ended, and with it, a moment later, the rank."""
+    steps, update = itertools.count(), train.update
+
+    def ended(*a):
+        if str(next(steps)) == ended_at and runs.RANK == 1:
+            os.kill(os.getppid(), signal.SIGTERM)
+            time.sleep(2)
+        return update(*a)
+    train.update = ended
+    small_rank(home, command)
+
+
+def test_two_machines_under_torchrun_are_ended_and_go_on_to_what_one_process_learns(ranks_home, tmp_path):
+    """Two agents on the loopback address; each has a folder, a cache and no sight of the other's."""
+    code = ("import os, sys; from tests.test_train import machine_rank; "
+            "machine_rank(os.environ['MACHINE'], sys.argv[1:], {!r})")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(train.__file__).resolve().parent)}
+    homes = [tmp_path / f"machine{machine}" for machine in range(2)]
+
+    def both_run(*words, ended_at=""):
+        launch = ["--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}",
+                  "--no-python", sys.executable, "-c", code.format(ended_at)]
+        agents = []
+        for home in homes:
+            home.mkdir(exist_ok=True)
+            agents.append(subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *launch, *words],
+                                           env=environment | {"MACHINE": str(home)}, stderr=subprocess.DEVNULL,
+                                           start_new_session=True))
+        return [agent.wait(300) for agent in agents], launch, "".join((home / "log").read_text() for home in homes)
+
+    codes, launch, printed = both_run(*RANKS["pretrain"], "--run_dir", "run", ended_at="4")
+    assert all(codes) and "Traceback" not in printed, printed
+    (home,) = [home for home in homes if (home / "run").exists()]
+    assert sorted(home.iterdir()) == [home / "cache", home / "log", home / "run"]
+    assert torch.load(home / "run" / "last.pt", weights_only=True)["trainer"]["position"] == [1, 2]
+    told = next(line for line in printed.splitlines() if line.startswith("saved; go on with:"))
+    assert told.startswith(f"saved; go on with: torchrun {' '.join(launch[:4])} ")
+
+    codes, _, printed = both_run(*RANKS["pretrain"], "--resume", "run")
+    assert codes == [0, 0] and "Warning" not in printed, printed
+    one, two = ranks_home / "pretrain", home / "run"
+    pd.testing.assert_frame_equal(*(pd.read_csv(run / "metrics.csv") for run in (one, two)), rtol=0, atol=1e-5)
+    close(*(learned(run / "last.pt") for run in (one, two)))
+
+
+def test_the_launcher_is_told_again_where_the_system_does_not_tell_it(monkeypatch):
+    assert runs.launcher() == ["python"]
+    monkeypatch.setattr(runs, "WORLD", 4)
+    assert runs.launcher() == ["torchrun", "--standalone", "--nproc_per_node=4"]
+    monkeypatch.setattr(runs, "MACHINES", 2), monkeypatch.setattr(runs, "LOCAL_WORLD", 2)
+    monkeypatch.setenv("MASTER_ADDR", "head"), monkeypatch.setenv("MASTER_PORT", "29400")
+    assert runs.launcher() == ["torchrun", "--nnodes=2", "--nproc_per_node=2", "--rdzv-backend=c10d",
+                                "--rdzv-endpoint=head:29400"]

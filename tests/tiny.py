@@ -155,8 +155,9 @@ def events_of(cohort) -> dict:
         sets = []
         for t in range(cohort.stay_start[p], cohort.stay_start[p + 1]):
             events = slice(cohort.set_start[t], cohort.set_start[t + 1])
-            sets.append((float(cohort.set_minute[t]), [(cohort.variables[v], None if np.isnan(x) else round(float(x), 4))
-                                                       for v, x in zip(cohort.event_variable[events], cohort.event_value[events])]))
+            pairs = zip(cohort.event_variable[events], cohort.event_value[events])
+            sets.append((float(cohort.set_minute[t]),
+                         [(cohort.variables[v], None if np.isnan(x) else round(float(x), 4)) for v, x in pairs]))
         stays[str(stay)] = sets
     return stays
 

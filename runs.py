@@ -1,0 +1,427 @@
+"""What a run of train.py is beside its mathematics: its processes, its device, its folder and checkpoints, signals."""
+
+import ctypes
+import errno
+import hashlib
+import io
+import itertools
+import json
+import os
+import platform
+import random
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Callable
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows: a run's folder is then not locked
+    fcntl = None
+
+import numpy as np
+import pandas as pd
+import sklearn
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from data import Cohort, InputError, StayDataset, sorted_batches, subjects_of, write_atomically
+from model import CHECKPOINT_FORMAT
+
+CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Several processes: each trains on its part of every batch and evaluates its part of the stays; rank 0 alone prints and
+# writes, and reads what it wrote, for the machines need not share a disk
+# ----------------------------------------------------------------------------------------------------------------------
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun, as the following
+LOCAL_RANK, LOCAL_WORLD = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", WORLD))
+MACHINE, MACHINES = int(os.environ.get("GROUP_RANK", 0)), int(os.environ.get("GROUP_WORLD_SIZE", 1))
+
+
+def launcher() -> list[str]:
+    """The words of the command line before the script: torchrun's as they were given, where the system tells them (on
+    Linux; it is the parent process), else ones of the same meaning."""
+    if WORLD == 1:
+        return ["python"]
+    with suppress(OSError):
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")[:-1]
+        for i, word in enumerate(words):
+            if Path(word).name in ("torchrun", "torch.distributed.run") and len(words) - len(sys.argv) > i:
+                return ["torchrun", *words[i + 1:len(words) - len(sys.argv)]]
+    if MACHINES == 1:
+        return ["torchrun", "--standalone", f"--nproc_per_node={WORLD}"]
+    rendezvous = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    return ["torchrun", f"--nnodes={MACHINES}", f"--nproc_per_node={LOCAL_WORLD}", "--rdzv-backend=c10d",
+            f"--rdzv-endpoint={rendezvous}"]
+
+
+def summed(x: torch.Tensor) -> torch.Tensor:
+    """The sum of x over ranks, in place."""
+    if WORLD > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def gathered(value) -> list:
+    """`value` of every rank. Raises the InputError of a rank that failed meanwhile (see `main`), so that none waits for
+    it forever."""
+    values = [value] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(values, value)
+    for value in values:
+        if isinstance(value, InputError):
+            raise value
+    return values
+
+
+def from_rank_0(make: Callable):
+    """What `make()` gives on rank 0, on every rank."""
+    value = [make() if RANK == 0 else None]
+    if WORLD > 1:
+        gathered(None)  # it may have raised
+        dist.broadcast_object_list(value)
+    return value[0]
+
+
+def end_rank(code: int) -> None:
+    """Of several processes: leave without Python's teardown, in which a thread of gloo may still want Python's lock: it
+    then aborts the finished process ("terminate called without an active exception"), or DistributedDataParallel's
+    destructor waits for it forever."""
+    if WORLD > 1:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+
+
+@contextmanager
+def in_turn():
+    """One process of each machine goes before its neighbours, who then find the cache that it wrote; rank 0 goes before
+    those of the other machines, who find it too where the machines share a disk."""
+    turn = 2 if LOCAL_RANK else 1 if RANK else 0
+    for _ in range(turn):
+        gathered(None)
+    yield
+    for _ in range(turn, 2):
+        gathered(None)
+
+
+def data_parallel(model, seed: int):
+    """The model to call in training: its backward pass averages the gradients over ranks. (Every parameter takes part
+    in every step, so none is looked for that does not; no buffer changes.) From here on each rank draws masks, dropout
+    and z of its own, so that a run of several ranks equals one of a single process where these are off: the objective
+    itself is the same mean over the batch's stays."""
+    if WORLD == 1:
+        return model
+    torch.manual_seed(seed + RANK)
+    parallel = DistributedDataParallel(model)
+    parallel.broadcast_buffers = False  # as an argument deprecated in new versions, whose name for it old ones lack
+    return parallel
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Device, batches
+# ----------------------------------------------------------------------------------------------------------------------
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_device(name: str, precision: str) -> tuple[torch.device, torch.dtype]:
+    """The device and the autocast type (float32: no autocast). Raises InputError for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and WORLD > 1:
+            device = torch.device("cuda", LOCAL_RANK)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError):
+        each = " for each process" if WORLD > 1 else ""
+        raise InputError(f"--device {name}: not available here{each}; use --device auto") from None
+    if device.type == "cuda" and WORLD > 1:
+        torch.cuda.set_device(device)
+    if precision == "auto" and device.type == "cuda":
+        precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    elif precision == "auto":  # where a CPU has no AMX it emulates bf16, or gains little by it
+        precision = "bf16" if device.type == "cpu" and torch.cpu._is_amx_tile_supported() else "fp32"
+    return device, PRECISIONS[precision]
+
+
+def keep_freed_memory() -> None:
+    """glibc returns every freed block of over 32 MB to the system, and each page of the next one then costs a fault, a
+    quarter of the time of an evaluation pass of a large model on a CPU: keep freed blocks for the next batch."""
+    if platform.libc_ver()[0] == "glibc":
+        mallopt, trim_threshold, mmap_max = ctypes.CDLL(None).mallopt, -1, -4  # parameters' numbers: malloc.h
+        mallopt(trim_threshold, -1), mallopt(mmap_max, 0)
+
+
+def loader(dataset: StayDataset, batches: list, device: torch.device):
+    """Batches of stay indices -> EventBatches on the device. On CUDA workers prepare them; copies are asynchronous."""
+    cuda = device.type == "cuda"
+    batches = torch.utils.data.DataLoader(dataset, sampler=batches, batch_size=None, num_workers=2 if cuda else 0,
+                                          pin_memory=cuda, worker_init_fn=leave_process_group,
+                                          generator=torch.Generator())  # its own: the global one must not advance
+    return (batch.to(device, non_blocking=cuda) for batch in batches)
+
+
+def leave_process_group(worker: int) -> None:
+    """torchrun signals a whole group of processes; a loader's worker that it ended would end the run unsaved."""
+    if hasattr(os, "setpgrp"):  # Windows has no such groups
+        os.setpgrp()
+
+
+def evaluation_batches(dataset: StayDataset, stays: np.ndarray) -> list[np.ndarray]:
+    """This rank's batches of an evaluation pass, as positions into `stays`: every stay is in one batch of one rank."""
+    return sorted_batches(dataset.sizes(stays))[RANK::WORLD]
+
+
+def evaluation_loader(dataset: StayDataset, stays: np.ndarray, device: torch.device):
+    return loader(dataset, [stays[b] for b in evaluation_batches(dataset, stays)], device)
+
+
+def progress(iterable, total: int, what: str):
+    """tqdm over `total` batches on a terminal; silent where the output goes elsewhere."""
+    silent = True if RANK or not sys.stdout.isatty() else None
+    return tqdm(iterable, total=total, desc=what, leave=False, disable=silent, unit=" batches")
+
+
+def print_what_the_terminal_can() -> None:
+    """A character that it has not, such as the check mark, becomes a question mark, not an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The run: its folder, its checkpoints, where it stands, and what a signal asks of it
+# ----------------------------------------------------------------------------------------------------------------------
+
+# Options that name files.
+PATHS = ("data_dir", "params_map", "variables_map", "label_file", "split_file", "pretrained_ckpt")
+
+
+class Run:
+    """One training run. All ranks call its methods; rank 0 alone has the folder.
+
+    best: figures of the best epoch; epoch: epochs done; done: steps done in the next, of which totals are the sums."""
+
+    def __init__(self, arguments, config, model, dataset: StayDataset, split: dict, source: dict, best: dict):
+        self.model, self.dataset, self.split, self.best = model, dataset, split, best
+        self.epoch, self.done, self.totals, self.rows = 0, 0, {}, []
+        options = arguments.options | {name: source[name] for name in ("device", "precision")}
+        self.record = {"mode": arguments.mode, "run": {"options": options, "settings": asdict(config)},
+                       "model_config": asdict(model.config), "source": source}
+        last = arguments.last
+        if last:
+            self._refuse_other_data(Path(arguments.resume) / "last.pt", last)
+        self.last = last if last and "model" in last else None  # killed before its first save, a run starts afresh
+        if arguments.origin and (differing := difference(arguments.origin, source)):
+            print(f"{'resume' if last else 'config'}: not as it was then: {differing}: the figures may differ")
+        self.folder = from_rank_0(lambda: self._take_folder(arguments))
+        if not self.last:
+            self.save("last.pt", self.record)
+        if RANK == 0:
+            text = json.dumps(self.record, indent=1)
+            write_atomically(self.folder / "config.json", lambda path: path.write_text(text))
+        self.stop = False
+        self.handlers = {number: signal.signal(number, self._interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def _refuse_other_data(self, path: Path, last: dict) -> None:
+        source, then = self.record["source"], last["source"]
+        where = source["data"].get("data_dir") or source["reader"]
+        if source["fingerprint"] != then["fingerprint"]:
+            raise InputError(f"{path}: {where} holds other stays than this run was started with; give the folder where "
+                             "the same data lie now by --data_dir, or start a new run")
+        relabelled = self.record["mode"] == "finetune" and source["labels"] != then["labels"]
+        if relabelled or last.get("split", self.split) != self.split:
+            raise InputError(f"{path}: {where} holds other labels, or another split, than this run was started with; "
+                             "restore them, or start a new run")
+
+    def _take_folder(self, arguments) -> Path:
+        """The run's folder, made where it is new, and locked."""
+        folder = Path(arguments.resume) if arguments.last else new_folder(arguments)
+        try:
+            self.lock = open(folder / ".lock", "w")
+        except OSError as error:
+            raise InputError(f"{folder}: cannot be written ({error.strerror}); start a new run elsewhere") from None
+        if fcntl is None:
+            print("note: this system has no file locks: keep other processes out of the run folder")
+        else:
+            try:  # the system releases it, however the process ends
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+                    raise InputError(f"{folder}: another process is training in it; wait for it, or start a new run"
+                                     ) from None
+                print(f"note: {folder} lies on a file system without locks: keep other processes out of it")
+        for leftover in folder.glob(".*.*.*"):  # of a process that was killed while saving
+            leftover.unlink()
+        return folder
+
+    def _interrupt(self, number, frame):
+        if self.stop and WORLD == 1:  # torchrun repeats the signal once the first rank has left
+            os._exit(128 + number)
+        if not self.stop and RANK == 0:
+            once_more = "; once more to exit at once" if WORLD == 1 else ""
+            print(f"interrupted: saving at the next step (head training: epoch){once_more}", file=sys.stderr)
+        self.stop = True
+
+    def stopping(self) -> bool:
+        """Whether a signal reached any rank: all leave at the same step."""
+        return any(gathered(self.stop))
+
+    def leave(self) -> None:
+        """End the interrupted run, whose last.pt is written."""
+        again = [*launcher(), "train.py", "--mode", self.record["mode"], "--resume", str(self.folder)]
+        print(f"saved; go on with: {shlex.join(again)}")
+        end_rank(130)
+        sys.exit(130)
+
+    def finish(self, figures: str, following: list) -> Path:
+        """Say where the best checkpoint lies, its figures, the command that follows; give up folder and signals."""
+        best = self.folder / "best.pt"
+        print(f"best checkpoint: {best} (epoch {self.best['epoch']}, {figures})")
+        print(f"next: {shlex.join(['python', *following, str(best)])}")
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if RANK == 0:
+            self.lock.close()
+        return best
+
+    def epochs(self, most: int):
+        """Yields the epochs still to be trained; obeys a signal after each."""
+        if self.epoch >= most:
+            print(f"nothing left to train: {self.epoch} epochs are done; a larger --max_epochs goes on")
+        for epoch in range(self.epoch, most):
+            yield epoch
+            if self.stopping():
+                self.leave()
+
+    def end_of_epoch(self, row: dict, improved: bool) -> None:
+        """Log the epoch, save best.pt where it improved, and last.pt."""
+        self.log(row)
+        if improved:
+            self.best = {name: row[name] for name in self.best}
+            self.save("best.pt", self.content(row))
+        self.epoch, self.done, self.totals = row["epoch"], 0, {}
+        self.save_last(row)
+
+    def log(self, row: dict) -> None:
+        """Append an epoch's figures to metrics.csv."""
+        self.rows.append(row)
+        if RANK == 0:
+            table = pd.DataFrame(self.rows)
+            write_atomically(self.folder / "metrics.csv", lambda path: table.to_csv(path, index=False))
+        gathered(None)
+
+    def content(self, metrics: dict) -> dict:
+        """What every checkpoint holds: enough to score new data, and to know which stays it has seen."""
+        return {"format": CHECKPOINT_FORMAT, **self.record, "model": self.model.state_dict(),
+                "vocabulary": self.model.setvae.vocabulary, "normalizer": self.dataset.normalizer.state_dict(),
+                "split": self.split, "subjects": subjects_of(self.dataset.cohort, self.split), "metrics": metrics}
+
+    def save(self, name: str, content: dict) -> None:
+        if RANK == 0:
+            buffer = io.BytesIO()  # torch.save tells nothing of what went wrong with a file
+            torch.save(content, buffer)
+            write_atomically(self.folder / name, lambda path: path.write_bytes(buffer.getbuffer()))
+        gathered(None)
+
+    def save_last(self, metrics: dict) -> None:
+        """Write last.pt: a checkpoint, and all that `restore` needs."""
+        self.save("last.pt", self.content(metrics) | {"trainer": {
+            "best": self.best, "position": [self.epoch, self.done], "totals": self.totals, "rows": self.rows,
+            "random": gathered(random_states(self.device)),
+            "parts": {name: part.state_dict() for name, part in self.parts.items()}}})
+
+    def restore(self, device: torch.device, **parts) -> None:
+        """Go on where last.pt was written, if it was; parts: what else has a state_dict, and is saved from now on."""
+        self.device, self.parts = device, parts
+        if not self.last:
+            return
+        state = self.last["trainer"]
+        self.model.load_state_dict(self.last["model"])
+        for name, part in parts.items():
+            if state["parts"][name]:  # a scaler is empty where the precision needs none
+                part.load_state_dict(state["parts"][name])
+        self.best, (self.epoch, self.done), self.rows = state["best"], state["position"], state["rows"]
+        self.totals = {name: total.to(device) for name, total in state["totals"].items()}
+        if RANK < len(state["random"]):
+            restore_random_states(state["random"][RANK], device)
+
+
+def new_folder(arguments) -> Path:
+    """Make the folder of a new run: the one asked for, or one named after the mode and the time (and a number, where
+    several start in one second)."""
+    started = CHECKPOINTS / f"{arguments.mode}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for number in itertools.count(1):
+        folder = Path(arguments.run_dir or (started if number == 1 else f"{started}-{number}"))
+        try:
+            folder.mkdir(parents=True, exist_ok=arguments.resume == "auto")  # which may have died before its first save
+            return folder
+        except FileExistsError:
+            if arguments.run_dir:
+                raise InputError(f"{folder}: exists already; choose another --run_dir, or continue it with --resume "
+                                 f"{folder}") from None
+        except OSError as error:
+            raise InputError(f"{folder}: cannot be made ({error.strerror}); choose another --run_dir") from None
+
+
+def random_states(device: torch.device) -> dict:
+    """Of this process and its own device."""
+    states = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def restore_random_states(states: dict, device: torch.device) -> None:
+    torch.set_rng_state(states["torch"].cpu())
+    random.setstate((states["python"][0], tuple(states["python"][1]), states["python"][2]))
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"].cpu(), device)
+
+
+def source_of(arguments, data: dict, cohort: Cohort, device: torch.device, dtype: torch.dtype) -> dict:
+    """Where a checkpoint comes from, for whoever must reproduce it; data: the options that its data were read with."""
+    libraries = (("torch", torch), ("numpy", np), ("pandas", pd), ("scikit-learn", sklearn))
+    data = data | {name: str(Path(data[name]).resolve()) for name in PATHS if data.get(name)}
+    return {"data": data, "seed": arguments.seed, "reader": cohort.reader,
+            "fingerprint": cohort.fingerprint, "labels": label_digest(cohort),
+            "command": shlex.join([*launcher(), Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": git_commit(),
+            "versions": {"python": platform.python_version(), **{name: str(it.__version__) for name, it in libraries}},
+            "device": str(device) if WORLD == 1 else device.type,
+            "precision": next(name for name, kind in PRECISIONS.items() if kind == dtype),
+            "threads": torch.get_num_threads(), "processes": WORLD}
+
+
+def label_digest(cohort: Cohort) -> str:
+    """Of what is asked of the data: the prediction points and their labels."""
+    digest = hashlib.sha256()
+    for array in (cohort.point_start, cohort.point_minute, cohort.label):
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()[:16]
+
+
+def git_commit() -> str | None:
+    """The commit of this code, and whether files differ from it; None where it is no git checkout."""
+    home = Path(__file__).resolve().parent
+    if not (home / ".git").exists() or not shutil.which("git"):
+        return None
+    commit, changes = (subprocess.run(["git", "-C", home, *words], capture_output=True, text=True).stdout.strip()
+                       for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no")))
+    return f"{commit}{' + changes' if changes else ''}" or None
+
+
+def difference(then: dict, now: dict) -> str:
+    """What of the circumstances that decide a run's last bits is not as it was."""
+    names = ("fingerprint", "labels", "commit", "device", "precision", "threads", "processes")
+    then, now = ({name: source.get(name) for name in names} | source.get("versions", {}) for source in (then, now))
+    return ", ".join(f"{name} {now[name]} (then {then.get(name)})" for name in now if now[name] != then.get(name))
