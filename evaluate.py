@@ -608,10 +608,10 @@ def risk_over_time(model, dataset, stay: int, device=CPU, most: int = 40) -> dic
             "events": events.astype(int).tolist(), "risk": risk.tolist(), "admission": float(cohort.admission[stay]),
             "onset": float(asked[label == 1][0] + 60 * sepsis2019.AHEAD) if septic else None,
             "labelled": asked[label == 1].tolist() if len(label) > 1 else [],
-            "highest": float(highest), "without": risk_without(model, dataset, stay, highest, device, most)}
+            "highest": float(highest), "without": risk_without(model, dataset, stay, highest, most, device)}
 
 
-def risk_without(model, dataset, stay: int, minute: float, device, most: int) -> dict:
+def risk_without(model, dataset, stay: int, minute: float, most: int, device) -> dict:
     """The risk at this minute by the variable whose events are left out, of the `most` charted until then that the
     model knows: the stay is repeated, each time without one. None: nothing is left to tell a risk by."""
     cohort = dataset.cohort
@@ -629,8 +629,8 @@ def risk_without(model, dataset, stay: int, minute: float, device, most: int) ->
                           cohort.event_variable[events[event]], cohort.event_value[events[event]], names,
                           set_key=sets[event], whole=True)
     ones = np.ones(len(copies), dtype=int)
-    asked = dataset.of(with_points(copies, ones, minute * ones, -ones))
-    risk = probability_at(model, asked, np.arange(len(copies)), device)
+    dataset = dataset.of(with_points(copies, ones, minute * ones, -ones))
+    risk = probability_at(model, dataset, np.arange(len(copies)), device)
     return dict.fromkeys(names) | dict(zip(copies.stay_id.tolist(), risk.tolist()))
 
 

@@ -132,8 +132,8 @@ def summaries_alone(dataset, variables, train, test, seed: int, device=CPU, conf
     torch.manual_seed(seed)
     model = SummariesAlone(shape, torch.zeros(shape.num_variables, shape.input_dim))
     model.head_variables.copy_(torch.from_numpy(variables))
-    model.to(device)
-    head = HeadTraining(SimpleNamespace(model=model, dataset=dataset, last=None), train, config, seed, device)
+    run = SimpleNamespace(model=model.to(device), dataset=dataset, last=None)
+    head = HeadTraining(run, train, config, seed, device)
     for epoch in range(config.max_epochs):
         head.epoch(epoch)
     return probability_at(model, dataset, test, device)
@@ -155,9 +155,8 @@ def baselines(arguments, content, cohort, dataset, points, new) -> dict[str, np.
     if new or "format" not in content:
         raise InputError(f"{arguments.checkpoint}: --baselines are fitted on the data that train.py made the "
                          f"checkpoint with; leave {'--data_dir' if new else '--baselines'} out")
-    device = choose_device(arguments.device, "fp32")[0]
-    methods = without_backbone(dataset, labelled(cohort, content["split"]["train"]), points, content["source"]["seed"],
-                               device)
+    train, device = labelled(cohort, content["split"]["train"]), choose_device(arguments.device, "fp32")[0]
+    methods = without_backbone(dataset, train, points, content["source"]["seed"], device)
     with tempfile.TemporaryDirectory() as folder:
         pretrained = Path(folder) / "untrained.pt"
         torch.save(content | {"mode": "pretrain"}, pretrained)

@@ -27,15 +27,16 @@ import train
 from benchmark import PLAIN_LOOP, asked_at_the_end, assert_plain_loop_agrees
 from data import InputError, StayDataset, with_points
 from evaluate import (CHECKPOINT, CPU, alarm_from, bootstrap, followed_event, influence, net_benefit, open_classifier,
-                      predict, print_figures, print_subgroups, ranks, recalibration, risk_over_time, score_figures,
-                      subgroups, threshold_of, write_meds_predictions)
+                      predict, print_figures, print_subgroups, ranks, recalibration, risk_over_time, risk_without,
+                      score_figures, subgroups, threshold_of, write_meds_predictions)
 from model import ModelConfig, SeqSetVAE, load_checkpoint_weights
 from protocol import (BASELINES, STATISTICS, Cell, hand_made_baselines, predictions_path, print_protocol,
                       summaries_alone, summary_table)
 from readers import synthetic_cohort, write_long_table
 from test_suite import main
 from tests.test_readers import meds
-from tests.tiny import FINETUNE, PLAIN, SHARED, build, cohort_of, labels_of, one_error_line, random_stays, tiny, write
+from tests.tiny import (FINETUNE, NAMES, PLAIN, SHARED, build, cohort_of, labels_of, one_error_line, random_stays, tiny,
+                        write)
 from train import encode_points, probability_at, probability_of
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -384,11 +385,11 @@ def test_scoring_needs_neither_pytest_nor_the_tests():
 
 def test_the_log_of_the_untrained_backbone_does_not_stand_in_the_report(capsys, monkeypatch, finetuned):
     monkeypatch.setattr(protocol, "hand_made_baselines",
-                        lambda cohort, variables, train, weight, test: {BASELINES[0]: np.zeros(len(test))})
+                        lambda *given: {BASELINES[0]: np.zeros(len(given[-1]))})
     capsys.readouterr()
     assert main(["--checkpoint", str(finetuned), "--baselines", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
-    assert "untrained backbone, same head" in out and BASELINES[0] in out
+    assert all(name in out for name in ("untrained backbone, same head", BASELINES[0], BASELINES[2]))
     assert not any(line.startswith(("epoch", "model:", "split:", "best checkpoint:")) for line in out.splitlines())
     assert out.count("data: embedded") == 1
 
@@ -485,8 +486,8 @@ def test_a_stay_without_a_known_variable_has_no_probability_and_no_part_in_the_s
 
 @pytest.fixture
 def meds_answers(tmp_path, load, capsys):
-    """Of 28 of 30 subjects of MEDS data, each asked twice, made-up answers: the cohort, the probabilities [60], the
-    file that holds them, what was printed when it was written, and the times that were asked."""
+    """Of 28 of 30 subjects of MEDS data, each asked twice, made-up answers: the cohort, probabilities [60], the file
+    that holds them, what was printed when it was written, and the times that were asked."""
     rng = np.random.default_rng(0)
     times = pd.Timestamp("2020-02-03 10:00:00.000001") + pd.to_timedelta(rng.integers(10**11, size=60), "us")
     subject = np.repeat(np.arange(1, 31), 2)
@@ -541,18 +542,21 @@ def test_a_variable_moves_the_risk_by_what_the_risk_is_without_it():
     stay = random_stays([12])[0]
     model, cohort = build(SeqSetVAE, tiny(summaries=True, head_variables=5)), cohort_of([stay, [(5, [(3, 1.)])]])
     dataset = StayDataset(cohort, PLAIN, points=True)
-    told = risk_over_time(model, dataset, 0)
-    assert told["highest"] == told["minute"][np.argmax(told["risk"])] and len(told["without"]) == 7
-    before = [(m, events) for m, events in stay if m <= told["highest"]]
-    for v in range(7):
-        rest = [(m, kept) for m, events in before if (kept := [e for e in events if e[0] != v])]
+    last = stay[-1][0]
+    without = risk_without(model, dataset, 0, last, 40, CPU)
+    assert sorted(without) == NAMES and len(risk_without(model, dataset, 0, last, 3, CPU)) == 3
+    for v, name in enumerate(NAMES):
+        rest = [(m, kept) for m, events in stay if (kept := [e for e in events if e[0] != v])]
         other = cohort_of([rest, [(5, [(u, 0.) for u in range(7)])]])
-        other = with_points(other, np.array([1, 0]), np.array([told["highest"]]), np.array([-1]))
+        other = with_points(other, np.array([1, 0]), np.array([last]), np.array([-1]))
         expected = probability_at(model, StayDataset(other, PLAIN, points=True), np.arange(1), CPU)[0]
-        assert told["without"][f"lab{v}"] == pytest.approx(expected, abs=1e-5)
+        assert without[name] == pytest.approx(expected, abs=1e-5)
+    told = risk_over_time(model, dataset, 0)
+    assert told["highest"] == told["minute"][np.argmax(told["risk"])]
+    assert told["without"] == risk_without(model, dataset, 0, told["highest"], 40, CPU)
     assert risk_over_time(model, dataset, 1)["without"] == {"lab3": None}
-    order = [abs(x) for x in influence(told).values()]
-    assert order == sorted(order, reverse=True) and influence({"risk": [1.], "without": {"a": None}}) == {}
+    moved = influence({"risk": [.2, .5], "without": {"a": .4, "b": None, "c": .9}})
+    assert list(moved) == ["c", "a"] and moved["c"] == pytest.approx(-.4)
 
 
 def test_analysis_options_need_a_checkpoint_and_plots_need_matplotlib(capsys, monkeypatch, finetuned):
