@@ -34,8 +34,9 @@ def main(argv=None) -> int:
     add = parser.add_argument_group("analysis of a checkpoint").add_argument
     add("--checkpoint", metavar="CKPT", help="the finetuned checkpoint, of train.py or of the original implementation")
     add("--baselines", action="store_true", help="compare with hand-made baselines and an untrained backbone")
-    add("--predictions", metavar="CSV",
-        help="write stay_id, probability, split, label of every stay of the data, labelled or not")
+    add("--predictions", metavar="FILE",
+        help="write stay_id, probability, split, label of every stay of the data, labelled or not, as CSV or .parquet "
+             "(which of MEDS data is what meds-evaluation takes)")
     add("--embeddings", metavar="NPZ", help="write stay_id, features and h after the last set of every stay")
     add("--trajectory", metavar="STAY", help="the risk after every set of this stay")
     add("--follow", action="store_true",
