@@ -146,18 +146,19 @@ def bootstrap(group, label, *probabilities, measures=(ranks,), repeats: int = 10
 def recalibration(label, p, weight) -> tuple[float, float]:
     """Slope and intercept of logit P(label) = intercept + slope logit(p) (Cox 1958), by Newton's method: 1 and 0 where
     p is calibrated, NaN where they are not determined (p constant, or parting the classes). All [n]."""
-    p = p.clip(1e-12, 1 - 1e-12)
-    x, rate = np.stack([np.log(p / (1 - p)), np.ones_like(p)]), weight @ label / weight.sum()        # [2, n]
-    b = np.array([0, np.log(rate / (1 - rate))])
+    p, rate = p.clip(1e-12, 1 - 1e-12), weight @ label / weight.sum()
+    x, slope, intercept = np.log(p / (1 - p)), 0.0, np.log(rate / (1 - rate))
     for _ in range(25):
-        q = (1 + np.tanh(b @ x / 2)) / 2
-        hessian = (x * (weight * q * (1 - q))) @ x.T
-        if not np.linalg.cond(hessian) < 1e12:
+        q = (1 + np.tanh((slope * x + intercept) / 2)) / 2
+        error, spread = weight * (label - q), weight * q * (1 - q)
+        gx, g1, hxx, hx1, h11 = error @ x, error.sum(), (spread * x) @ x, spread @ x, spread.sum()
+        determinant = hxx * h11 - hx1 ** 2
+        if not determinant > 1e-12 * hxx * h11:
             break
-        step = np.linalg.solve(hessian, x @ (weight * (label - q)))
-        b = b + step
-        if np.abs(step).max() < 1e-8:
-            return tuple(b)
+        step = (h11 * gx - hx1 * g1) / determinant, (hxx * g1 - hx1 * gx) / determinant
+        slope, intercept = slope + step[0], intercept + step[1]
+        if max(map(abs, step)) < 1e-6:
+            return slope, intercept
     return np.nan, np.nan
 
 
