@@ -241,8 +241,10 @@ def attend_in_blocks(attention: Attention, query, key_value, bias):
     def attend(block, first):
         end = first + block.shape[1]
         return attention.attend(block, key_value[:, :end], bias(first, end))
-    return torch.cat([checkpoint(attend, block, i * QUERY_BLOCK, use_reentrant=False, preserve_rng_state=False)
-                      for i, block in enumerate(query.split(QUERY_BLOCK, dim=1))], dim=1)
+    # The last block is the largest: taken first, it leaves room in the heap for all others.
+    blocks = [checkpoint(attend, block, i * QUERY_BLOCK, use_reentrant=False, preserve_rng_state=False)
+              for i, block in reversed([*enumerate(query.split(QUERY_BLOCK, dim=1))])]
+    return torch.cat(blocks[::-1], dim=1)
 
 
 def event_masks(batch: EventBatch) -> list[torch.Tensor]:
