@@ -960,7 +960,7 @@ def plot_trajectory(folder: Path, trajectory: dict, dataset, stay: int, threshol
         chart.scatter(time(minute[which]), row[which], s=13, linewidths=0, label=name, marker=marker, color=color)
     chart.set_yticks(range(len(shown)), shown, fontsize=7)
     chart.set(xlabel=f"{unit} since admission", ylim=(-1, len(shown)), xlim=np.array([-.01, 1.01]) * last / length,
-              ylabel="variables" if len(shown) == len(moved) else f"{most} of {len(moved)} variables")
+              ylabel="variables" if len(shown) == len(moved) else f"{most} of the {len(moved)} most charted variables")
     chart.legend(frameon=False, ncols=3, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)
     change = np.array([moved[name] for name in shown])
     bars.barh(range(len(shown)), change, height=.6, color=np.where(change > 0, "#D55E00", "#0072B2"))
