@@ -134,7 +134,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="go on with the run in this folder, from its last.pt, with its settings; auto: with the one in --run_dir, "
              "or start it there")
     add("--device", default="auto",
-        help="auto (cuda if there is one, else cpu), cpu, cuda, cuda:1, mps (never run so far) (default: %(default)s)")
+        help="auto (cuda if there is one, else cpu), cpu, cuda, cuda:1 (default: %(default)s)")
     add("--precision", choices=("auto", *PRECISIONS), default="auto",
         help="auto: bf16 on CUDA and on CPUs with AMX, else fp32 (default: %(default)s)")
 
