@@ -373,21 +373,27 @@ def make_splits(cohort: Cohort, seed: int) -> dict[str, list[str]]:
 
     Raises InputError where there are fewer than three subjects.
     """
-    subject, names = pd.factorize(cohort.subject)
-    label = np.full(len(names), -1, dtype=np.int8)
-    np.maximum.at(label, subject, cohort.stay_label)
+    subject, label = subjects_with_label(cohort, np.arange(len(cohort)))
     part = np.array(cohort.split)
     if (part < 0).all():
-        if len(names) < 3:
-            raise InputError(f"{cohort.reader}: {len(names)} stays or patients cannot be split into train, valid and "
+        if len(label) < 3:
+            raise InputError(f"{cohort.reader}: {len(label)} stays or patients cannot be split into train, valid and "
                              "test; give more or a split of your own")
-        part_of = np.zeros(len(names), dtype=np.int8)
+        part_of = np.zeros(len(label), dtype=np.int8)
         rest, test = draw(label, 2, seed)
         part_of[test], part_of[rest[draw(label[rest], 1, seed)[1]]] = 2, 1
         part = part_of[subject]
     elif not (part == 1).any() and len(rest := np.unique(subject[part == 0])) > 1:
         part[(part == 0) & np.isin(subject, rest[draw(label[rest], 1, seed)[1]])] = 1
     return {name: cohort.stay_id[part == code].tolist() for code, name in enumerate(SPLITS)}
+
+
+def subjects_with_label(cohort: Cohort, stays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The subject [n] of each of these stays, numbered as they come, and the largest label of each subject's."""
+    subject, names = pd.factorize(cohort.subject[stays])
+    label = np.full(len(names), -1, dtype=np.int8)
+    np.maximum.at(label, subject, cohort.stay_label[stays])
+    return subject, label
 
 
 def draw(label: np.ndarray, others: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

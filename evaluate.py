@@ -465,7 +465,8 @@ def answered_points(dataset) -> np.ndarray:
     before them."""
     cohort = dataset.cohort
     index, slot = point_slots(cohort, np.arange(len(cohort)))
-    known = np.append(0, np.cumsum(dataset.variable[cohort.event_variable] >= 0))[cohort.set_start]    # [T+1]
+    known = np.add.reduceat(dataset.variable[cohort.event_variable] >= 0, cohort.set_start[:-1], dtype=np.int64)
+    known = np.append(0, np.cumsum(known))                                                          # [T+1]
     first = cohort.stay_start[cohort.point_stay[index]]
     return index[known[first + slot + 1] > known[first]]
 

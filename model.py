@@ -555,21 +555,30 @@ def statistics_loss(told, true, exists):
     return error.sum((2, 3)) / exists.sum((2, 3)).clamp(min=1)
 
 
+def variables_of(batch: EventBatch):
+    """The stays' own variables: indices [B, D], and which of them are no padding, [B, D] bool."""
+    own = batch.variables[batch.stay_variables]
+    return own, torch.arange(own.shape[1], device=own.device) < batch.variable_counts[:, None]
+
+
 class Question(NamedTuple):
-    """Which sets and variables of each stay a read-out is asked for (see `ask`)."""
+    """Which sets and variables of each stay the read-outs of a step are asked for (see `ask`)."""
 
     slots: torch.Tensor       # [B, Q] positions of sets, ascending; L where padding
     real: torch.Tensor        # [B, Q] bool, no padding
-    variables: torch.Tensor   # [B, n] places in `batch.variables`
-    column: torch.Tensor      # [B, D] place among these n of each of the stay's variables, n where it is left out
-    others: torch.Tensor      # [o] indices of variables that are asked only whether they were measured
-    absent: torch.Tensor      # [B, o] bool: the stay does not hold this one
+    column: torch.Tensor      # [B, D] place among the n variables of each of the stay's own, n where it is left out
+    held: torch.Tensor        # [B, n] bool: the variable is no padding
+    measured: torch.Tensor    # [B, Q, n] 1 where the set measured it
+    absent: torch.Tensor      # [B, o] bool: the stay does not hold this one of the others, asked only whether measured
+    keys: torch.Tensor        # [U, r] of `batch.variables`
+    own_keys: torch.Tensor    # [B, n, r] of the variables
+    other_keys: torch.Tensor  # [o, r] of the others
 
 
-def ask(batch: EventBatch, config: ModelConfig, order: torch.Tensor, sample: bool) -> Question:
+def ask(batch: EventBatch, config: ModelConfig, order: torch.Tensor, sample: bool, keys_of) -> Question:
     """All sets and variables of each stay, or `config`'s numbers of them where it has more: `sample`d at random, or
     evenly spaced sets and the first variables in the fixed order [V], so that a stay's question does not depend on its
-    batch. Others: all of a vocabulary of at most twice their number."""
+    batch. Others: all of a vocabulary of at most twice their number. keys_of: indices [n] -> keys [n, r]."""
     (stays, length), device = batch.minute.shape, batch.minute.device
     number = min(length, config.asked_sets)
     position = torch.arange(number, device=device)
@@ -581,8 +590,7 @@ def ask(batch: EventBatch, config: ModelConfig, order: torch.Tensor, sample: boo
         slots = torch.where(batch.lengths[:, None] <= number, position, even)
     real = position < batch.lengths[:, None]
 
-    mine = F.embedding(batch.stay_variables, batch.variables[:, None]).squeeze(-1)                    # [B, D] indices
-    held = torch.arange(mine.shape[1], device=device) < batch.variable_counts[:, None]
+    mine, held = variables_of(batch)
     width = min(mine.shape[1], config.asked_variables)
     draw = torch.rand(mine.shape, device=device) if sample else order[mine]
     chosen = draw.masked_fill(~held, math.inf).topk(width, largest=False, sorted=False).indices.sort(1).values
@@ -596,8 +604,21 @@ def ask(batch: EventBatch, config: ModelConfig, order: torch.Tensor, sample: boo
     else:
         others = order.topk(config.other_variables).indices
     absent = ~((mine[..., None] == others) & held[..., None]).any(1)
-    slots, variables = torch.where(real, slots, length), batch.stay_variables.gather(1, chosen)
-    return Question(slots, real, variables, column, others, absent)
+    slots, keys = torch.where(real, slots, length), keys_of(batch.variables)
+    own_keys = F.embedding(batch.stay_variables.gather(1, chosen), keys)
+    return Question(slots, real, column, held.gather(1, chosen), measured_at(batch, slots, column, width), absent, keys,
+                    own_keys, keys_of(others))
+
+
+def measured_at(batch: EventBatch, slots, column, width: int) -> torch.Tensor:
+    """[B, Q, width] 1 where a set asked for measured a variable, else 0; the arguments are those of `statistics_at`."""
+    (stays, asked), length = slots.shape, batch.minute.shape[1]
+    interval = interval_of(slots, length)                                                             # [B, L]
+    exact = F.pad(slots, (0, 1), value=-1).gather(1, interval) == torch.arange(length, device=slots.device)
+    column, size = column.flatten()[batch.cell_pair], stays * asked * width
+    row = batch.cell_slot // length * asked + interval.flatten()[batch.cell_slot]
+    row = torch.where(exact.flatten()[batch.cell_slot] & (column < width), row * width + column, size)
+    return torch.zeros(size + 1, device=row.device).index_fill(0, row, 1)[:-1].view(stays, asked, width)
 
 
 def at_slots(x, slots):
@@ -611,9 +632,10 @@ class HistoryReadout(nn.Linear):
     def __init__(self, config: ModelConfig):
         super().__init__(config.latent_dim, (len(HISTORY_STATISTICS) + len(FUTURE_STATISTICS)) * config.key_dim)
 
-    def losses(self, h, batch: EventBatch, question: Question, keys) -> dict[str, torch.Tensor]:
-        """h [B, L, d], keys [B, n, r] of the question's variables -> name -> [B], means over the sets asked for."""
-        true = statistics_at(batch, question.slots, question.column, question.variables.shape[1])
+    def losses(self, h, batch: EventBatch, question: Question) -> dict[str, torch.Tensor]:
+        """h [B, L, d] -> name -> [B], means over the sets asked for."""
+        keys = question.own_keys
+        true = statistics_at(batch, question.slots, question.column, keys.shape[1])
         asked = self(at_slots(h, question.slots)).unflatten(-1, (-1, keys.shape[-1]))                 # [B, Q, 13, r]
         past, future = (asked @ keys.mT[:, None]).split((len(HISTORY_STATISTICS), len(FUTURE_STATISTICS)), dim=2)
         losses = {"history": statistics_loss(past, true.past, true.past_exists),
@@ -701,7 +723,7 @@ class SetVAE(nn.Module):
     def ask(self, batch: EventBatch) -> Question:
         """What the read-outs of a training step, or of an evaluation, are asked for. The fixed order of variables is
         that of their vectors' first entries, as good as random."""
-        return ask(batch, self.config, self.vocabulary[:, 0], self.training)
+        return ask(batch, self.config, self.vocabulary[:, 0], self.training, self.keys_of)
 
     def reconstruction_losses(self, code, batch: EventBatch, question: Question | None) -> dict[str, torch.Tensor]:
         """The terms of the reconstruction of every set from `code` [B, L, d]: name -> [B], means over sets. With the
@@ -710,32 +732,21 @@ class SetVAE(nn.Module):
         if self.config.decoder == "slots":
             chamfer = chamfer_loss(self.decode(code, batch).float(), self.embed_events(batch, presence=False), batch)
             return {"chamfer": masked_mean(F.pad(chamfer, (0, 1))[batch.slot_set], real_sets(batch))}
-        keys, slots = self.keys_of(batch.variables), batch.minute.numel()
+        slots = batch.minute.numel()
         own = F.embedding(batch.cell_slot, self.decoder.value(code).float().flatten(0, 1))           # [C, r]
-        told = (own * F.embedding(batch.stay_variables.flatten()[batch.cell_pair], keys)).sum(-1)
+        told = (own * F.embedding(batch.stay_variables.flatten()[batch.cell_pair], question.keys)).sum(-1)
         error = F.smooth_l1_loss(told, batch.cell_value, reduction="none") * batch.cell_valued
         error, number = (x.new_zeros(slots).index_add(0, batch.cell_slot, x).view(batch.minute.shape)
                          for x in (error, batch.cell_valued.float()))
         value = masked_mean(error / number.clamp(min=1), real_sets(batch))
-        return {"value": value, "measured": self._measured_loss(code, batch, question, keys)}
+        return {"value": value, "measured": self._measured_loss(code, question)}
 
-    def _measured_loss(self, code, batch, question, keys):
+    def _measured_loss(self, code, question: Question):
         """Cross-entropy of whether each variable of the question was measured in each of its sets,
         the plain mean: [B]."""
-        query = self.decoder.measured(at_slots(code, question.slots)).float()                        # [B, Q, r]
-        (stays, asked), width = question.slots.shape, question.variables.shape[1]
-        interval = interval_of(question.slots, batch.minute.shape[1])                                # [B, L]
-        position = torch.arange(interval.shape[1], device=interval.device)
-        exact = F.pad(question.slots, (0, 1), value=-1).gather(1, interval) == position        # a set that is asked for
-        column = question.column.flatten()[batch.cell_pair]
-        row = batch.cell_slot // interval.shape[1] * asked + interval.flatten()[batch.cell_slot]
-        size = stays * asked * width
-        row = torch.where(exact.flatten()[batch.cell_slot] & (column < width), row * width + column, size)
-        true = torch.zeros(size + 1, device=row.device).index_fill(0, row, 1)[:-1].view(stays, asked, width)
-        held = torch.zeros(stays, width + 1, device=row.device).scatter(1, question.column, 1)[:, None, :width]
-        own = query @ F.embedding(question.variables, keys).mT                                       # [B, Q, n]
-        other = query @ self.keys_of(question.others).T                                              # [B, Q, o]
-        loss = (F.binary_cross_entropy_with_logits(own, true, reduction="none") * held).sum(-1)
+        query, held = self.decoder.measured(at_slots(code, question.slots)).float(), question.held[:, None]  # [B, Q, r]
+        own, other = query @ question.own_keys.mT, query @ question.other_keys.T                  # [B, Q, n], [B, Q, o]
+        loss = (F.binary_cross_entropy_with_logits(own, question.measured, reduction="none") * held).sum(-1)
         loss = loss + (F.softplus(other) * question.absent[:, None]).sum(-1)
         return masked_mean(loss / (held.sum(-1) + question.absent.sum(-1)[:, None]), question.real)
 
@@ -853,8 +864,7 @@ def sequence_losses(setvae: SetVAE, readout: HistoryReadout | None, h, batch: Ev
     name -> [B]."""
     terms = setvae.reconstruction_losses(h, batch, question)
     if question:
-        keys = F.embedding(question.variables, setvae.keys_of(batch.variables))                      # [B, n, r]
-        terms |= readout.losses(h, batch, question, keys)
+        terms |= readout.losses(h, batch, question)
     return terms
 
 
@@ -1111,8 +1121,7 @@ class SeqSetVAE(nn.Module):
         slots = batch.point_slot.masked_fill(batch.point < 0, batch.minute.shape[1])
         listed = torch.full((self.config.num_variables,), size, device=device)
         listed[self.head_variables] = torch.arange(size, device=device)
-        mine = batch.variables[batch.stay_variables]                                                  # [B, D]
-        held = torch.arange(mine.shape[1], device=device) < batch.variable_counts[:, None]
+        mine, held = variables_of(batch)
         return statistics_at(batch, slots, listed[mine].masked_fill(~held, size), size)
 
     def features(self, batch: EventBatch) -> torch.Tensor:

@@ -211,10 +211,8 @@ def protocol(given: dict, seeds, folder: Path) -> None:
             checkpoint = home / "pretrain" / "best.pt"
             if not checkpoint.exists():
                 partial = home / "pretrain.partial"
-                resume = ["--resume", str(partial)] if (partial / "last.pt").exists() else ["--run_dir", str(partial)]
-                if resume[0] == "--run_dir":
-                    shutil.rmtree(partial, ignore_errors=True)
-                pretrain(parse_arguments(["--mode", "pretrain", *common, *resume]))
+                command = ["--mode", "pretrain", *common, "--run_dir", str(partial), "--resume", "auto"]
+                pretrain(parse_arguments(command))
                 partial.rename(checkpoint.parent)
             for cell in cells:
                 predict_cell(cell, checkpoint, home, common, given)

@@ -34,7 +34,8 @@ from sklearn.model_selection import train_test_split
 import runs
 import sepsis2019
 from data import (SPLITS, Cohort, InputError, Normalizer, StayDataset, common_variables, epoch_batches, labelled_points,
-                  make_splits, recognised, split_batch, stays_of, stays_with, subjects_of, variable_vectors)
+                  make_splits, recognised, split_batch, stays_of, stays_with, subjects_of, subjects_with_label,
+                  variable_vectors)
 from finetune_config import (FinetuneConfig, boosted_trees, check_settings, classification_loss, full_optimizer,
                              full_rate, head_optimizer, head_penalty, head_rate, number_of_trees)
 from model import (ModelConfig, SeqSetVAE, SeqSetVAEPretrain, checkpoint_config, checkpoint_state, load_backbone,
@@ -638,15 +639,13 @@ def label_subset(cohort: Cohort, stays: np.ndarray, fraction: float, seed: int) 
     """The stays of a stratified, seeded share of the subjects of labelled stays, as if only these had a label."""
     if fraction == 1:
         return stays
-    subjects, which = np.unique(cohort.subject[stays], return_inverse=True)
-    label = np.zeros(len(subjects), dtype=int)
-    np.maximum.at(label, which, cohort.stay_label[stays])
+    subject, label = subjects_with_label(cohort, stays)
     try:
-        part, _ = train_test_split(np.arange(len(subjects)), train_size=fraction, stratify=label, random_state=seed)
+        part, _ = train_test_split(np.arange(len(label)), train_size=fraction, stratify=label, random_state=seed)
     except ValueError as error:
-        raise InputError(f"--label_fraction {fraction}: no such share of {len(subjects)} subjects keeps both classes "
+        raise InputError(f"--label_fraction {fraction}: no such share of {len(label)} subjects keeps both classes "
                          f"({error}); give a larger one") from None
-    return stays[np.isin(which, part)]
+    return stays[np.isin(subject, part)]
 
 
 def parameter_counts(model) -> tuple[int, int]:
@@ -832,16 +831,11 @@ def head_epoch(model, features, label, weight, optimizer, config: FinetuneConfig
     return total.item() / len(label)
 
 
-@dataclass
 class HeadTraining:
     """Epochs of the head on cached features of the training points of a frozen backbone, encoded once. Equal to
     uncached training, since the backbone is deterministic in evaluation mode. Of several ranks each trains the same
     head on all features, from the same seed: that takes seconds, less than reducing the gradients of so small a model
     at every step."""
-
-    run: Run
-    config: FinetuneConfig
-    seed: int
 
     def __init__(self, run: Run, train: np.ndarray, config: FinetuneConfig, seed: int, device):
         self.run, self.config, self.seed = run, config, seed
