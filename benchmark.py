@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from data import (InputError, Normalizer, StayDataset, at_end, build_cohort, epoch_batches, sorted_batches, split_batch,
-                  variable_vectors, write_atomically)
+                  variable_vectors, with_points, write_atomically)
 from finetune_config import FinetuneConfig, head_optimizer
 from model import ModelConfig, SeqSetVAE, SeqSetVAEPretrain
 from readers import load_cohort
@@ -281,6 +281,28 @@ def bedside_latency(dataset, sets: int = 200, events: int = 6, timed: int = 100)
             for what, ms in zip((f"a set of {events} events", "a question"), 1e3 * np.median(times[sets:], axis=0))]
 
 
+@torch.no_grad()
+def cost_of_questions(dataset, questions: int = 40, stays: int = 64) -> list:
+    """How many times as long as one question at its end so many take that are spread over each stay: one pass answers
+    all."""
+    cohort = dataset.cohort
+    first, last = (cohort.set_minute[cohort.stay_start[i:len(cohort) + i] - i] for i in (0, 1))
+    minute = first[:, None] + (last - first)[:, None] * np.arange(1, questions + 1) / questions              # [P, 40]
+    often = with_points(cohort, np.full(len(cohort), questions), minute.ravel(), np.full(minute.size, -1))
+    model = new_classifier(ModelConfig(len(dataset.normalizer.variables)), dataset)[0].eval()
+    seconds = []
+    for asked in (dataset, dataset.of(often)):
+        batches = [asked[part] for part in spread(sorted_batches(asked.sizes(np.arange(min(stays, len(cohort))))), 4)]
+        times = []
+        for _ in range(ROUNDS):
+            began = time.perf_counter()
+            for batch in batches:
+                model(batch)
+            times.append((time.perf_counter() - began) / sum(map(len, batches)))
+        seconds.append(min(times))
+    return [(f"a pass that answers {questions} questions a stay, to one that answers one", seconds[1] / seconds[0], "x")]
+
+
 def in_row(column: pd.Series, **changes) -> list:
     """For every row the column's value in the row whose index has these `changes` (NaN: there is none)."""
     return [column.get(tuple((dict(zip(column.index.names, key)) | changes).values()), np.nan) for key in column.index]
@@ -300,7 +322,7 @@ def benchmark(arguments) -> None:
         print(cohort.describe())
         dataset = asked_at_the_end(cohort, Normalizer.fit(cohort, np.arange(len(cohort))))
         facts += padding(dataset, epoch_batches(np.diff(cohort.stay_start), train.PretrainConfig.batch_size, 0, 0)[:64])
-        facts += bedside_latency(dataset)
+        facts += bedside_latency(dataset) + cost_of_questions(dataset)
         rows, imports = measure(dataset, load, device)
     facts.append(("memory of the imports alone", imports, "MB"))
     a_set, flops = 1e3 * rows["seconds"] / rows["sets"], 1e-9 * rows["FLOPs"] / rows["seconds"]

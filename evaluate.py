@@ -35,7 +35,7 @@ from data import (HASHED, InputError, Normalizer, StayDataset, build_cohort, lab
                   salted, stay_event_index, stays_of, stays_with, variable_vectors, with_points, write_atomically)
 from model import SeqSetVAE, at_slots, checkpoint_config, load_weights, original_classifier, read_checkpoint, real_sets
 from readers import load_cohort
-from runs import choose_device, evaluation_loader
+from runs import choose_device, evaluation_loader, label_digest
 from tables import BEYOND, MISSING
 from train import data_of, data_options, dataset_of, encode_points, open_checkpoint, probability_at, ranking
 
@@ -269,11 +269,13 @@ def calibration_error(label, probability, bins: int = 10) -> float:
 
 def performance(arguments, baselines=None) -> None:
     """Print the analysis of a finetuned checkpoint on the stays it may be scored on (see `scored_stays`), and write
-    what is asked for."""
-    path, device = arguments.checkpoint, choose_device(arguments.device, "fp32")[0]
+    what is asked for; of several the mean of their logits is scored, on stays that all may be scored on."""
+    (path, *others), device = arguments.checkpoint, choose_device(arguments.device, "fp32")[0]
     folder = arguments.plots and picture_folder(arguments.plots)
-    model, content, cohort, dataset, new = open_classifier(path, data_options(arguments), arguments.set_heads,
-                                                           arguments.transformer_heads)
+    opened = [open_classifier(path, data_options(arguments), arguments.set_heads, arguments.transformer_heads)
+              for path in arguments.checkpoint]
+    model, content, cohort, dataset, new = opened[0]
+    refuse_together(arguments, opened)
     model.to(device)
     source = content["source"]
     figures = {"checkpoint": str(path), "epoch": content["metrics"]["epoch"], "command": source["command"],
@@ -286,8 +288,13 @@ def performance(arguments, baselines=None) -> None:
     print(f"checkpoint: seed {source.get('seed', 'unknown')}, data {source['fingerprint']}, {versions}")
     stay = find_stay(dataset, arguments.trajectory)
     unseen, what = scored_stays(content, cohort, new)
-    points, answered = labelled_points(cohort, unseen), answered_points(dataset)
-    threshold = content["metrics"]["threshold"]
+    answered = answered_points(dataset)
+    for _, other, _, also, is_new in opened[1:]:
+        unseen = np.intersect1d(unseen, scored_stays(other, cohort, is_new)[0])
+        answered = np.intersect1d(answered, answered_points(also))
+    points = labelled_points(cohort, unseen)
+    own = [each["metrics"]["threshold"] for _, each, *_ in opened]
+    threshold = float(mean_of_logits(own)) if others else own[0]
     if len(strange := points[~np.isin(points, answered)]):
         named = cohort.stay_id[cohort.point_stay[strange[0]]]
         print(f"not scored: {len(strange):,} labelled points, as nothing that the checkpoint knows lies before them "
@@ -303,7 +310,8 @@ def performance(arguments, baselines=None) -> None:
                      for key, mask in subgroups(cohort, np.unique(stays), name).items()}
               for name in arguments.subgroups}
     rows = answered if arguments.predictions or arguments.embeddings else points
-    probability = probability_at(model, dataset, rows, device)
+    told = [probability_at(each.to(device), data, rows, device) for each, _, _, data, _ in opened]
+    probability = mean_of_logits(told) if others else told[0]
     if arguments.predictions:
         if cohort.reader == "MEDS" and Path(arguments.predictions).suffix == ".parquet":
             write_meds_predictions(arguments.predictions, cohort, rows, probability, threshold, unseen)
@@ -313,10 +321,13 @@ def performance(arguments, baselines=None) -> None:
         write_embeddings(arguments.embeddings, model, dataset, rows, device)
     scored = np.searchsorted(rows, points)
     methods = {CHECKPOINT: probability[scored]}
+    if others:
+        print(f"checkpoint: scored is the mean of the logits of {len(opened)} checkpoints")
+        methods |= {name: p[scored] for name, p in zip(arguments.checkpoint, told)}
     if unscored:
         print(f"nothing to score: {unscored}")
     else:
-        thresholds = {CHECKPOINT: threshold}
+        thresholds = {CHECKPOINT: threshold} | dict(zip(arguments.checkpoint, own))
         if baselines:
             valid = labelled_points(cohort, stays_of(cohort, content["split"]["valid"]))
             asked = np.union1d(valid, points)
@@ -352,6 +363,23 @@ def performance(arguments, baselines=None) -> None:
         if stay is not None:
             plot_trajectory(folder, figures["trajectory"], dataset, stay, threshold)
         print(f"pictures: {', '.join(sorted(file.name for file in folder.glob('*.png')))} in {folder}")
+
+
+def mean_of_logits(probabilities) -> np.ndarray:
+    """[n] of k of [n]."""
+    p = np.clip(probabilities, 1e-12, 1 - 1e-12)
+    return 1 / (1 + np.exp(-np.log(p / (1 - p)).mean(0)))
+
+
+def refuse_together(arguments, opened: list) -> None:
+    """Raises InputError where several checkpoints cannot be scored as one."""
+    for path, (_, _, cohort, _, _) in zip(arguments.checkpoint, opened):
+        if (cohort.fingerprint, label_digest(cohort)) != (opened[0][2].fingerprint, label_digest(opened[0][2])):
+            raise InputError(f"{path}: was trained on other data or labels than {arguments.checkpoint[0]}; give both "
+                             "the same by --data_dir, or score them apart")
+    for name in ("baselines", "embeddings", "trajectory", "plots"):
+        if len(opened) > 1 and getattr(arguments, name):
+            raise InputError(f"--{name}: of one checkpoint, where {len(opened)} are given; leave it or the others out")
 
 
 CHECKPOINT = "this checkpoint"
@@ -738,7 +766,7 @@ def follow(arguments) -> None:
     each set a printed line stay_id,minute,risk (no risk: so far the checkpoint knows none of the stay's variables). A
     set ends with a later minute of its stay, an empty line or the input. What cannot be used is counted on standard
     error."""
-    path, device = arguments.checkpoint, choose_device(arguments.device, "fp32")[0]
+    (path,), device = arguments.checkpoint, choose_device(arguments.device, "fp32")[0]
     content = read_checkpoint(path)
     if "format" in content:  # its data need not be at hand
         normalizer = Normalizer.from_state(content["normalizer"], path)

@@ -51,10 +51,13 @@ class FinetuneConfig:
     max_trainable_ratio: float = 0.05  # of all parameters, where the backbone is frozen
     # Full training: the head is first trained on the frozen backbone, as above (Kumar et al. 2022), then everything
     full_batch_size: int = 16        # stays a step, of all processes together
-    full_max_epochs: int = 3
+    full_max_epochs: int | None = None  # None: as many as make 2,000 steps, but 5 at most
     full_learning_rate: float = 3e-5  # of a pretrained backbone
     random_learning_rate: float = 5e-4  # of an untrained one
     reconstruction_weight: float = 1.0
+    full_before: float = 0.5
+    head_times: float = 1.0
+    hidden_width: int | None = None
 
     def __post_init__(self):
         counts = ("batch_size", "max_epochs", "accumulation", "restart_epochs", "full_batch_size", "full_max_epochs",
@@ -64,6 +67,16 @@ class FinetuneConfig:
                        | dict.fromkeys(("focal_alpha", "label_smoothing", "max_trainable_ratio"), (0, 1)))
         if self.loss not in ("cross_entropy", "focal"):
             raise InputError(f"loss is {self.loss!r}; it is cross_entropy or focal")
+
+    def full_epochs(self, stays: int) -> int:
+        """Of full training over so many stays."""
+        return self.full_max_epochs or epochs_of_steps(2000, stays, self.full_batch_size, most=5)
+
+
+def epochs_of_steps(steps: int, stays: int, batch_size: int, most: int) -> int:
+    """Epochs that make so many steps, but `most` at most: what is learned follows the steps, of which a large cohort
+    has many an epoch."""
+    return min(most, math.ceil(steps / math.ceil(stays / batch_size)))
 
 
 def check_settings(settings, bounds: dict) -> None:
@@ -132,11 +145,12 @@ def head_rate(config: FinetuneConfig, epoch: int) -> float:
 
 def full_optimizer(model: SeqSetVAE, config: FinetuneConfig) -> torch.optim.Optimizer:
     """AdamW over all parameters."""
-    return torch.optim.AdamW(model.parameters(), lr=config.full_learning_rate, betas=config.betas,
+    new, old = ([p for name, p in model.named_parameters() if name.startswith(SeqSetVAE.BACKBONE) == backbone] for backbone in (False, True))
+    return torch.optim.AdamW([{"params": new, "times": config.head_times}, {"params": old}], lr=config.full_learning_rate, betas=config.betas,
                              weight_decay=config.weight_decay, fused=True)
 
 
-def full_rate(config: FinetuneConfig, epoch: int, pretrained: bool) -> float:
-    """The learning rate of full training in this epoch: one cosine to zero."""
+def full_rate(config: FinetuneConfig, epoch: int, epochs: int, pretrained: bool) -> float:
+    """The learning rate of full training in this of so many epochs: one cosine to zero."""
     rate = config.full_learning_rate if pretrained else config.random_learning_rate
-    return rate * 0.5 * (1 + math.cos(math.pi * epoch / config.full_max_epochs))
+    return rate * 0.5 * (1 + math.cos(math.pi * epoch / epochs))

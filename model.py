@@ -71,6 +71,7 @@ class ModelConfig:
     summaries: bool = False         # exact per-variable summaries of the stay beside the learned features
     head_variables: int = 0         # K, how many variables beliefs and summaries speak of
     head_widths: tuple | None = None  # hidden widths of the head; None: the original's d, d/2, d/4
+    hidden_width: int | None = None   # full training: width of a hidden layer beside the head, whose logits are added
     head_trees: int | None = None   # boosted trees whose logits are averaged with the head's
     tree_depth: int = 4
 
@@ -1004,7 +1005,7 @@ class SeqSetVAE(nn.Module):
     """Classifier on the set-VAE and its history. `config.classification_only`: the backbone is frozen and stays in
     evaluation mode; otherwise everything trains on classification + reconstruction + KL."""
 
-    BACKBONE = ("setvae.", "history.", "history_readout.")
+    BACKBONE = ("setvae.", "history.", "history_readout.", "mask_token")
 
     def __init__(self, config: ModelConfig, vocabulary: torch.Tensor):
         super().__init__()
@@ -1014,6 +1015,8 @@ class SeqSetVAE(nn.Module):
         if config.decoder == "readout":
             self.history_readout = HistoryReadout(config)
         if not config.classification_only:
+            if config.hide_sets:
+                self.mask_token = nn.Parameter(0.02 * torch.randn(d))
             if config.fuse:
                 self.vae_feature_fusion = GatedFusion(d)
             self.feature_fusion = AttentionPool(d, config.heads)
@@ -1022,10 +1025,15 @@ class SeqSetVAE(nn.Module):
         self.register_buffer("head_variables", torch.arange(config.head_variables))
         # All that reaches the head untrained is standardised, with statistics of the training points (see `train.py`).
         features = self._feature_sizes()
-        self.register_buffer("feature_mean", torch.zeros(features["standardised"]))
-        self.register_buffer("feature_std", torch.ones(features["standardised"]))
+        standardised = features["learned"] + features["summaries"]
+        self.register_buffer("feature_mean", torch.zeros(standardised))
+        self.register_buffer("feature_std", torch.ones(standardised))
         widths = (d, d // 2, d // 4) if config.head_widths is None else config.head_widths
         self.cls_head = classification_head(sum(features.values()), widths, config.classes)
+        if config.hidden_width and not config.classification_only:
+            self.hidden_head = nn.Sequential(nn.Dropout(0.1), nn.Linear(sum(features.values()), config.hidden_width), nn.GELU(),
+                                             nn.Dropout(0.3), nn.Linear(config.hidden_width, config.classes))
+            nn.init.zeros_(self.hidden_head[-1].weight), nn.init.zeros_(self.hidden_head[-1].bias)
         self.trees = BoostedTrees(config.head_trees, config.tree_depth) if config.head_trees else None
         if config.classification_only:
             for name, parameter in self.named_parameters():
@@ -1036,12 +1044,12 @@ class SeqSetVAE(nn.Module):
         return self.config.decoder == "readout" and self.config.features != "stable"
 
     def _feature_sizes(self) -> dict[str, int]:
-        """Number of head inputs that reach it as they are (the trained projection), and standardised."""
+        """Number of head inputs: that reach it as they are (the trained projection), or standardised (the others)."""
         config, d, v, k = self.config, self.config.latent_dim, self.config.head_variables, len(HISTORY_STATISTICS)
         pooled = 8 * d if config.features == "multiscale" else d
         beliefs = k * v if self.tells_beliefs else 0
-        plain = 0 if config.classification_only else d
-        return {"plain": plain, "standardised": pooled + beliefs + ((k + 1) * v + 1 if config.summaries else 0)}
+        return {"plain": 0 if config.classification_only else d, "learned": pooled + beliefs,
+                "summaries": (k + 1) * v + 1 if config.summaries else 0}
 
     def train(self, mode: bool = True):
         """The frozen backbone stays in evaluation mode, also in training."""
@@ -1085,6 +1093,9 @@ class SeqSetVAE(nn.Module):
         of stays with events dropped at random."""
         mu, logvar = self.setvae.encode(batch, self.config.drop_events if self.setvae.training else 0.0)
         z = self._fuse_vae_features(mu, logvar)
+        if self.setvae.training and self.config.hide_sets:
+            hidden = torch.rand(*mu.shape[:2], 1, device=mu.device) < self.config.hide_sets
+            z = torch.where(hidden, self.mask_token, z)
         return mu, logvar, z, self.history(z, batch.minute)
 
     def _beliefs(self, z):
@@ -1132,7 +1143,7 @@ class SeqSetVAE(nn.Module):
 
     def standardise(self, features: torch.Tensor) -> torch.Tensor:
         """features [..., F], as `features` gives them -> the input of the head and its trees, [..., F]."""
-        plain, rest = features.split(list(self._feature_sizes().values()), dim=-1)
+        plain, rest = features.tensor_split([self._feature_sizes()["plain"]], dim=-1)
         return torch.cat([plain, ((rest - self.feature_mean) / self.feature_std).clamp(-5, 5)], dim=-1)
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
@@ -1140,7 +1151,16 @@ class SeqSetVAE(nn.Module):
         gradient passes a tree), in evaluation the mean with its trees'."""
         x = self.standardise(features)
         logits = self.cls_head(x)
-        return logits if self.training or self.trees is None else (logits + self.trees(x)) / 2
+        if hasattr(self, "hidden_head"):
+            logits = logits + self.hidden_head(x)
+        return logits if self.training or self.trees is None else (logits + self.trees(x[..., x.shape[-1] - self.tree_features:])) / 2
+
+    @property
+    def tree_features(self) -> int:
+        """How many of the head's inputs, the last, the trees see: in full training the exact summaries, which it does
+        not change."""
+        sizes = self._feature_sizes()
+        return sum(sizes.values()) if self.config.classification_only else sizes["summaries"]
 
     def forward(self, batch: EventBatch, losses: bool = False):
         """logits, see `classify`; or what full training needs,
@@ -1374,7 +1394,7 @@ def load_weights(model: nn.Module, state: dict[str, torch.Tensor], path) -> None
                          "says; use the version that wrote it")
     model.load_state_dict(state)
     trees = getattr(model, "trees", None)
-    if trees is not None and not 0 <= trees.feature.min() <= trees.feature.max() < sum(model._feature_sizes().values()):
+    if trees is not None and not 0 <= trees.feature.min() <= trees.feature.max() < model.tree_features:
         raise InputError(f"{path}: its trees ask for features that the model does not have; it is damaged or forged")
 
 
@@ -1406,10 +1426,8 @@ def load_backbone(model: SeqSetVAE, state: dict[str, torch.Tensor]) -> WeightRep
     own = {name: p for name, p in model.state_dict().items() if name.startswith(SeqSetVAE.BACKBONE)}
     report = WeightReport([], [], [name for name in own if name not in state], [], [])
     for name, tensor in state.items():
-        if name.startswith(_SKIPPED):
-            report.skipped.append(name)
-        elif name not in own:
-            report.unexpected.append(name)
+        if name not in own:
+            (report.skipped if name.startswith(_SKIPPED) else report.unexpected).append(name)
         elif own[name].shape != tensor.shape:
             report.mismatched.append(name)
         else:

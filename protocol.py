@@ -1,13 +1,13 @@
 """Against what the model is measured: hand-made baselines, an untrained backbone, and the protocol that runs every
-method on several splits with one command (`test_suite.py --protocol`)."""
+method on several splits, or published ones, with one command (`test_suite.py --protocol`)."""
 
 import contextlib
 import io
-import shutil
+import itertools
 import tempfile
-from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -15,11 +15,12 @@ import torch
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import average_precision_score, log_loss, roc_auc_score
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
+import sepsis2019
 from data import (InputError, common_variables, labelled_points, search_after, stay_event_index, stays_of,
                   write_atomically)
 from evaluate import CPU, bootstrap, interval, open_classifier
@@ -99,15 +100,19 @@ def hand_made_baselines(cohort, variables, train, weight, test) -> dict[str, np.
         print(f"baselines: no {BASELINES[0]}: it takes too long for {len(train):,} points")
         boosting = HistGradientBoostingClassifier(l2_regularization=10., early_stopping=False, random_state=0)
         return {BASELINES[1]: boosting.fit(x, y, weight).predict_proba(x_test)[:, 1]}
+    folds = min(5, np.bincount(y, minlength=2).min())
+    if folds < 2:
+        raise InputError(f"baselines: {y.sum()} of {len(y)} training labels are 1, too few to choose a penalty by "
+                         "cross-validation: give more labels")
     low, high = np.nanquantile(x, [.005, .995], axis=0)
     linear = make_pipeline(FunctionTransformer(lambda t: t.clip(low, high)),
                            SimpleImputer(strategy="median", add_indicator=True),
                            StandardScaler(),
                            GridSearchCV(LogisticRegression(max_iter=500), {"C": [.0003, .001, .003, .01, .03, .1]},
-                                        scoring="neg_log_loss", cv=5))
+                                        scoring="neg_log_loss", cv=folds))
     boosting = GridSearchCV(HistGradientBoostingClassifier(learning_rate=.05, random_state=0),
                             {"max_iter": [100, 200], "max_leaf_nodes": [6, 15], "l2_regularization": [10.]},
-                            scoring="neg_log_loss", cv=5)
+                            scoring="neg_log_loss", cv=folds)
     return {BASELINES[0]: linear.fit(x, y).predict_proba(x_test)[:, 1],
             BASELINES[1]: boosting.fit(x, y).predict_proba(x_test)[:, 1]}
 
@@ -116,7 +121,7 @@ class SummariesAlone(SeqSetVAE):
     """The classifier's head on the exact summaries of the stay and nothing else: its backbone is never run."""
 
     def _feature_sizes(self) -> dict[str, int]:
-        return {"plain": 0, "standardised": (len(HISTORY_STATISTICS) + 1) * self.config.head_variables + 1}
+        return {"plain": 0, "learned": 0, "summaries": (len(HISTORY_STATISTICS) + 1) * self.config.head_variables + 1}
 
     def features(self, batch) -> torch.Tensor:
         return torch.cat(summaries(self.exact_statistics(batch), batch.point_hours), dim=-1)
@@ -153,7 +158,7 @@ def baselines(arguments, content, cohort, dataset, points, new) -> dict[str, np.
     """Probabilities at the scored points by BASELINES and by an untrained backbone of the checkpoint's config under the
     same head, all trained on the checkpoint's training stays."""
     if new or "format" not in content:
-        raise InputError(f"{arguments.checkpoint}: --baselines are fitted on the data that train.py made the "
+        raise InputError(f"{arguments.checkpoint[0]}: --baselines are fitted on the data that train.py made the "
                          f"checkpoint with; leave {'--data_dir' if new else '--baselines'} out")
     train, device = labelled(cohort, content["split"]["train"]), choose_device(arguments.device, "fp32")[0]
     methods = without_backbone(dataset, train, points, content["source"]["seed"], device)
@@ -170,123 +175,162 @@ def baselines(arguments, content, cohort, dataset, points, new) -> dict[str, np.
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The protocol: five splits, every method, one command
+# The protocol: several splits, every method, one command
 # ----------------------------------------------------------------------------------------------------------------------
 
-@dataclass(frozen=True)
-class Cell:
-    """One finetuning of the protocol."""
-
-    pretrained: bool = True
-    full: bool = False
-    fuse: bool = True
-    summaries: bool = False
-    labels: float = 1.0
-
-    @property
-    def name(self) -> str:
-        backbone = f"{'full' if self.full else 'frozen'} {'pretrained' if self.pretrained else 'random'}"
-        return f"{backbone}, {'mu + logvar' if self.fuse else 'mu'}{', + summaries' if self.summaries else ''}"
+# The words that train.py takes for each way to finetune a pretrained backbone.
+CELLS = {
+    "frozen": [], "untrained": ["--random_init"], "full": ["--full_training"],
+    "scratch": ["--full_training", "--random_init"],
+    "frozen, learned features only": ["--set", "summaries=false"],
+    "untrained, learned features only": ["--random_init", "--set", "summaries=false"],
+    "full, learned features only": ["--full_training", "--set", "summaries=false"],
+    "scratch, learned features only": ["--full_training", "--random_init", "--set", "summaries=false"],
+    "frozen, mu alone": ["--set", "fuse=false"]}
+METHODS = ("baselines", *CELLS)
+FEW_LABELS = METHODS[:5]  # what is measured with fewer labels too
+AVERAGED, AVERAGE = ("frozen", "full", *BASELINES[1:]), "average, weights from validation"
 
 
-FRACTIONS = (1.0, 0.3, 0.1)
-# In order of importance: a protocol that is stopped early has the first ones of every split.
-CELLS = [
-    [Cell(), Cell(summaries=True), Cell(pretrained=False)],
-    [Cell(full=True, summaries=True)],
-    [Cell(full=full, summaries=True, labels=f) for full in (False, True) for f in FRACTIONS[1:]]
-    + [Cell(labels=f) for f in FRACTIONS[1:]], [Cell(fuse=False), Cell(pretrained=False, fuse=False)],
-    [Cell(full=True, pretrained=pretrained, fuse=fuse) for fuse in (True, False) for pretrained in (True, False)],
-]
-
-
-def protocol(given: dict, seeds, folder: Path) -> None:
-    """Pretrain on the training part of each split without labels, finetune every cell, fit the baselines, score the
-    test part once. What is finished lies in `folder` (a CSV of test predictions a cell and split) and is kept: stop and
-    go on at will. given: the data's options, see `data_options`."""
-    for stage, cells in enumerate(CELLS):
-        for seed in seeds:
-            home = folder / f"seed{seed}"
-            common = [f"--seed={seed}", *(f"--{name}={value}" for name, value in given.items())]
-            checkpoint = home / "pretrain" / "best.pt"
-            if not checkpoint.exists():
-                partial = home / "pretrain.partial"
-                command = ["--mode", "pretrain", *common, "--run_dir", str(partial), "--resume", "auto"]
-                pretrain(parse_arguments(command))
-                partial.rename(checkpoint.parent)
-            for cell in cells:
-                predict_cell(cell, checkpoint, home, common, given)
-            if stage == 0:
-                predict_baselines(checkpoint, home, seed, given)
+def protocol(given: dict, splits: list, seeds: list, methods: list, fractions: list, folder: Path) -> None:
+    """For every split (a file, or None: drawn by the seed) and seed: pretrain on the training part without labels,
+    finetune every cell, fit the baselines, score validation and test part once. What is finished lies in `folder` and
+    is kept: stop and go on at will. given: the data's options, see `data_options`."""
+    turns = [(folder / f"{Path(split).stem}-seed{seed}" if split else folder / f"seed{seed}",
+              given | ({"split_file": split} if split else {}), seed) for seed in seeds for split in splits]
+    plan = [(method, fraction) for fraction in fractions for method in methods if fraction == 1 or method in FEW_LABELS]
+    for (method, fraction), (home, data, seed) in itertools.product(plan, turns):
+        common = [f"--seed={seed}", *(f"--{name}={value}" for name, value in data.items())]
+        with finished(home / "pretrain") as partial:
+            if partial:
+                pretrain(parse_arguments(["--mode", "pretrain", *common, *kept_in(partial)]))
+        checkpoint = home / "pretrain" / "best.pt"
+        if method == "baselines":
+            predict_baselines(checkpoint, home, seed, fraction, data)
+            continue
+        with finished(home / f"{method} {fraction:.0%}") as partial:
+            if partial:
+                best = finetune(parse_arguments(["--mode", "finetune", "--pretrained_ckpt", str(checkpoint), *common,
+                                                 "--label_fraction", str(fraction), *CELLS[method], *kept_in(partial)]))
+                model, content, cohort, dataset, _ = open_classifier(best, data)
+                points = scored_points(cohort, content["split"])
+                save_predictions(partial, cohort, content["split"], points, probability_at(model, dataset, points, CPU))
+                (partial / "last.pt").unlink()
     print_protocol(folder)
 
 
-def predictions_path(home: Path, method: str, fraction: float) -> Path:
-    return home / f"{method} {fraction:.0%}.csv"
-
-
-def save_predictions(path: Path, cohort, points, probability) -> None:
-    table = pd.DataFrame({"stay_id": cohort.stay_id[cohort.point_stay[points]], "minute": cohort.point_minute[points],
-                          "label": cohort.label[points], "probability": probability})
-    write_atomically(path, lambda out: table.to_csv(out, index=False))
-
-
-def predict_cell(cell: Cell, checkpoint: Path, home: Path, common: list, given: dict) -> None:
-    path, run = predictions_path(home, cell.name, cell.labels), home / "run"
-    if path.exists():
+@contextlib.contextmanager
+def finished(folder: Path):
+    """Give the partial folder of a work that is to be done, or gone on with, which then takes the name `folder`; None
+    where that is there."""
+    if folder.exists():
+        yield None
         return
-    shutil.rmtree(run, ignore_errors=True)
-    options = ["--mode", "finetune", "--pretrained_ckpt", str(checkpoint), "--run_dir", str(run), "--label_fraction",
-               str(cell.labels), *common]
-    options += ["--full_training"] * cell.full + ["--random_init"] * (not cell.pretrained)
-    best = finetune(parse_arguments(options), replace(FinetuneConfig(), fuse=cell.fuse, summaries=cell.summaries))
-    model, content, cohort, dataset, _ = open_classifier(best, given)
-    points = labelled_points(cohort, stays_of(cohort, content["split"]["test"]))
-    save_predictions(path, cohort, points, probability_at(model, dataset, points, CPU))
+    partial = folder.with_name(f"{folder.name}.partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    yield partial
+    partial.rename(folder)
 
 
-def predict_baselines(checkpoint: Path, home: Path, seed: int, given: dict) -> None:
+def kept_in(partial: Path) -> list[str]:
+    return ["--run_dir", str(partial), "--resume", "auto"]
+
+
+def scored_points(cohort, split: dict) -> np.ndarray:
+    """The labelled points of the validation and the test part."""
+    return labelled_points(cohort, stays_of(cohort, [*split["valid"], *split["test"]]))
+
+
+def save_predictions(folder: Path, cohort, split: dict, points, probability) -> None:
+    stay = cohort.stay_id[cohort.point_stay[points]]
+    table = pd.DataFrame({"stay_id": stay, "minute": cohort.point_minute[points], "label": cohort.label[points],
+                          "probability": probability,
+                          "split": np.where(np.isin(stay, split["valid"]), "valid", "test")})
+    write_atomically(folder / "predictions.csv", lambda out: table.to_csv(out, index=False))
+
+
+def predict_baselines(checkpoint: Path, home: Path, seed: int, fraction: float, given: dict) -> None:
+    """Every one of BASELINES that can be had."""
+    if (home / f"{BASELINES[-1]} {fraction:.0%}").exists():
+        return
     _, cohort, dataset, split, _ = open_checkpoint(checkpoint, given)
-    train, test = labelled(cohort, split["train"]), labelled_points(cohort, stays_of(cohort, split["test"]))
-    for fraction in FRACTIONS:
-        if all(predictions_path(home, method, fraction).exists() for method in BASELINES):
-            continue
-        part = label_subset(cohort, train, fraction, seed)
-        for method, probability in without_backbone(dataset, part, test, seed).items():
-            save_predictions(predictions_path(home, method, fraction), cohort, test, probability)
+    train, points = label_subset(cohort, labelled(cohort, split["train"]), fraction, seed), scored_points(cohort, split)
+    for method, probability in without_backbone(dataset, train, points, seed).items():
+        with finished(home / f"{method} {fraction:.0%}") as partial:
+            if partial:
+                save_predictions(partial, cohort, split, points, probability)
+
+
+def logit(table: pd.DataFrame) -> np.ndarray:
+    p = table["probability"].clip(1e-7, 1 - 1e-7).to_numpy()
+    return np.log(p / (1 - p))
+
+
+def averaged(tables: list[pd.DataFrame], steps: int = 10) -> tuple[pd.DataFrame, np.ndarray]:
+    """The mean of these methods' logits of the same points, with the weights (tenths) of the least cross-entropy on the
+    validation part, and these weights."""
+    logits, valid, label = np.stack(list(map(logit, tables))), tables[0]["split"].eq("valid"), tables[0]["label"]
+    weights = np.array([w for w in itertools.product(range(steps + 1), repeat=len(tables)) if sum(w) == steps]) / steps
+    best = min(weights, key=lambda w: log_loss(label[valid], 1 / (1 + np.exp(-w @ logits[:, valid]))))
+    return tables[0].assign(probability=1 / (1 + np.exp(-best @ logits))), best
+
+
+class Scores(NamedTuple):
+    """How a method did on a split."""
+
+    value: np.ndarray  # [m] AUROC, AUPRC and, where the labels are those of the challenge 2019, utility
+    draws: np.ndarray  # [repeats, m] of resampled test stays: the same ones for every method
+
+
+def scores(table: pd.DataFrame, repeats: int = 200) -> Scores:
+    """Of the predictions of a method on a split, at the alarm threshold that the validation part chose."""
+    valid, test = ([part[name].to_numpy() for name in ("stay_id", "minute", "label", "probability")]
+                   for _, part in sorted(table.groupby("split"), key=lambda group: group[0] != "valid"))
+    stay, minute, label, probability = test
+    value = [roc_auc_score(label, probability), average_precision_score(label, probability)]
+    draws = bootstrap(stay, label, probability, repeats=repeats)[:, 0]
+    if sepsis2019.of_this_kind(stay, minute, label):
+        since = sepsis2019.hours_since_onset(*valid[:3])
+        threshold, _ = sepsis2019.best_threshold(valid[0], since, valid[3])
+        utility = sepsis2019.stay_utilities(stay, sepsis2019.hours_since_onset(stay, minute, label),
+                                            probability >= threshold)
+        chosen = np.random.default_rng(0).multinomial(len(utility), np.full(len(utility), 1 / len(utility)), repeats)
+        value.append(sepsis2019.normalised(utility.sum(0)))
+        draws = np.column_stack([draws, sepsis2019.normalised(chosen @ utility)])
+    return Scores(np.array(value), draws)
 
 
 def print_protocol(folder: Path) -> None:
-    """The tables of README.md from the finished cells: mean and standard deviation over the splits; the difference to
-    the better baseline (by mean AUROC) with a bootstrap interval, paired by stay and drawn within each split."""
+    """The tables of RESULTS.md from what is finished: mean and standard deviation over the splits; the difference to
+    the best baseline (by mean AUROC) with a bootstrap interval, paired by stay and drawn within each split."""
     found = {}
-    for path in sorted(folder.glob("seed*/*%.csv")):
-        method, fraction = path.stem.rsplit(" ", 1)
-        found.setdefault((method, fraction), {})[path.parent.name] = pd.read_csv(path)
-
-    def scores(tables):
-        return np.array([(roc_auc_score(t["label"], t["probability"]),
-                          average_precision_score(t["label"], t["probability"])) for t in tables])
-
-    for fraction in (f"{f:.0%}" for f in FRACTIONS):
-        rows = {method: tables for (method, f), tables in found.items() if f == fraction}
-        base = max((m for m in rows if m in BASELINES), key=lambda m: scores(rows[m].values())[:, 0].mean(),
-                   default=None)
-        print(f"\n{fraction} of the training labels\n\n| method | splits | AUROC | AUPRC "
-              f"| difference to {base}: AUROC | AUPRC |\n|---|---|---|---|---|---|")
-        for method, tables in sorted(rows.items(), key=lambda row: -scores(row[1].values())[:, 0].mean()):
-            s = scores(tables.values())
-            spread = s.std(0, ddof=1) if len(s) > 1 else np.zeros(2)
-            cells = [f"{m:.3f} ± {d:.3f}" for m, d in zip(s.mean(0), spread)]
-            if base and method != base:
-                shared = [seed for seed in tables if seed in rows[base]]
-                draws = np.mean([np.diff(bootstrap(tables[seed]["stay_id"].to_numpy(), tables[seed]["label"].to_numpy(),
-                                                   rows[base][seed]["probability"].to_numpy(),
-                                                   tables[seed]["probability"].to_numpy(), repeats=200, seed=i),
-                                         axis=1)[:, 0]
-                                 for i, seed in enumerate(shared)], axis=0)
-                mean = (scores(tables[seed] for seed in shared) - scores(rows[base][seed] for seed in shared)).mean(0)
-                cells += [f"{m:+.3f} {interval(draws[:, i])}" for i, m in enumerate(mean)]
+    for path in sorted(folder.glob("*/*/predictions.csv")):
+        method, fraction = path.parent.name.rsplit(" ", 1)
+        table = pd.read_csv(path).sort_values(["stay_id", "minute"], kind="stable")
+        found.setdefault(fraction, {}).setdefault(method, {})[path.parent.parent.name] = table
+    for fraction, tables in sorted(found.items(), key=lambda item: -float(item[0].rstrip("%"))):
+        members = [method for method in AVERAGED if method in tables]
+        common = sorted(set.intersection(*(set(tables[method]) for method in members))) if members else []
+        if len(members) > 1 and common:
+            told = {turn: averaged([tables[method][turn] for method in members]) for turn in common}
+            tables[AVERAGE] = {turn: table for turn, (table, _) in told.items()}
+            mean = np.mean([weights for _, weights in told.values()], axis=0)
+            print(f"\n{AVERAGE}, in the mean: " + ", ".join(f"{w:.2f} {name}" for w, name in zip(mean, members)))
+        rows = {method: {turn: scores(table) for turn, table in turns.items()} for method, turns in tables.items()}
+        mean = {method: np.mean([s.value for s in turns.values()], axis=0) for method, turns in rows.items()}
+        base = max((m for m in rows if m in BASELINES), key=lambda m: mean[m][0], default=None)
+        names = ("AUROC", "AUPRC", "utility")[:len(next(iter(mean.values())))]
+        print(f"\n{fraction} of the training labels\n\n| method | splits | {' | '.join(names)} "
+              f"| difference to {base}: {' | '.join(names)} |\n|---|---|{'---|' * 2 * len(names)}")
+        for method, turns in sorted(rows.items(), key=lambda row: -mean[row[0]][0]):
+            values = np.array([s.value for s in turns.values()])
+            spread = values.std(0, ddof=1) if len(values) > 1 else np.zeros(len(names))
+            cells = [f"{m:.3f} ± {d:.3f}" for m, d in zip(mean[method], spread)]
+            shared = [turn for turn in turns if turn in rows.get(base, {})]
+            if method == base or not shared:
+                cells += [""] * len(names)
             else:
-                cells += ["", ""]
-            print(f"| {method} | {len(s)} | {' | '.join(cells)} |")
+                difference = np.mean([turns[t].value - rows[base][t].value for t in shared], axis=0)
+                draws = np.mean([turns[t].draws - rows[base][t].draws for t in shared], axis=0)
+                cells += [f"{d:+.3f} {interval(draws[:, i])}" for i, d in enumerate(difference)]
+            print(f"| {method} | {len(values)} | {' | '.join(cells)} |")

@@ -4,7 +4,7 @@
     python test_suite.py --soak                runs the kill and damage tests at length and prints their counts
     python test_suite.py --checkpoint C        analyses a finetuned checkpoint on its test split [--baselines]
     python test_suite.py --checkpoint C --follow   reads events as they come, prints each stay's risk after every set
-    python test_suite.py --protocol --data_dir D   measures the tables of README.md: five splits, every method
+    python test_suite.py --protocol --data_dir D   measures the tables of RESULTS.md: several splits, every method
     python test_suite.py --benchmark [--data_dir D]   measures speed and memory beside a plain loop over single sets
 """
 
@@ -18,9 +18,9 @@ import pytest
 from benchmark import benchmark, scale
 from data import InputError
 from evaluate import export, follow, performance
-from protocol import baselines, protocol
+from protocol import METHODS, baselines, protocol
 from runs import CHECKPOINTS, keep_freed_memory, print_what_the_terminal_can
-from train import add_data_options, add_head_options, data_options, fraction
+from train import add_data_options, add_head_options, data_options, fraction, seed
 
 TESTS = str(Path(__file__).with_name("tests"))
 
@@ -28,11 +28,13 @@ TESTS = str(Path(__file__).with_name("tests"))
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(
         description="Without options: run every test. With --checkpoint: analyse a finetuned checkpoint. "
-                    "With --protocol: the measured tables of README.md. With --benchmark: speed and memory.",
+                    "With --protocol: the measured tables of RESULTS.md. With --benchmark: speed and memory.",
         usage="python test_suite.py [--checkpoint CKPT | --protocol [FOLDER] | --benchmark] [options]",
         allow_abbrev=False)
     add = parser.add_argument_group("analysis of a checkpoint").add_argument
-    add("--checkpoint", metavar="CKPT", help="the finetuned checkpoint, of train.py or of the original implementation")
+    add("--checkpoint", metavar="CKPT", nargs="+",
+        help="the finetuned checkpoint, of train.py or of the original implementation; of several, the mean of their "
+             "logits")
     add("--baselines", action="store_true", help="compare with hand-made baselines and an untrained backbone")
     add("--predictions", metavar="FILE",
         help="write stay_id, probability, split, label of every stay of the data, labelled or not, as CSV or .parquet "
@@ -64,10 +66,15 @@ def main(argv=None) -> int:
 
     add = parser.add_argument_group("protocol").add_argument
     add("--protocol", metavar="FOLDER", nargs="?", const=str(CHECKPOINTS / "protocol"),
-        help="run the five-split protocol on --data_dir, keeping what is finished in FOLDER "
-             "(default: checkpoints/protocol)")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], metavar="N",
-        help="splits of the protocol (default: 0 1 2 3 4)")
+        help="pretrain, finetune in every way and score, on several splits of --data_dir, keeping what is finished in "
+             "FOLDER (default: checkpoints/protocol)")
+    add("--seeds", type=seed, nargs="+", default=[0, 1, 2, 3, 4], metavar="N",
+        help="of the splits, the weights and the batches (default: 0 1 2 3 4)")
+    add("--splits", nargs="+", default=[None], metavar="CSV", help="instead of drawn splits: files as --split takes")
+    add("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="NAME",
+        help=f"some of: {'; '.join(METHODS)} (default: all)")
+    add("--fractions", type=fraction, nargs="+", default=[1., .1, .03], metavar="X",
+        help="shares of the training labels (default: 1 0.1 0.03)")
     add = parser.add_argument_group("benchmark").add_argument
     add("--benchmark", nargs="?", const="speed", choices=("speed", "scale"),
         help="speed and memory on --data_dir or the embedded cohort; scale: how both grow with the vocabulary and the "
@@ -85,11 +92,14 @@ def main(argv=None) -> int:
         if arguments.protocol:
             if not arguments.data_dir:
                 raise InputError("--protocol needs --data_dir, for instance ../shared/data/physionet2012")
-            protocol(data_options(arguments), arguments.seeds, Path(arguments.protocol))
+            protocol(data_options(arguments), arguments.splits, arguments.seeds, arguments.methods,
+                     arguments.fractions, Path(arguments.protocol))
         elif arguments.benchmark:
             scale() if arguments.benchmark == "scale" else benchmark(arguments)
+        elif len(arguments.checkpoint or []) > 1 and (arguments.export or arguments.follow):
+            raise InputError("--export and --follow take one --checkpoint")
         elif arguments.checkpoint and arguments.export:
-            export(arguments.checkpoint, arguments.export)
+            export(arguments.checkpoint[0], arguments.export)
         elif arguments.checkpoint and arguments.follow:
             follow(arguments)
         elif arguments.checkpoint:

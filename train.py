@@ -33,11 +33,11 @@ from sklearn.model_selection import train_test_split
 
 import runs
 import sepsis2019
-from data import (SPLITS, Cohort, InputError, Normalizer, StayDataset, common_variables, epoch_batches, labelled_points,
+from data import (SPLITS, Cohort, InputError, Normalizer, StayDataset, at_every_set, common_variables, epoch_batches, labelled_points,
                   make_splits, recognised, split_batch, stays_of, stays_with, subjects_of, subjects_with_label,
                   variable_vectors)
-from finetune_config import (FinetuneConfig, boosted_trees, check_settings, classification_loss, full_optimizer,
-                             full_rate, head_optimizer, head_penalty, head_rate, number_of_trees)
+from finetune_config import (FinetuneConfig, boosted_trees, check_settings, classification_loss, epochs_of_steps,
+                             full_optimizer, full_rate, head_optimizer, head_penalty, head_rate, number_of_trees)
 from model import (ModelConfig, SeqSetVAE, SeqSetVAEPretrain, checkpoint_config, checkpoint_state, load_backbone,
                    read_checkpoint, real_sets)
 from readers import load_cohort
@@ -53,7 +53,7 @@ from runs import (PATHS, PRECISIONS, Run, choose_device, data_parallel, end_rank
 @dataclass
 class PretrainConfig:
     batch_size: int = 16           # stays a step, of all processes together
-    max_epochs: int = 15
+    max_epochs: int | None = None  # None: as many as make 2,500 steps, but 10 at most
     learning_rate: float = 1.5e-3  # after its warm-up; a cosine takes it to a hundredth
     weight_decay: float = 0.01     # of matrices
     betas: tuple = (0.9, 0.98)
@@ -66,14 +66,18 @@ class PretrainConfig:
         counts = ("batch_size", "max_epochs", "warmup_steps", "beta_warmup_steps")
         check_settings(self, dict.fromkeys(counts, (1, math.inf)))
 
+    def epochs(self, stays: int) -> int:
+        """How many over so many training stays."""
+        return self.max_epochs or epochs_of_steps(2500, stays, self.batch_size, most=10)
+
 
 # Of the model's settings those that follow from the data and from other settings.
 FOLLOWING = ("num_variables", "classes", "classification_only", "head_trees", "head_variables")
 MODEL_FIELDS = {f.name: f for f in fields(ModelConfig) if f.name not in FOLLOWING}
 FINETUNE_FIELDS = {f.name: f for f in fields(FinetuneConfig)}  # what ModelConfig calls alike is the same thing
 # Of the model's settings those that a backbone can be finetuned with, whatever it was pretrained with.
-LOOSE = ("dropout", "noise_std", "drop_events", "asked_sets", "asked_variables", "other_variables", "max_beta",
-         "free_bits", "logvar_bonus")
+LOOSE = ("dropout", "noise_std", "drop_events", "hide_sets", "asked_sets", "asked_variables", "other_variables",
+         "max_beta", "free_bits", "logvar_bonus")
 
 
 def settable(mode: str, random_init: bool) -> dict:
@@ -116,11 +120,12 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("training").add_argument
     add("--mode", choices=("pretrain", "finetune"))
     add("--full_training", action="store_true", help="finetune: train everything, not the head alone")
-    for name, what in (("batch_size", "stays a step, of all processes together"), ("max_epochs", "passes over them")):
-        defaults = (f"pretrain {getattr(PretrainConfig, name)}, finetune {getattr(FinetuneConfig, name)}, "
-                    f"full training {getattr(FinetuneConfig, f'full_{name}')}")
-        add(f"--{name}", dest="set", action="append", type=shorthand(name), metavar="N",
-            help=f"{what} (default: {defaults})")
+    most = {"batch_size": f"stays a step, of all processes together (default: pretrain {PretrainConfig.batch_size}, "
+                          f"finetune {FinetuneConfig.batch_size}, full training {FinetuneConfig.full_batch_size})",
+            "max_epochs": f"passes over the training stays (default: pretrain 10, finetune {FinetuneConfig.max_epochs}, full "
+                          "training 5; of large cohorts fewer)"}
+    for name, what in most.items():
+        add(f"--{name}", dest="set", action="append", type=shorthand(name), metavar="N", help=what)
     add("--set", action="append", metavar="NAME=VALUE",
         help="any field of PretrainConfig (train.py), FinetuneConfig (finetune_config.py) or ModelConfig (model.py); "
              "may be repeated")
@@ -419,7 +424,7 @@ class Training:
         """One step of the optimizer on the mean loss of `stays` stays, of which this rank has `counts` in its
         micro-batches: the gradient's norm, and the terms summed over all stays."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate(self.run.epoch, step)
+            group["lr"] = self.rate(self.run.epoch, step) * group.get("times", 1)
         sums = 0
         for i, (batch, count) in enumerate(zip(micro_batches, counts)):
             last = i + 1 == len(counts)
@@ -509,7 +514,8 @@ def pretrain(arguments) -> Path:
     print(f"split: {len(train):,} train, {len(valid):,} valid, {len(split['test']):,} test stays "
           f"(seed {split_seed}); labels unused; run folder {run.folder}")
 
-    steps = config.max_epochs * math.ceil(len(train) / config.batch_size)
+    epochs = config.epochs(len(train))
+    steps = epochs * math.ceil(len(train) / config.batch_size)
 
     def rate(epoch, step):
         cosine = 0.5 * (1 + math.cos(math.pi * min(1, step / steps)))
@@ -524,7 +530,7 @@ def pretrain(arguments) -> Path:
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
     training = Training(run, lambda epoch: (dataset, train), objective, rate, optimizer, config.batch_size, config.clip,
                         arguments.seed, device, dtype)
-    for epoch in run.epochs(config.max_epochs):
+    for epoch in run.epochs(epochs):
         if epoch - run.best["epoch"] > config.patience:
             print(f"early stop: val_loss has not improved for {config.patience} epochs")
             break
@@ -716,8 +722,8 @@ def new_classifier(arguments, config: FinetuneConfig, content: dict, dataset: St
     path, full, cohort = arguments.pretrained_ckpt, arguments.full_training, dataset.cohort
     backbone = checkpoint_config(content, len(dataset.normalizer.variables), path, arguments.set_heads,
                                  arguments.transformer_heads)
-    # The trees are fitted to the backbone as it is before full training: to an untrained one that says nothing.
-    trees = None if full and arguments.random_init else number_of_trees(config, points)
+    # In full training the trees see the exact summaries alone, which it does not change.
+    trees = number_of_trees(config, points) if config.summaries or not full else None
     head = {name: value for name, value in asdict(config).items() if name in MODEL_FIELDS}
     head |= {"classification_only": not full, "head_trees": trees, "head_variables": len(listed)}
     model_config = replace(changed(backbone, arguments.changes), **head)
@@ -812,7 +818,8 @@ def prepare_head(model: SeqSetVAE, features, label, weight, config: FinetuneConf
     prior = torch.bincount(label, weights=weight, minlength=model.config.classes) / weight.sum()
     model.cls_head[-1].bias.copy_(prior.log())
     if model.trees is not None:
-        model.trees.fit(model.standardise(features), label, weight, boosted_trees(config, len(label), seed))
+        x = model.standardise(features)
+        model.trees.fit(x[:, x.shape[1] - model.tree_features:], label, weight, boosted_trees(config, len(label), seed))
 
 
 def head_epoch(model, features, label, weight, optimizer, config: FinetuneConfig, batches) -> float:
@@ -875,7 +882,7 @@ def train_head(arguments, config: FinetuneConfig, run: Run, train, valid, device
 def train_everything(arguments, config: FinetuneConfig, run: Run, train, valid, device, dtype) -> None:
     """Full training: the head first, on the backbone as it is; then every parameter on classification + reconstruction
     + KL."""
-    model, cohort = run.model, run.dataset.cohort
+    model, cohort, epochs = run.model, run.dataset.cohort, config.full_epochs(len(train))
     if not run.last:
         head = HeadTraining(run, train, config, arguments.seed, device)
         for epoch in range(config.max_epochs):
@@ -885,10 +892,14 @@ def train_everything(arguments, config: FinetuneConfig, run: Run, train, valid, 
     def data(epoch):
         points, weight = training_points(cohort, train, config, arguments.seed, epoch)
         stays = stays_with(cohort, points)
+        if config.full_before and len(stays) == len(points):  # one label a stay
+            return run.dataset.of(*at_every_set(cohort, points, config.full_before)), stays
         return run.dataset.asking(points, weight * (len(stays) / weight.sum())), stays  # 1 a stay, on average
 
     def rate(epoch, step):
-        return full_rate(config, epoch, pretrained=not arguments.random_init)
+        return full_rate(config, epoch, epochs, pretrained=not arguments.random_init)
+
+    optimizer = full_optimizer(model, config)
 
     def objective(parallel, batch, step):
         losses = parallel(batch, losses=True)
@@ -897,9 +908,9 @@ def train_everything(arguments, config: FinetuneConfig, run: Run, train, valid, 
         loss = classification + head_penalty(model, config) + config.reconstruction_weight * rest
         return loss, {"loss": classification, "reconstruction": losses["reconstruction"], "kl": losses["kl"]}
 
-    training = Training(run, data, objective, rate, full_optimizer(model, config), config.full_batch_size, config.clip,
-                        arguments.seed, device, dtype)
-    for epoch in run.epochs(config.full_max_epochs):
+    training = Training(run, data, objective, rate, optimizer, config.full_batch_size, config.clip, arguments.seed,
+                        device, dtype)
+    for epoch in run.epochs(epochs):
         row = {"epoch": epoch + 1, **training.epoch()}
         finetuning_epoch(run, row, valid, encode_points(model, run.dataset, valid, device), keep_last=False)
 
