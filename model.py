@@ -495,19 +495,33 @@ def statistics(value, day, valued, count, row, first, shape) -> Statistics:
     return Statistics(past, past_exists, future.masked_fill(~future_exists, 0), future_exists)
 
 
+def row_of_cells(batch: EventBatch, slots, column, width: int) -> torch.Tensor:
+    """`row` [C] of the batch's measurements as `statistics` takes it; the arguments are those of `statistics_at`."""
+    (stays, length), asked = batch.minute.shape, slots.shape[1]
+    column, interval = column.flatten()[batch.cell_pair], interval_of(slots, length).flatten()[batch.cell_slot]
+    row = (batch.cell_slot // length * (asked + 1) + interval) * width + column
+    return torch.where(column < width, row, stays * (asked + 1) * width)
+
+
 def statistics_at(batch: EventBatch, slots, column, width: int) -> Statistics:
     """The exact statistics of the stays' measurements. slots [B, Q]: positions of sets, ascending, L where padding;
     column [B, D]: the place among `width` variables of each of the stay's variables, `width` where it is left out."""
-    stays, length = batch.minute.shape
-    asked = slots.shape[1]
-    column = column.flatten()
-    interval = interval_of(slots, length).flatten()[batch.cell_slot]                                  # [C]
-    row = (batch.cell_slot // length * (asked + 1) + interval) * width + column[batch.cell_pair]
-    row = torch.where(column[batch.cell_pair] < width, row, stays * (asked + 1) * width)
+    stays, asked = slots.shape
     first = batch.first_value.new_zeros(stays, width + 1)
-    first = first.scatter(1, column.view(stays, -1), batch.first_value)[:, :width]
+    first = first.scatter(1, column, batch.first_value)[:, :width]
     value = batch.cell_value - batch.first_value.flatten()[batch.cell_pair]
+    row = row_of_cells(batch, slots, column, width)
     return statistics(value, batch.cell_day, batch.cell_valued, batch.cell_count, row, first, (stays, asked, width))
+
+
+def hours_since(batch: EventBatch, slots, column, width: int) -> torch.Tensor:
+    """Hours from the last event of each variable, or where there is none yet from the stay's first set, to the sets
+    `slots`: [B, Q, width]; the arguments are those of `statistics_at`."""
+    (stays, asked), row = slots.shape, row_of_cells(batch, slots, column, width)
+    latest = batch.minute.new_full((stays * (asked + 1) * width + 1,), -math.inf)
+    latest = latest.scatter_reduce(0, row, batch.minute.flatten()[batch.cell_slot], "amax")[:-1]
+    latest = latest.view(stays, asked + 1, width)[:, :asked].cummax(1).values.maximum(batch.minute[:, :1, None])
+    return (at_slots(batch.minute[..., None], slots) - latest).div(60).float().clamp(min=0)  # of padding: negative
 
 
 def statistics_of_beliefs(values, believed, minute, slots) -> Statistics:
@@ -534,6 +548,7 @@ class RunningStatistics:
         self.latest, self.first = torch.zeros(2, 1, 1, n, device=device)
         self.high, self.low = self.seen - math.inf, self.seen + math.inf
         self.begin = torch.zeros(1, 1, n, dtype=torch.float64, device=device)  # minute of the first value
+        self.minute = self.begin - math.inf                                    # of the last event
 
     def add(self, minute: float, value, valued, count) -> None:
         """value [1, 1, n], valued bool: the set measured it; count of events."""
@@ -542,6 +557,7 @@ class RunningStatistics:
         x, day = value - self.first, ((minute - self.begin) / 1440).float()
         self.sums += torch.stack([torch.ones_like(x), x, x.square(), day, day.square(), day * x]) * valued
         self.seen += count
+        self.minute = torch.where(count > 0, minute, self.minute)
         self.latest = torch.where(valued, x, self.latest)
         self.high = torch.where(valued, x.maximum(self.high), self.high)
         self.low = torch.where(valued, x.minimum(self.low), self.low)
@@ -1049,7 +1065,7 @@ class SeqSetVAE(nn.Module):
         pooled = 8 * d if config.features == "multiscale" else d
         beliefs = k * v if self.tells_beliefs else 0
         return {"plain": 0 if config.classification_only else d, "learned": pooled + beliefs,
-                "summaries": (k + 1) * v + 1 if config.summaries else 0}
+                "summaries": summary_features(v) if config.summaries else 0}
 
     def train(self, mode: bool = True):
         """The frozen backbone stays in evaluation mode, also in training."""
@@ -1106,34 +1122,35 @@ class SeqSetVAE(nn.Module):
     def _head_input(self, z, h, batch):
         """All that reaches the head at the batch's prediction points, [B, Q, F], not yet standardised."""
         config, h, z = self.config, h.float(), z.float()
-        slots, beliefs, exact = batch.point_slot.masked_fill(batch.point < 0, h.shape[1]), None, None
+        slots, beliefs = batch.point_slot.masked_fill(batch.point < 0, h.shape[1]), None
         if self.tells_beliefs:
             values, believed = self._beliefs(z)
             beliefs = statistics_of_beliefs(values, believed & real_sets(batch)[..., None], batch.minute, slots)
-        if config.summaries:
-            exact = self.exact_statistics(batch)
-        return self._joined(z, h, batch.point_slot, beliefs, exact, batch.point_hours)
+        exact = self.exact_summaries(batch) if config.summaries else None
+        return self._joined(z, h, batch.point_slot, beliefs, exact)
 
-    def _joined(self, z, h, slots, beliefs: Statistics | None, exact: Statistics | None, hours, pool=None):
-        """The head input [B, Q, F] at the sets `slots` [B, Q], asked `hours` [B, Q] later: what z and h [B, L, d] tell,
-        and the statistics there; pool: the learned pool's keys and values, see `_extract_enhanced_features`."""
+    def _joined(self, z, h, slots, beliefs: Statistics | None, exact, pool=None):
+        """The head input [B, Q, F] at the sets `slots` [B, Q]: what z and h [B, L, d] tell, the statistics there of
+        what was believed, and the `summaries` of what was measured; pool: the learned pool's keys and values, see
+        `_extract_enhanced_features`."""
         features = [self._extract_enhanced_features(h, slots, pool)]
         if self.config.features == "multiscale":
             features += prefix_moments(z, slots)
         if beliefs:  # the stay's history as the latents of its sets tell it
             features.append(beliefs.past.flatten(2))
-        if exact:
-            features += summaries(exact, hours)
+        if exact is not None:
+            features.append(exact)
         return torch.cat(features, dim=-1)
 
-    def exact_statistics(self, batch: EventBatch) -> Statistics:
-        """The exact statistics of the head's variables at the batch's prediction points, n = K."""
+    def exact_summaries(self, batch: EventBatch) -> torch.Tensor:
+        """The `summaries` of the head's variables at the batch's prediction points."""
         size, device = self.config.head_variables, batch.minute.device
         slots = batch.point_slot.masked_fill(batch.point < 0, batch.minute.shape[1])
         listed = torch.full((self.config.num_variables,), size, device=device)
         listed[self.head_variables] = torch.arange(size, device=device)
         mine, held = variables_of(batch)
-        return statistics_at(batch, slots, listed[mine].masked_fill(~held, size), size)
+        asked = batch, slots, listed[mine].masked_fill(~held, size), size
+        return summaries(statistics_at(*asked), hours_since(*asked), batch.point_hours)
 
     def features(self, batch: EventBatch) -> torch.Tensor:
         """Head input of every prediction point before standardisation, [B, Q, F].
@@ -1215,11 +1232,12 @@ class SeqSetVAE(nn.Module):
         set or a later one."""
         if not -math.inf < state.last <= minute:
             raise ValueError(f"asked at minute {minute}, where the last set is at minute {state.last}")
-        z, h = state.z.rows, state.h.rows
-        hours = z.new_tensor([[(minute - state.last) / 60]])
+        z, h, exact = state.z.rows, state.h.rows, None
         last = torch.tensor([[z.shape[1] - 1]], device=z.device)
-        return self._joined(z, h, last, state.beliefs.now() if self.tells_beliefs else None,
-                            state.exact.now() if self.config.summaries else None, hours, state.pool.rows)
+        if self.config.summaries:
+            since = (state.last - state.exact.minute.maximum(state.minute.rows[:, :1])).div(60).float()
+            exact = summaries(state.exact.now(), since, z.new_tensor([[(minute - state.last) / 60]]))
+        return self._joined(z, h, last, state.beliefs.now() if self.tells_beliefs else None, exact, state.pool.rows)
 
     @torch.no_grad()
     def ask(self, state: Bedside, minute: float) -> float:
@@ -1227,11 +1245,16 @@ class SeqSetVAE(nn.Module):
         return self.classify(self.features_at(state, minute)).softmax(-1)[0, 0, 1].item()
 
 
-def summaries(exact: Statistics, hours) -> list:
-    """What the head is told of the statistics at points, `hours` [B, Q] after their sets: [B, Q, (10 + 1) n + 1] in
-    parts."""
-    seen = exact.past_exists[:, :, HISTORY_STATISTICS.index("log count")].float()
-    return [exact.past.flatten(2), seen, hours[..., None]]
+def summaries(exact: Statistics, since, hours) -> torch.Tensor:
+    """What the head is told of n variables at points: their statistics at the last set, whether they were seen, the
+    hours since then (log1p; see `hours_since` [B, Q, n]) and the `hours` [B, Q] since that set: [B, Q, (10 + 2) n + 1].
+    """
+    seen, hours = exact.past_exists[:, :, HISTORY_STATISTICS.index("log count")].float(), hours[..., None]
+    return torch.cat([exact.past.flatten(2), seen, (since + hours).log1p(), hours], dim=-1)
+
+
+def summary_features(n: int) -> int:
+    return (len(HISTORY_STATISTICS) + 2) * n + 1
 
 
 def attention_pool(h, last, slots):

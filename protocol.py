@@ -25,7 +25,7 @@ from data import (InputError, common_variables, labelled_points, search_after, s
                   write_atomically)
 from evaluate import CPU, bootstrap, interval, open_classifier
 from finetune_config import MANY_POINTS, FinetuneConfig, number_of_trees
-from model import HISTORY_STATISTICS, ModelConfig, SeqSetVAE, summaries
+from model import ModelConfig, SeqSetVAE, summary_features
 from runs import choose_device
 from train import (HeadTraining, data_options, finetune, label_subset, labelled, open_checkpoint, parse_arguments,
                    pretrain, probability_at, training_points)
@@ -121,10 +121,10 @@ class SummariesAlone(SeqSetVAE):
     """The classifier's head on the exact summaries of the stay and nothing else: its backbone is never run."""
 
     def _feature_sizes(self) -> dict[str, int]:
-        return {"plain": 0, "learned": 0, "summaries": (len(HISTORY_STATISTICS) + 1) * self.config.head_variables + 1}
+        return {"plain": 0, "learned": 0, "summaries": summary_features(self.config.head_variables)}
 
     def features(self, batch) -> torch.Tensor:
-        return torch.cat(summaries(self.exact_statistics(batch), batch.point_hours), dim=-1)
+        return self.exact_summaries(batch)
 
 
 def summaries_alone(dataset, variables, train, test, seed: int, device=CPU, config=FinetuneConfig()) -> np.ndarray:
@@ -284,8 +284,9 @@ class Scores(NamedTuple):
 
 def scores(table: pd.DataFrame, repeats: int = 200) -> Scores:
     """Of the predictions of a method on a split, at the alarm threshold that the validation part chose."""
-    valid, test = ([part[name].to_numpy() for name in ("stay_id", "minute", "label", "probability")]
-                   for _, part in sorted(table.groupby("split"), key=lambda group: group[0] != "valid"))
+    table = table.assign(stay_id=np.unique(table["stay_id"], return_inverse=True)[1])
+    valid, test = ([table.loc[table["split"] == part, name].to_numpy()
+                    for name in ("stay_id", "minute", "label", "probability")] for part in ("valid", "test"))
     stay, minute, label, probability = test
     value = [roc_auc_score(label, probability), average_precision_score(label, probability)]
     draws = bootstrap(stay, label, probability, repeats=repeats)[:, 0]

@@ -13,6 +13,7 @@ import data
 import readers
 import train
 from data import (
+    at_every_set,
     Cohort,
     InputError,
     Normalizer,
@@ -29,6 +30,7 @@ from data import (
     split_batch,
     stays_of,
     variable_vectors,
+    with_points,
 )
 from finetune_config import FinetuneConfig, classification_loss
 from model import SeqSetVAE, SeqSetVAEPretrain
@@ -64,6 +66,18 @@ def test_measurements_equal_a_plain_loop():
                     assert (valued, number) == (numbers > 0, count) and abs(value - mean) < 1e-6
                     assert not valued or abs(since - (minute - first[v][0])) < 1e-3 and abs(origin - first[v][1]) < 1e-6
     assert not measured
+
+
+def test_the_label_of_a_stays_one_point_is_asked_for_at_every_set_before_it_too():
+    events = [(0, 1.)]
+    cohort = cohort_of([[(0, events), (60, events), (180, events), (300, events)], [(5, events)], [(7, events)]])
+    cohort = with_points(cohort, np.array([1, 1, 1]), np.array([240., 5., 7.]), np.array([1, 0, -1]))
+    asked, weight = at_every_set(cohort, np.arange(2), .6)
+    assert asked.point_start.tolist() == [0, 3, 4, 4] and asked.label.tolist() == [1, 1, 1, 0]
+    assert asked.point_minute.tolist() == [0, 60, 240, 5]
+    np.testing.assert_allclose(weight, [0, .6, .4, 1])  # in proportion to the time; what has no other has all
+    batch = StayDataset(cohort, PLAIN, points=True).of(asked, weight)[np.arange(2)]
+    assert batch.point_slot[0, :3].tolist() == [0, 1, 2] and batch.weight.sum(1).tolist() == pytest.approx([1, 1])
 
 
 def test_a_point_sees_the_last_set_not_after_it_and_a_stay_ends_with_its_last_point():

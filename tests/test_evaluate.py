@@ -1,6 +1,7 @@
 """Tests of evaluate.py, protocol.py, benchmark.py and of README.md: what users run with a checkpoint."""
 
 import io
+import itertools
 import json
 import platform
 import re
@@ -22,6 +23,7 @@ import benchmark
 import data
 import protocol
 import readers
+import sepsis2019
 import test_suite
 import train
 from benchmark import PLAIN_LOOP, asked_at_the_end, assert_plain_loop_agrees
@@ -30,7 +32,7 @@ from evaluate import (CHECKPOINT, CPU, alarm_from, bootstrap, followed_event, in
                       predict, print_figures, print_subgroups, ranks, recalibration, risk_over_time, risk_without,
                       score_figures, subgroups, threshold_of, write_meds_predictions)
 from model import ModelConfig, SeqSetVAE, load_checkpoint_weights
-from protocol import (BASELINES, STATISTICS, Cell, hand_made_baselines, predictions_path, print_protocol,
+from protocol import (AVERAGE, BASELINES, STATISTICS, averaged, hand_made_baselines, logit, print_protocol,
                       summaries_alone, summary_table)
 from readers import synthetic_cohort, write_long_table
 from test_suite import main
@@ -611,20 +613,90 @@ def test_from_many_points_boosting_alone_learns_and_nothing_constant_kills_it(mo
     assert (alone == summaries_alone(dataset, np.arange(2), np.arange(25), test, 0)).all()
 
 
-def test_the_protocols_table_pairs_each_method_with_the_better_baseline(tmp_path, capsys):
-    rng, label = np.random.default_rng(0), np.arange(60) % 3 == 0
-    for seed in range(2):
-        for method, noise in zip((*BASELINES, Cell().name), (1.5, 1.0, 2.5, 0.3)):
-            (tmp_path / f"seed{seed}").mkdir(exist_ok=True)
-            table = pd.DataFrame({"stay_id": range(60), "label": label.astype(int),
-                                  "probability": label + noise * rng.normal(size=60)})
-            table.to_csv(predictions_path(tmp_path / f"seed{seed}", method, 1.0), index=False)
+def predictions_of(noise, seed, stays=60, hours=1):
+    """A table as the protocol keeps it; a third of the stays turn 1 halfway, or are 1 at their one hour."""
+    rng, hour = np.random.default_rng([seed, int(100 * noise)]), np.tile(np.arange(hours), stays)
+    label = (np.repeat(np.arange(stays) % 3 == 0, hours) & (hour >= hours // 2)).astype(int)
+    told = 1 / (1 + np.exp(-4 * label - 4 * noise * rng.normal(size=len(label)) + 2))
+    return pd.DataFrame({"stay_id": np.repeat([f"s{i:03d}" for i in range(stays)], hours), "minute": 60. * hour,
+                         "label": label, "probability": told,
+                         "split": np.repeat(np.where(np.arange(stays) % 4 == 1, "valid", "test"), hours)})
+
+
+def write_predictions_of(folder, noises, **sizes):
+    for seed, (method, noise) in itertools.product(range(2), noises.items()):
+        home = folder / f"seed{seed}" / f"{method} 100%"
+        home.mkdir(parents=True)
+        predictions_of(noise, seed, **sizes).to_csv(home / "predictions.csv", index=False)
+
+
+def rows_of(text) -> list[list[str]]:
+    return [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ") and "±" in line]
+
+
+def test_the_protocols_table_pairs_each_method_with_the_best_baseline(tmp_path, capsys):
+    write_predictions_of(tmp_path, dict(zip((*BASELINES, "untrained"), (1.5, 1.0, 2.5, 0.3))))
     print_protocol(tmp_path)
-    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()
-            if line.startswith("| ") and "±" in line]
-    assert [row[0][2:] for row in rows] == [Cell().name, *(BASELINES[i] for i in (1, 0, 2))]
+    rows = [row for row in rows_of(capsys.readouterr().out) if row[0] != AVERAGE]
+    assert [row[0] for row in rows] == ["untrained", *(BASELINES[i] for i in (1, 0, 2))]
     assert all(row[1] == "2" for row in rows)
-    assert rows[0][4].startswith("+0.") and rows[2][4].startswith("-0.") and rows[1][4].strip() == ""
+    assert rows[0][4].startswith("+0.") and rows[2][4].startswith("-0.") and len(rows[1]) == 4
+
+
+def test_the_protocol_scores_utility_where_labels_are_the_challenges(tmp_path, capsys):
+    write_predictions_of(tmp_path, {"frozen": .1, BASELINES[1]: 1.}, hours=20)
+    print_protocol(tmp_path)
+    frozen, = (row for row in rows_of(capsys.readouterr().out) if row[0] == "frozen")
+    tables = [predictions_of(.1, seed, hours=20) for seed in range(2)]
+    utility = []
+    for table in tables:
+        table["stay_id"] = table["stay_id"].str[1:].astype(int)
+        arrays = {part: [rows[name].to_numpy() for name in ("stay_id", "minute", "label", "probability")]
+                  for part, rows in table.groupby("split")}
+        stay, minute, label, p = arrays["valid"]
+        threshold, _ = sepsis2019.best_threshold(stay, sepsis2019.hours_since_onset(stay, minute, label), p)
+        utility.append(sepsis2019.figures(*arrays["test"], threshold)["utility"]["value"])
+    assert frozen[4].startswith(f"{np.mean(utility):.3f} ±") and frozen[7].startswith("+")
+
+
+def test_an_average_takes_the_weights_that_fit_the_validation_part_best():
+    good, noise = predictions_of(.3, 0, stays=400), predictions_of(.3, 0, stays=400)
+    noise["probability"] = np.random.default_rng(1).random(400)
+    table, weights = averaged([good, noise])
+    assert weights[0] > .7 and weights.sum() == 1
+    worse = good.assign(probability=np.where(good["split"] == "test", 1 - good["probability"], good["probability"]))
+    assert (averaged([worse, noise])[1] == weights).all()  # nothing of the test part decides
+
+
+def test_the_protocol_keeps_what_is_finished_and_goes_on(tmp_path, monkeypatch, capsys, small_models):
+    monkeypatch.chdir(tmp_path)
+    write_long_table(Path("table"), synthetic_cohort(60), labels=True)
+    words = ["--protocol", "kept", "--data_dir", "table", "--seeds", "3", "--fractions", "1", "--methods", "frozen"]
+    with monkeypatch.context() as patch:
+        patch.setattr(protocol, "CELLS", {"frozen": ["--set", "trees=5"]})
+        assert main(words) == 0
+        first = [row for row in rows_of(capsys.readouterr().out) if row[0] == "frozen"]
+        patch.setattr(protocol, "finetune", lambda *_: pytest.fail("finetuned again"))
+        assert main(words) == 0
+    out = capsys.readouterr().out
+    assert len(first) == 1 and rows_of(out) == first and "epoch" not in out
+    assert sorted(path.name for path in Path("kept/seed3").iterdir()) == ["frozen 100%", "pretrain"]
+
+
+def test_several_checkpoints_are_scored_as_the_mean_of_their_logits(tmp_path, capsys, small_finetuned):
+    content = torch.load(small_finetuned, weights_only=True)
+    content["model"]["cls_head.0.weight"] = -content["model"]["cls_head.0.weight"] + .01
+    torch.save(content, tmp_path / "other.pt")
+    ways, logits = {"a": [small_finetuned], "b": [tmp_path / "other.pt"],
+                    "both": [small_finetuned, tmp_path / "other.pt"]}, {}
+    for name, paths in ways.items():
+        assert main(["--checkpoint", *map(str, paths), "--predictions", str(tmp_path / name), "--device", "cpu"]) == 0
+        logits[name] = logit(pd.read_csv(tmp_path / name))
+    np.testing.assert_allclose(logits["both"], (logits["a"] + logits["b"]) / 2, atol=1e-5)
+    assert not np.allclose(logits["a"], logits["b"])
+    capsys.readouterr()
+    one_error_line(capsys, main(["--checkpoint", *map(str, ways["both"]), "--trajectory", "x"]),
+                   "--trajectory: of one checkpoint, where 2 are given")
 
 
 def test_the_benchmarks_plain_loop_agrees_with_the_batched_model():

@@ -337,16 +337,21 @@ def test_stable_features_are_the_last_state_and_attention_to_it():
         close(feature, 0.7 * states[-1] + 0.3 * (states @ states[-1]).softmax(0) @ states)
 
 
-def test_summaries_are_the_exact_statistics_of_the_whole_stay():
+def test_summaries_are_the_exact_statistics_of_the_stay_up_to_the_point():
     model, stays = build(SeqSetVAE, tiny(summaries=True, head_variables=4)), random_stays(valueless=.2)
     listed = [5, 0, 2, 6]
     model.head_variables.copy_(torch.tensor(listed))
+    asked = np.array([stay[-1][0] + 90. for stay in stays])
+    cohort = with_points(cohort_of(stays), np.ones(4, dtype=int), asked, np.zeros(4))
     with torch.no_grad():
-        # 10 statistics and whether it was seen, a variable each; hours
-        exact = model.features(batch_of(stays))[:, 0, -11 * 4 - 1:]
-    for stay, row in zip(stays, exact.double()):
+        # 10 statistics, whether it was seen and hours since, a variable each; hours since the last set
+        exact = model.features(StayDataset(cohort, PLAIN, points=True)[np.arange(4)])[:, 0, -12 * 4 - 1:]
+    for stay, row, minute in zip(stays, exact.double(), asked):
         statistics, exists = plain_statistics(stay)
-        close(row, torch.from_numpy(np.concatenate([statistics[-1][:, listed].ravel(), exists[-1, 7, listed], [0]])))
+        last = [max([m for m, events in stay if v in dict(events)], default=stay[0][0]) for v in listed]
+        since = np.log1p((minute - np.array(last)) / 60)
+        close(row, torch.from_numpy(np.concatenate([statistics[-1][:, listed].ravel(), exists[-1, 7, listed], since,
+                                                    [1.5]])))
 
 
 def all_statistics(stays):
