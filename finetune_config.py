@@ -19,7 +19,7 @@ class FinetuneConfig:
     summaries: bool = True           # exact per-variable summaries of the stay beside the learned features
     most_variables: int = 128        # of which both speak, at most: the most common of the training stays
     head_widths: tuple = ()          # hidden widths of the head: none, it is linear
-    trees: int | None = 400          # boosted trees beside it; their logits and the head's are averaged
+    trees: int | None = 400          # boosted trees beside it, of the summaries; their logits and the head's are averaged
     tree_depth: int = 4
     tree_rate: float = 0.03          # shrinkage
     tree_subsample: float = 0.5      # share of the stays that a tree sees
@@ -110,24 +110,26 @@ def head_penalty(model: SeqSetVAE, config: FinetuneConfig) -> torch.Tensor:
     return 0.5 * config.l2 * model.cls_head[0].weight.square().sum()
 
 
-MANY_POINTS, MOST_TREES = 20_000, 150  # beyond so many points exact boosting takes hours: histograms, and fewer trees
+MANY_POINTS = 20_000  # beyond so many exact boosting takes hours: histograms, and fewer, larger trees
 
 
-def number_of_trees(config: FinetuneConfig, points: int) -> int | None:
-    return min(config.trees, MOST_TREES) if config.trees and points > MANY_POINTS else config.trees
+def tree_sizes(config: FinetuneConfig, points: int) -> dict:
+    """Number and depth of the trees that so many points are worth, as fields of ModelConfig."""
+    if config.trees and points > MANY_POINTS:
+        return {"head_trees": min(config.trees, 100), "tree_depth": max(config.tree_depth, 6)}
+    return {"head_trees": config.trees, "tree_depth": config.tree_depth}
 
 
 def boosted_trees(config: FinetuneConfig, points: int, seed: int):
     """What fits the trees beside the head to so many points: stochastic gradient boosting (Friedman 2002), or boosting
     on histograms (Ke et al. 2017)."""
-    shared = dict(max_depth=config.tree_depth, max_features=config.tree_features, min_samples_leaf=config.tree_leaf,
-                  random_state=seed)
+    trees, depth = tree_sizes(config, points).values()
+    shared = dict(max_depth=depth, min_samples_leaf=config.tree_leaf, random_state=seed)
     if points > MANY_POINTS:
-        rate = config.tree_rate * config.trees / number_of_trees(config, points)
-        return HistGradientBoostingClassifier(max_iter=number_of_trees(config, points), learning_rate=rate,
-                                              early_stopping=False, **shared)
-    return GradientBoostingClassifier(n_estimators=config.trees, learning_rate=config.tree_rate,
-                                      subsample=config.tree_subsample, **shared)
+        return HistGradientBoostingClassifier(max_iter=trees, learning_rate=0.1, l2_regularization=10.,
+                                              max_features=0.2, early_stopping=False, **shared)
+    return GradientBoostingClassifier(n_estimators=trees, learning_rate=config.tree_rate,
+                                      max_features=config.tree_features, subsample=config.tree_subsample, **shared)
 
 
 def head_optimizer(model: SeqSetVAE, config: FinetuneConfig) -> torch.optim.Optimizer:

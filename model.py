@@ -1170,14 +1170,11 @@ class SeqSetVAE(nn.Module):
         logits = self.cls_head(x)
         if hasattr(self, "hidden_head"):
             logits = logits + self.hidden_head(x)
-        return logits if self.training or self.trees is None else (logits + self.trees(x[..., x.shape[-1] - self.tree_features:])) / 2
+        return logits if self.training or self.trees is None else (logits + self.trees(self.tree_input(x))) / 2
 
-    @property
-    def tree_features(self) -> int:
-        """How many of the head's inputs, the last, the trees see: in full training the exact summaries, which it does
-        not change."""
-        sizes = self._feature_sizes()
-        return sum(sizes.values()) if self.config.classification_only else sizes["summaries"]
+    def tree_input(self, x):
+        """x [..., F], standardised -> what the trees see of it, the exact summaries: no training changes them."""
+        return x[..., x.shape[-1] - self._feature_sizes()["summaries"]:]
 
     def forward(self, batch: EventBatch, losses: bool = False):
         """logits, see `classify`; or what full training needs,
@@ -1417,7 +1414,7 @@ def load_weights(model: nn.Module, state: dict[str, torch.Tensor], path) -> None
                          "says; use the version that wrote it")
     model.load_state_dict(state)
     trees = getattr(model, "trees", None)
-    if trees is not None and not 0 <= trees.feature.min() <= trees.feature.max() < model.tree_features:
+    if trees is not None and not 0 <= trees.feature.min() <= trees.feature.max() < model._feature_sizes()["summaries"]:
         raise InputError(f"{path}: its trees ask for features that the model does not have; it is damaged or forged")
 
 

@@ -24,7 +24,7 @@ import sepsis2019
 from data import (InputError, common_variables, labelled_points, search_after, stay_event_index, stays_of,
                   write_atomically)
 from evaluate import CPU, bootstrap, interval, open_classifier
-from finetune_config import MANY_POINTS, FinetuneConfig, number_of_trees
+from finetune_config import MANY_POINTS, FinetuneConfig, tree_sizes
 from model import ModelConfig, SeqSetVAE, summary_features
 from runs import choose_device
 from train import (HeadTraining, data_options, finetune, label_subset, labelled, open_checkpoint, parse_arguments,
@@ -132,8 +132,7 @@ def summaries_alone(dataset, variables, train, test, seed: int, device=CPU, conf
     (indices in the dataset's vocabulary), trained like that of a frozen backbone on the training stays."""
     points, _ = training_points(dataset.cohort, train, config, seed, 0)
     shape = ModelConfig(len(dataset.normalizer.variables), summaries=True, head_variables=len(variables),
-                        head_widths=config.head_widths, head_trees=number_of_trees(config, len(points)),
-                        tree_depth=config.tree_depth)
+                        head_widths=config.head_widths, **tree_sizes(config, len(points)))
     torch.manual_seed(seed)
     model = SummariesAlone(shape, torch.zeros(shape.num_variables, shape.input_dim))
     model.head_variables.copy_(torch.from_numpy(variables))

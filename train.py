@@ -37,7 +37,7 @@ from data import (SPLITS, Cohort, InputError, Normalizer, StayDataset, at_every_
                   make_splits, recognised, split_batch, stays_of, stays_with, subjects_of, subjects_with_label,
                   variable_vectors)
 from finetune_config import (FinetuneConfig, boosted_trees, check_settings, classification_loss, epochs_of_steps,
-                             full_optimizer, full_rate, head_optimizer, head_penalty, head_rate, number_of_trees)
+                             full_optimizer, full_rate, head_optimizer, head_penalty, head_rate, tree_sizes)
 from model import (ModelConfig, SeqSetVAE, SeqSetVAEPretrain, checkpoint_config, checkpoint_state, load_backbone,
                    read_checkpoint, real_sets)
 from readers import load_cohort
@@ -722,10 +722,10 @@ def new_classifier(arguments, config: FinetuneConfig, content: dict, dataset: St
     path, full, cohort = arguments.pretrained_ckpt, arguments.full_training, dataset.cohort
     backbone = checkpoint_config(content, len(dataset.normalizer.variables), path, arguments.set_heads,
                                  arguments.transformer_heads)
-    # In full training the trees see the exact summaries alone, which it does not change.
-    trees = number_of_trees(config, points) if config.summaries or not full else None
     head = {name: value for name, value in asdict(config).items() if name in MODEL_FIELDS}
-    head |= {"classification_only": not full, "head_trees": trees, "head_variables": len(listed)}
+    head |= {"classification_only": not full, "head_variables": len(listed)} | tree_sizes(config, points)
+    if not config.summaries:
+        head["head_trees"] = None
     model_config = replace(changed(backbone, arguments.changes), **head)
     vocabulary = content.get("vocabulary")
     if vocabulary is None:
@@ -818,8 +818,8 @@ def prepare_head(model: SeqSetVAE, features, label, weight, config: FinetuneConf
     prior = torch.bincount(label, weights=weight, minlength=model.config.classes) / weight.sum()
     model.cls_head[-1].bias.copy_(prior.log())
     if model.trees is not None:
-        x = model.standardise(features)
-        model.trees.fit(x[:, x.shape[1] - model.tree_features:], label, weight, boosted_trees(config, len(label), seed))
+        model.trees.fit(model.tree_input(model.standardise(features)), label, weight,
+                        boosted_trees(config, len(label), seed))
 
 
 def head_epoch(model, features, label, weight, optimizer, config: FinetuneConfig, batches) -> float:

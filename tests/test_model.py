@@ -13,7 +13,7 @@ from sklearn.metrics import roc_auc_score
 import train
 from data import InputError, Normalizer, StayDataset, labelled_points, stays_of, with_points
 from evaluate import CPU
-from finetune_config import MANY_POINTS, FinetuneConfig, boosted_trees, classification_loss
+from finetune_config import MANY_POINTS, FinetuneConfig, boosted_trees, classification_loss, tree_sizes
 from model import (
     BoostedTrees,
     History,
@@ -261,7 +261,7 @@ def test_the_trees_of_the_head_predict_what_scikit_learn_fitted(points):
     config = replace(FinetuneConfig(), trees=30, tree_features=1.0, tree_depth=3, tree_leaf=5)
     classifier = boosted_trees(config, points, seed=1)
     assert isinstance(classifier, HistGradientBoostingClassifier) == (points > MANY_POINTS)
-    trees, weight = BoostedTrees(30, 3), torch.where(label == 0, 2.0, 1.0)
+    trees, weight = BoostedTrees(*tree_sizes(config, points).values()), torch.where(label == 0, 2.0, 1.0)
     trees.fit(x[:200], label[:200], weight[:200], classifier)
     logits = trees(x).double()
     np.testing.assert_allclose(logits[:, 1] - logits[:, 0], classifier.decision_function(x.numpy()), atol=1e-5)
@@ -272,7 +272,7 @@ def test_the_trees_of_the_head_predict_what_scikit_learn_fitted(points):
 def test_trees_may_ask_for_every_feature_and_for_no_other(classification_only):
     model = build(SeqSetVAE, tiny(classification_only=classification_only, summaries=True, head_variables=7,
                                   head_widths=(), head_trees=2))
-    state, size = {name: x.clone() for name, x in model.state_dict().items()}, model.tree_features
+    state, size = {name: x.clone() for name, x in model.state_dict().items()}, model._feature_sizes()["summaries"]
     state["trees.feature"][0, 0] = size - 1
     load_weights(model, state, "best.pt")
     assert model(batch_of(random_stays())).shape == (4, 1, 2)
