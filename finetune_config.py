@@ -52,19 +52,20 @@ class FinetuneConfig:
     # Full training: the head is first trained on the frozen backbone, as above (Kumar et al. 2022), then everything
     full_batch_size: int = 16        # stays a step, of all processes together
     full_max_epochs: int | None = None  # None: as many as make 2,000 steps, but 5 at most
-    full_learning_rate: float = 3e-5  # of a pretrained backbone
+    full_learning_rate: float = 1e-4  # of a pretrained backbone
     random_learning_rate: float = 5e-4  # of an untrained one
-    reconstruction_weight: float = 1.0
-    full_before: float = 0.5
-    head_times: float = 1.0
-    hidden_width: int | None = None
+    reconstruction_weight: float = 1.0  # of the pretraining's own terms, kept in the loss
+    full_drop_events: float = 0.3    # share of the events hidden from the encoder
+    full_before: float = 0.5         # share of a stay's loss that its sets before the point have, if it has one point
+    hidden_width: int | None = 64    # of a hidden layer beside the linear head
 
     def __post_init__(self):
         counts = ("batch_size", "max_epochs", "accumulation", "restart_epochs", "full_batch_size", "full_max_epochs",
-                  "trees", "tree_depth", "tree_leaf", "few_points")
+                  "trees", "tree_depth", "tree_leaf", "few_points", "hidden_width")
         check_settings(self, dict.fromkeys(counts, (1, math.inf))
                        | dict.fromkeys(("tree_subsample", "tree_features"), (1e-9, 1))
-                       | dict.fromkeys(("focal_alpha", "label_smoothing", "max_trainable_ratio"), (0, 1)))
+                       | dict.fromkeys(("focal_alpha", "label_smoothing", "max_trainable_ratio", "full_before",
+                                        "full_drop_events"), (0, 1)))
         if self.loss not in ("cross_entropy", "focal"):
             raise InputError(f"loss is {self.loss!r}; it is cross_entropy or focal")
 
@@ -147,8 +148,7 @@ def head_rate(config: FinetuneConfig, epoch: int) -> float:
 
 def full_optimizer(model: SeqSetVAE, config: FinetuneConfig) -> torch.optim.Optimizer:
     """AdamW over all parameters."""
-    new, old = ([p for name, p in model.named_parameters() if name.startswith(SeqSetVAE.BACKBONE) == backbone] for backbone in (False, True))
-    return torch.optim.AdamW([{"params": new, "times": config.head_times}, {"params": old}], lr=config.full_learning_rate, betas=config.betas,
+    return torch.optim.AdamW(model.parameters(), lr=config.full_learning_rate, betas=config.betas,
                              weight_decay=config.weight_decay, fused=True)
 
 

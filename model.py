@@ -1047,8 +1047,9 @@ class SeqSetVAE(nn.Module):
         widths = (d, d // 2, d // 4) if config.head_widths is None else config.head_widths
         self.cls_head = classification_head(sum(features.values()), widths, config.classes)
         if config.hidden_width and not config.classification_only:
-            self.hidden_head = nn.Sequential(nn.Dropout(0.1), nn.Linear(sum(features.values()), config.hidden_width), nn.GELU(),
-                                             nn.Dropout(0.3), nn.Linear(config.hidden_width, config.classes))
+            self.hidden_head = nn.Sequential(
+                nn.Dropout(0.1), nn.Linear(sum(features.values()), config.hidden_width), nn.GELU(), nn.Dropout(0.3),
+                nn.Linear(config.hidden_width, config.classes))
             nn.init.zeros_(self.hidden_head[-1].weight), nn.init.zeros_(self.hidden_head[-1].bias)
         self.trees = BoostedTrees(config.head_trees, config.tree_depth) if config.head_trees else None
         if config.classification_only:

@@ -76,8 +76,8 @@ FOLLOWING = ("num_variables", "classes", "classification_only", "head_trees", "h
 MODEL_FIELDS = {f.name: f for f in fields(ModelConfig) if f.name not in FOLLOWING}
 FINETUNE_FIELDS = {f.name: f for f in fields(FinetuneConfig)}  # what ModelConfig calls alike is the same thing
 # Of the model's settings those that a backbone can be finetuned with, whatever it was pretrained with.
-LOOSE = ("dropout", "noise_std", "drop_events", "hide_sets", "asked_sets", "asked_variables", "other_variables",
-         "max_beta", "free_bits", "logvar_bonus")
+LOOSE = ("dropout", "noise_std", "hide_sets", "asked_sets", "asked_variables", "other_variables", "max_beta", "free_bits",
+         "logvar_bonus")
 
 
 def settable(mode: str, random_init: bool) -> dict:
@@ -424,7 +424,7 @@ class Training:
         """One step of the optimizer on the mean loss of `stays` stays, of which this rank has `counts` in its
         micro-batches: the gradient's norm, and the terms summed over all stays."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate(self.run.epoch, step) * group.get("times", 1)
+            group["lr"] = self.rate(self.run.epoch, step)
         sums = 0
         for i, (batch, count) in enumerate(zip(micro_batches, counts)):
             last = i + 1 == len(counts)
@@ -723,7 +723,8 @@ def new_classifier(arguments, config: FinetuneConfig, content: dict, dataset: St
     backbone = checkpoint_config(content, len(dataset.normalizer.variables), path, arguments.set_heads,
                                  arguments.transformer_heads)
     head = {name: value for name, value in asdict(config).items() if name in MODEL_FIELDS}
-    head |= {"classification_only": not full, "head_variables": len(listed)} | tree_sizes(config, points)
+    head |= {"classification_only": not full, "head_variables": len(listed), "drop_events": config.full_drop_events}
+    head |= tree_sizes(config, points)
     if not config.summaries:
         head["head_trees"] = None
     model_config = replace(changed(backbone, arguments.changes), **head)
@@ -899,8 +900,6 @@ def train_everything(arguments, config: FinetuneConfig, run: Run, train, valid, 
     def rate(epoch, step):
         return full_rate(config, epoch, epochs, pretrained=not arguments.random_init)
 
-    optimizer = full_optimizer(model, config)
-
     def objective(parallel, batch, step):
         losses = parallel(batch, losses=True)
         classification = classification_loss(losses["logits"], batch.label, config, batch.weight, total=len(batch))
@@ -908,8 +907,8 @@ def train_everything(arguments, config: FinetuneConfig, run: Run, train, valid, 
         loss = classification + head_penalty(model, config) + config.reconstruction_weight * rest
         return loss, {"loss": classification, "reconstruction": losses["reconstruction"], "kl": losses["kl"]}
 
-    training = Training(run, data, objective, rate, optimizer, config.full_batch_size, config.clip, arguments.seed,
-                        device, dtype)
+    training = Training(run, data, objective, rate, full_optimizer(model, config), config.full_batch_size, config.clip,
+                        arguments.seed, device, dtype)
     for epoch in run.epochs(epochs):
         row = {"epoch": epoch + 1, **training.epoch()}
         finetuning_epoch(run, row, valid, encode_points(model, run.dataset, valid, device), keep_last=False)

@@ -110,7 +110,8 @@ def test_a_step_in_micro_batches_learns_what_it_learns_at_once(tmp_path, monkeyp
     command = [*PRETRAIN, "--max_epochs", "2", "--batch_size", "7", "--set", "warmup_steps=1",
                "--set", "learning_rate=1e-4"]  # where a gradient is rounding alone, Adam's step is this long
     if full_training:
-        command = [*FINETUNE, str(tmp_path / "pretrain" / "best.pt"), "--full_training", "--batch_size", "7"]
+        command = [*FINETUNE, str(tmp_path / "pretrain" / "best.pt"), "--full_training", "--batch_size", "7",
+                   "--set", "full_drop_events=0"]
     folders, passes = [tmp_path / "at once", tmp_path / "in parts"], []
     for run, most in zip(folders, (data._MOST_EVENTS, 600)):
         loaded = []
