@@ -161,6 +161,7 @@ def small_rank(home: str, command: list, deterministic: bool = True, interrupted
     train.ranking = interrupting(itertools.count(), train.ranking)
     if deterministic:
         F.dropout = lambda x, *_: x
+        train.finetune.__defaults__[0].full_drop_events = 0.
     small_process(home, command, **dict(hide_sets=0.0, drop_events=0.0, sample_z=False) if deterministic else {})
 
 
