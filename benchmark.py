@@ -300,7 +300,8 @@ def cost_of_questions(dataset, questions: int = 40, stays: int = 64) -> list:
                 model(batch)
             times.append((time.perf_counter() - began) / sum(map(len, batches)))
         seconds.append(min(times))
-    return [(f"a pass that answers {questions} questions a stay, to one that answers one", seconds[1] / seconds[0], "x")]
+    return [(f"a pass that answers {questions} questions a stay, to one that answers one", seconds[1] / seconds[0],
+             "x")]
 
 
 def in_row(column: pd.Series, **changes) -> list:

@@ -19,7 +19,7 @@ class FinetuneConfig:
     summaries: bool = True           # exact per-variable summaries of the stay beside the learned features
     most_variables: int = 128        # of which both speak, at most: the most common of the training stays
     head_widths: tuple = ()          # hidden widths of the head: none, it is linear
-    trees: int | None = 400          # boosted trees beside it, of the summaries; their logits and the head's are averaged
+    trees: int | None = 400          # boosted trees of the summaries beside it; the mean of both logits counts
     tree_depth: int = 4
     tree_rate: float = 0.03          # shrinkage
     tree_subsample: float = 0.5      # share of the stays that a tree sees

@@ -33,9 +33,9 @@ from sklearn.model_selection import train_test_split
 
 import runs
 import sepsis2019
-from data import (SPLITS, Cohort, InputError, Normalizer, StayDataset, at_every_set, common_variables, epoch_batches, labelled_points,
-                  make_splits, recognised, split_batch, stays_of, stays_with, subjects_of, subjects_with_label,
-                  variable_vectors)
+from data import (SPLITS, Cohort, InputError, Normalizer, StayDataset, at_every_set, common_variables, epoch_batches,
+                  labelled_points, make_splits, recognised, split_batch, stays_of, stays_with, subjects_of,
+                  subjects_with_label, variable_vectors)
 from finetune_config import (FinetuneConfig, boosted_trees, check_settings, classification_loss, epochs_of_steps,
                              full_optimizer, full_rate, head_optimizer, head_penalty, head_rate, tree_sizes)
 from model import (ModelConfig, SeqSetVAE, SeqSetVAEPretrain, checkpoint_config, checkpoint_state, load_backbone,
@@ -76,8 +76,8 @@ FOLLOWING = ("num_variables", "classes", "classification_only", "head_trees", "h
 MODEL_FIELDS = {f.name: f for f in fields(ModelConfig) if f.name not in FOLLOWING}
 FINETUNE_FIELDS = {f.name: f for f in fields(FinetuneConfig)}  # what ModelConfig calls alike is the same thing
 # Of the model's settings those that a backbone can be finetuned with, whatever it was pretrained with.
-LOOSE = ("dropout", "noise_std", "hide_sets", "asked_sets", "asked_variables", "other_variables", "max_beta", "free_bits",
-         "logvar_bonus")
+LOOSE = ("dropout", "noise_std", "hide_sets", "asked_sets", "asked_variables", "other_variables", "max_beta",
+         "free_bits", "logvar_bonus")
 
 
 def settable(mode: str, random_init: bool) -> dict:
@@ -122,8 +122,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--full_training", action="store_true", help="finetune: train everything, not the head alone")
     most = {"batch_size": f"stays a step, of all processes together (default: pretrain {PretrainConfig.batch_size}, "
                           f"finetune {FinetuneConfig.batch_size}, full training {FinetuneConfig.full_batch_size})",
-            "max_epochs": f"passes over the training stays (default: pretrain 10, finetune {FinetuneConfig.max_epochs}, full "
-                          "training 5; of large cohorts fewer)"}
+            "max_epochs": f"passes over the training stays (default: pretrain 10, finetune {FinetuneConfig.max_epochs}, "
+                          "full training 5; of large cohorts fewer)"}
     for name, what in most.items():
         add(f"--{name}", dest="set", action="append", type=shorthand(name), metavar="N", help=what)
     add("--set", action="append", metavar="NAME=VALUE",

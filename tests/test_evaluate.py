@@ -777,7 +777,7 @@ def test_every_command_of_the_documents_has_options_that_exist(monkeypatch, docu
     monkeypatch.setattr(pytest, "main", lambda arguments: done.append("tests") or 0)
     monkeypatch.delenv("SEQSETVAE_SOAK", raising=False)
     commands = {"readers.py": readers.main, "train.py": train.main, "test_suite.py": main}
-    text = Path(train.__file__).with_name(document).read_text()
+    text = Path(train.__file__).with_name(document).read_text().replace("\\\n", "")
     lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
     for count, line in enumerate(lines, 1):
         launcher, script, *options = shlex.split(re.sub("^torchrun .*?(?=train.py)", "python ", line),
