@@ -1052,6 +1052,7 @@ class SeqSetVAE(nn.Module):
                 nn.Linear(config.hidden_width, config.classes))
             nn.init.zeros_(self.hidden_head[-1].weight), nn.init.zeros_(self.hidden_head[-1].bias)
         self.trees = BoostedTrees(config.head_trees, config.tree_depth) if config.head_trees else None
+        self.register_buffer("trees_share", torch.tensor(0.5), persistent=bool(config.head_trees))  # in the logits
         if config.classification_only:
             for name, parameter in self.named_parameters():
                 parameter.requires_grad_(not name.startswith(self.BACKBONE))
@@ -1166,12 +1167,13 @@ class SeqSetVAE(nn.Module):
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
         """features [..., F], as `features` gives them -> logits [..., classes]: in training the head's alone (no
-        gradient passes a tree), in evaluation the mean with its trees'."""
+        gradient passes a tree), in evaluation the mean with its trees', which have `trees_share`."""
         x = self.standardise(features)
         logits = self.cls_head(x)
         if hasattr(self, "hidden_head"):
             logits = logits + self.hidden_head(x)
-        return logits if self.training or self.trees is None else (logits + self.trees(self.tree_input(x))) / 2
+        return logits if self.training or self.trees is None else logits.lerp(self.trees(self.tree_input(x)),
+                                                                              self.trees_share)
 
     def tree_input(self, x):
         """x [..., F], standardised -> what the trees see of it, the exact summaries: no training changes them."""

@@ -27,8 +27,8 @@ from evaluate import CPU, bootstrap, interval, open_classifier
 from finetune_config import MANY_POINTS, FinetuneConfig, tree_sizes
 from model import ModelConfig, SeqSetVAE, summary_features
 from runs import choose_device
-from train import (HeadTraining, data_options, finetune, label_subset, labelled, open_checkpoint, parse_arguments,
-                   pretrain, probability_at, training_points)
+from train import (HeadTraining, data_options, encode_points, finetune, label_subset, labelled, open_checkpoint,
+                   parse_arguments, pretrain, probability_at, training_points, weigh_trees)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Baselines: hand-made features, and the model's own head without its backbone
@@ -127,9 +127,11 @@ class SummariesAlone(SeqSetVAE):
         return self.exact_summaries(batch)
 
 
-def summaries_alone(dataset, variables, train, test, seed: int, device=CPU, config=FinetuneConfig()) -> np.ndarray:
+def summaries_alone(dataset, variables, train, valid, test, seed: int, device=CPU,
+                    config=FinetuneConfig()) -> np.ndarray:
     """Probabilities at the test points by the default head (linear and trees) on exact summaries of these variables
-    (indices in the dataset's vocabulary), trained like that of a frozen backbone on the training stays."""
+    (indices in the dataset's vocabulary), trained like that of a frozen backbone on the training stays; valid: the
+    points by which it weighs its trees."""
     points, _ = training_points(dataset.cohort, train, config, seed, 0)
     shape = ModelConfig(len(dataset.normalizer.variables), summaries=True, head_variables=len(variables),
                         head_widths=config.head_widths, **tree_sizes(config, len(points)))
@@ -140,17 +142,21 @@ def summaries_alone(dataset, variables, train, test, seed: int, device=CPU, conf
     head = HeadTraining(run, train, config, seed, device)
     for epoch in range(config.max_epochs):
         head.epoch(epoch)
+    label = torch.from_numpy(dataset.cohort.label[valid].astype(np.int64)).to(device)
+    weigh_trees(model, encode_points(model, dataset, valid, device), label)
     return probability_at(model, dataset, test, device)
 
 
-def without_backbone(dataset, train, test, seed: int, device=CPU, config=FinetuneConfig()) -> dict[str, np.ndarray]:
-    """Probabilities at the test points by every one of BASELINES that can be had, learned from the training stays."""
+def without_backbone(dataset, train, valid, test, seed: int, device=CPU,
+                     config=FinetuneConfig()) -> dict[str, np.ndarray]:
+    """Probabilities at the test points by every one of BASELINES that can be had, learned from the training stays;
+    valid: see `summaries_alone`."""
     cohort = dataset.cohort
     variables = common_variables(cohort, dataset, train, config.most_variables)
     points, weight = training_points(cohort, train, config, seed, 0)
     own = np.flatnonzero(np.isin(dataset.variable, variables))
     return (hand_made_baselines(cohort, own, points, weight, test)
-            | {BASELINES[2]: summaries_alone(dataset, variables, train, test, seed, device, config)})
+            | {BASELINES[2]: summaries_alone(dataset, variables, train, valid, test, seed, device, config)})
 
 
 def baselines(arguments, content, cohort, dataset, points, new) -> dict[str, np.ndarray]:
@@ -160,7 +166,8 @@ def baselines(arguments, content, cohort, dataset, points, new) -> dict[str, np.
         raise InputError(f"{arguments.checkpoint[0]}: --baselines are fitted on the data that train.py made the "
                          f"checkpoint with; leave {'--data_dir' if new else '--baselines'} out")
     train, device = labelled(cohort, content["split"]["train"]), choose_device(arguments.device, "fp32")[0]
-    methods = without_backbone(dataset, train, points, content["source"]["seed"], device)
+    valid = labelled_points(cohort, stays_of(cohort, content["split"]["valid"]))
+    methods = without_backbone(dataset, train, valid, points, content["source"]["seed"], device)
     with tempfile.TemporaryDirectory() as folder:
         pretrained = Path(folder) / "untrained.pt"
         torch.save(content | {"mode": "pretrain"}, pretrained)
@@ -254,7 +261,8 @@ def predict_baselines(checkpoint: Path, home: Path, seed: int, fraction: float, 
         return
     _, cohort, dataset, split, _ = open_checkpoint(checkpoint, given)
     train, points = label_subset(cohort, labelled(cohort, split["train"]), fraction, seed), scored_points(cohort, split)
-    for method, probability in without_backbone(dataset, train, points, seed).items():
+    valid = labelled_points(cohort, stays_of(cohort, split["valid"]))
+    for method, probability in without_backbone(dataset, train, valid, points, seed).items():
         with finished(home / f"{method} {fraction:.0%}") as partial:
             if partial:
                 save_predictions(partial, cohort, split, points, probability)

@@ -28,6 +28,7 @@ from typing import Callable
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 from sklearn.model_selection import train_test_split
 
@@ -122,8 +123,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--full_training", action="store_true", help="finetune: train everything, not the head alone")
     most = {"batch_size": f"stays a step, of all processes together (default: pretrain {PretrainConfig.batch_size}, "
                           f"finetune {FinetuneConfig.batch_size}, full training {FinetuneConfig.full_batch_size})",
-            "max_epochs": f"passes over the training stays (default: pretrain 10, finetune {FinetuneConfig.max_epochs}, "
-                          "full training 5; of large cohorts fewer)"}
+            "max_epochs": "passes over the training stays (default: pretrain 10, finetune "
+                          f"{FinetuneConfig.max_epochs}, full training 5; of large cohorts fewer)"}
     for name, what in most.items():
         add(f"--{name}", dest="set", action="append", type=shorthand(name), metavar="N", help=what)
     add("--set", action="append", metavar="NAME=VALUE",
@@ -823,6 +824,21 @@ def prepare_head(model: SeqSetVAE, features, label, weight, config: FinetuneConf
                         boosted_trees(config, len(label), seed))
 
 
+@torch.no_grad()
+def weigh_trees(model: SeqSetVAE, features, label) -> None:
+    """Give the trees the share of the logits, in tenths, that has the least cross-entropy at these validation points:
+    features [n, F], label [n]."""
+    if model.trees is None:
+        return
+    ends = []  # the head's logits, the trees' logits
+    for share in (0, 1):
+        model.trees_share.fill_(share)
+        ends.append(model.eval().classify(features))
+    shares = torch.arange(11, device=label.device) / 10
+    losses = torch.stack([F.cross_entropy(torch.lerp(*ends, share), label) for share in shares])
+    model.trees_share.copy_(shares[losses.argmin()])
+
+
 def head_epoch(model, features, label, weight, optimizer, config: FinetuneConfig, batches) -> float:
     """One epoch of the head on cached features [n, F], label, weight [n]: the mean loss."""
     model.train()
@@ -917,6 +933,8 @@ def train_everything(arguments, config: FinetuneConfig, run: Run, train, valid, 
 def finetuning_epoch(run: Run, row: dict, valid, val_features, keep_last: bool) -> None:
     """The end of an epoch: rank the validation points [n] by their features [n, F]; best.pt is the epoch of the best
     AUROC (`keep_last`: the last)."""
+    label = torch.from_numpy(run.dataset.cohort.label[valid].astype(np.int64)).to(val_features.device)
+    weigh_trees(run.model, val_features, label)
     with torch.no_grad():
         logits = run.model.eval().classify(val_features)
     row |= ranking(run.dataset.cohort, valid, probability_of(logits))

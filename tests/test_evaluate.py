@@ -608,9 +608,9 @@ def test_from_many_points_boosting_alone_learns_and_nothing_constant_kills_it(mo
     assert list(told) == [BASELINES[1]] and roc_auc_score(cohort.label[test], told[BASELINES[1]]) > .95
     assert BASELINES[0] in capsys.readouterr().out
     dataset = StayDataset(cohort, PLAIN, points=True)
-    alone = summaries_alone(dataset, np.arange(2), np.arange(25), test, 0)
+    alone = summaries_alone(dataset, np.arange(2), np.arange(25), test[:100], test, 0)
     assert roc_auc_score(cohort.label[test], alone) > .95
-    assert (alone == summaries_alone(dataset, np.arange(2), np.arange(25), test, 0)).all()
+    assert (alone == summaries_alone(dataset, np.arange(2), np.arange(25), test[:100], test, 0)).all()
 
 
 def predictions_of(noise, seed, stays=60, hours=1):
