@@ -25,15 +25,14 @@ class FinetuneConfig:
     tree_subsample: float = 0.5      # share of the stays that a tree sees
     tree_features: float = 0.05      # share of the features that a split may choose from
     tree_leaf: int = 20              # stays in a leaf, at least
-    # Training of the head, its optimizer and schedule (cosine with restarts)
+    # Training of the head, its optimizer and schedule (a cosine to zero)
     batch_size: int = 64             # stays a step
-    max_epochs: int = 20
+    max_epochs: int | None = None    # None: as many as make 10,000 steps, but 20 at most
     accumulation: int = 1            # batches a step of the optimizer
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
     betas: tuple = (0.9, 0.999)
-    l2: float = 0.4                  # times half the squared norm of the head's first layer, in the loss
-    restart_epochs: int = 20         # length of the first cosine cycle; the next is twice as long
+    l2: float = 1000.0               # times half the squared norm of the head's first layer, in the sum of all losses
     clip: float = 0.5                # largest norm of the gradient
     # Points that are learned from: all with the outcome, and of the others so many for each (another sample an epoch in
     # full training), but all of a cohort of fewer than `few_points`; what is left out is weighed for
@@ -60,14 +59,18 @@ class FinetuneConfig:
     hidden_width: int | None = 64    # of a hidden layer beside the linear head
 
     def __post_init__(self):
-        counts = ("batch_size", "max_epochs", "accumulation", "restart_epochs", "full_batch_size", "full_max_epochs",
-                  "trees", "tree_depth", "tree_leaf", "few_points", "hidden_width")
+        counts = ("batch_size", "max_epochs", "accumulation", "full_batch_size", "full_max_epochs", "trees",
+                  "tree_depth", "tree_leaf", "few_points", "hidden_width")
         check_settings(self, dict.fromkeys(counts, (1, math.inf))
                        | dict.fromkeys(("tree_subsample", "tree_features"), (1e-9, 1))
                        | dict.fromkeys(("focal_alpha", "label_smoothing", "max_trainable_ratio", "full_before",
                                         "full_drop_events"), (0, 1)))
         if self.loss not in ("cross_entropy", "focal"):
             raise InputError(f"loss is {self.loss!r}; it is cross_entropy or focal")
+
+    def epochs(self, points: int) -> int:
+        """Of the head over so many points."""
+        return self.max_epochs or epochs_of_steps(10_000, points, self.batch_size, most=20)
 
     def full_epochs(self, stays: int) -> int:
         """Of full training over so many stays."""
@@ -106,9 +109,10 @@ def classification_loss(logits, label, config: FinetuneConfig, weight=None, tota
     return (weight * loss).sum() / (weight.sum() if total is None else total)
 
 
-def head_penalty(model: SeqSetVAE, config: FinetuneConfig) -> torch.Tensor:
-    """L2 penalty on the head's first layer, whose standardised inputs outnumber the positive stays: -> []."""
-    return 0.5 * config.l2 * model.cls_head[0].weight.square().sum()
+def head_penalty(model: SeqSetVAE, config: FinetuneConfig, points: int) -> torch.Tensor:
+    """L2 penalty on the head's first layer, whose standardised inputs outnumber the positive stays, beside the mean
+    loss over so many training points: a Gaussian prior, which counts the less the more they are. -> []."""
+    return 0.5 * config.l2 / points * model.cls_head[0].weight.square().sum()
 
 
 MANY_POINTS = 20_000  # beyond so many exact boosting takes hours: histograms, and fewer, larger trees
@@ -139,20 +143,12 @@ def head_optimizer(model: SeqSetVAE, config: FinetuneConfig) -> torch.optim.Opti
                              weight_decay=config.weight_decay, fused=True)
 
 
-def head_rate(config: FinetuneConfig, epoch: int) -> float:
-    """The head's learning rate in this epoch: cosines to zero, each twice as long as the last (SGDR)."""
-    cycle = (epoch // config.restart_epochs + 1).bit_length() - 1
-    first, length = config.restart_epochs * (2**cycle - 1), config.restart_epochs * 2**cycle
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (epoch - first) / length))
-
-
 def full_optimizer(model: SeqSetVAE, config: FinetuneConfig) -> torch.optim.Optimizer:
     """AdamW over all parameters."""
     return torch.optim.AdamW(model.parameters(), lr=config.full_learning_rate, betas=config.betas,
                              weight_decay=config.weight_decay, fused=True)
 
 
-def full_rate(config: FinetuneConfig, epoch: int, epochs: int, pretrained: bool) -> float:
-    """The learning rate of full training in this of so many epochs: one cosine to zero."""
-    rate = config.full_learning_rate if pretrained else config.random_learning_rate
+def cosine(rate: float, epoch: int, epochs: int) -> float:
+    """The learning rate in this of so many epochs, falling to zero (Loshchilov & Hutter 2017)."""
     return rate * 0.5 * (1 + math.cos(math.pi * epoch / epochs))

@@ -140,7 +140,7 @@ def summaries_alone(dataset, variables, train, valid, test, seed: int, device=CP
     model.head_variables.copy_(torch.from_numpy(variables))
     run = SimpleNamespace(model=model.to(device), dataset=dataset, last=None)
     head = HeadTraining(run, train, config, seed, device)
-    for epoch in range(config.max_epochs):
+    for epoch in range(head.epochs):
         head.epoch(epoch)
     label = torch.from_numpy(dataset.cohort.label[valid].astype(np.int64)).to(device)
     weigh_trees(model, encode_points(model, dataset, valid, device), label)

@@ -37,8 +37,8 @@ import sepsis2019
 from data import (SPLITS, Cohort, InputError, Normalizer, StayDataset, at_every_set, common_variables, epoch_batches,
                   labelled_points, make_splits, recognised, split_batch, stays_of, stays_with, subjects_of,
                   subjects_with_label, variable_vectors)
-from finetune_config import (FinetuneConfig, boosted_trees, check_settings, classification_loss, epochs_of_steps,
-                             full_optimizer, full_rate, head_optimizer, head_penalty, head_rate, tree_sizes)
+from finetune_config import (FinetuneConfig, boosted_trees, check_settings, classification_loss, cosine,
+                             epochs_of_steps, full_optimizer, head_optimizer, head_penalty, tree_sizes)
 from model import (ModelConfig, SeqSetVAE, SeqSetVAEPretrain, checkpoint_config, checkpoint_state, load_backbone,
                    read_checkpoint, real_sets)
 from readers import load_cohort
@@ -123,8 +123,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--full_training", action="store_true", help="finetune: train everything, not the head alone")
     most = {"batch_size": f"stays a step, of all processes together (default: pretrain {PretrainConfig.batch_size}, "
                           f"finetune {FinetuneConfig.batch_size}, full training {FinetuneConfig.full_batch_size})",
-            "max_epochs": "passes over the training stays (default: pretrain 10, finetune "
-                          f"{FinetuneConfig.max_epochs}, full training 5; of large cohorts fewer)"}
+            "max_epochs": "passes over the training stays (default: pretrain 10, finetune 20, full training 5; of "
+                          "large cohorts fewer)"}
     for name, what in most.items():
         add(f"--{name}", dest="set", action="append", type=shorthand(name), metavar="N", help=what)
     add("--set", action="append", metavar="NAME=VALUE",
@@ -846,7 +846,7 @@ def head_epoch(model, features, label, weight, optimizer, config: FinetuneConfig
     for i, batch in enumerate(batches):
         batch = torch.from_numpy(batch).to(features.device)
         loss = classification_loss(model.classify(features[batch]), label[batch], config, weight[batch])
-        ((loss + head_penalty(model, config)) / config.accumulation).backward()
+        ((loss + head_penalty(model, config, len(label))) / config.accumulation).backward()
         total += loss.detach() * len(batch)
         if (i + 1) % config.accumulation == 0 or i + 1 == len(batches):
             torch.nn.utils.clip_grad_norm_(model.cls_head.parameters(), config.clip)
@@ -870,11 +870,11 @@ class HeadTraining:
         self.weight = torch.from_numpy(weight).to(device)
         if not run.last:
             prepare_head(run.model, self.features, self.label, self.weight, config, seed)
-        self.optimizer = head_optimizer(run.model, config)
+        self.optimizer, self.epochs = head_optimizer(run.model, config), config.epochs(len(points))
 
     def epoch(self, epoch: int) -> float:
         """The mean loss of an epoch."""
-        self.optimizer.param_groups[0]["lr"] = head_rate(self.config, epoch)
+        self.optimizer.param_groups[0]["lr"] = cosine(self.config.learning_rate, epoch, self.epochs)
         batches = epoch_batches(np.ones(len(self.label)), self.config.batch_size, self.seed, epoch)
         bar = progress(batches, len(batches), f"epoch {epoch + 1}")
         return head_epoch(self.run.model, self.features, self.label, self.weight, self.optimizer, self.config, bar)
@@ -885,7 +885,7 @@ def train_head(arguments, config: FinetuneConfig, run: Run, train, valid, device
     head = HeadTraining(run, train, config, arguments.seed, device)
     val_features = encode_points(run.model, run.dataset, valid, device)
     run.restore(device, optimizer=head.optimizer)
-    for epoch in run.epochs(config.max_epochs):
+    for epoch in run.epochs(head.epochs):
         if config.patience and epoch - run.best["epoch"] >= config.patience:
             print(f"early stop: the validation AUROC has not improved for {config.patience} epochs")
             break
@@ -900,9 +900,10 @@ def train_everything(arguments, config: FinetuneConfig, run: Run, train, valid, 
     """Full training: the head first, on the backbone as it is; then every parameter on classification + reconstruction
     + KL."""
     model, cohort, epochs = run.model, run.dataset.cohort, config.full_epochs(len(train))
+    learned, _ = training_points(cohort, train, config, arguments.seed, 0)
     if not run.last:
         head = HeadTraining(run, train, config, arguments.seed, device)
-        for epoch in range(config.max_epochs):
+        for epoch in range(head.epochs):
             head.epoch(epoch)
         del head
 
@@ -914,13 +915,14 @@ def train_everything(arguments, config: FinetuneConfig, run: Run, train, valid, 
         return run.dataset.asking(points, weight * (len(stays) / weight.sum())), stays  # 1 a stay, on average
 
     def rate(epoch, step):
-        return full_rate(config, epoch, epochs, pretrained=not arguments.random_init)
+        highest = config.random_learning_rate if arguments.random_init else config.full_learning_rate
+        return cosine(highest, epoch, epochs)
 
     def objective(parallel, batch, step):
         losses = parallel(batch, losses=True)
         classification = classification_loss(losses["logits"], batch.label, config, batch.weight, total=len(batch))
         rest = losses["reconstruction"] + model.config.max_beta * losses["kl"]
-        loss = classification + head_penalty(model, config) + config.reconstruction_weight * rest
+        loss = classification + head_penalty(model, config, len(learned)) + config.reconstruction_weight * rest
         return loss, {"loss": classification, "reconstruction": losses["reconstruction"], "kl": losses["kl"]}
 
     training = Training(run, data, objective, rate, full_optimizer(model, config), config.full_batch_size, config.clip,

@@ -287,4 +287,4 @@ def test_a_nested_training_can_be_run_in_silence_and_gives_the_signals_back(tmp_
 
 def test_the_default_settings_of_the_head_and_of_full_training_are_in_one_place():
     config = FinetuneConfig()
-    assert (config.batch_size, config.max_epochs, config.full_batch_size, config.full_epochs(2560)) == (64, 20, 16, 5)
+    assert (config.batch_size, config.epochs(2560), config.full_batch_size, config.full_epochs(2560)) == (64, 20, 16, 5)
