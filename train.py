@@ -826,9 +826,9 @@ def prepare_head(model: SeqSetVAE, features, label, weight, config: FinetuneConf
 
 @torch.no_grad()
 def weigh_trees(model: SeqSetVAE, features, label) -> None:
-    """Give the trees the share of the logits, in tenths, that has the least cross-entropy at these validation points:
-    features [n, F], label [n]."""
-    if model.trees is None:
+    """Give the trees the share of the logits, in tenths, that has the least cross-entropy at these validation points;
+    half, where ten of a class are not there to tell: features [n, F], label [n]."""
+    if model.trees is None or torch.bincount(label, minlength=2).min() < 10:
         return
     ends = []  # the head's logits, the trees' logits
     for share in (0, 1):

@@ -27,6 +27,7 @@ from model import (
 )
 from tests.plain_loop import close, plain_future, plain_pass, plain_statistics
 from tests.tiny import NAMES, PLAIN, batch_of, build, cohort_of, encoded, random_stays, tiny
+from train import weigh_trees
 
 
 @pytest.mark.parametrize("levels", [1, 2])
@@ -476,3 +477,18 @@ def test_at_the_bedside_time_goes_forward():
     assert model.ask(state, 10) == risk  # what was refused left no trace
     model.step(state, 10, [])
     assert model.ask(state, 10) != risk
+
+
+def test_the_trees_have_the_share_that_fits_the_validation_points_best():
+    model = build(SeqSetVAE, tiny(summaries=True, head_variables=7, head_widths=(), head_trees=1, tree_depth=1))
+    torch.manual_seed(0)
+    features, first = torch.randn(400, model.cls_head[0].in_features), model._feature_sizes()["learned"]
+    model.trees.feature.zero_(), model.trees.threshold.zero_(), model.trees.prior.zero_()
+    model.trees.value.copy_(torch.tensor([[-3., 3.]]))                       # by the first of the summaries
+    for name, right, share in (("trees", first, 1), ("neither", None, 0.)):
+        label = (features[:, right] > 0).long() if right else torch.randint(2, (400,))
+        model.cls_head[0].weight.data.zero_(), model.cls_head[0].bias.data.zero_()
+        weigh_trees(model, features, label)
+        assert model.trees_share == share, name
+    weigh_trees(model, features[:12], torch.arange(12) // 9)                 # too few to tell: as it was
+    assert model.trees_share == 0
