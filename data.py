@@ -876,24 +876,24 @@ def labelled_points(cohort: Cohort, stays: np.ndarray) -> np.ndarray:
     return index[(slot >= 0) & (cohort.label[index] >= 0)]
 
 
-def at_every_set(cohort: Cohort, points: np.ndarray, before: float) -> tuple[Cohort, np.ndarray]:
+def at_every_set(cohort: Cohort, points: np.ndarray, weight: np.ndarray, before: float) -> tuple[Cohort, np.ndarray]:
     """The cohort asked for the label of each of these points [n], one a stay, also at every set before it, and the
-    weights [Q] of all: of a stay's 1 its own point has 1 - `before`; the sets before share the rest in proportion to
-    their time since the first."""
+    weights [Q] of all: of the point's own weight [n] it keeps 1 - `before`; the sets before share the rest in
+    proportion to their time since admission."""
     stay = cohort.point_stay[points]
     first, count = cohort.stay_start[stay], np.zeros(len(cohort), dtype=np.int64)
     end = search_after(cohort.set_minute, cohort.point_minute[points], first, cohort.stay_start[stay + 1])
     number = count[stay] = end - first
     own = np.cumsum(number) - 1                                                  # [n] of all, the stay's last
     minute = cohort.set_minute[ranges(first, number)]
-    since = minute - np.repeat(cohort.set_minute[first], number)
+    since = np.maximum(minute - np.repeat(cohort.admission[stay], number), 0)
     minute[own], since[own] = cohort.point_minute[points], 0
     total = np.repeat(np.add.reduceat(since, own + 1 - number), number)
-    weight = np.where(total > 0, before * since / np.maximum(total, 1e-9), 0).astype(np.float32)
-    weight[own] = np.where(total[own] > 0, 1 - before, 1)
+    share = np.where(total > 0, before * since / np.maximum(total, 1e-9), 0)
+    share[own] = np.where(total[own] > 0, 1 - before, 1)
     asked = replace(cohort, point_start=np.append(0, np.cumsum(count)), point_minute=minute,
                     label=np.repeat(cohort.label[points], number))
-    return asked, weight
+    return asked, (share * np.repeat(weight, number)).astype(np.float32)
 
 
 def stays_with(cohort: Cohort, points: np.ndarray) -> np.ndarray:

@@ -149,6 +149,7 @@ def full_optimizer(model: SeqSetVAE, config: FinetuneConfig) -> torch.optim.Opti
                              weight_decay=config.weight_decay, fused=True)
 
 
-def cosine(rate: float, epoch: int, epochs: int) -> float:
-    """The learning rate in this of so many epochs, falling to zero (Loshchilov & Hutter 2017)."""
-    return rate * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+def cosine(rate: float, done: int, total: int) -> float:
+    """The learning rate when so many of all steps, or epochs, are done: it falls to zero at the end (Loshchilov &
+    Hutter 2017)."""
+    return rate * 0.5 * (1 + math.cos(math.pi * min(1, done / total)))

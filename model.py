@@ -860,10 +860,7 @@ class SeqSetVAEPretrain(nn.Module):
         """The loss and its terms (scalars, float32, means over sets, then stays), and mu [B, L, d]."""
         config, setvae = self.config, self.setvae
         mu, logvar = setvae.encode(batch, config.drop_events if self.training else 0.0)
-        z = mu
-        if self.training and config.hide_sets:
-            hidden = torch.rand(*mu.shape[:2], 1, device=mu.device) < config.hide_sets
-            z = torch.where(hidden, self.mask_token, mu)
+        z = hide_sets(mu, self.mask_token, config.hide_sets) if self.training and config.hide_sets else mu
         h = self.history(z, batch.minute)                                                             # [B, L, d]
 
         question = setvae.ask(batch) if config.decoder == "readout" else None
@@ -874,6 +871,11 @@ class SeqSetVAEPretrain(nn.Module):
         terms = {name: term.mean() for name, term in terms.items()}
         reconstruction, kl = sum(terms.values()), setvae.kl(mu, logvar, batch)
         return {"loss": reconstruction + beta * kl, "reconstruction": reconstruction, "kl": kl, **terms, "mu": mu}
+
+
+def hide_sets(z, mask_token, share: float):
+    """z [B, L, d] with this share of the sets behind the mask token [d]: their h must carry the history."""
+    return torch.where(torch.rand(*z.shape[:2], 1, device=z.device) < share, mask_token, z)
 
 
 def sequence_losses(setvae: SetVAE, readout: HistoryReadout | None, h, batch: EventBatch, question: Question | None):
@@ -1108,13 +1110,13 @@ class SeqSetVAE(nn.Module):
 
     def encode(self, batch: EventBatch):
         """mu, logvar, fused z and h, each [B, L, d]; in full training, as in pretraining,
-        of stays with events dropped at random."""
+        of stays with events dropped and
+        sets hidden from the history at random."""
         mu, logvar = self.setvae.encode(batch, self.config.drop_events if self.setvae.training else 0.0)
-        z = self._fuse_vae_features(mu, logvar)
+        z = shown = self._fuse_vae_features(mu, logvar)
         if self.setvae.training and self.config.hide_sets:
-            hidden = torch.rand(*mu.shape[:2], 1, device=mu.device) < self.config.hide_sets
-            z = torch.where(hidden, self.mask_token, z)
-        return mu, logvar, z, self.history(z, batch.minute)
+            shown = hide_sets(z, self.mask_token, self.config.hide_sets)
+        return mu, logvar, z, self.history(shown, batch.minute)
 
     def _beliefs(self, z):
         """What the latents z [B, L, d] of the sets tell of the head's variables: values [B, L, K], believed bool."""

@@ -851,7 +851,7 @@ def head_epoch(model, features, label, weight, optimizer, config: FinetuneConfig
         if (i + 1) % config.accumulation == 0 or i + 1 == len(batches):
             torch.nn.utils.clip_grad_norm_(model.cls_head.parameters(), config.clip)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            model.zero_grad(set_to_none=True)  # not the optimizer's alone: full training goes on with all
     return total.item() / len(label)
 
 
@@ -900,7 +900,8 @@ def train_everything(arguments, config: FinetuneConfig, run: Run, train, valid, 
     """Full training: the head first, on the backbone as it is; then every parameter on classification + reconstruction
     + KL."""
     model, cohort, epochs = run.model, run.dataset.cohort, config.full_epochs(len(train))
-    learned, _ = training_points(cohort, train, config, arguments.seed, 0)
+    learned, labels = training_points(cohort, train, config, arguments.seed, 0)[0], labelled_points(cohort, train)
+    steps = epochs * math.ceil(len(train) / config.full_batch_size)
     if not run.last:
         head = HeadTraining(run, train, config, arguments.seed, device)
         for epoch in range(head.epochs):
@@ -910,13 +911,14 @@ def train_everything(arguments, config: FinetuneConfig, run: Run, train, valid, 
     def data(epoch):
         points, weight = training_points(cohort, train, config, arguments.seed, epoch)
         stays = stays_with(cohort, points)
-        if config.full_before and len(stays) == len(points):  # one label a stay
-            return run.dataset.of(*at_every_set(cohort, points, config.full_before)), stays
-        return run.dataset.asking(points, weight * (len(stays) / weight.sum())), stays  # 1 a stay, on average
+        weight = weight * (len(stays) / weight.sum())  # 1 a stay, on average
+        if config.full_before and len(labels) == len(train):  # one label a stay
+            return run.dataset.of(*at_every_set(cohort, points, weight, config.full_before)), stays
+        return run.dataset.asking(points, weight), stays
 
     def rate(epoch, step):
         highest = config.random_learning_rate if arguments.random_init else config.full_learning_rate
-        return cosine(highest, epoch, epochs)
+        return cosine(highest, step, steps)
 
     def objective(parallel, batch, step):
         losses = parallel(batch, losses=True)

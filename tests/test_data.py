@@ -72,12 +72,12 @@ def test_the_label_of_a_stays_one_point_is_asked_for_at_every_set_before_it_too(
     events = [(0, 1.)]
     cohort = cohort_of([[(0, events), (60, events), (180, events), (300, events)], [(5, events)], [(7, events)]])
     cohort = with_points(cohort, np.array([1, 1, 1]), np.array([240., 5., 7.]), np.array([1, 0, -1]))
-    asked, weight = at_every_set(cohort, np.arange(2), .6)
+    asked, weight = at_every_set(cohort, np.arange(2), np.array([1., 2.]), .6)
     assert asked.point_start.tolist() == [0, 3, 4, 4] and asked.label.tolist() == [1, 1, 1, 0]
     assert asked.point_minute.tolist() == [0, 60, 240, 5]
-    np.testing.assert_allclose(weight, [0, .6, .4, 1])  # in proportion to the time; what has no other has all
+    np.testing.assert_allclose(weight, [0, .6, .4, 2])  # in proportion to the time; what has no other has all
     batch = StayDataset(cohort, PLAIN, points=True).of(asked, weight)[np.arange(2)]
-    assert batch.point_slot[0, :3].tolist() == [0, 1, 2] and batch.weight.sum(1).tolist() == pytest.approx([1, 1])
+    assert batch.point_slot[0, :3].tolist() == [0, 1, 2] and batch.weight.sum(1).tolist() == pytest.approx([1, 2])
 
 
 def test_a_point_sees_the_last_set_not_after_it_and_a_stay_ends_with_its_last_point():
