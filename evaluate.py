@@ -278,8 +278,8 @@ def performance(arguments, baselines=None) -> None:
     refuse_together(arguments, opened)
     model.to(device)
     source = content["source"]
-    figures = {"checkpoint": str(path), "epoch": content["metrics"]["epoch"], "command": source["command"],
-               "seed": source.get("seed"),
+    figures = {"checkpoint": ", ".join(map(str, arguments.checkpoint)), "epoch": content["metrics"]["epoch"],
+               "command": source["command"], "seed": source.get("seed"),
                "data": source["fingerprint"], "versions": source["versions"], "reader": cohort.reader, "scored": None}
     print(cohort.describe())
     print(dataset.describe_known())
@@ -291,6 +291,7 @@ def performance(arguments, baselines=None) -> None:
     answered = answered_points(dataset)
     for _, other, _, also, is_new in opened[1:]:
         unseen = np.intersect1d(unseen, scored_stays(other, cohort, is_new)[0])
+        content = content | {"split": parts_of_all(content["split"], other["split"])}
         answered = np.intersect1d(answered, answered_points(also))
     points = labelled_points(cohort, unseen)
     own = [each["metrics"]["threshold"] for _, each, *_ in opened]
@@ -335,9 +336,11 @@ def performance(arguments, baselines=None) -> None:
             methods |= {name: p[np.searchsorted(asked, points)] for name, p in told.items()}
             thresholds |= {name: ranking(cohort, valid, p[np.searchsorted(asked, valid)])["threshold"]
                            for name, p in told.items()}
-        figures |= {"scored": what, **score_figures(stays, label, methods, threshold, arguments.sensitivity, groups),
-                    "model": model_figures(model, dataset, np.unique(stays), device)}
+        figures |= {"scored": what, **score_figures(stays, label, methods, threshold, arguments.sensitivity, groups)}
+        if not others:
+            figures["model"] = model_figures(model, dataset, np.unique(stays), device)
         best = f"best {'utility' if 'val_utility' in content['metrics'] else 'F1'} of the validation split"
+        best = "the mean of their thresholds" if others else best
         print_figures(figures, best if "format" in content else "no threshold was recorded")
         if groups:
             print_subgroups(figures)
@@ -369,6 +372,12 @@ def mean_of_logits(probabilities) -> np.ndarray:
     """[n] of k of [n]."""
     p = np.clip(probabilities, 1e-12, 1 - 1e-12)
     return 1 / (1 + np.exp(-np.log(p / (1 - p)).mean(0)))
+
+
+def parts_of_all(split: dict, other: dict) -> dict[str, list[str]]:
+    """The split of several checkpoints together: a stay that one was trained or selected on is no test stay of all."""
+    part_of = {stay: part for part in ("test", "valid", "train") for of in (split, other) for stay in of[part]}
+    return {part: [stay for stay, of in part_of.items() if of == part] for part in split}
 
 
 def refuse_together(arguments, opened: list) -> None:
@@ -432,7 +441,7 @@ def print_figures(figures: dict, threshold_is: str) -> None:
         value = "not determined" if measure["value"] is None else f"{measure['value']:.4f}"
         return value + "  95% [{:.3f}, {:.3f}]".format(*measure["interval"]) if measure["interval"] else value
 
-    own, spread, head = figures["methods"][CHECKPOINT], figures["probability"], figures["model"]
+    own, spread = figures["methods"][CHECKPOINT], figures["probability"]
     points = f"{figures['points']:,} points in " * (figures["points"] > figures["stays"])
     print(f"\nScored: {points}"
           + "{stays:,} stays, {positive:,} positive ({prevalence:.1%}): {scored}".format(**figures))
@@ -453,9 +462,10 @@ def print_figures(figures: dict, threshold_is: str) -> None:
           f"below 0.01: {spread['below_0.01']}, above 0.99: {spread['above_0.99']}")
     print(f"Confusion            at {figures['threshold']:.4f} ({threshold_is}): "
           "TP {tp}, FP {fp}, FN {fn}, TN {tn}; ".format(**figures["confusion"]) + f"F1 {figures['f1']:.4f}")
-    print("Head                 {head_parameters:,} of {parameters:,} parameters; weights ".format(**head)
-          + "mean {mean:.4f}, std {std:.4f}, range {min:.3f} to {max:.3f}".format(**head["head_weights"]))
-    print("Active units         {active_units}/{latent_dim} (variance of mu over sets > 0.01)".format(**head))
+    if head := figures.get("model"):
+        print("Head                 {head_parameters:,} of {parameters:,} parameters; weights ".format(**head)
+              + "mean {mean:.4f}, std {std:.4f}, range {min:.3f} to {max:.3f}".format(**head["head_weights"]))
+        print("Active units         {active_units}/{latent_dim} (variance of mu over sets > 0.01)".format(**head))
     if len(figures["methods"]) > 1:
         print(f"\n{'':32}  AUROC   95% interval      AUPRC   95% interval      "
               f"(bootstrap over {figures['stays']:,} stays)")

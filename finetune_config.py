@@ -19,7 +19,7 @@ class FinetuneConfig:
     summaries: bool = True           # exact per-variable summaries of the stay beside the learned features
     most_variables: int = 128        # of which both speak, at most: the most common of the training stays
     head_widths: tuple = ()          # hidden widths of the head: none, it is linear
-    trees: int | None = 400          # boosted trees of the summaries beside it; the mean of both logits counts
+    trees: int | None = 400          # boosted trees of the summaries beside it; validation chooses their share
     tree_depth: int = 4
     tree_rate: float = 0.03          # shrinkage
     tree_subsample: float = 0.5      # share of the stays that a tree sees
@@ -32,7 +32,7 @@ class FinetuneConfig:
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
     betas: tuple = (0.9, 0.999)
-    l2: float = 1000.0               # times half the squared norm of the head's first layer, in the sum of all losses
+    head_prior: float = 1000.0       # times half the squared norm of the head's first layer, in the sum of all losses
     clip: float = 0.5                # largest norm of the gradient
     # Points that are learned from: all with the outcome, and of the others so many for each (another sample an epoch in
     # full training), but all of a cohort of fewer than `few_points`; what is left out is weighed for
@@ -112,7 +112,7 @@ def classification_loss(logits, label, config: FinetuneConfig, weight=None, tota
 def head_penalty(model: SeqSetVAE, config: FinetuneConfig, points: int) -> torch.Tensor:
     """L2 penalty on the head's first layer, whose standardised inputs outnumber the positive stays, beside the mean
     loss over so many training points: a Gaussian prior, which counts the less the more they are. -> []."""
-    return 0.5 * config.l2 / points * model.cls_head[0].weight.square().sum()
+    return 0.5 * config.head_prior / points * model.cls_head[0].weight.square().sum()
 
 
 MANY_POINTS = 20_000  # beyond so many exact boosting takes hours: histograms, and fewer, larger trees

@@ -58,8 +58,8 @@ class ModelConfig:
     learned_seeds: bool = True      # slots decoder: learned slot seeds, or pure noise as in the original
     noise_std: float = 0.3          # noise on learned seeds, in training
     sample_z: bool = True           # readout: each set also decoded from its own sampled z: logvar then has a meaning
-    hide_sets: float = 0.1          # share of sets hidden from the Transformer in pretraining
-    drop_events: float = 0.1        # share of events hidden from the encoder in pretraining and full training
+    hide_sets: float = 0.1          # share of sets hidden from the Transformer in pretraining and full training
+    drop_events: float = 0.1        # share of events hidden from the encoder, likewise
     max_beta: float = 1e-4          # weight of the KL after its warm-up
     free_bits: float = 0.0          # KL below free_bits * d costs nothing
     logvar_bonus: float = 0.0       # the original's -0.1 * mean(logvar)
@@ -72,7 +72,7 @@ class ModelConfig:
     head_variables: int = 0         # K, how many variables beliefs and summaries speak of
     head_widths: tuple | None = None  # hidden widths of the head; None: the original's d, d/2, d/4
     hidden_width: int | None = None   # full training: width of a hidden layer beside the head, whose logits are added
-    head_trees: int | None = None   # boosted trees whose logits are averaged with the head's
+    head_trees: int | None = None   # boosted trees of the summaries, which have a share of the head's logits
     tree_depth: int = 4
 
     def __post_init__(self):
@@ -1163,7 +1163,7 @@ class SeqSetVAE(nn.Module):
         return self._head_input(z, h, batch)
 
     def standardise(self, features: torch.Tensor) -> torch.Tensor:
-        """features [..., F], as `features` gives them -> the input of the head and its trees, [..., F]."""
+        """features [..., F], as `features` gives them -> the input of the head, [..., F]."""
         plain, rest = features.tensor_split([self._feature_sizes()["plain"]], dim=-1)
         return torch.cat([plain, ((rest - self.feature_mean) / self.feature_std).clamp(-5, 5)], dim=-1)
 
@@ -1300,8 +1300,8 @@ _ORIGINAL_NAMES = {
     "post_transformer_norm.": "history.norm.", "rel_time_bucket_embed.": "history.gap_embedding.",
     "alibi_slope": "history.slope", "time_tau": "history.tau",
 }
-# Never loaded into a classifier: its own head, what only pretraining uses, and the original's second decoder, which
-# never reached a loss.
+# No weights of the backbone: the head, what only pretraining and full training use, and the original's second decoder,
+# which never reached a loss.
 _SKIPPED = ("cls_head.", "trees.", "feature_", "vae_feature_fusion.", "mask_token", "setvae.decoder_layers.",
             "setvae.out.")
 
@@ -1449,7 +1449,8 @@ class WeightReport:
 def load_backbone(model: SeqSetVAE, state: dict[str, torch.Tensor]) -> WeightReport:
     """Copy every backbone weight of `state` (our names) into `model`, and account for each."""
     own = {name: p for name, p in model.state_dict().items() if name.startswith(SeqSetVAE.BACKBONE)}
-    report = WeightReport([], [], [name for name in own if name not in state], [], [])
+    absent = [name for name in own if name not in state and name != "mask_token"]  # a backbone that hid no set has none
+    report = WeightReport([], [], absent, [], [])
     for name, tensor in state.items():
         if name not in own:
             (report.skipped if name.startswith(_SKIPPED) else report.unexpected).append(name)

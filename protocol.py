@@ -4,6 +4,7 @@ method on several splits, or published ones, with one command (`test_suite.py --
 import contextlib
 import io
 import itertools
+import json
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +27,7 @@ from data import (InputError, common_variables, labelled_points, search_after, s
 from evaluate import CPU, bootstrap, interval, open_classifier
 from finetune_config import MANY_POINTS, FinetuneConfig, tree_sizes
 from model import ModelConfig, SeqSetVAE, summary_features
-from runs import choose_device
+from runs import choose_device, recorded
 from train import (HeadTraining, data_options, encode_points, finetune, label_subset, labelled, open_checkpoint,
                    parse_arguments, pretrain, probability_at, training_points, weigh_trees)
 
@@ -202,19 +203,27 @@ def protocol(given: dict, splits: list, seeds: list, methods: list, fractions: l
     """For every split (a file, or None: drawn by the seed) and seed: pretrain on the training part without labels,
     finetune every cell, fit the baselines, score validation and test part once. What is finished lies in `folder` and
     is kept: stop and go on at will. given: the data's options, see `data_options`."""
+    if len({Path(split or "").stem for split in splits}) < len(splits):
+        raise InputError("--splits: two files of one name, by which what is finished is kept; rename one")
     turns = [(folder / f"{Path(split).stem}-seed{seed}" if split else folder / f"seed{seed}",
               given | ({"split_file": split} if split else {}), seed) for seed in seeds for split in splits]
     plan = [(method, fraction) for fraction in fractions for method in methods if fraction == 1 or method in FEW_LABELS]
+    if not plan:
+        raise InputError(f"--methods {' '.join(methods)}: measured with all labels alone; add 1 to --fractions")
     for (method, fraction), (home, data, seed) in itertools.product(plan, turns):
         common = [f"--seed={seed}", *(f"--{name}={value}" for name, value in data.items())]
         with finished(home / "pretrain") as partial:
             if partial:
                 pretrain(parse_arguments(["--mode", "pretrain", *common, *kept_in(partial)]))
         checkpoint = home / "pretrain" / "best.pt"
+        then = json.loads(checkpoint.with_name("config.json").read_text())["source"]["data"]
+        if then != recorded(data):
+            raise InputError(f"{home}: holds what was measured on other data, or asked otherwise ({then}); give "
+                             "another --protocol FOLDER")
         if method == "baselines":
             predict_baselines(checkpoint, home, seed, fraction, data)
             continue
-        with finished(home / f"{method} {fraction:.0%}") as partial:
+        with finished(folder_of(home, method, fraction)) as partial:
             if partial:
                 best = finetune(parse_arguments(["--mode", "finetune", "--pretrained_ckpt", str(checkpoint), *common,
                                                  "--label_fraction", str(fraction), *CELLS[method], *kept_in(partial)]))
@@ -238,6 +247,10 @@ def finished(folder: Path):
     partial.rename(folder)
 
 
+def folder_of(home: Path, method: str, fraction: float) -> Path:
+    return home / f"{method} {100 * fraction:g}%"
+
+
 def kept_in(partial: Path) -> list[str]:
     return ["--run_dir", str(partial), "--resume", "auto"]
 
@@ -257,13 +270,13 @@ def save_predictions(folder: Path, cohort, split: dict, points, probability) -> 
 
 def predict_baselines(checkpoint: Path, home: Path, seed: int, fraction: float, given: dict) -> None:
     """Every one of BASELINES that can be had."""
-    if (home / f"{BASELINES[-1]} {fraction:.0%}").exists():
+    if folder_of(home, BASELINES[-1], fraction).exists():
         return
     _, cohort, dataset, split, _ = open_checkpoint(checkpoint, given)
     train, points = label_subset(cohort, labelled(cohort, split["train"]), fraction, seed), scored_points(cohort, split)
     valid = labelled_points(cohort, stays_of(cohort, split["valid"]))
     for method, probability in without_backbone(dataset, train, valid, points, seed).items():
-        with finished(home / f"{method} {fraction:.0%}") as partial:
+        with finished(folder_of(home, method, fraction)) as partial:
             if partial:
                 save_predictions(partial, cohort, split, points, probability)
 
@@ -289,15 +302,20 @@ class Scores(NamedTuple):
     draws: np.ndarray  # [repeats, m] of resampled test stays: the same ones for every method
 
 
-def scores(table: pd.DataFrame, repeats: int = 200) -> Scores:
-    """Of the predictions of a method on a split, at the alarm threshold that the validation part chose."""
+def parts(table: pd.DataFrame) -> list:
+    """Stay (an integer), minute, label and probability [n] of the points of the validation and of the test part."""
     table = table.assign(stay_id=np.unique(table["stay_id"], return_inverse=True)[1])
-    valid, test = ([table.loc[table["split"] == part, name].to_numpy()
-                    for name in ("stay_id", "minute", "label", "probability")] for part in ("valid", "test"))
-    stay, minute, label, probability = test
+    return [[table.loc[table["split"] == part, name].to_numpy()
+             for name in ("stay_id", "minute", "label", "probability")] for part in ("valid", "test")]
+
+
+def scores(table: pd.DataFrame, hourly: bool, repeats: int = 200) -> Scores:
+    """Of the predictions of a method on a split; hourly: with the utility of alarms at the threshold that the
+    validation part chose."""
+    valid, (stay, minute, label, probability) = parts(table)
     value = [roc_auc_score(label, probability), average_precision_score(label, probability)]
     draws = bootstrap(stay, label, probability, repeats=repeats)[:, 0]
-    if sepsis2019.of_this_kind(stay, minute, label):
+    if hourly:
         since = sepsis2019.hours_since_onset(*valid[:3])
         threshold, _ = sepsis2019.best_threshold(valid[0], since, valid[3])
         utility = sepsis2019.stay_utilities(stay, sepsis2019.hours_since_onset(stay, minute, label),
@@ -305,6 +323,7 @@ def scores(table: pd.DataFrame, repeats: int = 200) -> Scores:
         chosen = np.random.default_rng(0).multinomial(len(utility), np.full(len(utility), 1 / len(utility)), repeats)
         value.append(sepsis2019.normalised(utility.sum(0)))
         draws = np.column_stack([draws, sepsis2019.normalised(chosen @ utility)])
+        draws = draws[np.isfinite(draws).all(1)]  # a sample without sepsis has no utility
     return Scores(np.array(value), draws)
 
 
@@ -312,9 +331,10 @@ def print_protocol(folder: Path) -> None:
     """The tables of RESULTS.md from what is finished: mean and standard deviation over the splits; the difference to
     the best baseline (by mean AUROC) with a bootstrap interval, paired by stay and drawn within each split."""
     found = {}
-    for path in sorted(folder.glob("*/*/predictions.csv")):
+    for path in sorted(folder.glob("*/*%/predictions.csv")):
         method, fraction = path.parent.name.rsplit(" ", 1)
-        table = pd.read_csv(path).sort_values(["stay_id", "minute"], kind="stable")
+        table = pd.read_csv(path, dtype={"stay_id": str}, keep_default_na=False)
+        table = table.sort_values(["stay_id", "minute"], kind="stable")
         found.setdefault(fraction, {}).setdefault(method, {})[path.parent.parent.name] = table
     for fraction, tables in sorted(found.items(), key=lambda item: -float(item[0].rstrip("%"))):
         members = [method for method in AVERAGED if method in tables]
@@ -324,7 +344,10 @@ def print_protocol(folder: Path) -> None:
             tables[AVERAGE] = {turn: table for turn, (table, _) in told.items()}
             mean = np.mean([weights for _, weights in told.values()], axis=0)
             print(f"\n{AVERAGE}, in the mean: " + ", ".join(f"{w:.2f} {name}" for w, name in zip(mean, members)))
-        rows = {method: {turn: scores(table) for turn, table in turns.items()} for method, turns in tables.items()}
+        hourly = all(sepsis2019.of_this_kind(*part[:3])
+                     for turns in tables.values() for table in turns.values() for part in parts(table))
+        rows = {method: {turn: scores(table, hourly) for turn, table in turns.items()}
+                for method, turns in tables.items()}
         mean = {method: np.mean([s.value for s in turns.values()], axis=0) for method, turns in rows.items()}
         base = max((m for m in rows if m in BASELINES), key=lambda m: mean[m][0], default=None)
         names = ("AUROC", "AUPRC", "utility")[:len(next(iter(mean.values())))]

@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import Cohort, InputError, StayDataset, sorted_batches, subjects_of, write_atomically
-from model import CHECKPOINT_FORMAT
+from model import CHECKPOINT_FORMAT, load_weights
 
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
 
@@ -117,9 +117,9 @@ def in_turn():
 
 def data_parallel(model, seed: int):
     """The model to call in training: its backward pass averages the gradients over ranks. (Every parameter takes part
-    in every step, so none is looked for that does not; no buffer changes.) From here on each rank draws masks, dropout
-    and z of its own, so that a run of several ranks equals one of a single process where these are off: the objective
-    itself is the same mean over the batch's stays."""
+    in every step, so none is looked for that does not; no step changes a buffer.) From here on each rank draws masks,
+    dropout and z of its own, so that a run of several ranks equals one of a single process where these are off: the
+    objective itself is the same mean over the batch's stays."""
     if WORLD == 1:
         return model
     torch.manual_seed(seed + RANK)
@@ -354,7 +354,7 @@ class Run:
         if not self.last:
             return
         state = self.last["trainer"]
-        self.model.load_state_dict(self.last["model"])
+        load_weights(self.model, self.last["model"], self.folder / "last.pt")
         for name, part in parts.items():
             if state["parts"][name]:  # a scaler is empty where the precision needs none
                 part.load_state_dict(state["parts"][name])
@@ -397,15 +397,19 @@ def restore_random_states(states: dict, device: torch.device) -> None:
 def source_of(arguments, data: dict, cohort: Cohort, device: torch.device, dtype: torch.dtype) -> dict:
     """Where a checkpoint comes from, for whoever must reproduce it; data: the options that its data were read with."""
     libraries = (("torch", torch), ("numpy", np), ("pandas", pd), ("scikit-learn", sklearn))
-    data = {name: str(Path(value).resolve()) if name in PATHS else value for name, value in data.items()
-            if name != "cache_dir"}  # which says where, not what
-    return {"data": data, "seed": arguments.seed, "reader": cohort.reader,
+    return {"data": recorded(data), "seed": arguments.seed, "reader": cohort.reader,
             "fingerprint": cohort.fingerprint, "labels": label_digest(cohort),
             "command": shlex.join([*launcher(), Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": git_commit(),
             "versions": {"python": platform.python_version(), **{name: str(it.__version__) for name, it in libraries}},
             "device": str(device) if WORLD == 1 else device.type,
             "precision": next(name for name, kind in PRECISIONS.items() if kind == dtype),
             "threads": torch.get_num_threads(), "processes": WORLD}
+
+
+def recorded(data: dict) -> dict:
+    """The options that data were read with, as a checkpoint keeps them: paths whole; not where the cache lies."""
+    return {name: str(Path(value).resolve()) if name in PATHS else value for name, value in data.items()
+            if name != "cache_dir"}
 
 
 def label_digest(cohort: Cohort) -> str:

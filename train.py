@@ -86,7 +86,8 @@ def settable(mode: str, random_init: bool) -> dict:
     if mode == "pretrain":
         own = {f.name: f for f in fields(PretrainConfig)}
         return own | {name: f for name, f in MODEL_FIELDS.items() if name not in FINETUNE_FIELDS}
-    return {name: f for name, f in MODEL_FIELDS.items() if random_init or name in LOOSE} | FINETUNE_FIELDS
+    own = {name: f for name, f in MODEL_FIELDS.items() if random_init or name in LOOSE} | FINETUNE_FIELDS
+    return {name: f for name, f in own.items() if name != "drop_events"}  # which is FinetuneConfig.full_drop_events
 
 
 EXAMPLES = """examples:
@@ -258,7 +259,7 @@ def changed_settings(arguments) -> dict:
 
 
 def why_unknown(name: str, known: dict, mode: str) -> str:
-    if mode == "finetune" and name in MODEL_FIELDS:
+    if mode == "finetune" and name in MODEL_FIELDS and name != "drop_events":
         return "the pretrained checkpoint decides it; set it when pretraining, or add --random_init"
     near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
     return f"--mode {mode} has no such setting; {'near: ' + ', '.join(near) if near else 'see --help'}"
@@ -311,6 +312,8 @@ def command_line_of(record: dict) -> list[str]:
             words.append(f"--{name}={value}")
     known = settable(record["mode"], record["run"]["options"].get("random_init"))
     settings = record["model_config"] | record["run"]["settings"]
+    if unknown := [name for name in record["run"]["settings"] if name not in known]:
+        print(f"config: no longer a setting, and left out: {', '.join(unknown)}")
     return words + [f"--set={name}={value}" for name, value in settings.items() if name in known]
 
 
