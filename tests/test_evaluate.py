@@ -681,7 +681,7 @@ def test_the_protocol_keeps_what_is_finished_and_goes_on(tmp_path, monkeypatch, 
     out = capsys.readouterr().out
     assert len(first) == 1 and rows_of(out) == first and "epoch" not in out
     capsys.readouterr()
-    one_error_line(capsys, main([*words, "--hours", "24"]), "kept/seed3: holds what was measured on other data, or asked")
+    one_error_line(capsys, main([*words, "--hours", "24"]), "kept/seed3: holds what was measured on other data, or")
     one_error_line(capsys, main([*words[:-1], "frozen, mu alone", "--fractions", ".1"]), "add 1 to --fractions")
     assert sorted(path.name for path in Path("kept/seed3").iterdir()) == ["frozen 100%", "pretrain"]
 
