@@ -1109,9 +1109,8 @@ class SeqSetVAE(nn.Module):
         return torch.cat(features, dim=-1)
 
     def encode(self, batch: EventBatch):
-        """mu, logvar, fused z and h, each [B, L, d]; in full training, as in pretraining,
-        of stays with events dropped and
-        sets hidden from the history at random."""
+        """mu, logvar, fused z and h, each [B, L, d]; in full training, as in pretraining, of stays with events dropped
+        and sets hidden from the history at random."""
         mu, logvar = self.setvae.encode(batch, self.config.drop_events if self.setvae.training else 0.0)
         z = shown = self._fuse_vae_features(mu, logvar)
         if self.setvae.training and self.config.hide_sets:
