@@ -337,10 +337,10 @@ def print_protocol(folder: Path) -> None:
         table = table.sort_values(["stay_id", "minute"], kind="stable")
         found.setdefault(fraction, {}).setdefault(method, {})[path.parent.parent.name] = table
     for fraction, tables in sorted(found.items(), key=lambda item: -float(item[0].rstrip("%"))):
-        members = [method for method in AVERAGED if method in tables]
-        common = sorted(set.intersection(*(set(tables[method]) for method in members))) if members else []
-        if len(members) > 1 and common:
-            told = {turn: averaged([tables[method][turn] for method in members]) for turn in common}
+        turns = sorted({turn for by_turn in tables.values() for turn in by_turn})
+        members = [method for method in AVERAGED if sorted(tables.get(method, [])) == turns]
+        if len(members) > 1:
+            told = {turn: averaged([tables[method][turn] for method in members]) for turn in turns}
             tables[AVERAGE] = {turn: table for turn, (table, _) in told.items()}
             mean = np.mean([weights for _, weights in told.values()], axis=0)
             print(f"\n{AVERAGE}, in the mean: " + ", ".join(f"{w:.2f} {name}" for w, name in zip(mean, members)))
