@@ -378,6 +378,21 @@ def test_predict_gives_what_predictions_writes_for_the_same_table(tmp_path, fine
         predict(finetuned, events.assign(minute="soon"))
 
 
+def test_the_released_weights_score_a_table_in_their_units_and_name_nobody():
+    released = Path(train.__file__).with_name("checkpoints") / "physionet2012.pt"
+    well = [(60 * hour, name, value) for hour in range(24) for name, value in
+            (("HR", 80), ("GCS", 15), ("Urine", 100), ("BUN", 15), ("RespRate", 16))]
+    ill = [(60 * hour, name, value) for hour in range(24) for name, value in
+           (("HR", 130), ("GCS", 3), ("Urine", 5), ("BUN", 90), ("RespRate", 35))]
+    table = pd.DataFrame([(stay, *event) for stay, events in (("well", well), ("ill", ill)) for event in events],
+                         columns=["stay_id", "minute", "variable", "value"])
+    risk = predict(released, table, device="cpu").set_index("stay_id")["probability"]
+    assert 0 < risk["well"] < .1 < .4 < risk["ill"] < 1
+    content = torch.load(released, weights_only=True)
+    assert all(stay.startswith(data.HASHED) for ids in content["split"].values() for stay in ids)
+    assert content["source"]["data"] == {"data_dir": None} and released.stat().st_size < 2**24
+
+
 def test_scoring_needs_neither_pytest_nor_the_tests():
     loaded = "import sys, evaluate; print([name for name in sys.modules if name.split('.')[0] in ('pytest', 'tests')])"
     home = Path(train.__file__).parent
