@@ -143,11 +143,17 @@ def bootstrap(group, label, *probabilities, measures=(ranks,), repeats: int = 10
     return np.array(draws)
 
 
+def logit(p, least: float = 1e-12) -> np.ndarray:
+    """Log odds of probabilities, which are kept so far from 0 and 1."""
+    p = np.clip(p, least, 1 - least)
+    return np.log(p / (1 - p))
+
+
 def recalibration(label, p, weight) -> tuple[float, float]:
     """Slope and intercept of logit P(label) = intercept + slope logit(p) (Cox 1958), by Newton's method: 1 and 0 where
     p is calibrated, NaN where they are not determined (p constant, or parting the classes). All [n]."""
-    p, rate = p.clip(1e-12, 1 - 1e-12), weight @ label / weight.sum()
-    x, slope, intercept = np.log(p / (1 - p)), 0.0, np.log(rate / (1 - rate))
+    rate = weight @ label / weight.sum()
+    x, slope, intercept = logit(p), 0.0, np.log(rate / (1 - rate))
     for _ in range(25):
         q = (1 + np.tanh((slope * x + intercept) / 2)) / 2
         error, spread = weight * (label - q), weight * q * (1 - q)
@@ -370,8 +376,7 @@ def performance(arguments, baselines=None) -> None:
 
 def mean_of_logits(probabilities) -> np.ndarray:
     """[n] of k of [n]."""
-    p = np.clip(probabilities, 1e-12, 1 - 1e-12)
-    return 1 / (1 + np.exp(-np.log(p / (1 - p)).mean(0)))
+    return 1 / (1 + np.exp(-logit(probabilities).mean(0)))
 
 
 def parts_of_all(split: dict, other: dict) -> dict[str, list[str]]:

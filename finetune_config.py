@@ -119,10 +119,12 @@ MANY_POINTS = 20_000  # beyond so many exact boosting takes hours: histograms, a
 
 
 def tree_sizes(config: FinetuneConfig, points: int) -> dict:
-    """Number and depth of the trees that so many points are worth, as fields of ModelConfig."""
-    if config.trees and points > MANY_POINTS:
-        return {"head_trees": min(config.trees, 100), "tree_depth": max(config.tree_depth, 6)}
-    return {"head_trees": config.trees, "tree_depth": config.tree_depth}
+    """Number and depth of the trees that so many points are worth, as fields of ModelConfig: none without summaries,
+    which are all that they see."""
+    trees = config.trees if config.summaries else None
+    if trees and points > MANY_POINTS:
+        return {"head_trees": min(trees, 100), "tree_depth": max(config.tree_depth, 6)}
+    return {"head_trees": trees, "tree_depth": config.tree_depth}
 
 
 def boosted_trees(config: FinetuneConfig, points: int, seed: int):

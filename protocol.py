@@ -24,7 +24,7 @@ from sklearn.preprocessing import FunctionTransformer, StandardScaler
 import sepsis2019
 from data import (InputError, common_variables, labelled_points, search_after, stay_event_index, stays_of,
                   write_atomically)
-from evaluate import CPU, bootstrap, interval, open_classifier
+from evaluate import CPU, bootstrap, interval, logit, open_classifier
 from finetune_config import MANY_POINTS, FinetuneConfig, tree_sizes
 from model import ModelConfig, SeqSetVAE, summary_features
 from runs import choose_device, recorded
@@ -143,8 +143,7 @@ def summaries_alone(dataset, variables, train, valid, test, seed: int, device=CP
     head = HeadTraining(run, train, config, seed, device)
     for epoch in range(head.epochs):
         head.epoch(epoch)
-    label = torch.from_numpy(dataset.cohort.label[valid].astype(np.int64)).to(device)
-    weigh_trees(model, encode_points(model, dataset, valid, device), label)
+    weigh_trees(model, encode_points(model, dataset, valid, device), dataset.cohort.label[valid])
     return probability_at(model, dataset, test, device)
 
 
@@ -281,15 +280,11 @@ def predict_baselines(checkpoint: Path, home: Path, seed: int, fraction: float, 
                 save_predictions(partial, cohort, split, points, probability)
 
 
-def logit(table: pd.DataFrame) -> np.ndarray:
-    p = table["probability"].clip(1e-7, 1 - 1e-7).to_numpy()
-    return np.log(p / (1 - p))
-
-
 def averaged(tables: list[pd.DataFrame], steps: int = 10) -> tuple[pd.DataFrame, np.ndarray]:
     """The mean of these methods' logits of the same points, with the weights (tenths) of the least cross-entropy on the
     validation part, and these weights."""
-    logits, valid, label = np.stack(list(map(logit, tables))), tables[0]["split"].eq("valid"), tables[0]["label"]
+    logits = np.stack([logit(table["probability"].to_numpy(), least=1e-7) for table in tables])
+    valid, label = tables[0]["split"].eq("valid"), tables[0]["label"]
     weights = np.array([w for w in itertools.product(range(steps + 1), repeat=len(tables)) if sum(w) == steps]) / steps
     best = min(weights, key=lambda w: log_loss(label[valid], 1 / (1 + np.exp(-w @ logits[:, valid]))))
     return tables[0].assign(probability=1 / (1 + np.exp(-best @ logits))), best

@@ -522,8 +522,8 @@ def pretrain(arguments) -> Path:
     steps = epochs * math.ceil(len(train) / config.batch_size)
 
     def rate(epoch, step):
-        cosine = 0.5 * (1 + math.cos(math.pi * min(1, step / steps)))
-        return config.learning_rate * min(1, (step + 1) / config.warmup_steps) * (0.01 + 0.99 * cosine)
+        warm = config.learning_rate * min(1, (step + 1) / config.warmup_steps)
+        return warm * (0.01 + 0.99 * cosine(1, step, steps))
 
     def objective(model, batch, step):
         losses = model(batch, model_config.max_beta * min(1, step / config.beta_warmup_steps))
@@ -729,8 +729,6 @@ def new_classifier(arguments, config: FinetuneConfig, content: dict, dataset: St
     head = {name: value for name, value in asdict(config).items() if name in MODEL_FIELDS}
     head |= {"classification_only": not full, "head_variables": len(listed), "drop_events": config.full_drop_events}
     head |= tree_sizes(config, points)
-    if not config.summaries:
-        head["head_trees"] = None
     model_config = replace(changed(backbone, arguments.changes), **head)
     vocabulary = content.get("vocabulary")
     if vocabulary is None:
@@ -828,9 +826,10 @@ def prepare_head(model: SeqSetVAE, features, label, weight, config: FinetuneConf
 
 
 @torch.no_grad()
-def weigh_trees(model: SeqSetVAE, features, label) -> None:
+def weigh_trees(model: SeqSetVAE, features, label: np.ndarray) -> None:
     """Give the trees the share of the logits, in tenths, that has the least cross-entropy at these validation points;
     half, where ten of a class are not there to tell: features [n, F], label [n]."""
+    label = torch.from_numpy(label.astype(np.int64)).to(features.device)
     if model.trees is None or torch.bincount(label, minlength=2).min() < 10:
         return
     ends = []  # the head's logits, the trees' logits
@@ -940,8 +939,7 @@ def train_everything(arguments, config: FinetuneConfig, run: Run, train, valid, 
 def finetuning_epoch(run: Run, row: dict, valid, val_features, keep_last: bool) -> None:
     """The end of an epoch: rank the validation points [n] by their features [n, F]; best.pt is the epoch of the best
     AUROC (`keep_last`: the last)."""
-    label = torch.from_numpy(run.dataset.cohort.label[valid].astype(np.int64)).to(val_features.device)
-    weigh_trees(run.model, val_features, label)
+    weigh_trees(run.model, val_features, run.dataset.cohort.label[valid])
     with torch.no_grad():
         logits = run.model.eval().classify(val_features)
     row |= ranking(run.dataset.cohort, valid, probability_of(logits))

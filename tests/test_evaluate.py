@@ -28,12 +28,12 @@ import test_suite
 import train
 from benchmark import PLAIN_LOOP, asked_at_the_end, assert_plain_loop_agrees
 from data import InputError, StayDataset, with_points
-from evaluate import (CHECKPOINT, CPU, alarm_from, bootstrap, followed_event, influence, net_benefit, open_classifier,
-                      predict, print_figures, print_subgroups, ranks, recalibration, risk_over_time, risk_without,
-                      score_figures, subgroups, threshold_of, write_meds_predictions)
+from evaluate import (CHECKPOINT, CPU, alarm_from, bootstrap, followed_event, influence, logit, net_benefit,
+                      open_classifier, predict, print_figures, print_subgroups, ranks, recalibration, risk_over_time,
+                      risk_without, score_figures, subgroups, threshold_of, write_meds_predictions)
 from model import ModelConfig, SeqSetVAE, load_checkpoint_weights
-from protocol import (AVERAGE, BASELINES, STATISTICS, averaged, hand_made_baselines, logit, print_protocol,
-                      summaries_alone, summary_table)
+from protocol import (AVERAGE, BASELINES, STATISTICS, averaged, hand_made_baselines, print_protocol, summaries_alone,
+                      summary_table)
 from readers import synthetic_cohort, write_long_table
 from test_suite import main
 from tests.test_readers import meds
@@ -709,7 +709,7 @@ def test_several_checkpoints_are_scored_as_the_mean_of_their_logits(tmp_path, ca
                     "both": [small_finetuned, tmp_path / "other.pt"]}, {}
     for name, paths in ways.items():
         assert main(["--checkpoint", *map(str, paths), "--predictions", str(tmp_path / name), "--device", "cpu"]) == 0
-        logits[name] = logit(pd.read_csv(tmp_path / name))
+        logits[name] = logit(pd.read_csv(tmp_path / name)["probability"], least=1e-7)
     np.testing.assert_allclose(logits["both"], (logits["a"] + logits["b"]) / 2, atol=1e-5)
     assert not np.allclose(logits["a"], logits["b"])
     capsys.readouterr()

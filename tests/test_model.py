@@ -488,7 +488,7 @@ def test_the_trees_have_the_share_that_fits_the_validation_points_best():
     for name, right, share in (("trees", first, 1), ("neither", None, 0.)):
         label = (features[:, right] > 0).long() if right else torch.randint(2, (400,))
         model.cls_head[0].weight.data.zero_(), model.cls_head[0].bias.data.zero_()
-        weigh_trees(model, features, label)
+        weigh_trees(model, features, label.numpy())
         assert model.trees_share == share, name
-    weigh_trees(model, features[:12], torch.arange(12) // 9)                 # too few to tell: as it was
+    weigh_trees(model, features[:12], np.arange(12) // 9)                 # too few to tell: as it was
     assert model.trees_share == 0
