@@ -50,7 +50,7 @@ class FinetuneConfig:
     max_trainable_ratio: float = 0.05  # of all parameters, where the backbone is frozen
     # Full training: the head is first trained on the frozen backbone, as above (Kumar et al. 2022), then everything
     full_batch_size: int = 16        # stays a step, of all processes together
-    full_max_epochs: int | None = None  # None: as many as make 2,000 steps, but 5 at most
+    full_max_epochs: int | None = None  # None: as many as make 1,800 steps, but 5 at most
     full_learning_rate: float = 1e-4  # of a pretrained backbone
     random_learning_rate: float = 5e-4  # of an untrained one
     reconstruction_weight: float = 1.0  # of the pretraining's own terms, kept in the loss
@@ -74,7 +74,7 @@ class FinetuneConfig:
 
     def full_epochs(self, stays: int) -> int:
         """Of full training over so many stays."""
-        return self.full_max_epochs or epochs_of_steps(2000, stays, self.full_batch_size, most=5)
+        return self.full_max_epochs or epochs_of_steps(1800, stays, self.full_batch_size, most=5)
 
 
 def epochs_of_steps(steps: int, stays: int, batch_size: int, most: int) -> int:
