@@ -198,14 +198,16 @@ def net_benefit(label, probability) -> dict:
 
 
 def subgroups(cohort, stays, name: str) -> dict[str, np.ndarray]:
-    """The groups of these stays [n] by the first value of a variable in each: {value: mask [n]}. More than six numbers
-    are put into quartiles; variables without numbers such as ICUType=2 or GENDER//F are the categories of one."""
+    """The groups of these stays [n] by the first value of a variable in each, or (`events`) by how many events it has:
+    {value: mask [n]}. More than six numbers are put into quartiles; variables without numbers such as ICUType=2 or
+    GENDER//F are the categories of one."""
     kinds = {text: text[len(name) + len(mark):] for text in cohort.variables for mark in ("=", "//")
              if text.startswith(name + mark)}
-    if name not in cohort.variables and not kinds:
+    counted = name == "events" and name not in cohort.variables
+    if name not in cohort.variables and not kinds and not counted:
         near = difflib.get_close_matches(name, {re.split("=|//", text)[0] for text in cohort.variables}, n=4, cutoff=.4)
         raise InputError(f"--subgroups {name}: no variable of the data{'; near: ' * bool(near)}{', '.join(near)}; give "
-                         "the names of variables, separated by commas")
+                         "the names of variables, separated by commas, or events")
     asked = np.isin(cohort.variables, [name, *kinds])                                                # [V]
     events = stay_event_index(cohort, stays)
     place = np.repeat(np.arange(len(stays)), cohort.stay_events[stays])
@@ -216,7 +218,7 @@ def subgroups(cohort, stays, name: str) -> dict[str, np.ndarray]:
     group = np.full(len(stays), "not recorded", dtype=object)
     numbers = np.array([cohort.variables[v] == name for v in variable], dtype=bool)
     group[place[~numbers]] = [kinds[cohort.variables[v]] for v in variable[~numbers]]
-    place, value = place[numbers], value[numbers]
+    place, value = (np.arange(len(stays)), cohort.stay_events[stays]) if counted else (place[numbers], value[numbers])
     order = list(dict.fromkeys(sorted(group[group != "not recorded"])))
     if len(distinct := np.unique(value)) > 6:
         edges = np.unique(np.quantile(value, (.25, .5, .75)))

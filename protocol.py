@@ -16,7 +16,7 @@ import torch
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import average_precision_score, log_loss, roc_auc_score
+from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
@@ -28,8 +28,8 @@ from evaluate import CPU, bootstrap, interval, logit, open_classifier
 from finetune_config import MANY_POINTS, FinetuneConfig, tree_sizes
 from model import ModelConfig, SeqSetVAE, summary_features
 from runs import choose_device, recorded
-from train import (HeadTraining, data_options, encode_points, finetune, label_subset, labelled, open_checkpoint,
-                   parse_arguments, pretrain, probability_at, training_points, weigh_trees)
+from train import (HeadTraining, best_shares, data_options, encode_points, finetune, label_subset, labelled,
+                   open_checkpoint, parse_arguments, pretrain, probability_at, training_points, weigh_trees)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Baselines: hand-made features, and the model's own head without its backbone
@@ -280,13 +280,12 @@ def predict_baselines(checkpoint: Path, home: Path, seed: int, fraction: float, 
                 save_predictions(partial, cohort, split, points, probability)
 
 
-def averaged(tables: list[pd.DataFrame], steps: int = 10) -> tuple[pd.DataFrame, np.ndarray]:
-    """The mean of these methods' logits of the same points, with the weights (tenths) of the least cross-entropy on the
-    validation part, and these weights."""
+def averaged(tables: list[pd.DataFrame]) -> tuple[pd.DataFrame, np.ndarray]:
+    """The mean of these methods' logits of the same points, with the shares that are best on the validation part, and
+    these shares."""
     logits = np.stack([logit(table["probability"].to_numpy(), least=1e-7) for table in tables])
     valid, label = tables[0]["split"].eq("valid"), tables[0]["label"]
-    weights = np.array([w for w in itertools.product(range(steps + 1), repeat=len(tables)) if sum(w) == steps]) / steps
-    best = min(weights, key=lambda w: log_loss(label[valid], 1 / (1 + np.exp(-w @ logits[:, valid]))))
+    best = best_shares(logits[:, valid], label[valid].to_numpy())
     return tables[0].assign(probability=1 / (1 + np.exp(-best @ logits))), best
 
 

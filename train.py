@@ -28,7 +28,6 @@ from typing import Callable
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 from sklearn.model_selection import train_test_split
 
@@ -825,20 +824,23 @@ def prepare_head(model: SeqSetVAE, features, label, weight, config: FinetuneConf
                         boosted_trees(config, len(label), seed))
 
 
+def best_shares(log_odds: np.ndarray, label: np.ndarray, steps: int = 10) -> np.ndarray:
+    """The shares (tenths) of k answers' log odds [k, n] that give the least cross-entropy at these labels [n]: [k]."""
+    shares = np.array([s for s in itertools.product(range(steps + 1), repeat=len(log_odds)) if sum(s) == steps]) / steps
+    return min(shares, key=lambda share: np.logaddexp(0, (1 - 2 * label) * (share @ log_odds)).mean())
+
+
 @torch.no_grad()
 def weigh_trees(model: SeqSetVAE, features, label: np.ndarray) -> None:
-    """Give the trees the share of the logits, in tenths, that has the least cross-entropy at these validation points;
-    half, where ten of a class are not there to tell: features [n, F], label [n]."""
-    label = torch.from_numpy(label.astype(np.int64)).to(features.device)
-    if model.trees is None or torch.bincount(label, minlength=2).min() < 10:
+    """Give the trees the share of the logits that is best at these validation points; half, where ten of a class are
+    not there to tell: features [n, F], label [n]."""
+    if model.trees is None or np.bincount(label, minlength=2).min() < 10:
         return
-    ends = []  # the head's logits, the trees' logits
+    log_odds = []  # of the head, of the trees
     for share in (0, 1):
         model.trees_share.fill_(share)
-        ends.append(model.eval().classify(features))
-    shares = torch.arange(11, device=label.device) / 10
-    losses = torch.stack([F.cross_entropy(torch.lerp(*ends, share), label) for share in shares])
-    model.trees_share.copy_(shares[losses.argmin()])
+        log_odds.append(model.eval().classify(features).diff()[:, 0].cpu().double().numpy())
+    model.trees_share.fill_(best_shares(np.stack(log_odds), label)[1])
 
 
 def head_epoch(model, features, label, weight, optimizer, config: FinetuneConfig, batches) -> float:

@@ -284,7 +284,7 @@ def test_a_planted_miscalibration_shows_in_its_group_and_nowhere_else(capsys):
     assert all(row.count("[") == 5 for row in rows[2:-1])
 
 
-def test_subgroups_are_first_values_categories_and_quartiles(tmp_path, load):
+def test_subgroups_are_first_values_categories_quartiles_and_numbers_of_events(tmp_path, load):
     rows = [f"{i},{m},{v},{x}" for i in range(9) for m, v, x in
             ((5, "Age", 30 + i), (0, "Sex", i % 2), (9, "Sex", 7), (1, f"Unit={i % 3}", 1),
              (2, f"RACE//{'AB'[i % 2]}", ""))
@@ -292,11 +292,12 @@ def test_subgroups_are_first_values_categories_and_quartiles(tmp_path, load):
     write(tmp_path / "events.csv", "\n".join(["stay_id,minute,variable,value", *rows]) + "\n")
     cohort = load(tmp_path)
     found = {name: {key: np.flatnonzero(mask).tolist() for key, mask in subgroups(cohort, np.arange(9), name).items()}
-             for name in ("Sex", "Unit", "RACE", "Age")}
+             for name in ("Sex", "Unit", "RACE", "Age", "events")}
     assert found == {"Sex": {"0": [0, 2, 4, 6], "1": [1, 3, 5, 7], "not recorded": [8]},
                      "Unit": {"0": [0, 3, 6], "1": [1, 4, 7], "2": [2, 5], "not recorded": [8]},
                      "RACE": {"A": [0, 2, 4, 6], "B": [1, 3, 5, 7], "not recorded": [8]},
-                     "Age": {"30 to 31": [0, 1], "32 to 33": [2, 3], "34 to 35": [4, 5], "36 to 38": [6, 7, 8]}}
+                     "Age": {"30 to 31": [0, 1], "32 to 33": [2, 3], "34 to 35": [4, 5], "36 to 38": [6, 7, 8]},
+                     "events": {"1": [8], "5": list(range(8))}}
     with pytest.raises(InputError, match="--subgroups unit: no variable of the data; near: Unit; give"):
         subgroups(cohort, np.arange(9), "unit")
 
