@@ -14,10 +14,10 @@ from model import SeqSetVAE
 @dataclass
 class FinetuneConfig:
     # Head input and head
-    features: str = "beliefs"        # of the frozen backbone: "stable", "beliefs" or "multiscale" (see ModelConfig)
+    features: str = "stable"         # of the backbone: "stable" or "multiscale" (see ModelConfig)
     fuse: bool = True                # fused mu and logvar, or mu alone
     summaries: bool = True           # exact per-variable summaries of the stay beside the learned features
-    most_variables: int = 128        # of which both speak, at most: the most common of the training stays
+    most_variables: int = 128        # of which they speak, at most: the most common of the training stays
     head_widths: tuple = ()          # hidden widths of the head: none, it is linear
     trees: int | None = 400          # boosted trees of the summaries beside it; validation chooses their share
     tree_depth: int = 4
@@ -32,7 +32,9 @@ class FinetuneConfig:
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
     betas: tuple = (0.9, 0.999)
-    head_prior: float = 1000.0       # times half the squared norm of the head's first layer, in the sum of all losses
+    # Times half the squared norm of the head's weights, in the sum of all losses
+    learned_prior: float = 300.0     # of the learned features
+    summaries_prior: float = 1000.0  # of the exact summaries
     clip: float = 0.5                # largest norm of the gradient
     # Points that are learned from: all with the outcome, and of the others so many for each (another sample an epoch in
     # full training), but all of a cohort of fewer than `few_points`; what is left out is weighed for
@@ -112,7 +114,9 @@ def classification_loss(logits, label, config: FinetuneConfig, weight=None, tota
 def head_penalty(model: SeqSetVAE, config: FinetuneConfig, points: int) -> torch.Tensor:
     """L2 penalty on the head's first layer, whose standardised inputs outnumber the positive stays, beside the mean
     loss over so many training points: a Gaussian prior, which counts the less the more they are. -> []."""
-    return 0.5 * config.head_prior / points * model.cls_head[0].weight.square().sum()
+    square, exact = model.cls_head[0].weight.square(), model.feature_sizes()["summaries"]             # [c, F]
+    learned, exact = square.split([square.shape[1] - exact, exact], dim=1)
+    return 0.5 / points * (config.learned_prior * learned.sum() + config.summaries_prior * exact.sum())
 
 
 MANY_POINTS = 20_000  # beyond so many exact boosting takes hours: histograms, and fewer, larger trees

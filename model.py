@@ -67,9 +67,9 @@ class ModelConfig:
     classes: int = 2
     classification_only: bool = True  # frozen backbone; False: full training
     fuse: bool = True               # mu and logvar fused, or mu alone
-    features: str = "beliefs"    # "stable"; "beliefs": stable + the latents' history; "multiscale": all pools + it
+    features: str = "stable"     # of h and z: "stable", one vector, or "multiscale", eight
     summaries: bool = False         # exact per-variable summaries of the stay beside the learned features
-    head_variables: int = 0         # K, how many variables beliefs and summaries speak of
+    head_variables: int = 0         # K, how many variables the summaries speak of
     head_widths: tuple | None = None  # hidden widths of the head; None: the original's d, d/2, d/4
     hidden_width: int | None = None   # full training: width of a hidden layer beside the head, whose logits are added
     head_trees: int | None = None   # boosted trees of the summaries, which have a share of the head's logits
@@ -81,7 +81,7 @@ class ModelConfig:
         fits = {int: lambda x: type(x) is int and 1 <= x <= 2**20,
                 int | None: lambda x: x is None or type(x) is int and 1 <= x <= 2**12,
                 float: lambda x: type(x) in (int, float) and 0 <= x < math.inf, bool: lambda x: type(x) is bool,
-                str: lambda x: x in ("readout", "slots", "stable", "beliefs", "multiscale")}
+                str: lambda x: x in ("readout", "slots", "stable", "multiscale")}
         most = {"dropout": 1, "hide_sets": 1, "drop_events": 1, "layers": 256, "levels": 256, "tree_depth": 8}
         for f in fields(self):
             value = getattr(self, f.name)
@@ -522,22 +522,6 @@ def hours_since(batch: EventBatch, slots, column, width: int) -> torch.Tensor:
     latest = latest.scatter_reduce(0, row, batch.minute.flatten()[batch.cell_slot], "amax")[:-1]
     latest = latest.view(stays, asked + 1, width)[:, :asked].cummax(1).values.maximum(batch.minute[:, :1, None])
     return (at_slots(batch.minute[..., None], slots) - latest).div(60).float().clamp(min=0)  # of padding: negative
-
-
-def statistics_of_beliefs(values, believed, minute, slots) -> Statistics:
-    """The same of what the latents of a stay's sets tell: values [B, L, n], believed [B, L, n] bool, minute [B, L];
-    see `statistics_at`."""
-    stays, length, width = values.shape
-    asked = slots.shape[1]
-    at = believed.to(torch.uint8).argmax(1, keepdim=True)                               # [B, 1, n], of the first belief
-    first = values.gather(1, at)
-    day = (minute[..., None] - minute.gather(1, at.squeeze(1))[:, None]).div(1440).float()            # [B, L, n]
-    stay = torch.arange(stays, device=values.device)[:, None, None]
-    interval = interval_of(slots, length)[..., None]                                                  # [B, L, 1]
-    row = (stay * (asked + 1) + interval) * width + torch.arange(width, device=values.device)
-    row = torch.where(believed, row, stays * (asked + 1) * width)
-    cells = [x.flatten() for x in (values - first, day, believed, believed.float(), row)]
-    return statistics(*cells, first.squeeze(1), (stays, asked, width))
 
 
 class RunningStatistics:
@@ -1010,8 +994,7 @@ class Bedside:
     h: Cache                    # width d
     past: list[Cache]           # keys and values of every layer of the history, width 2d
     pool: Cache                 # keys and values of the learned attention pool, width 2d: in full training
-    beliefs: RunningStatistics  # of the head's variables, as the latents tell them
-    exact: RunningStatistics    # of the head's variables, as they were measured
+    exact: RunningStatistics  # of the head's variables
 
     @property
     def last(self) -> float:
@@ -1039,10 +1022,10 @@ class SeqSetVAE(nn.Module):
                 self.vae_feature_fusion = GatedFusion(d)
             self.feature_fusion = AttentionPool(d, config.heads)
             self.feature_projection = nn.Sequential(nn.Linear(3 * d, d), nn.LayerNorm(d))
-        # What beliefs and summaries are of (see `train.py`).
+        # What the summaries are of (see `train.py`).
         self.register_buffer("head_variables", torch.arange(config.head_variables))
         # All that reaches the head untrained is standardised, with statistics of the training points (see `train.py`).
-        features = self._feature_sizes()
+        features = self.feature_sizes()
         standardised = features["learned"] + features["summaries"]
         self.register_buffer("feature_mean", torch.zeros(standardised))
         self.register_buffer("feature_std", torch.ones(standardised))
@@ -1059,17 +1042,12 @@ class SeqSetVAE(nn.Module):
             for name, parameter in self.named_parameters():
                 parameter.requires_grad_(not name.startswith(self.BACKBONE))
 
-    @property
-    def tells_beliefs(self) -> bool:
-        return self.config.decoder == "readout" and self.config.features != "stable"
-
-    def _feature_sizes(self) -> dict[str, int]:
+    def feature_sizes(self) -> dict[str, int]:
         """Number of head inputs: that reach it as they are (the trained projection), or standardised (the others)."""
-        config, d, v, k = self.config, self.config.latent_dim, self.config.head_variables, len(HISTORY_STATISTICS)
-        pooled = 8 * d if config.features == "multiscale" else d
-        beliefs = k * v if self.tells_beliefs else 0
-        return {"plain": 0 if config.classification_only else d, "learned": pooled + beliefs,
-                "summaries": summary_features(v) if config.summaries else 0}
+        config, d = self.config, self.config.latent_dim
+        return {"plain": 0 if config.classification_only else d,
+                "learned": 8 * d if config.features == "multiscale" else d,
+                "summaries": summary_features(config.head_variables) if config.summaries else 0}
 
     def train(self, mode: bool = True):
         """The frozen backbone stays in evaluation mode, also in training."""
@@ -1117,30 +1095,18 @@ class SeqSetVAE(nn.Module):
             shown = hide_sets(z, self.mask_token, self.config.hide_sets)
         return mu, logvar, z, self.history(shown, batch.minute)
 
-    def _beliefs(self, z):
-        """What the latents z [B, L, d] of the sets tell of the head's variables: values [B, L, K], believed bool."""
-        values, logits = self.setvae.decoder(z, self.setvae.keys_of(self.head_variables))
-        return values.float(), logits > 0
-
-    def _head_input(self, z, h, batch):
+    def _features_of(self, z, h, batch):
         """All that reaches the head at the batch's prediction points, [B, Q, F], not yet standardised."""
-        config, h, z = self.config, h.float(), z.float()
-        slots, beliefs = batch.point_slot.masked_fill(batch.point < 0, h.shape[1]), None
-        if self.tells_beliefs:
-            values, believed = self._beliefs(z)
-            beliefs = statistics_of_beliefs(values, believed & real_sets(batch)[..., None], batch.minute, slots)
-        exact = self.exact_summaries(batch) if config.summaries else None
-        return self._joined(z, h, batch.point_slot, beliefs, exact)
+        exact = self.exact_summaries(batch) if self.config.summaries else None
+        return self._joined(z.float(), h.float(), batch.point_slot, exact)
 
-    def _joined(self, z, h, slots, beliefs: Statistics | None, exact, pool=None):
-        """The head input [B, Q, F] at the sets `slots` [B, Q]: what z and h [B, L, d] tell, the statistics there of
-        what was believed, and the `summaries` of what was measured; pool: the learned pool's keys and values, see
+    def _joined(self, z, h, slots, exact, pool=None):
+        """The head input [B, Q, F] at the sets `slots` [B, Q]: what z and h [B, L, d] tell, and there the `summaries`
+        of what was measured (None: it is not told); pool: the learned pool's keys and values, see
         `_extract_enhanced_features`."""
         features = [self._extract_enhanced_features(h, slots, pool)]
         if self.config.features == "multiscale":
             features += prefix_moments(z, slots)
-        if beliefs:  # the stay's history as the latents of its sets tell it
-            features.append(beliefs.past.flatten(2))
         if exact is not None:
             features.append(exact)
         return torch.cat(features, dim=-1)
@@ -1159,11 +1125,11 @@ class SeqSetVAE(nn.Module):
         """Head input of every prediction point before standardisation, [B, Q, F].
         Of a frozen backbone it never changes: compute it once."""
         _, _, z, h = self.encode(batch)
-        return self._head_input(z, h, batch)
+        return self._features_of(z, h, batch)
 
     def standardise(self, features: torch.Tensor) -> torch.Tensor:
         """features [..., F], as `features` gives them -> the input of the head, [..., F]."""
-        plain, rest = features.tensor_split([self._feature_sizes()["plain"]], dim=-1)
+        plain, rest = features.tensor_split([self.feature_sizes()["plain"]], dim=-1)
         return torch.cat([plain, ((rest - self.feature_mean) / self.feature_std).clamp(-5, 5)], dim=-1)
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
@@ -1178,7 +1144,7 @@ class SeqSetVAE(nn.Module):
 
     def tree_input(self, x):
         """x [..., F], standardised -> what the trees see of it, the exact summaries: no training changes them."""
-        return x[..., x.shape[-1] - self._feature_sizes()["summaries"]:]
+        return x[..., x.shape[-1] - self.feature_sizes()["summaries"]:]
 
     def forward(self, batch: EventBatch, losses: bool = False):
         """logits, see `classify`; or what full training needs,
@@ -1188,7 +1154,7 @@ class SeqSetVAE(nn.Module):
     def losses(self, batch: EventBatch) -> dict[str, torch.Tensor]:
         """Full training: logits (see `classify`), reconstruction and KL of one pass."""
         mu, logvar, z, h = self.encode(batch)
-        logits = self.classify(self._head_input(z, h, batch))
+        logits = self.classify(self._features_of(z, h, batch))
         question = self.setvae.ask(batch) if self.config.decoder == "readout" else None
         terms = sequence_losses(self.setvae, getattr(self, "history_readout", None), h, batch, question)
         return {"logits": logits, "reconstruction": sum(terms.values()).mean(), "kl": self.setvae.kl(mu, logvar, batch)}
@@ -1201,7 +1167,7 @@ class SeqSetVAE(nn.Module):
         like, d, k = self.feature_mean, self.config.latent_dim, self.config.head_variables
         return Bedside(Cache(1, like.double()), Cache(d, like), Cache(d, like),
                        [Cache(2 * d, like) for _ in self.history.layers], Cache(2 * d, like),
-                       RunningStatistics(k, like.device), RunningStatistics(k, like.device))
+                       RunningStatistics(k, like.device))
 
     @torch.no_grad()
     def step(self, state: Bedside, minute: float, events) -> None:
@@ -1219,9 +1185,6 @@ class SeqSetVAE(nn.Module):
         state.z.append(z), state.h.append(h)
         if not self.config.classification_only:
             state.pool.append(self.feature_fusion.attention_pool.project_key_value(h))
-        if self.tells_beliefs:
-            values, believed = self._beliefs(z)
-            state.beliefs.add(minute, values, believed, believed.float())
         if self.config.summaries:
             listed = variable[:, None] == self.head_variables                                                   # [E, K]
             numbers = (listed & valued[:, None]).sum(0)
@@ -1238,7 +1201,7 @@ class SeqSetVAE(nn.Module):
         if self.config.summaries:
             since = (state.last - state.exact.minute.maximum(state.minute.rows[:, :1])).div(60).float()
             exact = summaries(state.exact.now(), since, z.new_tensor([[(minute - state.last) / 60]]))
-        return self._joined(z, h, last, state.beliefs.now() if self.tells_beliefs else None, exact, state.pool.rows)
+        return self._joined(z, h, last, exact, state.pool.rows)
 
     @torch.no_grad()
     def ask(self, state: Bedside, minute: float) -> float:
@@ -1365,6 +1328,8 @@ def checkpoint_config(content: dict, num_variables: int, path, set_heads: int | 
     in a bare state dict, are given."""
     if "format" in content:
         sizes = content["model_config"]
+        if content.get("mode") == "pretrain":  # its head is yet to be made, in ways that versions differ in
+            sizes = {name: value for name, value in sizes.items() if name != "features"}
         unknown = sorted(set(sizes) - {f.name for f in fields(ModelConfig)} | {"num_variables"} - set(sizes), key=str)
         if unknown:
             raise InputError(f"{path}: unknown or missing entry {unknown[0]!r} in its model config; "
@@ -1399,7 +1364,7 @@ def checkpoint_config(content: dict, num_variables: int, path, set_heads: int | 
     try:
         config = make(**sizes)
     except InputError as error:
-        raise InputError(f"{path}: {error}; it is damaged or forged") from None
+        raise InputError(f"{path}: {error}; it is damaged, or of another version") from None
     held = tuple(content["vocabulary"].shape) if "format" in content else (num_variables, config.input_dim)
     if not held == (config.num_variables, config.input_dim) == (num_variables, config.input_dim):
         raise InputError(f"{path}: its vocabulary {list(held)}, its normalizer of {num_variables} variables and its "
@@ -1418,7 +1383,7 @@ def load_weights(model: nn.Module, state: dict[str, torch.Tensor], path) -> None
                          "says; use the version that wrote it")
     model.load_state_dict(state)
     trees = getattr(model, "trees", None)
-    if trees is not None and not 0 <= trees.feature.min() <= trees.feature.max() < model._feature_sizes()["summaries"]:
+    if trees is not None and not 0 <= trees.feature.min() <= trees.feature.max() < model.feature_sizes()["summaries"]:
         raise InputError(f"{path}: its trees ask for features that the model does not have; it is damaged or forged")
 
 

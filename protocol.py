@@ -121,7 +121,7 @@ def hand_made_baselines(cohort, variables, train, weight, test) -> dict[str, np.
 class SummariesAlone(SeqSetVAE):
     """The classifier's head on the exact summaries of the stay and nothing else: its backbone is never run."""
 
-    def _feature_sizes(self) -> dict[str, int]:
+    def feature_sizes(self) -> dict[str, int]:
         return {"plain": 0, "learned": 0, "summaries": summary_features(self.config.head_variables)}
 
     def features(self, batch) -> torch.Tensor:

@@ -123,7 +123,7 @@ def test_an_original_finetuned_checkpoint_is_scored_with_its_data(tmp_path, caps
     one_error_line(capsys, main(["--checkpoint", str(whole), *original_data, "--baselines"]), "--baselines")
 
 
-CONFIGS = [dict(features="beliefs", summaries=True, head_variables=5), dict(features="multiscale", head_variables=7),
+CONFIGS = [dict(summaries=True, head_variables=5), dict(features="multiscale", head_variables=7),
            dict(classification_only=False, head_variables=3),
            dict(decoder="slots", features="stable", summaries=True, head_variables=7)]
 

@@ -23,7 +23,6 @@ from model import (
     SetVAE,
     load_weights,
     statistics_at,
-    statistics_of_beliefs,
 )
 from tests.plain_loop import close, plain_future, plain_pass, plain_statistics
 from tests.tiny import NAMES, PLAIN, batch_of, build, cohort_of, encoded, random_stays, tiny
@@ -273,7 +272,7 @@ def test_the_trees_of_the_head_predict_what_scikit_learn_fitted(points):
 def test_trees_may_ask_for_every_feature_and_for_no_other(classification_only):
     model = build(SeqSetVAE, tiny(classification_only=classification_only, summaries=True, head_variables=7,
                                   head_widths=(), head_trees=2))
-    state, size = {name: x.clone() for name, x in model.state_dict().items()}, model._feature_sizes()["summaries"]
+    state, size = {name: x.clone() for name, x in model.state_dict().items()}, model.feature_sizes()["summaries"]
     state["trees.feature"][0, 0] = size - 1
     load_weights(model, state, "best.pt")
     assert model(batch_of(random_stays())).shape == (4, 1, 2)
@@ -326,7 +325,7 @@ def test_feature_sizes_agree_with_the_features(features, decoder, summaries):
     model = build(SeqSetVAE, tiny(features=features, decoder=decoder, summaries=summaries, head_variables=5))
     with torch.no_grad():
         features = model.features(batch_of(random_stays()))
-    assert features.shape == (4, 1, sum(model._feature_sizes().values())) == (4, 1, model.cls_head[0].in_features)
+    assert features.shape == (4, 1, sum(model.feature_sizes().values())) == (4, 1, model.cls_head[0].in_features)
 
 
 def test_stable_features_are_the_last_state_and_attention_to_it():
@@ -386,23 +385,6 @@ def test_statistics_at_some_sets_are_those_of_all_sets():
         for p, q in itertools.product(range(4), range(3)):
             if slots[p, q] < 12:
                 close(ours[p, q], whole[p, slots[p, q], :, :3])
-
-
-def test_statistics_of_beliefs_are_those_of_measurements_of_the_same_values():
-    stays = random_stays((3, 8))
-    for stay in stays:  # one event a variable and set
-        stay[:] = [(minute, list(dict(events).items())) for minute, events in stay]
-    values, believed = torch.randn(2, 8, 7), torch.zeros(2, 8, 7, dtype=torch.bool)
-    minute = torch.zeros(2, 8, dtype=torch.float64)
-    for p, stay in enumerate(stays):
-        for i, (at, events) in enumerate(stay):
-            minute[p, i] = at
-            for v, x in events:
-                values[p, i, v], believed[p, i, v] = x, True
-    slots = torch.tensor([[1, 2, 8], [0, 5, 7]])
-    mine, whole = statistics_of_beliefs(values, believed, minute, slots), all_statistics(stays)
-    for p, q in ((0, 0), (0, 1), (1, 0), (1, 1), (1, 2)):
-        close(mine.past[p, q], whole.past[p, slots[p, q]])
 
 
 def test_adding_a_constant_to_all_minutes_of_a_stay_changes_nothing():
@@ -482,7 +464,7 @@ def test_at_the_bedside_time_goes_forward():
 def test_the_trees_have_the_share_that_fits_the_validation_points_best():
     model = build(SeqSetVAE, tiny(summaries=True, head_variables=7, head_widths=(), head_trees=1, tree_depth=1))
     torch.manual_seed(0)
-    features, first = torch.randn(400, model.cls_head[0].in_features), model._feature_sizes()["learned"]
+    features, first = torch.randn(400, model.cls_head[0].in_features), model.feature_sizes()["learned"]
     model.trees.feature.zero_(), model.trees.threshold.zero_(), model.trees.prior.zero_()
     model.trees.value.copy_(torch.tensor([[-3., 3.]]))                       # by the first of the summaries
     for name, right, share in (("trees", first, 1), ("neither", None, 0.)):

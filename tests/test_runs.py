@@ -44,7 +44,7 @@ def command(small_pretrained):
 # ----------------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("mode, changes", zip(MODES, (
-    ["betas=0.8,0.95", "hide_sets=0.3", "layers=1"], ["head_prior=1", "head_widths=[5]", "learning_rate=1e-2"],
+    ["betas=0.8,0.95", "hide_sets=0.3", "layers=1"], ["learned_prior=1", "head_widths=[5]", "learning_rate=1e-2"],
     ["full_learning_rate=1e-2", "full_drop_events=0.5", "fuse=false", "trees=none", "batch_size=8"])))
 def test_config_json_fed_back_gives_equal_bits(tmp_path, command, mode, changes):
     once, again, other = (tmp_path / name for name in ("once", "again", "other"))
