@@ -13,7 +13,8 @@ from sklearn.metrics import roc_auc_score
 import train
 from data import InputError, Normalizer, StayDataset, labelled_points, stays_of, with_points
 from evaluate import CPU
-from finetune_config import MANY_POINTS, FinetuneConfig, boosted_trees, classification_loss, tree_sizes
+from finetune_config import (MANY_POINTS, FinetuneConfig, boosted_trees, classification_loss, head_penalty,
+                             tree_sizes)
 from model import (
     BoostedTrees,
     History,
@@ -316,6 +317,16 @@ def test_focal_loss_equals_its_formula():
     expected = -np.where(label == 1, 0.25, 0.75) * (1 - p) ** 2 * np.log(p)  # Lin et al. 2017, eq. 5
     close(classification_loss(logits, label, FinetuneConfig(loss="focal", focal_alpha=0.25, focal_gamma=2.0)).double(),
           torch.tensor(expected.mean()))
+
+
+@pytest.mark.parametrize("classification_only", [True, False])
+def test_learned_features_and_summaries_have_priors_of_their_own(classification_only):
+    model = build(SeqSetVAE, tiny(summaries=True, head_variables=5, head_widths=(),
+                                  classification_only=classification_only))
+    sizes = model.feature_sizes()
+    torch.nn.init.ones_(model.cls_head[0].weight)
+    penalty = head_penalty(model, FinetuneConfig(learned_prior=3., summaries_prior=7.), points=50)
+    close(penalty, torch.tensor((3 * (sizes["plain"] + sizes["learned"]) + 7 * sizes["summaries"]) / 50.))  # two classes
 
 
 @pytest.mark.parametrize("features", ["stable", "multiscale"])
