@@ -32,7 +32,8 @@ from sklearn.preprocessing import StandardScaler
 
 import sepsis2019
 from data import (HASHED, InputError, Normalizer, StayDataset, build_cohort, labelled_points, make_splits, point_slots,
-                  salted, stay_event_index, stays_of, stays_with, variable_vectors, with_points, write_atomically)
+                  salted, search_after, stay_event_index, stays_of, stays_with, variable_vectors, with_points,
+                  write_atomically)
 from model import SeqSetVAE, at_slots, checkpoint_config, load_weights, original_classifier, read_checkpoint, real_sets
 from readers import load_cohort
 from runs import choose_device, evaluation_loader, label_digest
@@ -197,15 +198,18 @@ def net_benefit(label, probability) -> dict:
             "alarm_for_all": (prevalence - odds * (1 - prevalence)).tolist()}
 
 
-def subgroups(cohort, stays, name: str) -> dict[str, np.ndarray]:
-    """The groups of these stays [n] by the first value of a variable in each, or (`events`) by how many events it has:
-    {value: mask [n]}. More than six numbers are put into quartiles; variables without numbers such as ICUType=2 or
-    GENDER//F are the categories of one."""
+def subgroups(cohort, points, name: str) -> dict[str, np.ndarray]:
+    """The groups of the stays of these points [m], ascending, by the first value of a variable in each, or (`events`)
+    by how many events it had by its last point: {value: mask [m]}. More than six numbers are put into quartiles;
+    variables without numbers such as ICUType=2 or GENDER//F are the categories of one."""
+    stays, last = np.unique(cohort.point_stay[points][::-1], return_index=True)                        # [n]
+    minute = cohort.point_minute[points][::-1][last]
     kinds = {text: text[len(name) + len(mark):] for text in cohort.variables for mark in ("=", "//")
              if text.startswith(name + mark)}
-    counted = name == "events" and name not in cohort.variables
+    counted = name == "events" and name not in cohort.variables and not kinds
     if name not in cohort.variables and not kinds and not counted:
-        near = difflib.get_close_matches(name, {re.split("=|//", text)[0] for text in cohort.variables}, n=4, cutoff=.4)
+        known = {re.split("=|//", text)[0] for text in cohort.variables} | {"events"}
+        near = difflib.get_close_matches(name, known, n=4, cutoff=.4)
         raise InputError(f"--subgroups {name}: no variable of the data{'; near: ' * bool(near)}{', '.join(near)}; give "
                          "the names of variables, separated by commas, or events")
     asked = np.isin(cohort.variables, [name, *kinds])                                                # [V]
@@ -218,7 +222,11 @@ def subgroups(cohort, stays, name: str) -> dict[str, np.ndarray]:
     group = np.full(len(stays), "not recorded", dtype=object)
     numbers = np.array([cohort.variables[v] == name for v in variable], dtype=bool)
     group[place[~numbers]] = [kinds[cohort.variables[v]] for v in variable[~numbers]]
-    place, value = (np.arange(len(stays)), cohort.stay_events[stays]) if counted else (place[numbers], value[numbers])
+    place, value = place[numbers], value[numbers]
+    if counted:
+        begin, end = cohort.stay_start[stays], cohort.stay_start[stays + 1]
+        after = search_after(cohort.set_minute, minute, begin, end)
+        place, value = np.arange(len(stays)), cohort.set_start[after] - cohort.set_start[begin]
     order = list(dict.fromkeys(sorted(group[group != "not recorded"])))
     if len(distinct := np.unique(value)) > 6:
         edges = np.unique(np.quantile(value, (.25, .5, .75)))
@@ -227,6 +235,7 @@ def subgroups(cohort, stays, name: str) -> dict[str, np.ndarray]:
     else:
         part, names = np.searchsorted(distinct, value), {i: f"{x:g}" for i, x in enumerate(distinct)}
     group[place] = [names[i] for i in part]
+    group = group[np.searchsorted(stays, cohort.point_stay[points])]                                   # [m]
     return {key: group == key for key in (*names.values(), *order, "not recorded") if (group == key).any()}
 
 
@@ -315,9 +324,7 @@ def performance(arguments, baselines=None) -> None:
     if unscored and not (arguments.predictions or arguments.embeddings or arguments.trajectory):
         raise InputError(f"{unscored}; --predictions needs no label")
     stays = cohort.point_stay[points]
-    groups = {name: {key: mask[np.searchsorted(np.unique(stays), stays)]
-                     for key, mask in subgroups(cohort, np.unique(stays), name).items()}
-              for name in arguments.subgroups}
+    groups = {name: subgroups(cohort, points, name) for name in arguments.subgroups}
     rows = answered if arguments.predictions or arguments.embeddings else points
     told = [probability_at(each.to(device), data, rows, device) for each, _, _, data, _ in opened]
     probability = mean_of_logits(told) if others else told[0]

@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from sklearn.ensemble import GradientBoostingClassifier, HistGradientBoostingClassifier
 
 from data import InputError
-from model import SeqSetVAE
+from model import FEATURES, SeqSetVAE
 
 
 @dataclass
 class FinetuneConfig:
     # Head input and head
-    features: str = "stable"         # of the backbone: "stable" or "multiscale" (see ModelConfig)
+    features: str = "stable"         # of the backbone, or "multiscale"; see ModelConfig
     fuse: bool = True                # fused mu and logvar, or mu alone
     summaries: bool = True           # exact per-variable summaries of the stay beside the learned features
     most_variables: int = 128        # of which they speak, at most: the most common of the training stays
@@ -32,8 +32,8 @@ class FinetuneConfig:
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
     betas: tuple = (0.9, 0.999)
-    # Times half the squared norm of the head's weights, in the sum of all losses
-    learned_prior: float = 300.0     # of the learned features
+    # Times half the squared norm of the weights of the head's first layer, in the sum of all losses
+    learned_prior: float = 300.0     # of what the backbone tells
     summaries_prior: float = 1000.0  # of the exact summaries
     clip: float = 0.5                # largest norm of the gradient
     # Points that are learned from: all with the outcome, and of the others so many for each (another sample an epoch in
@@ -67,8 +67,9 @@ class FinetuneConfig:
                        | dict.fromkeys(("tree_subsample", "tree_features"), (1e-9, 1))
                        | dict.fromkeys(("focal_alpha", "label_smoothing", "max_trainable_ratio", "full_before",
                                         "full_drop_events"), (0, 1)))
-        if self.loss not in ("cross_entropy", "focal"):
-            raise InputError(f"loss is {self.loss!r}; it is cross_entropy or focal")
+        for name, words in (("loss", ("cross_entropy", "focal")), ("features", FEATURES)):
+            if getattr(self, name) not in words:
+                raise InputError(f"{name} is {getattr(self, name)!r}; it is {' or '.join(words)}")
 
     def epochs(self, points: int) -> int:
         """Of the head over so many points."""
@@ -112,10 +113,11 @@ def classification_loss(logits, label, config: FinetuneConfig, weight=None, tota
 
 
 def head_penalty(model: SeqSetVAE, config: FinetuneConfig, points: int) -> torch.Tensor:
-    """L2 penalty on the head's first layer, whose standardised inputs outnumber the positive stays, beside the mean
-    loss over so many training points: a Gaussian prior, which counts the less the more they are. -> []."""
-    square, exact = model.cls_head[0].weight.square(), model.feature_sizes()["summaries"]             # [c, F]
-    learned, exact = square.split([square.shape[1] - exact, exact], dim=1)
+    """L2 penalty on the head's first layer, whose inputs outnumber the positive stays, beside the mean loss over so
+    many training points: Gaussian priors, of what the backbone tells and of the summaries, which count the less the
+    more points there are. -> []."""
+    square = model.cls_head[0].weight.square()                                                         # [c, F]
+    learned, exact = square.tensor_split([square.shape[1] - model.feature_sizes()["summaries"]], dim=1)
     return 0.5 / points * (config.learned_prior * learned.sum() + config.summaries_prior * exact.sum())
 
 

@@ -14,7 +14,7 @@ groups of sets; V variables in all, K of the head; d latent_dim, w set_dim, r re
 
 import math
 import zipfile
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import NamedTuple
 
@@ -26,6 +26,9 @@ from sklearn.ensemble import GradientBoostingClassifier
 from torch.utils.checkpoint import checkpoint
 
 from data import SPLITS, EventBatch, EventSets, InputError
+
+
+FEATURES = ("stable", "multiscale")  # what the head hears of h and z: one vector, or eight
 
 
 @dataclass
@@ -67,7 +70,7 @@ class ModelConfig:
     classes: int = 2
     classification_only: bool = True  # frozen backbone; False: full training
     fuse: bool = True               # mu and logvar fused, or mu alone
-    features: str = "stable"     # of h and z: "stable", one vector, or "multiscale", eight
+    features: str = "stable"        # one of FEATURES
     summaries: bool = False         # exact per-variable summaries of the stay beside the learned features
     head_variables: int = 0         # K, how many variables the summaries speak of
     head_widths: tuple | None = None  # hidden widths of the head; None: the original's d, d/2, d/4
@@ -78,10 +81,11 @@ class ModelConfig:
     def __post_init__(self):
         """Refuse what no model can be, before memory is allocated for it:
         a config may come from a stranger's checkpoint."""
+        one_of = {"decoder": ("readout", "slots"), "features": FEATURES}
         fits = {int: lambda x: type(x) is int and 1 <= x <= 2**20,
                 int | None: lambda x: x is None or type(x) is int and 1 <= x <= 2**12,
                 float: lambda x: type(x) in (int, float) and 0 <= x < math.inf, bool: lambda x: type(x) is bool,
-                str: lambda x: x in ("readout", "slots", "stable", "multiscale")}
+                str: lambda x: x in one_of.get(f.name, ())}
         most = {"dropout": 1, "hide_sets": 1, "drop_events": 1, "layers": 256, "levels": 256, "tree_depth": 8}
         for f in fields(self):
             value = getattr(self, f.name)
@@ -455,17 +459,26 @@ def interval_of(slots: torch.Tensor, length: int) -> torch.Tensor:
     return torch.searchsorted(slots.contiguous(), position)
 
 
-def statistics(value, day, valued, count, row, first, shape) -> Statistics:
-    """Exact statistics of measurements by the sums over the intervals between asked sets, which compose: O(C + B Q n).
+def row_of_cells(batch: EventBatch, slots, column, width: int) -> torch.Tensor:
+    """[C] where each of the batch's measurements counts: (stay * (Q + 1) + interval between asked sets) * width +
+    variable; B (Q + 1) width: left out. The arguments are those of `statistics_at`."""
+    (stays, length), asked = batch.minute.shape, slots.shape[1]
+    column, interval = column.flatten()[batch.cell_pair], interval_of(slots, length).flatten()[batch.cell_slot]
+    row = (batch.cell_slot // length * (asked + 1) + interval) * width + column
+    return torch.where(column < width, row, stays * (asked + 1) * width)
 
-    value [C], relative to its variable's first value in the stay; day [C], since that first value; valued [C] bool;
-    count [C] events; all ascending in time within a variable of a stay; row [C]:
-    (stay * (Q + 1) + interval) * n + variable, or B (Q + 1) n: left out; first [B, n] the first values; shape
-    (B, Q, n).
-    """
-    stays, asked, width = shape
+
+def statistics_at(batch: EventBatch, slots, column, width: int) -> Statistics:
+    """The exact statistics of the stays' measurements, by sums over the intervals between asked sets, which compose:
+    O(C + B Q width). slots [B, Q]: positions of sets, ascending, L where padding; column [B, D]: the place among
+    `width` variables of each of the stay's variables, `width` where it is left out."""
+    stays, asked = slots.shape
     size = stays * (asked + 1) * width
-    valued_row = torch.where(valued, row, size)
+    first = batch.first_value.new_zeros(stays, width + 1)
+    first = first.scatter(1, column, batch.first_value)[:, :width]
+    value = batch.cell_value - batch.first_value.flatten()[batch.cell_pair]                           # [C]
+    day, row = batch.cell_day, row_of_cells(batch, slots, column, width)  # ascending in time in a stay's variable
+    valued_row = torch.where(batch.cell_valued, row, size)
 
     def total(x, rows=valued_row):
         return x.new_zeros(size + 1).index_add(0, rows, x)[:size].view(stays, asked + 1, width)
@@ -475,7 +488,7 @@ def statistics(value, day, valued, count, row, first, shape) -> Statistics:
 
     n, x, xx, t, tt, tx = map(total, (torch.ones_like(value), value, value.square(), day, day.square(), day * value))
     largest, smallest = extreme(value, "amax", -math.inf), extreme(value, "amin", math.inf)
-    events = total(count, row)
+    events = total(batch.cell_count, row)
     index = torch.arange(len(value), device=value.device)
     last = extreme(index, "amax", -1)[:, :asked].cummax(1).values                                  # [B, Q, n], -1: none
 
@@ -493,25 +506,6 @@ def statistics(value, day, valued, count, row, first, shape) -> Statistics:
     future = torch.stack([origin + x / times.clamp(min=1), origin + high, origin + low], dim=2)
     future_exists = (times > 0)[:, :, None].expand_as(future)
     return Statistics(past, past_exists, future.masked_fill(~future_exists, 0), future_exists)
-
-
-def row_of_cells(batch: EventBatch, slots, column, width: int) -> torch.Tensor:
-    """`row` [C] of the batch's measurements as `statistics` takes it; the arguments are those of `statistics_at`."""
-    (stays, length), asked = batch.minute.shape, slots.shape[1]
-    column, interval = column.flatten()[batch.cell_pair], interval_of(slots, length).flatten()[batch.cell_slot]
-    row = (batch.cell_slot // length * (asked + 1) + interval) * width + column
-    return torch.where(column < width, row, stays * (asked + 1) * width)
-
-
-def statistics_at(batch: EventBatch, slots, column, width: int) -> Statistics:
-    """The exact statistics of the stays' measurements. slots [B, Q]: positions of sets, ascending, L where padding;
-    column [B, D]: the place among `width` variables of each of the stay's variables, `width` where it is left out."""
-    stays, asked = slots.shape
-    first = batch.first_value.new_zeros(stays, width + 1)
-    first = first.scatter(1, column, batch.first_value)[:, :width]
-    value = batch.cell_value - batch.first_value.flatten()[batch.cell_pair]
-    row = row_of_cells(batch, slots, column, width)
-    return statistics(value, batch.cell_day, batch.cell_valued, batch.cell_count, row, first, (stays, asked, width))
 
 
 def hours_since(batch: EventBatch, slots, column, width: int) -> torch.Tensor:
@@ -994,7 +988,7 @@ class Bedside:
     h: Cache                    # width d
     past: list[Cache]           # keys and values of every layer of the history, width 2d
     pool: Cache                 # keys and values of the learned attention pool, width 2d: in full training
-    exact: RunningStatistics  # of the head's variables
+    exact: RunningStatistics    # of the head's variables
 
     @property
     def last(self) -> float:
@@ -1328,7 +1322,7 @@ def checkpoint_config(content: dict, num_variables: int, path, set_heads: int | 
     in a bare state dict, are given."""
     if "format" in content:
         sizes = content["model_config"]
-        if content.get("mode") == "pretrain":  # its head is yet to be made, in ways that versions differ in
+        if content.get("mode") == "pretrain":  # finetuning chooses the features; earlier versions knew others
             sizes = {name: value for name, value in sizes.items() if name != "features"}
         unknown = sorted(set(sizes) - {f.name for f in fields(ModelConfig)} | {"num_variables"} - set(sizes), key=str)
         if unknown:
@@ -1434,7 +1428,7 @@ def original_classifier(content: dict, config: ModelConfig, vocabulary: torch.Te
     if not head:
         raise InputError(f"{path}: not a finetuned checkpoint; make one with: "
                          f"python train.py --mode finetune --pretrained_ckpt {path}")
-    model = SeqSetVAE(replace(config, features="stable"), vocabulary)
+    model = SeqSetVAE(config, vocabulary)
     report = load_backbone(model, state)
     wrong = report.missing + report.mismatched
     wrong += [f"cls_head.{name}" for name, own in model.cls_head.state_dict().items()

@@ -51,7 +51,7 @@ def main(argv=None) -> int:
         help="share of the positives that an alarm shall find (default: %(default)s)")
     add("--subgroups", type=lambda text: text.split(","), default=[], metavar="NAMES",
         help="the report in groups by these variables, such as Gender,Age,ICUType: by their first value in the stay, "
-             "numbers in quartiles; events: by how many it has")
+             "numbers in quartiles; events: by how many it had by then")
     add("--json", metavar="FILE", help="write the analysis' figures")
     add("--export", metavar="FILE",
         help="instead: write the checkpoint (of either mode) without ids, paths and commands, to give it away")

@@ -826,8 +826,9 @@ def prepare_head(model: SeqSetVAE, features, label, weight, config: FinetuneConf
 
 def best_shares(log_odds: np.ndarray, label: np.ndarray, steps: int = 10) -> np.ndarray:
     """The shares (tenths) of k answers' log odds [k, n] that give the least cross-entropy at these labels [n]: [k]."""
-    shares = np.array([s for s in itertools.product(range(steps + 1), repeat=len(log_odds)) if sum(s) == steps]) / steps
-    return min(shares, key=lambda share: np.logaddexp(0, (1 - 2 * label) * (share @ log_odds)).mean())
+    falling, sign = range(steps, -1, -1), np.where(label == 1, -1, 1)  # of equal ones the first answer's largest share
+    shares = np.array([s for s in itertools.product(falling, repeat=len(log_odds)) if sum(s) == steps]) / steps
+    return min(shares, key=lambda share: np.logaddexp(0, sign * (share @ log_odds)).mean())
 
 
 @torch.no_grad()

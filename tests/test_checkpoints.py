@@ -1,7 +1,5 @@
 """Tests of checkpoint loading in model.py: ours, the original implementation's, under any prefix, never half loaded."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -20,7 +18,7 @@ from model import (
     read_checkpoint,
 )
 from tests.plain_loop import close
-from tests.tiny import FINETUNE, SHARED, build, tiny
+from tests.tiny import FINETUNE, SHARED, build, one_error_line, tiny
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoints: any wrapper, nothing missing in silence, the original's outputs
@@ -88,7 +86,7 @@ def test_an_original_pretraining_checkpoint_gives_its_outputs():
 
 def test_an_original_finetuned_checkpoint_gives_its_features_and_logits():
     content, expected, batch, vectors, path = fixture_of_the_original("original_finetuned_small")
-    model = SeqSetVAE(replace(checkpoint_config(content, len(vectors), path), features="stable"), vectors).eval()
+    model = SeqSetVAE(checkpoint_config(content, len(vectors), path), vectors).eval()
     state = checkpoint_state(content, path)
     report = load_backbone(model, state)
     assert report.complete and not report.unexpected
@@ -97,3 +95,15 @@ def test_an_original_finetuned_checkpoint_gives_its_features_and_logits():
     with torch.no_grad():
         close(model.features(batch)[0, 0], expected["features"].squeeze())
         close(model(batch)[0, 0], expected["logits"].squeeze())
+
+
+def test_features_that_an_earlier_version_recorded_when_pretraining_say_nothing(tmp_path, small_pretrained, capsys):
+    content = torch.load(small_pretrained / "best.pt")
+    content["model_config"]["features"] = "beliefs"
+    torch.save(content, tmp_path / "old.pt")
+    for name, path in (("new", small_pretrained / "best.pt"), ("old", tmp_path / "old.pt")):
+        assert train.main([*FINETUNE, str(path), "--set", "trees=none", "--run_dir", str(tmp_path / name)]) == 0
+    new, old = (torch.load(tmp_path / name / "best.pt") for name in ("new", "old"))
+    assert all(torch.equal(new["model"][name], old["model"][name]) for name in new["model"] | old["model"])
+    one_error_line(capsys, train.main([*FINETUNE, str(tmp_path / "old.pt"), "--set", "features=readout"]),
+                   "stable or multiscale")

@@ -123,9 +123,8 @@ def test_an_original_finetuned_checkpoint_is_scored_with_its_data(tmp_path, caps
     one_error_line(capsys, main(["--checkpoint", str(whole), *original_data, "--baselines"]), "--baselines")
 
 
-CONFIGS = [dict(summaries=True, head_variables=5), dict(features="multiscale", head_variables=7),
-           dict(classification_only=False, head_variables=3),
-           dict(decoder="slots", features="stable", summaries=True, head_variables=7)]
+CONFIGS = [dict(summaries=True, head_variables=5), dict(features="multiscale"), dict(classification_only=False),
+           dict(decoder="slots", summaries=True, head_variables=7)]
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -298,8 +297,11 @@ def test_subgroups_are_first_values_categories_quartiles_and_numbers_of_events(t
                      "RACE": {"A": [0, 2, 4, 6], "B": [1, 3, 5, 7], "not recorded": [8]},
                      "Age": {"30 to 31": [0, 1], "32 to 33": [2, 3], "34 to 35": [4, 5], "36 to 38": [6, 7, 8]},
                      "events": {"1": [8], "5": list(range(8))}}
-    with pytest.raises(InputError, match="--subgroups unit: no variable of the data; near: Unit; give"):
+    with pytest.raises(InputError, match="--subgroups unit: no variable of the data; near: Unit, events; give"):
         subgroups(cohort, np.arange(9), "unit")
+    early = with_points(cohort, np.array([1, 2, *[1] * 7]), np.array([0, 1, 2, *[5] * 7]), np.zeros(10))
+    found = {key: np.flatnonzero(mask).tolist() for key, mask in subgroups(early, np.arange(10), "events").items()}
+    assert found == {"1": [0, 9], "3": [1, 2], "4": [3, 4, 5, 6, 7, 8]}  # by the stay's last point, for all of its own
 
 
 def model_figures_of():

@@ -358,6 +358,7 @@ FORGED = {  # of a finetuned checkpoint: its content, or its bytes
     "a weight that is none": lambda good: forged(good, model=lambda m: m | {"history.tau": "60"}),
     "no weight": lambda good: forged(good, model={}),
     "no model config": lambda good: forged(good, model_config={}),
+    "features of an earlier version": lambda good: forged(good, model_config=lambda c: c | {"features": "beliefs"}),
     "a vocabulary of text": lambda good: forged(good, vocabulary="HR"),
     "a vocabulary of another size": lambda good: forged(good, vocabulary=lambda v: v[1:]),
     "no normalizer": lambda good: forged(good, normalizer={}),

@@ -326,7 +326,8 @@ def test_learned_features_and_summaries_have_priors_of_their_own(classification_
     sizes = model.feature_sizes()
     torch.nn.init.ones_(model.cls_head[0].weight)
     penalty = head_penalty(model, FinetuneConfig(learned_prior=3., summaries_prior=7.), points=50)
-    close(penalty, torch.tensor((3 * (sizes["plain"] + sizes["learned"]) + 7 * sizes["summaries"]) / 50.))  # two classes
+    learned = sizes["plain"] + sizes["learned"]
+    close(penalty, torch.tensor(.5 / 50 * 2 * (3 * learned + 7 * sizes["summaries"])))  # a row of weights a class
 
 
 @pytest.mark.parametrize("features", ["stable", "multiscale"])
@@ -340,7 +341,7 @@ def test_feature_sizes_agree_with_the_features(features, decoder, summaries):
 
 
 def test_stable_features_are_the_last_state_and_attention_to_it():
-    model, stays = build(SeqSetVAE, tiny(features="stable")), random_stays()
+    model, stays = build(SeqSetVAE, tiny()), random_stays()
     with torch.no_grad():
         features, h = model.features(batch_of(stays)), model.encode(batch_of(stays))[3]
     for stay, (feature,), states in zip(stays, features, h):
@@ -429,7 +430,7 @@ def test_statistics_of_a_nearly_constant_variable_are_exact():
     dict(features="multiscale", head_variables=4, levels=2, slope_per_head=False),
     dict(classification_only=False, head_variables=3),
     dict(classification_only=False, features="multiscale", summaries=True, head_variables=5, fuse=False),
-    dict(decoder="slots", features="stable", summaries=True, head_variables=5, mab_residual=False, presence=False)])
+    dict(decoder="slots", summaries=True, head_variables=5, mab_residual=False, presence=False)])
 def test_set_after_set_equals_the_whole_pass(config):
     """With events without a value, a set of unknown variables alone, two sets at one minute, questions between sets."""
     model, (stay,) = build(SeqSetVAE, tiny(**config)), random_stays([23], valueless=.2)
