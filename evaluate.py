@@ -32,8 +32,7 @@ from sklearn.preprocessing import StandardScaler
 
 import sepsis2019
 from data import (HASHED, InputError, Normalizer, StayDataset, build_cohort, labelled_points, make_splits, point_slots,
-                  salted, search_after, stay_event_index, stays_of, stays_with, variable_vectors, with_points,
-                  write_atomically)
+                  salted, stay_event_index, stays_of, stays_with, variable_vectors, with_points, write_atomically)
 from model import SeqSetVAE, at_slots, checkpoint_config, load_weights, original_classifier, read_checkpoint, real_sets
 from readers import load_cohort
 from runs import choose_device, evaluation_loader, label_digest
@@ -202,31 +201,32 @@ def subgroups(cohort, points, name: str) -> dict[str, np.ndarray]:
     """The groups of the stays of these points [m], ascending, by the first value of a variable in each, or (`events`)
     by how many events it had by its last point: {value: mask [m]}. More than six numbers are put into quartiles;
     variables without numbers such as ICUType=2 or GENDER//F are the categories of one."""
-    stays, last = np.unique(cohort.point_stay[points][::-1], return_index=True)                        # [n]
-    minute = cohort.point_minute[points][::-1][last]
+    stay_of_point = cohort.point_stay[points]
+    stays = np.unique(stay_of_point)                                                                   # [n]
     kinds = {text: text[len(name) + len(mark):] for text in cohort.variables for mark in ("=", "//")
              if text.startswith(name + mark)}
-    counted = name == "events" and name not in cohort.variables and not kinds
-    if name not in cohort.variables and not kinds and not counted:
+    group = np.full(len(stays), "not recorded", dtype=object)
+    if name in cohort.variables or kinds:
+        asked = np.isin(cohort.variables, [name, *kinds])                                              # [V]
+        events = stay_event_index(cohort, stays)
+        place = np.repeat(np.arange(len(stays)), cohort.stay_events[stays])
+        variable, value = cohort.event_variable[events], cohort.event_value[events]
+        told = asked[variable] & (np.isin(cohort.variables, list(kinds))[variable] | ~np.isnan(value))
+        place, first = np.unique(place[told], return_index=True)
+        variable, value = variable[told][first], value[told][first]
+        numbers = np.array([cohort.variables[v] == name for v in variable], dtype=bool)
+        group[place[~numbers]] = [kinds[cohort.variables[v]] for v in variable[~numbers]]
+        place, value = place[numbers], value[numbers]
+    elif name == "events":
+        index, slot = point_slots(cohort, stays)
+        last = points[np.searchsorted(stay_of_point, stays, side="right") - 1]                         # of each stay
+        first, end = cohort.stay_start[stays], slot[np.searchsorted(index, last)] + 1
+        place, value = np.arange(len(stays)), cohort.set_start[first + end] - cohort.set_start[first]
+    else:
         known = {re.split("=|//", text)[0] for text in cohort.variables} | {"events"}
         near = difflib.get_close_matches(name, known, n=4, cutoff=.4)
         raise InputError(f"--subgroups {name}: no variable of the data{'; near: ' * bool(near)}{', '.join(near)}; give "
                          "the names of variables, separated by commas, or events")
-    asked = np.isin(cohort.variables, [name, *kinds])                                                # [V]
-    events = stay_event_index(cohort, stays)
-    place = np.repeat(np.arange(len(stays)), cohort.stay_events[stays])
-    variable, value = cohort.event_variable[events], cohort.event_value[events]
-    told = asked[variable] & (np.isin(cohort.variables, list(kinds))[variable] | ~np.isnan(value))
-    place, first = np.unique(place[told], return_index=True)
-    variable, value = variable[told][first], value[told][first]
-    group = np.full(len(stays), "not recorded", dtype=object)
-    numbers = np.array([cohort.variables[v] == name for v in variable], dtype=bool)
-    group[place[~numbers]] = [kinds[cohort.variables[v]] for v in variable[~numbers]]
-    place, value = place[numbers], value[numbers]
-    if counted:
-        begin, end = cohort.stay_start[stays], cohort.stay_start[stays + 1]
-        after = search_after(cohort.set_minute, minute, begin, end)
-        place, value = np.arange(len(stays)), cohort.set_start[after] - cohort.set_start[begin]
     order = list(dict.fromkeys(sorted(group[group != "not recorded"])))
     if len(distinct := np.unique(value)) > 6:
         edges = np.unique(np.quantile(value, (.25, .5, .75)))
@@ -235,7 +235,7 @@ def subgroups(cohort, points, name: str) -> dict[str, np.ndarray]:
     else:
         part, names = np.searchsorted(distinct, value), {i: f"{x:g}" for i, x in enumerate(distinct)}
     group[place] = [names[i] for i in part]
-    group = group[np.searchsorted(stays, cohort.point_stay[points])]                                   # [m]
+    group = group[np.searchsorted(stays, stay_of_point)]                                               # [m]
     return {key: group == key for key in (*names.values(), *order, "not recorded") if (group == key).any()}
 
 
@@ -504,10 +504,10 @@ def print_subgroups(figures: dict) -> None:
     rows = {"all": own} | {f"{variable} {key}": group for variable, groups in figures["subgroups"].items()
                            for key, group in groups.items()}
     print(f"\n{'':28}  stays  positive  "
-          + "".join(f"{title:20}" for title in GROUP_COLUMNS.values()).rstrip()
+          + "".join(f"{title:22}" for title in GROUP_COLUMNS.values()).rstrip()
           + f" from {figures['alarm']['threshold']:.4f} on")
     for name, group in rows.items():
-        cells = "".join(f"{cell(group[measure]) if measure in group else '':20}" for measure in GROUP_COLUMNS)
+        cells = "".join(f"{cell(group[measure]) if measure in group else '':22}" for measure in GROUP_COLUMNS)
         print(f"{name:28} {group['stays']:6,}  {group['positive']:8,}  {cells}".rstrip())
     print(f"(no interval below {FEW} stays with a positive or with a negative label, no figure of one class alone)")
 
