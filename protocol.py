@@ -280,13 +280,21 @@ def predict_baselines(checkpoint: Path, home: Path, seed: int, fraction: float, 
                 save_predictions(partial, cohort, split, points, probability)
 
 
-def averaged(tables: list[pd.DataFrame]) -> tuple[pd.DataFrame, np.ndarray]:
-    """The mean of these methods' logits of the same points, with the shares that are best on the validation part, and
-    these shares."""
-    logits = np.stack([logit(table["probability"].to_numpy(), least=1e-7) for table in tables])
-    valid, label = tables[0]["split"].eq("valid"), tables[0]["label"]
-    best = best_shares(logits[:, valid], label[valid].to_numpy())
-    return tables[0].assign(probability=1 / (1 + np.exp(-best @ logits))), best
+def averaged(turns: dict[str, list[pd.DataFrame]]) -> dict[str, tuple[pd.DataFrame, np.ndarray]]:
+    """Of every split, whose methods' predictions of the same points are given: the mean of their logits, and the shares
+    in it, which are best on the validation parts of all splits, but for the stays that this split tests. (The few
+    hundred validation stays of one split choose by luck.)"""
+    logits = {turn: np.stack([logit(table["probability"].to_numpy(), least=1e-7) for table in tables])
+              for turn, tables in turns.items()}
+    told = {}
+    for turn, (table, *_) in turns.items():
+        tested = table.loc[table["split"] == "test", "stay_id"]
+        used = {other: first["split"].eq("valid") & ~first["stay_id"].isin(tested)
+                for other, (first, *_) in turns.items()}
+        best = best_shares(np.concatenate([logits[other][:, rows] for other, rows in used.items()], axis=1),
+                           np.concatenate([turns[other][0].loc[rows, "label"] for other, rows in used.items()]))
+        told[turn] = table.assign(probability=1 / (1 + np.exp(-best @ logits[turn]))), best
+    return told
 
 
 class Scores(NamedTuple):
@@ -334,7 +342,7 @@ def print_protocol(folder: Path) -> None:
         turns = sorted({turn for by_turn in tables.values() for turn in by_turn})
         members = [method for method in AVERAGED if sorted(tables.get(method, [])) == turns]
         if len(members) > 1:
-            told = {turn: averaged([tables[method][turn] for method in members]) for turn in turns}
+            told = averaged({turn: [tables[method][turn] for method in members] for turn in turns})
             tables[AVERAGE] = {turn: table for turn, (table, _) in told.items()}
             mean = np.mean([weights for _, weights in told.values()], axis=0)
             print(f"\n{AVERAGE}, in the mean: " + ", ".join(f"{w:.2f} {name}" for w, name in zip(mean, members)))

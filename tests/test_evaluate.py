@@ -677,13 +677,26 @@ def test_the_protocol_scores_utility_where_labels_are_the_challenges(tmp_path, c
     assert frozen[4].startswith(f"{np.mean(utility):.3f} ±") and frozen[7].startswith("+")
 
 
-def test_an_average_takes_the_weights_that_fit_the_validation_part_best():
+def test_an_average_takes_the_weights_that_fit_the_validation_parts_best():
     good, noise = predictions_of(.3, 0, stays=400), predictions_of(.3, 0, stays=400)
     noise["probability"] = np.random.default_rng(1).random(400)
-    table, weights = averaged([good, noise])
-    assert weights[0] > .7 and weights.sum() == 1
+
+    def weights(good, **others):
+        return averaged({"one": [good, noise], **others})["one"][1]
+
+    alone = weights(good)
+    assert alone[0] > .7 and alone.sum() == 1
     worse = good.assign(probability=np.where(good["split"] == "test", 1 - good["probability"], good["probability"]))
-    assert (averaged([worse, noise])[1] == weights).all()  # nothing of the test part decides
+    assert (weights(worse) == alone).all()  # nothing of the test part decides
+
+    def other(part, stays=good["stay_id"]):  # a split in which the first method says the contrary
+        contrary = good.assign(probability=1 - good["probability"])
+        return [table.assign(stay_id=stays, split=part) for table in (contrary, noise)]
+
+    elsewhere = other("valid", [f"other {stay}" for stay in good["stay_id"]])
+    assert weights(good, two=elsewhere)[0] < .3  # its validation part decides too
+    tested = other(np.where(good["split"] == "test", "valid", "test"))
+    assert (weights(good, two=tested) == alone).all()  # but not by stays that this split tests
 
 
 def test_the_protocol_keeps_what_is_finished_and_goes_on(tmp_path, monkeypatch, capsys, small_models):
