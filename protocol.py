@@ -209,6 +209,8 @@ def protocol(given: dict, splits: list, seeds: list, methods: list, fractions: l
     plan = [(method, fraction) for fraction in fractions for method in methods if fraction == 1 or method in FEW_LABELS]
     if not plan:
         raise InputError(f"--methods {' '.join(methods)}: measured with all labels alone; add 1 to --fractions")
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--protocol {folder}: a file; give a folder for what is measured")
     for (method, fraction), (home, data, seed) in itertools.product(plan, turns):
         common = [f"--seed={seed}", *(f"--{name}={value}" for name, value in data.items())]
         with finished(home / "pretrain") as partial:

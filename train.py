@@ -825,7 +825,10 @@ def prepare_head(model: SeqSetVAE, features, label, weight, config: FinetuneConf
 
 
 def best_shares(log_odds: np.ndarray, label: np.ndarray, steps: int = 10) -> np.ndarray:
-    """The shares (tenths) of k answers' log odds [k, n] that give the least cross-entropy at these labels [n]: [k]."""
+    """The shares (tenths) of k answers' log odds [k, n] that give the least cross-entropy at these labels [n]; equal
+    ones, where ten of a class are not there to tell: [k]."""
+    if np.bincount(label, minlength=2).min() < 10:
+        return np.full(len(log_odds), 1 / len(log_odds))
     falling, sign = range(steps, -1, -1), np.where(label == 1, -1, 1)  # of equal ones the first answer's largest share
     shares = np.array([s for s in itertools.product(falling, repeat=len(log_odds)) if sum(s) == steps]) / steps
     return min(shares, key=lambda share: np.logaddexp(0, sign * (share @ log_odds)).mean())
@@ -833,9 +836,9 @@ def best_shares(log_odds: np.ndarray, label: np.ndarray, steps: int = 10) -> np.
 
 @torch.no_grad()
 def weigh_trees(model: SeqSetVAE, features, label: np.ndarray) -> None:
-    """Give the trees the share of the logits that is best at these validation points; half, where ten of a class are
-    not there to tell: features [n, F], label [n]."""
-    if model.trees is None or np.bincount(label, minlength=2).min() < 10:
+    """Give the trees the share of the logits that is best at these validation points: features [n, F], label [n]; see
+    `best_shares`."""
+    if model.trees is None:
         return
     log_odds = []  # of the head, of the trees
     for share in (0, 1):

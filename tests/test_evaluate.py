@@ -686,6 +686,9 @@ def test_an_average_takes_the_weights_that_fit_the_validation_parts_best():
 
     alone = weights(good)
     assert alone[0] > .7 and alone.sum() == 1
+    few = good["split"].eq("valid") & (np.arange(len(good)) < 48)
+    kept = few | good["split"].eq("test")  # four validation stays of a class choose nothing
+    assert (averaged({"one": [good[kept], noise[kept]]})["one"][1] == .5).all()
     worse = good.assign(probability=np.where(good["split"] == "test", 1 - good["probability"], good["probability"]))
     assert (weights(worse) == alone).all()  # nothing of the test part decides
 
@@ -714,6 +717,7 @@ def test_the_protocol_keeps_what_is_finished_and_goes_on(tmp_path, monkeypatch, 
     capsys.readouterr()
     one_error_line(capsys, main([*words, "--hours", "24"]), "kept/seed3: holds what was measured on other data, or")
     one_error_line(capsys, main([*words[:-1], "frozen, mu alone", "--fractions", ".1"]), "add 1 to --fractions")
+    one_error_line(capsys, main(["--protocol", "table/events.csv", *words[2:]]), "table/events.csv: a file; give")
     assert sorted(path.name for path in Path("kept/seed3").iterdir()) == ["frozen 100%", "pretrain"]
 
 
