@@ -288,13 +288,13 @@ def averaged(turns: dict[str, list[pd.DataFrame]]) -> dict[str, tuple[pd.DataFra
     hundred validation stays of one split choose by luck.)"""
     logits = {turn: np.stack([logit(table["probability"].to_numpy(), least=1e-7) for table in tables])
               for turn, tables in turns.items()}
+    every = np.concatenate([*logits.values()], axis=1)                                             # [methods, points]
+    points = pd.concat([table for table, *_ in turns.values()], ignore_index=True)
     told = {}
     for turn, (table, *_) in turns.items():
         tested = table.loc[table["split"] == "test", "stay_id"]
-        used = {other: first["split"].eq("valid") & ~first["stay_id"].isin(tested)
-                for other, (first, *_) in turns.items()}
-        best = best_shares(np.concatenate([logits[other][:, rows] for other, rows in used.items()], axis=1),
-                           np.concatenate([turns[other][0].loc[rows, "label"] for other, rows in used.items()]))
+        used = (points["split"].eq("valid") & ~points["stay_id"].isin(tested)).to_numpy()
+        best = best_shares(every[:, used], points["label"].to_numpy()[used])
         told[turn] = table.assign(probability=1 / (1 + np.exp(-best @ logits[turn]))), best
     return told
 
