@@ -22,8 +22,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
 import sepsis2019
-from data import (InputError, common_variables, labelled_points, search_after, stay_event_index, stays_of,
-                  write_atomically)
+from data import (InputError, clear_write_error, common_variables, labelled_points, search_after, stay_event_index,
+                  stays_of, write_atomically)
 from evaluate import CPU, bootstrap, interval, logit, open_classifier
 from finetune_config import MANY_POINTS, FinetuneConfig, tree_sizes
 from model import ModelConfig, SeqSetVAE, summary_features
@@ -209,8 +209,6 @@ def protocol(given: dict, splits: list, seeds: list, methods: list, fractions: l
     plan = [(method, fraction) for fraction in fractions for method in methods if fraction == 1 or method in FEW_LABELS]
     if not plan:
         raise InputError(f"--methods {' '.join(methods)}: measured with all labels alone; add 1 to --fractions")
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--protocol {folder}: a file; give a folder for what is measured")
     for (method, fraction), (home, data, seed) in itertools.product(plan, turns):
         common = [f"--seed={seed}", *(f"--{name}={value}" for name, value in data.items())]
         with finished(home / "pretrain") as partial:
@@ -243,7 +241,8 @@ def finished(folder: Path):
         yield None
         return
     partial = folder.with_name(f"{folder.name}.partial")
-    partial.mkdir(parents=True, exist_ok=True)
+    with clear_write_error(folder):
+        partial.mkdir(parents=True, exist_ok=True)
     yield partial
     partial.rename(folder)
 

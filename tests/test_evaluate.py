@@ -717,7 +717,8 @@ def test_the_protocol_keeps_what_is_finished_and_goes_on(tmp_path, monkeypatch, 
     capsys.readouterr()
     one_error_line(capsys, main([*words, "--hours", "24"]), "kept/seed3: holds what was measured on other data, or")
     one_error_line(capsys, main([*words[:-1], "frozen, mu alone", "--fractions", ".1"]), "add 1 to --fractions")
-    one_error_line(capsys, main(["--protocol", "table/events.csv", *words[2:]]), "table/events.csv: a file; give")
+    below_a_file = main(["--protocol", "table/events.csv", *words[2:]])
+    one_error_line(capsys, below_a_file, "table/events.csv/seed3/pretrain: cannot be written (Not a directory)")
     assert sorted(path.name for path in Path("kept/seed3").iterdir()) == ["frozen 100%", "pretrain"]
 
 
