@@ -157,9 +157,6 @@ class Cohort:
         if len(self.label) != len(self):
             asked = (np.diff(self.point_start) > 0).sum()
             lines.append(f"data: {len(self.label):,} prediction points in {asked:,} stays")
-        divided = divided_subjects(self, {name: self.stay_id[self.split == code] for code, name in enumerate(SPLITS)})
-        if divided:
-            lines.append(f"data: patients in two parts: {divided:,}")
         lines += [f"data: {count:,} {reason}"
                   + (f", the first: {self.examples[reason]}" if reason in self.examples else "")
                   for reason, count in self.notes.items() if count]
@@ -371,7 +368,7 @@ def make_splits(cohort: Cohort, seed: int) -> dict[str, list[str]]:
     names none), else 64/16/20, seeded, stratified by the largest label of each subject. The stays of a subject stay
     together.
 
-    Raises InputError where there are fewer than three subjects.
+    Raises InputError where there are fewer than three subjects, or the data's own split divides one.
     """
     subject, label = subjects_with_label(cohort, np.arange(len(cohort)))
     part = np.array(cohort.split)
@@ -385,7 +382,12 @@ def make_splits(cohort: Cohort, seed: int) -> dict[str, list[str]]:
         part = part_of[subject]
     elif not (part == 1).any() and len(rest := np.unique(subject[part == 0])) > 1:
         part[(part == 0) & np.isin(subject, rest[draw(label[rest], 1, seed)[1]])] = 1
-    return {name: cohort.stay_id[part == code].tolist() for code, name in enumerate(SPLITS)}
+    split = {name: cohort.stay_id[part == code].tolist() for code, name in enumerate(SPLITS)}
+    parts = Counter(name for subjects in subjects_of(cohort, split).values() for name in subjects)
+    if divided := [name for name, count in parts.items() if count > 1]:
+        raise InputError(f"{cohort.reader}: the split puts the stays of {len(divided):,} patients into two parts "
+                         f"({', '.join(divided[:3])} ...); give all stays of a patient one part, or no subject_id")
+    return split
 
 
 def subjects_with_label(cohort: Cohort, stays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -411,12 +413,6 @@ def draw(label: np.ndarray, others: int, seed: int) -> tuple[np.ndarray, np.ndar
     order = order[np.argsort(-label[order], kind="stable")]
     drawn = everyone % 5 == others
     return order[~drawn], order[drawn]
-
-
-def divided_subjects(cohort: Cohort, split: dict[str, list[str]]) -> int:
-    """How many subjects have stays in more than one part of the split."""
-    parts = Counter(subject for ids in split.values() for subject in np.unique(cohort.subject[stays_of(cohort, ids)]))
-    return sum(n > 1 for n in parts.values())
 
 
 HASHED = "sha256:"
@@ -516,17 +512,18 @@ class Normalizer:
             sorted_values.append((value[order], np.searchsorted(variable[order], np.arange(len(counts) + 1))))
         mean, std, log_scale = np.zeros((3, len(counts)), dtype=np.float32)
         std[:] = 1
+        given = ~np.isnan(cohort.statistics[:, 0])
+        mean[given], std[given] = cohort.statistics[given].T
         result = cls(cohort.variables, mean, std, log_scale)
         beyond = seen = 0
         for v in np.flatnonzero(counts):
             x = np.concatenate([value[bounds[v]:bounds[v + 1]] for value, bounds in sorted_values]).astype(np.float64)
             if len(x):
-                result._fit_variable(v, x, tail, skewed, far)
+                if not given[v]:
+                    result._fit_variable(v, x, tail, skewed, far)
                 seen += len(x)
-                if (mean[v], std[v]) != (0, 1):  # else a constant, at which nothing is lost
+                if given[v] or (mean[v], std[v]) != (0, 1):  # else a constant, at which nothing is lost
                     beyond += int((np.abs(result(np.full(len(x), v), x)) >= result.clip).sum())
-        given = ~np.isnan(cohort.statistics[:, 0])
-        (mean[given], std[given]), log_scale[given] = cohort.statistics[given].T, 0
         result.clipped = beyond / max(1, seen)
         return result
 
@@ -659,7 +656,6 @@ class EventBatch(EventSets):
     every step.
     """
 
-    event_slot: torch.Tensor       # [E] int64, stay * L + position of the event's set
     group_slot: torch.Tensor       # [S] int64, the slot of each set of the groups (0 for padding)
     minute: torch.Tensor           # [B, L] float64, of each set (0 in padding)
     lengths: torch.Tensor          # [B] int64, number of sets
@@ -773,7 +769,6 @@ class StayDataset(torch.utils.data.Dataset):
             variables=np.append(variables, np.zeros(round_up(len(variables) + 1) - len(variables), dtype=np.int64)),
             event_variable=local.reshape(-1),
             event_value=value,
-            event_slot=slot[event_set],
             minute=minute.reshape(-1, length),
             lengths=sizes.sets,
             stay=np.array(stays, dtype=np.int64),

@@ -7,6 +7,7 @@ runs; `open_classifier` opens a checkpoint beside its data.
 import csv
 import difflib
 import io
+import itertools
 import json
 import re
 import secrets
@@ -34,10 +35,11 @@ import sepsis2019
 from data import (HASHED, InputError, Normalizer, StayDataset, build_cohort, labelled_points, make_splits, point_slots,
                   salted, stay_event_index, stays_of, stays_with, variable_vectors, with_points, write_atomically)
 from model import SeqSetVAE, at_slots, checkpoint_config, load_weights, original_classifier, read_checkpoint, real_sets
-from readers import load_cohort
+from readers import load_cohort, read_map
 from runs import choose_device, evaluation_loader, label_digest
-from tables import BEYOND, MISSING
-from train import data_of, data_options, dataset_of, encode_points, open_checkpoint, probability_at, ranking
+from tables import BEYOND, MISSING, TRUTH
+from train import (data_of, data_options, dataset_of, encode_points, learned_from, open_checkpoint, probability_at,
+                   ranking)
 
 CPU = torch.device("cpu")
 
@@ -103,17 +105,21 @@ def open_original(path, content, cohort, set_heads, transformer_heads):
     return model, content | {"source": source, "split": split, "metrics": metrics}, cohort, dataset, False
 
 
-def scored_stays(content, cohort, new) -> tuple[np.ndarray, str]:
-    """The stays that may be scored, and what they are: those of the recorded test split; of other data, those of
-    subjects that were not trained or selected on."""
-    if not new:
+def scored_stays(content, cohort, new, split_file=None) -> tuple[np.ndarray, str]:
+    """The stays that may be scored, and what they are: those that --split tests, or else the recorded split; of other
+    data all. Subjects that were trained or selected on are left out."""
+    if split_file:
+        stays, what = stays_of(cohort, make_splits(cohort, 0)["test"]), f"the test part of {split_file}"
+    elif new:
+        stays, what = np.arange(len(cohort)), "all labelled stays of other data than the checkpoint's"
+    else:
         recorded_by = "checkpoint" if "format" in content else "data"
-        return stays_of(cohort, content["split"]["test"]), f"the test split that the {recorded_by} recorded"
-    seen = np.isin(cohort.subject, content["subjects"]["train"] + content["subjects"]["valid"])
-    what = "all labelled stays of other data than the checkpoint's"
+        stays = stays_of(cohort, content["split"]["test"])
+        what = f"the test split that the {recorded_by} recorded"
+    seen = np.isin(cohort.subject[stays], list(learned_from(content, cohort, new)))
     if seen.any():
         what += f"; {seen.sum():,} stays left out of subjects that the checkpoint was trained or selected on"
-    return np.flatnonzero(~seen), what
+    return stays[~seen], what
 
 
 def ranks(label, p, weight) -> tuple[float, float]:
@@ -239,7 +245,7 @@ def subgroups(cohort, points, name: str) -> dict[str, np.ndarray]:
     return {key: group == key for key in (*names.values(), *order, "not recorded") if (group == key).any()}
 
 
-MANY_POINTS = 20_000  # of which a bootstrap draws 200 samples, not 1,000
+RESAMPLED_LESS = 20_000  # points, of which a bootstrap draws 200 samples, not 1,000
 FEW = 10              # stays with a positive label, or with a negative one, below which an interval means nothing
 
 
@@ -259,7 +265,7 @@ def with_intervals(stays, label, probability, measures: dict) -> dict:
     intervals = [None] * len(values)
     if not few(stays, label):
         draws = bootstrap(stays, label, probability, measures=measures,
-                          repeats=200 if len(label) > MANY_POINTS else 1000)[:, 0]
+                          repeats=200 if len(label) > RESAMPLED_LESS else 1000)[:, 0]
         determined = [column[np.isfinite(column)] for column in draws.T]
         intervals = [np.percentile(column, [2.5, 97.5]).tolist() if len(column) > len(draws) / 2 else None
                      for column in determined]
@@ -304,10 +310,10 @@ def performance(arguments, baselines=None) -> None:
     versions = ", ".join(f"{name} {version}" for name, version in source["versions"].items())
     print(f"checkpoint: seed {source.get('seed', 'unknown')}, data {source['fingerprint']}, {versions}")
     stay = find_stay(dataset, arguments.trajectory)
-    unseen, what = scored_stays(content, cohort, new)
+    unseen, what = scored_stays(content, cohort, new, arguments.split_file)
     answered = answered_points(dataset)
     for _, other, _, also, is_new in opened[1:]:
-        unseen = np.intersect1d(unseen, scored_stays(other, cohort, is_new)[0])
+        unseen = np.intersect1d(unseen, scored_stays(other, cohort, is_new, arguments.split_file)[0])
         content = content | {"split": parts_of_all(content["split"], other["split"])}
         answered = np.intersect1d(answered, answered_points(also))
     points = labelled_points(cohort, unseen)
@@ -320,12 +326,15 @@ def performance(arguments, baselines=None) -> None:
     points = np.intersect1d(points, answered)
     label = cohort.label[points].astype(int)
     unscored = len(np.unique(label)) < 2 and (f"{cohort.reader}: the stays to be scored hold one class or none "
-                                              f"({len(stays_with(cohort, points))} stays); AUROC needs both")
+                                              f"({len(stays_with(cohort, points))} stays: {what}); AUROC needs both")
     if unscored and not (arguments.predictions or arguments.embeddings or arguments.trajectory):
         raise InputError(f"{unscored}; --predictions needs no label")
     stays = cohort.point_stay[points]
     groups = {name: subgroups(cohort, points, name) for name in arguments.subgroups}
     rows = answered if arguments.predictions or arguments.embeddings else points
+    if not len(rows) and (arguments.predictions or arguments.embeddings):
+        raise InputError(f"{cohort.reader}: no question has an answer, as nothing that the checkpoint knows lies "
+                         "before any; give these stays' events, or their names by --variables")
     told = [probability_at(each.to(device), data, rows, device) for each, _, _, data, _ in opened]
     probability = mean_of_logits(told) if others else told[0]
     if arguments.predictions:
@@ -725,6 +734,9 @@ def followed_event(line: str) -> tuple[str, float, str, float]:
     stay, minute, variable, value = cells
     if not stay or not variable:
         raise ValueError(f"no {'variable' if stay else 'stay_id'}")
+    if "_" in minute + value:  # which Python takes for part of a number
+        raise ValueError("a minute or value that is no number")
+    value = TRUTH.get(value.lower(), value)
     beyond = BEYOND.fullmatch(value)
     minute, value = float(minute), float("nan" if value in MISSING else beyond[1] if beyond else value)
     if not abs(minute) < 1e8 or abs(value) > float(np.finfo(np.float32).max):
@@ -733,10 +745,10 @@ def followed_event(line: str) -> tuple[str, float, str, float]:
 
 
 class Ward:
-    """The stays that are followed: their states, their open sets, and counts of what came."""
+    """The stays that are followed: their states, their open sets, and counts of what came; rename: see `read_map`."""
 
-    def __init__(self, model: SeqSetVAE, normalizer: Normalizer):
-        self.model, self.normalizer = model, normalizer
+    def __init__(self, model: SeqSetVAE, normalizer: Normalizer, rename: dict = {}):
+        self.model, self.normalizer, self.rename = model, normalizer, rename
         self.index = {name: i for i, name in enumerate(normalizer.variables)}
         self.states, self.sets, self.known = {}, {}, set()  # of stays; a set: (minute, [(variable, value), ...])
         self.counts, self.unknown = Counter(), Counter()
@@ -753,8 +765,9 @@ class Ward:
         if stay in self.sets and minute > now:
             self.end_set(stay)
         _, events = self.sets.setdefault(stay, (minute, []))
+        variable, factor, offset = self.rename.get(variable, (variable, 1, 0))
         if variable in self.index:
-            events.append((self.index[variable], value))
+            events.append((self.index[variable], value * factor + offset))
             self.known.add(stay)
         else:
             self.unknown[variable] += 1
@@ -799,7 +812,8 @@ def follow(arguments) -> None:
         model, _, _, dataset, _ = open_classifier(path, data_options(arguments), arguments.set_heads,
                                                   arguments.transformer_heads)
         normalizer = dataset.normalizer
-    ward = Ward(model.to(device), normalizer)
+    rename = read_map(Path(arguments.variables_map)) if arguments.variables_map else {}
+    ward = Ward(model.to(device), normalizer, rename)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # what is no text is a malformed line or an unknown variable
     try:
@@ -825,7 +839,8 @@ def follow(arguments) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 STYLES = [dict(color=color, linestyle=style)
-          for color, style in (("black", "-"), ("#0072B2", "--"), ("#D55E00", "-."), ("#888888", ":"))]
+          for color, style in (("black", "-"), ("#0072B2", "--"), ("#D55E00", "-."), ("#888888", ":"),
+                               ("#009E73", (0, (3, 1, 1, 1, 1, 1))))]
 
 
 def new_figure(columns: int, rows: int = 1, width: float = 4.4, height: float = 3.8, **options):
@@ -897,15 +912,15 @@ def plot_curves(folder: Path, checkpoint, pretrained) -> None:
 def plot_ranking(folder: Path, label, methods: dict) -> None:
     """ranking.png: ROC and precision-recall of the checkpoint and, where fitted, the baselines."""
     figure, (roc, pr) = new_figure(2, width=5, height=4.8)
-    for (name, p), style in zip(methods.items(), STYLES):
+    for (name, p), style in zip(methods.items(), itertools.cycle(STYLES)):
         roc.plot(*roc_curve(label, p)[:2], label=f"{name} ({roc_auc_score(label, p):.3f})", **style)
         precision, recall, _ = precision_recall_curve(label, p)
         pr.plot(recall, precision, label=f"{name} ({average_precision_score(label, p):.3f})", drawstyle="steps-post",
                 **style)
     roc.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=.8)
     pr.axhline(label.mean(), color="#bbbbbb", linewidth=.8, label=f"prevalence ({label.mean():.3f})")
-    roc.set(title=f"ROC, {len(label):,} stays", xlabel="false positive rate", ylabel="true positive rate", xlim=(0, 1),
-            ylim=(0, 1.01))
+    roc.set(title=f"ROC, {len(label):,} points", xlabel="false positive rate", ylabel="true positive rate",
+            xlim=(0, 1), ylim=(0, 1.01))
     pr.set(title=f"Precision-recall, {label.sum():,} positive", xlabel="recall", ylabel="precision", xlim=(0, 1),
            ylim=(0, 1.01))
     roc.legend(title="AUROC", frameon=False, fontsize=8, loc="lower right")
@@ -931,7 +946,7 @@ def plot_calibration(folder: Path, label, probability, bins: int = 10) -> None:
     curve.set(ylabel="observed share of positives", xlim=(0, 1), ylim=(0, 1.01))
     curve.legend(frameon=False, ncols=2, fontsize=8, loc="lower center", bbox_to_anchor=(.5, 1))
     bars.bar((np.arange(bins) + .5) / bins, count, width=.9 / bins, color="#777777")
-    bars.set(xlabel="predicted probability", ylabel="stays")
+    bars.set(xlabel="predicted probability", ylabel="points")
     bars.yaxis.get_major_locator().set_params(integer=True)
     save_figure(figure, folder / "calibration.png")
 
@@ -939,7 +954,7 @@ def plot_calibration(folder: Path, label, probability, bins: int = 10) -> None:
 def plot_decision(folder: Path, label, methods: dict) -> None:
     """decision.png: the net benefit of alarms from a threshold on, beside alarms for all and for none."""
     figure, (ax,) = new_figure(1, width=6, height=4.5)
-    for (name, p), style in zip(methods.items(), STYLES):
+    for (name, p), style in zip(methods.items(), itertools.cycle(STYLES)):
         ax.plot(THRESHOLDS, net_benefit(label, p)["net_benefit"], label=name, **style)
     ax.plot(THRESHOLDS, net_benefit(label, label)["alarm_for_all"], color="#bbbbbb", label="alarm for all")
     ax.axhline(0, color="#bbbbbb", linewidth=.8, label="alarm for none")

@@ -46,8 +46,7 @@ class FinetuneConfig:
     focal_gamma: float = 2.0
     label_smoothing: float = 0.0     # of the cross-entropy
     # Early stopping of the head on the validation AUROC, in epochs. 0: none, the last epoch is kept: on a few hundred
-    # validation stays the best epoch is mostly luck, and the regularised head does not overfit (cross-validated:
-    # 0.851/0.528 kept last, 0.848/0.522 picked)
+    # validation stays the best epoch is mostly luck, and the regularised head does not overfit
     patience: int = 0
     max_trainable_ratio: float = 0.05  # of all parameters, where the backbone is frozen
     # Full training: the head is first trained on the frozen backbone, as above (Kumar et al. 2022), then everything

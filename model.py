@@ -1062,13 +1062,11 @@ class SeqSetVAE(nn.Module):
         w = torch.sigmoid(1 - std.mean(-1, keepdim=True))
         return w * mu * (1 + 0.05 * torch.tanh(std)) + (1 - w) * mu
 
-    def _extract_enhanced_features(self, h, slots=None, key_value=None):
-        """Features from h [B, L, d] alone at the sets `slots` [B, Q] (None: the last), from no later set: stable
+    def _extract_enhanced_features(self, h, slots, key_value=None):
+        """Features from h [B, L, d] alone at the sets `slots` [B, Q], from no later set: stable
         [B, Q, d] = 0.7 * last + 0.3 * attention pool, or multiscale [B, Q, 4d] = last, attention pool, mean, max. Full
         training: before them a projection [B, Q, d] of mean, max and learned attention pool, whose keys and values are
         `key_value` [B, L, 2d] (None: yet to be projected)."""
-        if slots is None:
-            slots = torch.full((len(h), 1), h.shape[1] - 1, device=h.device)
         last = at_slots(h, slots)                                                                     # [B, Q, d]
         attention, pools = attention_pool(h, last, slots), []
         if self.config.features == "multiscale" or not self.config.classification_only:

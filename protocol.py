@@ -22,14 +22,15 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
 import sepsis2019
-from data import (InputError, clear_write_error, common_variables, labelled_points, search_after, stay_event_index,
-                  stays_of, write_atomically)
+from data import (InputError, clear_write_error, common_variables, labelled_points, make_splits, search_after,
+                  stay_event_index, stays_of, write_atomically)
 from evaluate import CPU, bootstrap, interval, logit, open_classifier
 from finetune_config import MANY_POINTS, FinetuneConfig, tree_sizes
 from model import ModelConfig, SeqSetVAE, summary_features
 from runs import choose_device, recorded
-from train import (HeadTraining, best_shares, data_options, encode_points, finetune, label_subset, labelled,
-                   open_checkpoint, parse_arguments, pretrain, probability_at, training_points, weigh_trees)
+from train import (HeadTraining, best_shares, changed, data_options, encode_points, finetune, label_subset, labelled,
+                   need_both_classes, open_checkpoint, parse_arguments, pretrain, probability_at, read_cohort,
+                   training_points, weigh_trees)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Baselines: hand-made features, and the model's own head without its backbone
@@ -160,22 +161,24 @@ def without_backbone(dataset, train, valid, test, seed: int, device=CPU,
 
 
 def baselines(arguments, content, cohort, dataset, points, new) -> dict[str, np.ndarray]:
-    """Probabilities at the scored points by BASELINES and by an untrained backbone of the checkpoint's config under the
-    same head, all trained on the checkpoint's training stays."""
-    if new or "format" not in content:
+    """Probabilities at the scored points by BASELINES and by an untrained backbone of the checkpoint's config, under a
+    frozen head of its settings; all learn from the labels that the checkpoint learned from."""
+    if new or "run" not in content:
         raise InputError(f"{arguments.checkpoint[0]}: --baselines are fitted on the data that train.py made the "
-                         f"checkpoint with; leave {'--data_dir' if new else '--baselines'} out")
-    train, device = labelled(cohort, content["split"]["train"]), choose_device(arguments.device, "fp32")[0]
+                         f"checkpoint with, as it recorded; leave {'--data_dir' if new else '--baselines'} out")
+    config, seed = changed(FinetuneConfig(), content["run"]["settings"]), content["source"]["seed"]
+    share, device = content["run"]["options"]["label_fraction"], choose_device(arguments.device, "fp32")[0]
+    train = label_subset(cohort, labelled(cohort, content["split"]["train"]), share, seed)
     valid = labelled_points(cohort, stays_of(cohort, content["split"]["valid"]))
-    methods = without_backbone(dataset, train, valid, points, content["source"]["seed"], device)
+    methods = without_backbone(dataset, train, valid, points, seed, device, config)
     with tempfile.TemporaryDirectory() as folder:
         pretrained = Path(folder) / "untrained.pt"
         torch.save(content | {"mode": "pretrain"}, pretrained)
         given = [f"--{name}={value}" for name, value in data_options(arguments).items()]
-        command = ["--mode", "finetune", "--pretrained_ckpt", str(pretrained), "--random_init",
-                   "--run_dir", f"{folder}/run", "--device", arguments.device, *given]
+        command = ["--mode", "finetune", "--pretrained_ckpt", str(pretrained), "--random_init", f"--seed={seed}",
+                   f"--label_fraction={share}", "--run_dir", f"{folder}/run", "--device", arguments.device, *given]
         with contextlib.redirect_stdout(io.StringIO()):  # its log would stand in the middle of the report
-            path = finetune(parse_arguments(command))
+            path = finetune(parse_arguments(command), config)
         model = open_classifier(path, data_options(arguments))[0]
         return methods | {"untrained backbone, same head": probability_at(model.to(device), dataset, points, device)}
 
@@ -209,6 +212,9 @@ def protocol(given: dict, splits: list, seeds: list, methods: list, fractions: l
     plan = [(method, fraction) for fraction in fractions for method in methods if fraction == 1 or method in FEW_LABELS]
     if not plan:
         raise InputError(f"--methods {' '.join(methods)}: measured with all labels alone; add 1 to --fractions")
+    for _, data, seed in turns:
+        cohort = read_cohort(data)
+        need_both_classes(cohort, make_splits(cohort, seed))
     for (method, fraction), (home, data, seed) in itertools.product(plan, turns):
         common = [f"--seed={seed}", *(f"--{name}={value}" for name, value in data.items())]
         with finished(home / "pretrain") as partial:
@@ -302,7 +308,7 @@ class Scores(NamedTuple):
     """How a method did on a split."""
 
     value: np.ndarray  # [m] AUROC, AUPRC and, where the labels are those of the challenge 2019, utility
-    draws: np.ndarray  # [repeats, m] of resampled test stays: the same ones for every method
+    draws: np.ndarray  # [repeats, m] of resampled test stays: the same ones for every method; utility NaN: no sepsis
 
 
 def parts(table: pd.DataFrame) -> list:
@@ -323,10 +329,8 @@ def scores(table: pd.DataFrame, hourly: bool, repeats: int = 200) -> Scores:
         threshold, _ = sepsis2019.best_threshold(valid[0], since, valid[3])
         utility = sepsis2019.stay_utilities(stay, sepsis2019.hours_since_onset(stay, minute, label),
                                             probability >= threshold)
-        chosen = np.random.default_rng(0).multinomial(len(utility), np.full(len(utility), 1 / len(utility)), repeats)
         value.append(sepsis2019.normalised(utility.sum(0)))
-        draws = np.column_stack([draws, sepsis2019.normalised(chosen @ utility)])
-        draws = draws[np.isfinite(draws).all(1)]  # a sample without sepsis has no utility
+        draws = np.column_stack([draws, sepsis2019.resampled(utility, repeats)])
     return Scores(np.array(value), draws)
 
 
@@ -366,5 +370,6 @@ def print_protocol(folder: Path) -> None:
             else:
                 difference = np.mean([turns[t].value - rows[base][t].value for t in shared], axis=0)
                 draws = np.mean([turns[t].draws - rows[base][t].draws for t in shared], axis=0)
+                draws = draws[np.isfinite(draws).all(1)]
                 cells += [f"{d:+.3f} {interval(draws[:, i])}" for i, d in enumerate(difference)]
             print(f"| {method} | {len(values)} | {' | '.join(cells)} |")

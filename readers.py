@@ -883,7 +883,7 @@ def cache_home() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or home) / "seqsetvae"
 
 
-def _read_map(path: Path) -> dict:
+def read_map(path: Path) -> dict:
     """variable -> (name, factor, offset), of a CSV source,name,factor and perhaps offset: value * factor + offset is
     what enters."""
     table = read_table([path], {"source": str, "name": str, "factor": float}, {"offset": float})
@@ -915,7 +915,7 @@ def load_cohort(data_dir: str | None = None, synthetic_stays: int = 1000, cache_
         hours: one question a stay, asked so long after its first set (but a birth), or at its end if that comes
             earlier.
         split_file: CSV stay_id,split that overrides the data's own.
-        variables_map: CSV that renames and rescales variables as they are read, see `_read_map`.
+        variables_map: CSV that renames and rescales variables as they are read, see `read_map`.
     Raises InputError where the folder is missing, fits no reader, or holds a malformed file, and where an option is
     given that the reader does not take.
     """
@@ -976,7 +976,7 @@ def _cached(reader: Reader, folder: Path | None, synthetic_stays: int, home: Pat
                              f"where {free // 10**6:,} MB are free; give fewer, or another place with --cache_dir")
         write_cache(cached, synthetic_parts(synthetic_stays))
     else:
-        report, rename = Report(), _read_map(options.pop("variables_map")) if "variables_map" in options else {}
+        report, rename = Report(), read_map(options.pop("variables_map")) if "variables_map" in options else {}
         source = reader.read(folder, report, **options)
         with (clear_write_error(cached, CACHE_MEND),
               tempfile.TemporaryDirectory(prefix=".reading-", dir=home) as temporary):

@@ -244,6 +244,9 @@ class Run:
         if source["fingerprint"] != then["fingerprint"]:
             raise InputError(f"{path}: {where} holds other stays than this run was started with; give the folder where "
                              "the same data lie now by --data_dir, or start a new run")
+        if source.get("pretrained") != then.get("pretrained", source.get("pretrained")):
+            raise InputError(f"{path}: {source['pretrained_ckpt']} was written anew since this run was started from "
+                             "it; restore it, or start a new run")
         relabelled = self.record["mode"] == "finetune" and source["labels"] != then["labels"]
         if relabelled or last.get("split", self.split) != self.split:
             raise InputError(f"{path}: {where} holds other labels, or another split, than this run was started with; "
@@ -266,8 +269,9 @@ class Run:
                     raise InputError(f"{folder}: another process is training in it; wait for it, or start a new run"
                                      ) from None
                 print(f"note: {folder} lies on a file system without locks: keep other processes out of it")
-        for leftover in folder.glob(".*.*.*"):  # of a process that was killed while saving
-            leftover.unlink()
+        for name in ("best.pt", "last.pt", "metrics.csv", "config.json"):
+            for leftover in folder.glob(f".{name}.*"):  # of a process that was killed while saving
+                leftover.unlink()
         return folder
 
     def _interrupt(self, number, frame):
@@ -432,6 +436,6 @@ def git_commit() -> str | None:
 
 def difference(then: dict, now: dict) -> str:
     """What of the circumstances that decide a run's last bits is not as it was."""
-    names = ("fingerprint", "labels", "commit", "device", "precision", "threads", "processes")
+    names = ("fingerprint", "labels", "pretrained", "commit", "device", "precision", "threads", "processes")
     then, now = ({name: source.get(name) for name in names} | source.get("versions", {}) for source in (then, now))
     return ", ".join(f"{name} {now[name]} (then {then.get(name)})" for name in now if now[name] != then.get(name))

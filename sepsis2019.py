@@ -60,6 +60,14 @@ def normalised(utility) -> np.ndarray:
     return (own - none) / (best - none)
 
 
+def resampled(utility: np.ndarray, repeats: int, seed: int = 0) -> np.ndarray:
+    """[repeats] normalised utility of as many stays, drawn from these [P, 3] anew; NaN: a sample without sepsis."""
+    stays = len(utility)
+    sums = np.random.default_rng(seed).multinomial(stays, np.full(stays, 1 / stays), repeats) @ utility
+    septic = sums[:, 2] > sums[:, 1]
+    return np.where(septic, normalised(sums + [0, 0, 1] * ~septic[:, None]), np.nan)
+
+
 def best_threshold(stay, since, probability) -> tuple[float, float]:
     """The probability from which an alarm pays most over these hours, and the normalised utility that it gives."""
     quiet, loud = utilities(since)
@@ -93,11 +101,8 @@ def figures(stay, minute, label, probability, threshold: float, repeats: int = 2
     AUROC and AUPRC of all hours and of those not after the onset, and what `bedside` tells."""
     since, alarm = hours_since_onset(stay, minute, label), probability >= threshold
     utility = stay_utilities(stay, since, alarm)
-    stays = len(utility)
-    sums = np.random.default_rng(seed).multinomial(stays, np.full(stays, 1 / stays), repeats) @ utility
-    draws = normalised(sums[sums[:, 2] > sums[:, 1]])              # a sample without sepsis has no utility
-    result = {"threshold": threshold, "utility": {"value": float(normalised(utility.sum(0))),
-                                                  "interval": np.percentile(draws, [2.5, 97.5]).tolist()}}
+    interval = np.nanpercentile(resampled(utility, repeats, seed), [2.5, 97.5]).tolist()
+    result = {"threshold": threshold, "utility": {"value": float(normalised(utility.sum(0))), "interval": interval}}
     for name, hours in (("all_hours", since < np.inf), ("until_the_onset", since <= 0)):
         result[name] = {"hours": int(hours.sum()), "auroc": float(roc_auc_score(label[hours], probability[hours])),
                         "auprc": float(average_precision_score(label[hours], probability[hours]))}

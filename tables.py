@@ -29,6 +29,7 @@ _RECORD_BYTES, _ARCHIVE_BYTES = 2**26, 2**31  # a record has a few thousand, an 
 MISSING = ["", "NA", "N/A", "NaN", "nan", "null", "NULL", "None"]
 _TABLE = re.compile(r"(.*?)(\.(csv|parquet|csv\.gz|csv\.zip))?")
 
+TRUTH = {"true": "1", "false": "0"}  # as pandas reads a column of them alone
 BEYOND = re.compile(r"[<>]=?\s*([-+]?[\d.]+)\s*[^\d.]*")  # >100, <0.5, >60/minute
 
 # What a column may hold, beside str, float and np.datetime64 (a clock time):
@@ -247,7 +248,7 @@ def _pieces(path: Path) -> Iterator[tuple[Path, bytes, int, bytes]]:
                 raise InputError(f"{place}: an empty file; write it again, or remove it")
             rest = rest.rstrip(b"\r\n")
             yield place, header, first, rest + b"\n" if rest else b""
-    except (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error) as error:
+    except (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error, RuntimeError) as error:
         raise InputError(f"{path}: damaged archive ({error}); write or download it again") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}); correct its path or "
@@ -300,7 +301,7 @@ def _parse(held, separator, chosen, report) -> Table:
                                   for name in places},
                            usecols=[name for name in places if name in wanted])
     try:
-        if source.count(separator.encode()) != (len(places) - 1) * rows.sum():
+        if (separators_a_line(source, separator) != len(places) - 1).any():
             _blame_row(table, source.decode(), separator, len(places))
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)
@@ -326,7 +327,7 @@ def _parse(held, separator, chosen, report) -> Table:
             plain = column.dtype == float
             table.columns[name] = column.to_numpy() if plain else _numbers(table, name, column, kind, separator)
         elif kind is np.datetime64:
-            time = pd.to_datetime(column, format="ISO8601", errors="coerce")
+            time = pd.to_datetime(column, format="ISO8601", errors="coerce", utc=True)
             table.columns[name] = column.to_numpy()
             table.refuse(name, (time.isna() & column.notna()).to_numpy(),
                          ", not a time like 2150-03-01 12:00:00; mend the line")
@@ -334,6 +335,13 @@ def _parse(held, separator, chosen, report) -> Table:
         else:  # not dtype="category" above: pandas makes numbers of such categories where it can, of 007 and 7 one stay
             table.columns[name] = text_column(*pd.factorize(column))
     return table
+
+
+def separators_a_line(source: bytes, separator: str) -> np.ndarray:
+    """How many there are in each of the lines, all of which are ended: [rows]."""
+    text = np.frombuffer(source, dtype=np.uint8)
+    ends, at = np.flatnonzero(text == ord("\n")), np.flatnonzero(text == ord(separator))
+    return np.diff(np.searchsorted(at, ends), prepend=0)
 
 
 def _blame_row(table: Table, source: str, separator: str, width: int) -> None:
@@ -354,8 +362,7 @@ def _numbers(table: Table, name: str, column: pd.Series, kind, separator: str) -
     plain = [text.strip().replace(",", ".") if separator == ";" else text.strip() for text in texts]
     beyond = [kind == VALUE and BEYOND.fullmatch(text) for text in plain]
     bound = np.array([*map(bool, beyond), False])
-    truth = {"true": "1", "false": "0"}  # as pandas reads a column of them alone
-    plain = [b[1] if b else truth.get(text.lower(), text) for text, b in zip(plain, beyond)]
+    plain = [b[1] if b else TRUTH.get(text.lower(), text) for text, b in zip(plain, beyond)]
     number = pd.to_numeric(pd.Series(plain, dtype=object), errors="coerce")
     number = np.append(number.to_numpy(float), np.nan)
     wrong = np.isnan(number) & np.array([text not in MISSING for text in plain] + [False], dtype=bool)

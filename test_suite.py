@@ -37,14 +37,14 @@ def main(argv=None) -> int:
              "logits")
     add("--baselines", action="store_true", help="compare with hand-made baselines and an untrained backbone")
     add("--predictions", metavar="FILE",
-        help="write stay_id, probability, split, label of every stay of the data, labelled or not, as CSV or .parquet "
-             "(which of MEDS data is what meds-evaluation takes)")
-    add("--embeddings", metavar="NPZ", help="write stay_id, features and h after the last set of every stay")
+        help="write stay_id, minute, probability, split, label of every stay of the data, labelled or not, as CSV or "
+             ".parquet (which of MEDS data is what meds-evaluation takes)")
+    add("--embeddings", metavar="NPZ", help="write stay_id, minute, features and h of every question asked")
     add("--trajectory", metavar="STAY", help="the risk after every set of this stay")
     add("--follow", action="store_true",
         help="instead of the analysis: read lines stay_id,minute,variable,value from standard input as they come, and "
              "after each set (a later minute of the stay, an empty line) print stay_id,minute,risk; needs the "
-             "checkpoint alone")
+             "checkpoint alone (and --variables, where the names or units are others)")
     add("--plots", metavar="DIR",
         help="draw curves, ROC and precision-recall, calibration, features and the --trajectory (needs matplotlib)")
     add("--sensitivity", type=fraction, default=.8, metavar="X",
@@ -59,7 +59,7 @@ def main(argv=None) -> int:
     add_head_options(add)
 
     add = parser.add_argument_group("data (default: the checkpoint's, of which the recorded test split is scored; "
-                                    "of other data all stays are)").add_argument
+                                    "of other data all stays are; --split: its test part)").add_argument
     add_data_options(add)
     add("--params_map", "--params_map_path", metavar="FILE",
         help="original layout: statistics, CSV variable,mean,std or .pkl")

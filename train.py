@@ -6,12 +6,13 @@
     torchrun --nnodes=2 --nproc_per_node=2 --rdzv-backend=c10d --rdzv-endpoint=HOST:PORT train.py ...   several machines
 
 A run has a folder under checkpoints/: config.json (all its settings; --config gives them to another run), metrics.csv
-(one row an epoch), best.pt (the best validation epoch), last.pt (to --resume from); see runs.py.
+(one row an epoch), best.pt (the epoch that README.md names for each mode), last.pt (to --resume from); see runs.py.
 """
 
 import argparse
 import ast
 import difflib
+import hashlib
 import itertools
 import json
 import math
@@ -268,7 +269,7 @@ def setting(name: str, text: str, field):
     """The value that `text` means to a dataclass's field."""
     kind, value = field.type, text
     if kind is not str:
-        with suppress(ValueError, SyntaxError):
+        with suppress(ValueError, SyntaxError, TypeError):
             value = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text.lower(), text))
         if isinstance(value, list):  # of a config.json
             value = tuple(value)
@@ -535,7 +536,7 @@ def pretrain(arguments) -> Path:
                         arguments.seed, device, dtype)
     for epoch in run.epochs(epochs):
         if epoch - run.best["epoch"] > config.patience:
-            print(f"early stop: val_loss has not improved for {config.patience} epochs")
+            print(f"early stop: val_loss has not improved for {epoch - run.best['epoch']} epochs")
             break
         began = time.time()
         row = {"epoch": epoch + 1, **training.epoch(), **evaluate_pretraining(model, dataset, valid, device, dtype),
@@ -629,19 +630,25 @@ def splits_beside(known: dict, cohort: Cohort, seed: int) -> dict[str, list[str]
     return split
 
 
-def refuse_leaks(arguments, content: dict, subjects: dict) -> None:
-    """Raises InputError where --split tests a subject that the pretrained checkpoint was trained or selected on."""
-    known = content.get("subjects", {"train": [], "valid": []})
-    leaks = sorted(set(subjects["test"]) & {*known["train"], *known["valid"]})
-    if leaks:
-        raise InputError(f"--split {arguments.split_file}: tests {len(leaks)} subjects "
-                         f"({', '.join(leaks[:3])} ...) that {arguments.pretrained_ckpt} was pretrained or "
-                         "selected on; pretrain with this --split")
+def learned_from(content: dict, cohort: Cohort, new: bool) -> set[str]:
+    """The subjects that a checkpoint was trained or selected on, and, in its own data, whose the stays of these parts
+    are: labels that came later may name patients that were not known then."""
+    told, held = content.get("subjects", {}), {} if new else subjects_of(cohort, content["split"])
+    return {subject for part in ("train", "valid") for names in (told, held) for subject in names.get(part, [])}
 
 
 def labelled(cohort: Cohort, ids: list) -> np.ndarray:
     """The stays [n] with these ids that have a labelled point."""
     return stays_with(cohort, labelled_points(cohort, stays_of(cohort, ids)))
+
+
+def need_both_classes(cohort: Cohort, split: dict[str, list[str]]) -> None:
+    """Raises InputError where the labels of one of these parts do not hold both classes."""
+    for name, ids in split.items():
+        if len(np.unique(label := cohort.label[labelled_points(cohort, stays_of(cohort, ids))])) < 2:
+            hold = f"one class only ({(label == 1).sum():,} of {len(label):,} labels are 1)" * bool(len(label))
+            raise InputError(f"{cohort.reader}: the labelled {name} stays hold {hold or 'no label at all'}, where both "
+                             "classes are needed; check the label file, give more labels or a --split")
 
 
 def label_subset(cohort: Cohort, stays: np.ndarray, fraction: float, seed: int) -> np.ndarray:
@@ -673,18 +680,17 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
                          "takes one of --mode pretrain")
     print(cohort.describe())
     split_seed = arguments.seed if arguments.split_seed is None else arguments.split_seed
-    if new:
-        split = splits_beside(content.get("subjects", {}), cohort, split_seed)
-    elif "split_file" in given:
+    told = (cohort.split >= 0).any()
+    if told and (new or {"split_file", "label_file"} & given.keys()):
         split = make_splits(cohort, split_seed)
-    if "split_file" in given:
-        refuse_leaks(arguments, content, subjects_of(cohort, split))
+    elif new:
+        split = splits_beside(content.get("subjects", {}), cohort, split_seed)
+    if leaks := sorted(learned_from(content, cohort, new).intersection(subjects_of(cohort, split)["test"])):
+        raise InputError(f"{arguments.split_file or arguments.label_file or cohort.reader}: the split tests "
+                         f"{len(leaks)} subjects ({', '.join(leaks[:3])} ...) that {arguments.pretrained_ckpt} was "
+                         "pretrained or selected on; pretrain with this split and these labels")
+    need_both_classes(cohort, {name: split[name] for name in ("train", "valid")})
     train, valid = labelled(cohort, split["train"]), labelled(cohort, split["valid"])
-    for name, stays in (("train", train), ("valid", valid)):
-        if len(np.unique(label := cohort.label[labelled_points(cohort, stays)])) < 2:
-            hold = f"one class only ({(label == 1).sum():,} of {len(label):,} labels are 1)" * bool(len(stays))
-            raise InputError(f"{cohort.reader}: the labelled {name} stays hold {hold or 'no label at all'}; finetuning "
-                             "needs both classes there: check the label file, give more labels or a --split")
     train = label_subset(cohort, train, arguments.label_fraction, arguments.seed)
     if dataset is None:
         dataset = StayDataset(cohort, Normalizer.fit(cohort, train), points=True)
@@ -703,6 +709,8 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
                          f"narrow head_widths below {config.max_trainable_ratio:.0%}")
     source = source_of(arguments, data_of(content, given), cohort, device, dtype)
     source["pretrained_ckpt"] = str(arguments.pretrained_ckpt)
+    source["pretrained"] = from_rank_0(
+        lambda: hashlib.sha256(Path(arguments.pretrained_ckpt).read_bytes()).hexdigest()[:16])
     untrained = {"val_auc": -1.0, "val_auprc": -1.0, "epoch": 0, "threshold": 0.5}
     run = Run(arguments, config, model, dataset, split, source, best=untrained,
               seen=content.get("subjects", {}))
@@ -770,7 +778,7 @@ def training_points(cohort: Cohort, stays: np.ndarray, config: FinetuneConfig, s
     points = labelled_points(cohort, stays)
     negative = points[cohort.label[points] == 0]
     positives = len(points) - len(negative)
-    most = int(max(config.negatives * positives, config.few_points - positives))
+    most = max(1, int(max(config.negatives * positives, config.few_points - positives)))
     if len(negative) > most:
         sample = np.random.default_rng([seed, epoch]).choice(negative, most, replace=False)
         points = np.sort(np.concatenate([points[cohort.label[points] != 0], sample]))

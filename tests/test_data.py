@@ -20,7 +20,6 @@ from data import (
     StayDataset,
     StaySizes,
     build_cohort,
-    divided_subjects,
     epoch_batches,
     group_widths,
     make_splits,
@@ -29,6 +28,7 @@ from data import (
     sorted_batches,
     split_batch,
     stays_of,
+    subjects_of,
     variable_vectors,
     with_points,
 )
@@ -319,17 +319,24 @@ def stays_with(label, subject=None, split=None):
                         subject=subject)
 
 
+def divided(cohort, split) -> set:
+    """The subjects with stays in two parts."""
+    parts = [set(subjects) for subjects in subjects_of(cohort, split).values()]
+    return set.union(*(a & b for a, b in itertools.combinations(parts, 2)))
+
+
 def test_the_stays_of_a_subject_stay_in_one_part():
     label = np.random.default_rng(0).random(300) < .2
     cohort = stays_with(label, subject=[f"s{i // 3}" for i in range(300)])
     split = make_splits(cohort, 0)
     assert sorted(sum(split.values(), [])) == sorted(cohort.stay_id)
     assert [len(x) for x in split.values()] == [192, 48, 60]
-    assert divided_subjects(cohort, split) == 0 == divided_subjects(cohort, make_splits(cohort, 1))
+    assert not divided(cohort, split) and not divided(cohort, make_splits(cohort, 1))
     rates = [cohort.stay_label[stays_of(cohort, ids)].mean() for ids in split.values()]
     assert max(rates) - min(rates) < .1
     given = replace(cohort, split=(np.arange(300) // 4 % 3).astype(np.int8))
-    assert "patients in two parts: 50" in given.describe() and "two parts" not in cohort.describe()
+    with pytest.raises(InputError, match=r"x: the split puts the stays of 50 patients into two parts \(s1, "):
+        make_splits(given, 0)
 
 
 @pytest.mark.parametrize("label, positive", [
@@ -354,7 +361,7 @@ def test_valid_is_drawn_from_train_where_the_split_names_none():
     split = np.repeat([0, 2, -1], [50, 20, 5])
     cohort = stays_with(np.arange(75) % 5 == 0, subject=np.arange(75) // 2, split=split)
     parts = make_splits(cohort, 0)
-    assert [len(ids) for ids in parts.values()] == [40, 10, 20] and divided_subjects(cohort, parts) == 0
+    assert [len(ids) for ids in parts.values()] == [40, 10, 20] and not divided(cohort, parts)
     assert sorted(parts["train"] + parts["valid"], key=int) == cohort.stay_id[:50].tolist()
     assert parts != make_splits(cohort, 1)
 

@@ -183,10 +183,24 @@ def test_following_two_stays_gives_the_risks_of_their_trajectories(finetuned, ca
     assert "Nothing Known (1)" in error
 
 
+def test_follow_renames_and_rescales_as_the_other_readers_do(finetuned, tmp_path, capsys, monkeypatch):
+    (tmp_path / "map.csv").write_text("source,name,factor,offset\nTemp F,Temp,.5556,-17.78\n")
+
+    def risk(line, *words):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(line))
+        assert main(["--checkpoint", str(finetuned), "--follow", *words]) == 0
+        return capsys.readouterr().out
+
+    celsius, words = f"7,30,Temp,{102 * .5556 - 17.78}\n", ["--variables", str(tmp_path / "map.csv")]
+    assert risk("7,30,Temp F,102\n", *words) == risk(celsius) != risk("7,30,Temp F,102\n")
+    one_error_line(capsys, main(["--checkpoint", str(finetuned), "--follow", "--variables", "nope.csv"]), "nope.csv")
+
+
 def test_a_line_of_follow_is_read_as_the_long_table_is():
     assert followed_event('7, 60 ,"Na, serum",>100\n') == ("7", 60, "Na, serum", 100)
     assert [np.isnan(followed_event(f"7,-1.5,HR,{text}")[3]) for text in ("", "NA", "null")] == [True] * 3
-    for line in ("7,nan,HR,1", "7,1e8,HR,1", "7,1,,1", "7,1,HR,inf", "7,1,HR,high"):
+    assert [followed_event(f"7,1,Ventilated,{text}")[3] for text in ("true", "False")] == [1, 0]
+    for line in ("7,nan,HR,1", "7,1e8,HR,1", "7,1,,1", "7,1,HR,inf", "7,1,HR,high", "7,1,HR,1_000"):
         with pytest.raises(ValueError):
             followed_event(line)
 
@@ -412,6 +426,19 @@ def test_the_log_of_the_untrained_backbone_does_not_stand_in_the_report(capsys, 
     assert all(name in out for name in ("untrained backbone, same head", BASELINES[0], BASELINES[2]))
     assert not any(line.startswith(("epoch", "model:", "split:", "best checkpoint:")) for line in out.splitlines())
     assert out.count("data: embedded") == 1
+
+
+def test_baselines_learn_from_the_labels_and_settings_of_the_checkpoint(tmp_path, monkeypatch, small_finetuned):
+    words = [*FINETUNE, str(small_finetuned.parents[1] / "pretrain/best.pt"), "--run_dir", str(tmp_path / "half")]
+    words += ["--label_fraction", ".5", "--seed", "7", "--set", "max_trainable_ratio=1", "--set", "trees=5"]
+    assert train.main(words) == 0
+    content, learned = torch.load(tmp_path / "half/best.pt", weights_only=True), []
+    monkeypatch.setattr(protocol, "without_backbone", lambda dataset, stays, valid, points, seed, device, config:
+                        learned.append((len(stays), seed, config.trees)) or {})
+    monkeypatch.setattr(protocol, "finetune", lambda arguments, config, of=protocol.finetune: learned.append(
+        (arguments.label_fraction, arguments.seed, config.trees)) or of(arguments, config))
+    assert main(["--checkpoint", str(tmp_path / "half/best.pt"), "--baselines", "--device", "cpu"]) == 0
+    assert learned == [(len(content["split"]["train"]) // 2, 7, 5), (.5, 7, 5)]
 
 
 def test_a_renamed_and_rescaled_copy_of_the_data_scores_equally(tmp_path, capsys, small_finetuned):
@@ -652,6 +679,20 @@ def rows_of(text) -> list[list[str]]:
     return [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ") and "±" in line]
 
 
+def test_samples_without_sepsis_do_not_end_the_table(tmp_path, capsys):
+    """Two splits with few septic stays: samples that hold none have no utility, others in each split."""
+    for seed, septic in enumerate((2, 3)):
+        for method, noise in (("frozen", .5), (BASELINES[1], 1)):
+            table, home = predictions_of(noise, seed, hours=14), tmp_path / f"seed{seed}" / f"{method} 100%"
+            kept = [group[group["label"] == 1]["stay_id"].unique()[:septic] for _, group in table.groupby("split")]
+            table["label"] *= table["stay_id"].isin(np.concatenate(kept))
+            home.mkdir(parents=True)
+            table.to_csv(home / "predictions.csv", index=False)
+    print_protocol(tmp_path)
+    (row,) = [row for row in rows_of(capsys.readouterr().out) if row[0] == "frozen"]
+    assert len(row) == 8 and not any("nan" in cell for cell in row)
+
+
 def test_the_protocols_table_pairs_each_method_with_the_best_baseline(tmp_path, capsys):
     write_predictions_of(tmp_path, dict(zip((*BASELINES, "untrained"), (1.5, 1.0, 2.5, 0.3))))
     print_protocol(tmp_path)
@@ -719,6 +760,11 @@ def test_the_protocol_keeps_what_is_finished_and_goes_on(tmp_path, monkeypatch, 
     one_error_line(capsys, main([*words[:-1], "frozen, mu alone", "--fractions", ".1"]), "add 1 to --fractions")
     below_a_file = main(["--protocol", "table/events.csv", *words[2:]])
     one_error_line(capsys, below_a_file, "table/events.csv/seed3/pretrain: cannot be written (Not a directory)")
+    table = pd.read_csv("table/labels.csv")
+    turn = table.groupby("label").cumcount() % 3 % np.where(table["label"] == 1, 2, 3)  # no positive one is tested
+    table.assign(split=turn.map({0: "train", 1: "valid", 2: "test"})).to_csv("table/labels.csv", index=False)
+    one_error_line(capsys, main(["--protocol", "new", *words[2:]]), "the labelled test stays hold one class only")
+    assert not Path("new").exists()
     assert sorted(path.name for path in Path("kept/seed3").iterdir()) == ["frozen 100%", "pretrain"]
 
 

@@ -700,6 +700,45 @@ def test_who_was_pretrained_on_is_not_tested_when_labels_and_other_times_come_la
     assert said in out and "Scored: 12 stays" in out
 
 
+def test_no_split_tests_whom_the_checkpoint_learned_from(tmp_path, monkeypatch, capsys, small_models):
+    """Whether patients come with labels that are given late, with a split of theirs, or with other data's."""
+    monkeypatch.chdir(tmp_path)
+    stays = {f"s{i:02d}": plain_stay(i) for i in range(60)}
+    write(Path("data/events.csv"), table_of(stays))
+    write(Path("more/events.csv"), table_of(stays | {f"n{i}": plain_stay(i) for i in range(20)}))
+    assert train.main([*PRETRAIN, "--data_dir", "data", "--run_dir", "run"]) == 0
+    ids = [*stays, *(f"n{i}" for i in range(20))]
+    table = pd.DataFrame({"stay_id": ids, "label": [i % 2 for i in range(80)], "part": [i // 20 for i in range(80)]})
+    table["split"] = table["part"].map({0: "test", 1: "valid", 2: "train", 3: "train"})
+    table["subject_id"] = [f"p{i - 30 if 30 <= i < 40 else i}" for i in range(80)]  # ten have two stays
+    table[["stay_id", "label"]].to_csv("labels.csv", index=False)
+    table[["stay_id", "label"]].to_csv("more/labels.csv", index=False)
+    table[["stay_id", "label", "subject_id"]][:60].to_csv("patients.csv", index=False)
+    table[["stay_id", "label", "split"]][:60].to_csv("labels with split.csv", index=False)
+    table[["stay_id", "split"]].to_csv("split.csv", index=False)
+    capsys.readouterr()
+    for name, words in (("patients.csv", ["--label_file", "patients.csv"]),
+                        ("labels with split.csv", ["--label_file", "labels with split.csv"]),
+                        ("split.csv", ["--label_file", "labels.csv", "--split", "split.csv"]),
+                        ("split.csv", ["--data_dir", "more", "--split", "split.csv"])):
+        code = train.main([*FINETUNE, "run/best.pt", "--run_dir", "refused", *words])
+        one_error_line(capsys, code, f"{name}: the split tests ")
+        assert not Path("refused").exists()
+
+    assert train.main([*FINETUNE, "run/best.pt", "--run_dir", "head", "--label_file", "labels.csv"]) == 0
+    split = forged(Path("head/best.pt"))["split"]
+    seen, tested = {*split["train"], *split["valid"]}, set(split["test"])
+    capsys.readouterr()
+    assert main(["--checkpoint", "head/best.pt", "--label_file", "patients.csv"]) == 0
+    whose = table.set_index("stay_id")["subject_id"]
+    again = sum(whose[stay] in set(whose[list(seen)]) for stay in tested)
+    assert again and f"; {again} stays left out of subjects that" in capsys.readouterr().out
+    assert main(["--checkpoint", "head/best.pt", "--split", "split.csv"]) == 0
+    asked = set(table["stay_id"][:20])
+    out = capsys.readouterr().out
+    assert f"Scored: {len(asked - seen)} stays" in out and f"split.csv; {len(asked & seen)} stays left out" in out
+
+
 @pytest.mark.parametrize("mode", SMALL)
 def test_the_same_command_twice_gives_equal_bits(tmp_path, monkeypatch, small_pretrained, mode):
     monkeypatch.chdir(tmp_path)

@@ -195,6 +195,7 @@ def test_parquet_and_csv_of_one_table_are_one_cohort(tmp_path, load):
     ("stay_id,minute,variable,value\n,1,a,3\n", None, r"line 2: stay_id is missing"),
     ("stay_id,minute,variable,value\n1,2,a,3,5\n", None, r"line 2: 5 cells where the columns are 4"),
     ("stay_id,minute,variable,value\n1,2,a,3\n1,2,a,3,5\n", None, r"line 3: 5 cells where the columns are 4"),
+    ("stay_id,minute,variable,value\n1,2,a\n1,2,a,3,5\n", None, r"line 2: 3 cells where the columns are 4"),
     ("stay_id,minute,variable,value\n1,2,\"a\nb\",3\n", None, r"a quoted cell holds a line break"),
     ("stay_id,minute,variable,value\n1,2,\"a,3\n", None, r"events.csv"),
     ("stay_id,minute,variable,value\n1,2,température,3\n".encode("latin1"), None, r"events.csv: not UTF-8"),
@@ -308,6 +309,8 @@ def test_original_layout_feeds_normalizer_and_vectors(original, load):
     normalizer = Normalizer.fit(cohort, np.arange(len(cohort)))
     # K and New: fitted, constant
     assert normalizer.mean.tolist() == [85, 0, 0] and normalizer.std.tolist() == [10, 1, 1]
+    far = replace(cohort, statistics=np.array([[0, 1], [np.nan] * 2, [np.nan] * 2]))  # from all of HR, 3 of 5 values
+    assert "60.00% of the training values" in Normalizer.fit(far, np.arange(len(far))).describe()
     vectors = variable_vectors(cohort.variables, 3, cohort.vectors)
     assert vectors[:2].tolist() == [[1, 0, .5], [0, 2, 0]] and vectors[2].norm().item() == pytest.approx(1)
     assert vectors[2].equal(variable_vectors(["New"], 3)[0])
@@ -512,6 +515,16 @@ def test_a_meds_task_is_chosen_among_several_and_shards_are_one(meds_folder, loa
     assert points_of(death := load(meds_folder, task="death"))["5"] == [(121, 1)]
     elsewhere = load(meds_folder, label_file=str(meds_folder / "labels/aki.parquet"))
     assert points_of(elsewhere)["5"] == [(121, 0)] and elsewhere.fingerprint == death.fingerprint
+
+
+def test_clock_times_of_several_offsets_are_taken_to_utc(meds_folder, load):
+    """As a record over the change to summer time has them."""
+    times = {"noon.csv": ("2020-01-01 12:00:00", "2020-01-01 12:00:00"),
+             "offsets.csv": ("2020-01-01 13:00:00+01:00", "2020-01-01T14:00:00+02:00")}
+    for name, (one, other) in times.items():
+        (meds_folder / name).write_text(f"subject_id,prediction_time,boolean_value\n5,{one},1\n6,{other},0\n")
+    noon, offsets = (points_of(load(meds_folder, label_file=str(meds_folder / name))) for name in times)
+    assert noon == offsets == {"5": [(121, 1)], "6": [(-2160, 0)], "7": []}
 
 
 def test_labels_at_times_are_points_in_minutes_or_hours(tmp_path, load):

@@ -106,6 +106,7 @@ def test_a_run_under_other_circumstances_says_so(tmp_path, small_pretrained, cap
     (["--set", "presence=1"], "--set presence=1: takes bool"),
     (["--set", "clip=True"], "--set clip=True: takes float"),
     (["--set", "betas=0.9"], "--set betas=0.9: takes tuple"),
+    (["--set", "betas={[]:1}"], "takes tuple"),
     (["--set", "betas=0.9,1"], "betas is (0.9, 1)"),
     (["--set", "betas=('a','b')"], "betas is ('a', 'b')"),
     (["--set", "clip=-1"], "clip is -1"),
@@ -203,6 +204,14 @@ def test_a_run_whose_data_have_moved_goes_on_where_they_lie_now(tmp_path, small_
     assert settings_of(tmp_path / "run")["source"]["data"]["data_dir"] == str(Path("moved").resolve())
 
 
+def test_a_backbone_written_anew_since_is_not_mixed_with_the_old(tmp_path, command, capsys, small_pretrained):
+    words = [*FINETUNE, str(small_pretrained / "best.pt"), "--run_dir", str(tmp_path / "head")]
+    assert train.main(words) == 0
+    assert train.main(["--resume", str(small_pretrained), "--max_epochs", "2"]) == 0
+    capsys.readouterr()
+    one_error_line(capsys, train.main(["--resume", str(tmp_path / "head"), "--max_epochs", "2"]), "was written anew")
+
+
 def test_labels_that_changed_since_are_not_learned_by_a_resumed_run(tmp_path, command, capsys, monkeypatch):
     cohort = synthetic_cohort(24)
     assert train.main([*command["head"], "--run_dir", str(tmp_path / "run")]) == 0
@@ -217,6 +226,8 @@ def test_resume_auto_starts_or_goes_on(tmp_path, small_models, capsys):
     run = tmp_path / "run"
     run.mkdir()  # of a start that died before its first save
     (run / ".lock").touch()
+    (run / ".best.pt.123").touch()        # of a process that was killed
+    (run / ".env.prod.local").touch()     # of somebody else
     words = [*PRETRAIN, "--max_epochs", "2", "--run_dir", str(run), "--resume", "auto"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "evaluate_pretraining",
@@ -224,6 +235,7 @@ def test_resume_auto_starts_or_goes_on(tmp_path, small_models, capsys):
         with pytest.raises(SystemExit, match="130"):
             train.main(words)
     assert len(pd.read_csv(run / "metrics.csv")) == 1
+    assert (run / ".env.prod.local").exists() and not (run / ".best.pt.123").exists()
     assert train.main(words) == 0 and len(pd.read_csv(run / "metrics.csv")) == 2
     assert train.main([*PRETRAIN, "--max_epochs", "2", "--run_dir", str(tmp_path / "whole")]) == 0
     same_run(run, tmp_path / "whole")
