@@ -38,7 +38,7 @@ from model import SeqSetVAE, at_slots, checkpoint_config, load_weights, original
 from readers import load_cohort, read_map
 from runs import choose_device, evaluation_loader, label_digest
 from tables import BEYOND, MISSING, TRUTH
-from train import (data_of, data_options, dataset_of, encode_points, learned_from, open_checkpoint, probability_at,
+from train import (data_of, data_options, dataset_of, encode_points, known_part, open_checkpoint, probability_at,
                    ranking)
 
 CPU = torch.device("cpu")
@@ -69,9 +69,9 @@ def predict(checkpoint, events: pd.DataFrame, device: str = "auto") -> pd.DataFr
 
 def open_classifier(path, given: dict = {}, set_heads=None, transformer_heads=None):
     """A finetuned checkpoint ready to score: (model, content, cohort, dataset, new); see `train.open_checkpoint`."""
-    content, cohort, dataset, _, new = open_checkpoint(path, given)
+    content, cohort, dataset, split, new = open_checkpoint(path, given)
     if "format" not in content:
-        return open_original(path, content, cohort, set_heads, transformer_heads)
+        return open_original(path, content, split, cohort, set_heads, transformer_heads)
     return classifier_of(path, content), content, cohort, dataset, new
 
 
@@ -86,9 +86,9 @@ def classifier_of(path, content: dict) -> SeqSetVAE:
     return model.eval()
 
 
-def open_original(path, content, cohort, set_heads, transformer_heads):
+def open_original(path, content, split, cohort, set_heads, transformer_heads):
     """The same of a checkpoint that the original implementation finetuned. It holds weights alone: the variables'
-    vectors, their statistics and the split are the data's, and no threshold was chosen."""
+    vectors, their statistics and the split (empty: to be drawn) are the data's, and no threshold was chosen."""
     config = checkpoint_config(content, len(cohort.variables), path, set_heads, transformer_heads)
     for what, given, mend in (("vectors", cohort.vectors, "put its cached.csv beside patient_ehr"),
                               ("statistics", cohort.statistics, "give its --params_map")):
@@ -97,7 +97,7 @@ def open_original(path, content, cohort, set_heads, transformer_heads):
                              f"that it does not hold; {mend}")
     model = original_classifier(content, config, variable_vectors(cohort.variables, config.input_dim, cohort.vectors),
                                 path)
-    split = make_splits(cohort, 0)
+    split = split or make_splits(cohort, 0)
     dataset = StayDataset(cohort, Normalizer.fit(cohort, stays_of(cohort, split["train"])), points=True)
     source = {"command": "the original implementation", "fingerprint": cohort.fingerprint,
               "versions": {"pytorch-lightning": str(content.get("pytorch-lightning_version", "unknown"))}}
@@ -116,7 +116,7 @@ def scored_stays(content, cohort, new, split_file=None) -> tuple[np.ndarray, str
         recorded_by = "checkpoint" if "format" in content else "data"
         stays = stays_of(cohort, content["split"]["test"])
         what = f"the test split that the {recorded_by} recorded"
-    seen = np.isin(cohort.subject[stays], list(learned_from(content, cohort, new)))
+    seen = np.isin(known_part(content, content["split"], cohort, new)[stays], (0, 1))
     if seen.any():
         what += f"; {seen.sum():,} stays left out of subjects that the checkpoint was trained or selected on"
     return stays[~seen], what
@@ -311,9 +311,10 @@ def performance(arguments, baselines=None) -> None:
     print(f"checkpoint: seed {source.get('seed', 'unknown')}, data {source['fingerprint']}, {versions}")
     stay = find_stay(dataset, arguments.trajectory)
     unseen, what = scored_stays(content, cohort, new, arguments.split_file)
+    common = "those that each of the checkpoints may be scored on"
     answered = answered_points(dataset)
     for _, other, _, also, is_new in opened[1:]:
-        unseen = np.intersect1d(unseen, scored_stays(other, cohort, is_new, arguments.split_file)[0])
+        unseen, what = np.intersect1d(unseen, scored_stays(other, cohort, is_new, arguments.split_file)[0]), common
         content = content | {"split": parts_of_all(content["split"], other["split"])}
         answered = np.intersect1d(answered, answered_points(also))
     points = labelled_points(cohort, unseen)
@@ -338,7 +339,7 @@ def performance(arguments, baselines=None) -> None:
     told = [probability_at(each.to(device), data, rows, device) for each, _, _, data, _ in opened]
     probability = mean_of_logits(told) if others else told[0]
     if arguments.predictions:
-        if cohort.reader == "MEDS" and Path(arguments.predictions).suffix == ".parquet":
+        if cohort.reader.startswith("MEDS") and Path(arguments.predictions).suffix == ".parquet":
             write_meds_predictions(arguments.predictions, cohort, rows, probability, threshold, unseen)
         else:
             write_predictions(arguments.predictions, content, dataset, rows, probability)
@@ -577,7 +578,7 @@ def write_meds_predictions(path, cohort, points, probability, threshold: float, 
     write_table(path, table)
     others = len(cohort.label) - len(points)
     print(f"predictions: {len(table):,} points of {len(np.unique(stay)):,} subjects written to {path}; left out: "
-          f"{(~mine).sum():,} of subjects that the checkpoint was trained or selected on, {others:,} without an answer")
+          f"{(~mine).sum():,} of subjects that are not to be scored, {others:,} without an answer")
 
 
 @torch.no_grad()
@@ -725,9 +726,9 @@ def print_trajectory(trajectory: dict) -> None:
 FOLLOWED = ["stay_id", "minute", "variable", "value"]
 
 
-def followed_event(line: str) -> tuple[str, float, str, float]:
-    """What a line of `FOLLOWED` says, as the long table is read; value NaN: none. Raises ValueError where it is no
-    event."""
+def followed_event(line: str, rename: dict = {}) -> tuple[str, float, str, float]:
+    """What a line of `FOLLOWED` says, as the long table is read; value NaN: none; rename: see `read_map`. Raises
+    ValueError where it is no event."""
     cells = [cell.strip() for cell in next(csv.reader([line]))]
     if len(cells) != len(FOLLOWED):
         raise ValueError(f"{len(cells)} cells where {','.join(FOLLOWED)} is due")
@@ -739,16 +740,18 @@ def followed_event(line: str) -> tuple[str, float, str, float]:
     value = TRUTH.get(value.lower(), value)
     beyond = BEYOND.fullmatch(value)
     minute, value = float(minute), float("nan" if value in MISSING else beyond[1] if beyond else value)
+    variable, factor, offset = rename.get(variable, (variable, 1, 0))
+    value = value * factor + offset
     if not abs(minute) < 1e8 or abs(value) > float(np.finfo(np.float32).max):
         raise ValueError("a minute or value out of range")
     return stay, minute, variable, value
 
 
 class Ward:
-    """The stays that are followed: their states, their open sets, and counts of what came; rename: see `read_map`."""
+    """The stays that are followed: their states, their open sets, and counts of what came."""
 
-    def __init__(self, model: SeqSetVAE, normalizer: Normalizer, rename: dict = {}):
-        self.model, self.normalizer, self.rename = model, normalizer, rename
+    def __init__(self, model: SeqSetVAE, normalizer: Normalizer):
+        self.model, self.normalizer = model, normalizer
         self.index = {name: i for i, name in enumerate(normalizer.variables)}
         self.states, self.sets, self.known = {}, {}, set()  # of stays; a set: (minute, [(variable, value), ...])
         self.counts, self.unknown = Counter(), Counter()
@@ -765,9 +768,8 @@ class Ward:
         if stay in self.sets and minute > now:
             self.end_set(stay)
         _, events = self.sets.setdefault(stay, (minute, []))
-        variable, factor, offset = self.rename.get(variable, (variable, 1, 0))
         if variable in self.index:
-            events.append((self.index[variable], value * factor + offset))
+            events.append((self.index[variable], value))
             self.known.add(stay)
         else:
             self.unknown[variable] += 1
@@ -813,16 +815,19 @@ def follow(arguments) -> None:
                                                   arguments.transformer_heads)
         normalizer = dataset.normalizer
     rename = read_map(Path(arguments.variables_map)) if arguments.variables_map else {}
-    ward = Ward(model.to(device), normalizer, rename)
+    ward = Ward(model.to(device), normalizer)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # what is no text is a malformed line or an unknown variable
     try:
         for number, line in enumerate(sys.stdin, 1):
             if not line.strip():
                 ward.end_sets()
-            elif number > 1 or line.split(",")[0].strip() != FOLLOWED[0]:
+            elif number == 1 and FOLLOWED[0] in (names := [cell.strip() for cell in line.split(",")]):
+                if names != FOLLOWED:
+                    raise InputError(f"line 1: the columns {','.join(names)}; give {','.join(FOLLOWED)}")
+            else:
                 try:
-                    event = followed_event(line)
+                    event = followed_event(line, rename)
                 except (ValueError, csv.Error) as error:
                     ward.counts["malformed lines, left out"] += 1
                     print(f"follow: line {number}: {error}: {line.strip()}", file=sys.stderr, flush=True)

@@ -4,7 +4,6 @@ method on several splits, or published ones, with one command (`test_suite.py --
 import contextlib
 import io
 import itertools
-import json
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,8 +25,8 @@ from data import (InputError, clear_write_error, common_variables, labelled_poin
                   stay_event_index, stays_of, write_atomically)
 from evaluate import CPU, bootstrap, interval, logit, open_classifier
 from finetune_config import MANY_POINTS, FinetuneConfig, tree_sizes
-from model import ModelConfig, SeqSetVAE, summary_features
-from runs import choose_device, recorded
+from model import ModelConfig, SeqSetVAE, read_checkpoint, summary_features
+from runs import choose_device, label_digest, recorded
 from train import (HeadTraining, best_shares, changed, data_options, encode_points, finetune, label_subset, labelled,
                    need_both_classes, open_checkpoint, parse_arguments, pretrain, probability_at, read_cohort,
                    training_points, weigh_trees)
@@ -174,7 +173,10 @@ def baselines(arguments, content, cohort, dataset, points, new) -> dict[str, np.
     with tempfile.TemporaryDirectory() as folder:
         pretrained = Path(folder) / "untrained.pt"
         torch.save(content | {"mode": "pretrain"}, pretrained)
-        given = [f"--{name}={value}" for name, value in data_options(arguments).items()]
+        parts = [(stay, part) for part in ("train", "valid") for stay in content["split"][part]]
+        pd.DataFrame(parts, columns=["stay_id", "split"]).to_csv(f"{folder}/split.csv", index=False)
+        data = data_options(arguments) | {"split_file": f"{folder}/split.csv"}
+        given = [f"--{name}={value}" for name, value in data.items()]
         command = ["--mode", "finetune", "--pretrained_ckpt", str(pretrained), "--random_init", f"--seed={seed}",
                    f"--label_fraction={share}", "--run_dir", f"{folder}/run", "--device", arguments.device, *given]
         with contextlib.redirect_stdout(io.StringIO()):  # its log would stand in the middle of the report
@@ -212,19 +214,22 @@ def protocol(given: dict, splits: list, seeds: list, methods: list, fractions: l
     plan = [(method, fraction) for fraction in fractions for method in methods if fraction == 1 or method in FEW_LABELS]
     if not plan:
         raise InputError(f"--methods {' '.join(methods)}: measured with all labels alone; add 1 to --fractions")
-    for _, data, seed in turns:
+    for home, data, seed in turns:
         cohort = read_cohort(data)
-        need_both_classes(cohort, make_splits(cohort, seed))
+        need_both_classes(cohort, split := make_splits(cohort, seed))
+        if (checkpoint := home / "pretrain" / "best.pt").exists():
+            content = read_checkpoint(checkpoint)
+            then, now = content["source"], {"data": recorded(data), "fingerprint": cohort.fingerprint,
+                                            "labels": label_digest(cohort)}
+            if content["split"] != split or any(then[name] != value for name, value in now.items()):
+                raise InputError(f"{home}: holds what was measured on other data, labels or splits, or asked otherwise "
+                                 f"({then['data']}); give another --protocol FOLDER")
     for (method, fraction), (home, data, seed) in itertools.product(plan, turns):
         common = [f"--seed={seed}", *(f"--{name}={value}" for name, value in data.items())]
         with finished(home / "pretrain") as partial:
             if partial:
                 pretrain(parse_arguments(["--mode", "pretrain", *common, *kept_in(partial)]))
         checkpoint = home / "pretrain" / "best.pt"
-        then = json.loads(checkpoint.with_name("config.json").read_text())["source"]["data"]
-        if then != recorded(data):
-            raise InputError(f"{home}: holds what was measured on other data, or asked otherwise ({then}); give "
-                             "another --protocol FOLDER")
         if method == "baselines":
             predict_baselines(checkpoint, home, seed, fraction, data)
             continue

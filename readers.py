@@ -955,7 +955,10 @@ def load_cohort(data_dir: str | None = None, synthetic_stays: int = 1000, cache_
         minute = np.minimum(cohort.admission + 60 * hours, cohort.point_minute)
         cohort = with_points(cohort, np.ones(len(cohort), dtype=np.int64), minute, cohort.label)
     if split_file:
-        cohort = _with_splits(cohort, _read_splits([options["split_file"]]))
+        cohort = _with_splits(cohort, told := _read_splits([options["split_file"]]))
+        if (cohort.split < 0).all():
+            raise InputError(f"--split {split_file}: names none of the stays, which are called "
+                             f"{', '.join(cohort.stay_id[:3])} ... (the file's first: {told.index[0]}); give their ids")
     return replace(cohort, reader=f"{cohort.reader} in {folder}") if folder and folder != Path(data_dir) else cohort
 
 

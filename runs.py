@@ -270,7 +270,7 @@ class Run:
                                      ) from None
                 print(f"note: {folder} lies on a file system without locks: keep other processes out of it")
         for name in ("best.pt", "last.pt", "metrics.csv", "config.json"):
-            for leftover in folder.glob(f".{name}.*"):  # of a process that was killed while saving
+            for leftover in folder.glob(f".{name}.[0-9]*"):  # of a process that was killed while saving
                 leftover.unlink()
         return folder
 

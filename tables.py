@@ -222,8 +222,9 @@ def _streams(path: Path):
     elif path.suffix == ".zip":
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
-                with archive.open(name) as file:
-                    yield path, file
+                if not name.endswith("/") and not name.startswith("__MACOSX/"):  # no folder, nothing that a Mac adds
+                    with archive.open(name) as file:
+                        yield path, file
     else:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             yield path, file
@@ -241,6 +242,7 @@ def _pieces(path: Path) -> Iterator[tuple[Path, bytes, int, bytes]]:
                     header, _, block = block.removeprefix(b"\xef\xbb\xbf").partition(b"\n")
                 cut = block.rfind(b"\n") + 1
                 if cut > PART_BYTES // 2:
+                    cut = block.index(b"\n", len(block[:cut].rstrip(b"\r\n"))) + 1  # blank lines may be the file's last
                     yield place, header, first, block[:cut]
                     first, block = first + block.count(b"\n", 0, cut), block[cut:]
                 rest = block
@@ -301,7 +303,7 @@ def _parse(held, separator, chosen, report) -> Table:
                                   for name in places},
                            usecols=[name for name in places if name in wanted])
     try:
-        if (separators_a_line(source, separator) != len(places) - 1).any():
+        if b'"' in source or (separators_a_line(source, separator) != len(places) - 1).any():
             _blame_row(table, source.decode(), separator, len(places))
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)

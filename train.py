@@ -35,7 +35,7 @@ from sklearn.model_selection import train_test_split
 import runs
 import sepsis2019
 from data import (SPLITS, Cohort, InputError, Normalizer, StayDataset, at_every_set, common_variables, epoch_batches,
-                  labelled_points, make_splits, recognised, split_batch, stays_of, stays_with, subjects_of,
+                  labelled_points, make_splits, recognised, split_batch, stays_of, stays_with,
                   subjects_with_label, variable_vectors)
 from finetune_config import (FinetuneConfig, boosted_trees, check_settings, classification_loss, cosine,
                              epochs_of_steps, full_optimizer, head_optimizer, head_penalty, tree_sizes)
@@ -600,9 +600,12 @@ def open_checkpoint(path, given: dict = {}):
         raise InputError(f"{path}: an exported checkpoint, which does not tell where its data lie; give --data_dir")
     cohort = read_cohort(data)
     if "format" not in content:
-        return content, cohort, None, None, True
+        apart = ("split_file", "label_file", "task", "positive")
+        own = read_cohort({name: value for name, value in data.items() if name not in apart})
+        told = (own.split >= 0).any()  # by its folder: so it was trained, whatever --split says
+        return content, cohort, None, make_splits(own, 0) if told else {}, True
     content |= {"split": recognised(content["split"], cohort.stay_id),
-                "subjects": recognised(content["subjects"], np.unique(cohort.subject))}
+                "subjects": recognised(content["subjects"], np.union1d(cohort.subject, cohort.stay_id))}
     dataset = dataset_of(path, content, cohort)
     return content, cohort, dataset, content["split"], cohort.fingerprint != content["source"]["fingerprint"]
 
@@ -618,23 +621,27 @@ def dataset_of(path, content: dict, cohort: Cohort) -> StayDataset:
     return dataset
 
 
-def splits_beside(known: dict, cohort: Cohort, seed: int) -> dict[str, list[str]]:
-    """The split of other data than the checkpoint's, whose subjects by part are `known`: one that it knows keeps its
+def known_part(content: dict, split: dict, cohort: Cohort, new: bool) -> np.ndarray:
+    """[P] code of the part in which a checkpoint, trained by this split, knows each stay, -1 where it does not. By the
+    subject's name, by the stay's where the checkpoint or the data name no patients, and in the checkpoint's own data
+    (not `new`), where labels may name patients that were not known then. All stays of a subject are in the first of
+    train, valid, test."""
+    part, nameless = np.full(len(cohort), -1, dtype=np.int8), cohort.subject == cohort.stay_id
+    for code, name in reversed([*enumerate(SPLITS)]):
+        told = content.get("subjects", {}).get(name, [])
+        mine = np.isin(cohort.subject, told) | np.isin(cohort.stay_id, told)
+        mine |= (nameless | (not new)) & np.isin(cohort.stay_id, split.get(name, []))
+        part[np.isin(cohort.subject, cohort.subject[mine])] = code
+    return part
+
+
+def splits_beside(content: dict, split: dict, cohort: Cohort, seed: int) -> dict[str, list[str]]:
+    """The split of other data than the checkpoint's, which was trained by this split: a stay that it knows keeps its
     part, so that nobody is tested on who was ever trained on."""
-    part_of = {subject: part for part, subjects in known.items() for subject in subjects}
-    split = {name: [] for name in SPLITS}
-    for name, ids in make_splits(cohort, seed).items():
-        stays = stays_of(cohort, ids)
-        for stay, subject in zip(cohort.stay_id[stays].tolist(), cohort.subject[stays].tolist()):
-            split[part_of.get(subject, name)].append(stay)
-    return split
-
-
-def learned_from(content: dict, cohort: Cohort, new: bool) -> set[str]:
-    """The subjects that a checkpoint was trained or selected on, and, in its own data, whose the stays of these parts
-    are: labels that came later may name patients that were not known then."""
-    told, held = content.get("subjects", {}), {} if new else subjects_of(cohort, content["split"])
-    return {subject for part in ("train", "valid") for names in (told, held) for subject in names.get(part, [])}
+    part = known_part(content, split, cohort, new=True)
+    for code, ids in enumerate(make_splits(cohort, seed).values()):
+        part[np.isin(cohort.stay_id, ids) & (part < 0)] = code
+    return {name: cohort.stay_id[part == code].tolist() for code, name in enumerate(SPLITS)}
 
 
 def labelled(cohort: Cohort, ids: list) -> np.ndarray:
@@ -680,12 +687,13 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
                          "takes one of --mode pretrain")
     print(cohort.describe())
     split_seed = arguments.seed if arguments.split_seed is None else arguments.split_seed
-    told = (cohort.split >= 0).any()
-    if told and (new or {"split_file", "label_file"} & given.keys()):
-        split = make_splits(cohort, split_seed)
+    kept, told = split, make_splits(cohort, split_seed) if (cohort.split >= 0).any() else None
+    if told and (new or {"split_file", "label_file"} & given.keys() or set(told["test"]) != set(kept["test"])):
+        split = told
     elif new:
-        split = splits_beside(content.get("subjects", {}), cohort, split_seed)
-    if leaks := sorted(learned_from(content, cohort, new).intersection(subjects_of(cohort, split)["test"])):
+        split = splits_beside(content, kept, cohort, split_seed)
+    known = np.isin(known_part(content, kept, cohort, new), (0, 1)) & np.isin(cohort.stay_id, split["test"])
+    if leaks := np.unique(cohort.subject[known]).tolist():
         raise InputError(f"{arguments.split_file or arguments.label_file or cohort.reader}: the split tests "
                          f"{len(leaks)} subjects ({', '.join(leaks[:3])} ...) that {arguments.pretrained_ckpt} was "
                          "pretrained or selected on; pretrain with this split and these labels")
@@ -717,7 +725,8 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
     counts = [f"{len(stays):,} {name} ({(cohort.stay_label[stays] == 1).sum():,} positive)"
               for name, stays in (("train", train), ("valid", valid))]
     print(f"split: {', '.join(counts)}, {len(split['test']):,} test stays"
-          f"{f' (seed {split_seed})' if new else ' of the checkpoint'}; run folder {run.folder}")
+          f"{' of the checkpoint' if split is kept else '' if told else f' (seed {split_seed})'}; run folder "
+          f"{run.folder}")
 
     trainer = train_everything if full else train_head
     trainer(arguments, config, run, train, labelled_points(cohort, valid), device, dtype)

@@ -121,6 +121,11 @@ def test_an_original_finetuned_checkpoint_is_scored_with_its_data(tmp_path, caps
     one_error_line(capsys, main(["--checkpoint", str(SHARED / "fixtures" / "original_small.ckpt"), *original_data]),
                    "not a finetuned checkpoint")
     one_error_line(capsys, main(["--checkpoint", str(whole), *original_data, "--baselines"]), "--baselines")
+    (tmp_path / "split.csv").write_text("".join(["stay_id,split\n", *(f"{stay},test\n" for stay in cohort.stay_id)]))
+    asked = ["--split", str(tmp_path / "split.csv")]  # who lies in patient_ehr/train was learned from, all the same
+    assert main(["--checkpoint", str(whole), *original_data, *asked]) == 0
+    left_out = np.isin(np.array(cohort.split), (0, 1)).sum()
+    assert f"; {left_out} stays left out of subjects that" in capsys.readouterr().out
 
 
 CONFIGS = [dict(summaries=True, head_variables=5), dict(features="multiscale"), dict(classification_only=False),
@@ -194,6 +199,8 @@ def test_follow_renames_and_rescales_as_the_other_readers_do(finetuned, tmp_path
     celsius, words = f"7,30,Temp,{102 * .5556 - 17.78}\n", ["--variables", str(tmp_path / "map.csv")]
     assert risk("7,30,Temp F,102\n", *words) == risk(celsius) != risk("7,30,Temp F,102\n")
     one_error_line(capsys, main(["--checkpoint", str(finetuned), "--follow", "--variables", "nope.csv"]), "nope.csv")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("stay_id,variable,minute,value\n7,HR,1,80\n"))
+    one_error_line(capsys, main(["--checkpoint", str(finetuned), "--follow"]), "give stay_id,minute,variable,value")
 
 
 def test_a_line_of_follow_is_read_as_the_long_table_is():
@@ -203,6 +210,9 @@ def test_a_line_of_follow_is_read_as_the_long_table_is():
     for line in ("7,nan,HR,1", "7,1e8,HR,1", "7,1,,1", "7,1,HR,inf", "7,1,HR,high", "7,1,HR,1_000"):
         with pytest.raises(ValueError):
             followed_event(line)
+    assert followed_event("7,1,HR,2", {"HR": ("Pulse", 3, -1)})[2:] == ("Pulse", 5)
+    with pytest.raises(ValueError, match="out of range"):
+        followed_event("7,1,HR,3e38", {"HR": ("HR", 2, 0)})
 
 
 def test_a_followed_risk_is_printed_before_more_is_read(small_finetuned):
@@ -756,11 +766,13 @@ def test_the_protocol_keeps_what_is_finished_and_goes_on(tmp_path, monkeypatch, 
     out = capsys.readouterr().out
     assert len(first) == 1 and rows_of(out) == first and "epoch" not in out
     capsys.readouterr()
-    one_error_line(capsys, main([*words, "--hours", "24"]), "kept/seed3: holds what was measured on other data, or")
+    one_error_line(capsys, main([*words, "--hours", "24"]), "kept/seed3: holds what was measured on other data")
     one_error_line(capsys, main([*words[:-1], "frozen, mu alone", "--fractions", ".1"]), "add 1 to --fractions")
     below_a_file = main(["--protocol", "table/events.csv", *words[2:]])
     one_error_line(capsys, below_a_file, "table/events.csv/seed3/pretrain: cannot be written (Not a directory)")
     table = pd.read_csv("table/labels.csv")
+    table.assign(label=1 - table["label"]).to_csv("table/labels.csv", index=False)
+    one_error_line(capsys, main(words), "kept/seed3: holds what was measured on other data, labels")
     turn = table.groupby("label").cumcount() % 3 % np.where(table["label"] == 1, 2, 3)  # no positive one is tested
     table.assign(split=turn.map({0: "train", 1: "valid", 2: "test"})).to_csv("table/labels.csv", index=False)
     one_error_line(capsys, main(["--protocol", "new", *words[2:]]), "the labelled test stays hold one class only")

@@ -726,6 +726,10 @@ def test_no_split_tests_whom_the_checkpoint_learned_from(tmp_path, monkeypatch, 
         assert not Path("refused").exists()
 
     assert train.main([*FINETUNE, "run/best.pt", "--run_dir", "head", "--label_file", "labels.csv"]) == 0
+    Path("labels with split.csv").rename("data/labels.csv")  # a split that the folder tells later
+    capsys.readouterr()
+    code = train.main([*FINETUNE, "run/best.pt", "--run_dir", "refused"])
+    one_error_line(capsys, code, "long table events.csv: the split tests ")
     split = forged(Path("head/best.pt"))["split"]
     seen, tested = {*split["train"], *split["valid"]}, set(split["test"])
     capsys.readouterr()
@@ -736,6 +740,12 @@ def test_no_split_tests_whom_the_checkpoint_learned_from(tmp_path, monkeypatch, 
     assert main(["--checkpoint", "head/best.pt", "--split", "split.csv"]) == 0
     asked = set(table["stay_id"][:20])
     out = capsys.readouterr().out
+    renamed = pd.read_csv("more/labels.csv").assign(subject_id=[f"p{i}" for i in range(80)])
+    renamed.to_csv("more/labels.csv", index=False)  # other data, which names patients that the checkpoint does not
+    assert main(["--checkpoint", "head/best.pt", "--data_dir", "more"]) == 0
+    assert f"Scored: {80 - len(seen)} stays" in capsys.readouterr().out
+    assert train.main([*FINETUNE, "run/best.pt", "--run_dir", "beside", "--data_dir", "more"]) == 0
+    assert not seen & {*forged(Path("beside/best.pt"))["split"]["test"]}
     assert f"Scored: {len(asked - seen)} stays" in out and f"split.csv; {len(asked & seen)} stays left out" in out
 
 

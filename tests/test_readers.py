@@ -196,6 +196,7 @@ def test_parquet_and_csv_of_one_table_are_one_cohort(tmp_path, load):
     ("stay_id,minute,variable,value\n1,2,a,3,5\n", None, r"line 2: 5 cells where the columns are 4"),
     ("stay_id,minute,variable,value\n1,2,a,3\n1,2,a,3,5\n", None, r"line 3: 5 cells where the columns are 4"),
     ("stay_id,minute,variable,value\n1,2,a\n1,2,a,3,5\n", None, r"line 2: 3 cells where the columns are 4"),
+    ("stay_id,minute,variable,value\n1,2,\"Na, serum\"\n", None, r"line 2: 3 cells where the columns are 4"),
     ("stay_id,minute,variable,value\n1,2,\"a\nb\",3\n", None, r"a quoted cell holds a line break"),
     ("stay_id,minute,variable,value\n1,2,\"a,3\n", None, r"events.csv"),
     ("stay_id,minute,variable,value\n1,2,température,3\n".encode("latin1"), None, r"events.csv: not UTF-8"),
@@ -572,6 +573,9 @@ def test_a_split_file_overrides_the_datas_own_and_leaves_its_identity_alone(meds
     with pytest.raises(InputError,
                        match=r"split.csv line 3: split is 'test', and another elsewhere for the same stay \(5\)"):
         load(meds_folder, split_file=str(meds_folder / "split.csv"))
+    (meds_folder / "split.csv").write_text("stay_id,split\np5,test\n")
+    with pytest.raises(InputError, match=r"names none of the stays, .* 5, 6, 7 ... \(the file's first: p5"):
+        load(meds_folder, split_file=str(meds_folder / "split.csv"))
 
 
 def test_physionet_2012_without_outcomes_is_unlabelled(tmp_path, load):
@@ -707,6 +711,7 @@ SPELLED = {"1": [(0, [("HR", 80)]), (60, [("HR", None)])], "2": [(-5, [("K", 4)]
 def zipped(text, name="events.csv"):
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("__MACOSX/._" + name, b"\0\5\x16\7")  # beside every file that a Mac packs
         archive.writestr(name, text)
     return packed.getvalue()
 
@@ -778,7 +783,8 @@ def test_a_table_in_any_order_and_in_parts_of_any_size_is_one_cohort(tmp_path, m
                           "variable": rng.integers(0, 40, n).astype(str), "value": np.arange(n)})
     for name, part in {"sorted": table, "shuffled": table.sample(frac=1, random_state=1)}.items():
         (tmp_path / name).mkdir()
-        part.to_csv(tmp_path / name / "events.csv", index=False)
+        text = part.to_csv(index=False) + "\n\n\n" * (name == "shuffled")  # blank lines at the end are none
+        (tmp_path / name / "events.csv").write_text(text)
     whole = load_cohort(tmp_path / "sorted", cache_dir=tmp_path / "cache")
     monkeypatch.setattr("tables.PART_BYTES", 2000), monkeypatch.setattr("readers.BLOCK", 300)
     for name in ("sorted", "shuffled"):
