@@ -687,6 +687,7 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
                          "takes one of --mode pretrain")
     print(cohort.describe())
     split_seed = arguments.seed if arguments.split_seed is None else arguments.split_seed
+    # The checkpoint's split is kept, unless the data are others, or tell one that it did not know.
     kept, told = split, make_splits(cohort, split_seed) if (cohort.split >= 0).any() else None
     if told and (new or {"split_file", "label_file"} & given.keys() or set(told["test"]) != set(kept["test"])):
         split = told
