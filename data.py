@@ -519,8 +519,9 @@ class Normalizer:
         for v in np.flatnonzero(counts):
             x = np.concatenate([value[bounds[v]:bounds[v + 1]] for value, bounds in sorted_values]).astype(np.float64)
             if len(x):
-                if not given[v]:
-                    result._fit_variable(v, x, tail, skewed, far)
+                result._fit_variable(v, x, tail, skewed, far)
+                if given[v]:
+                    (mean[v], std[v]), log_scale[v] = cohort.statistics[v], 0
                 seen += len(x)
                 if given[v] or (mean[v], std[v]) != (0, 1):  # else a constant, at which nothing is lost
                     beyond += int((np.abs(result(np.full(len(x), v), x)) >= result.clip).sum())

@@ -311,10 +311,10 @@ def performance(arguments, baselines=None) -> None:
     print(f"checkpoint: seed {source.get('seed', 'unknown')}, data {source['fingerprint']}, {versions}")
     stay = find_stay(dataset, arguments.trajectory)
     unseen, what = scored_stays(content, cohort, new, arguments.split_file)
-    common = "those that each of the checkpoints may be scored on"
     answered = answered_points(dataset)
     for _, other, _, also, is_new in opened[1:]:
-        unseen, what = np.intersect1d(unseen, scored_stays(other, cohort, is_new, arguments.split_file)[0]), common
+        unseen = np.intersect1d(unseen, scored_stays(other, cohort, is_new, arguments.split_file)[0])
+        what = "those that each of the checkpoints may be scored on"
         content = content | {"split": parts_of_all(content["split"], other["split"])}
         answered = np.intersect1d(answered, answered_points(also))
     points = labelled_points(cohort, unseen)

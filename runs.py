@@ -244,7 +244,7 @@ class Run:
         if source["fingerprint"] != then["fingerprint"]:
             raise InputError(f"{path}: {where} holds other stays than this run was started with; give the folder where "
                              "the same data lie now by --data_dir, or start a new run")
-        if source.get("pretrained") != then.get("pretrained", source.get("pretrained")):
+        if "pretrained" in then and source["pretrained"] != then["pretrained"]:
             raise InputError(f"{path}: {source['pretrained_ckpt']} was written anew since this run was started from "
                              "it; restore it, or start a new run")
         relabelled = self.record["mode"] == "finetune" and source["labels"] != then["labels"]

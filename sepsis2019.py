@@ -64,8 +64,9 @@ def resampled(utility: np.ndarray, repeats: int, seed: int = 0) -> np.ndarray:
     """[repeats] normalised utility of as many stays, drawn from these [P, 3] anew; NaN: a sample without sepsis."""
     stays = len(utility)
     sums = np.random.default_rng(seed).multinomial(stays, np.full(stays, 1 / stays), repeats) @ utility
-    septic = sums[:, 2] > sums[:, 1]
-    return np.where(septic, normalised(sums + [0, 0, 1] * ~septic[:, None]), np.nan)
+    draws, septic = np.full(repeats, np.nan), sums[:, 2] > sums[:, 1]
+    draws[septic] = normalised(sums[septic])
+    return draws
 
 
 def best_threshold(stay, since, probability) -> tuple[float, float]:

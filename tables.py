@@ -303,7 +303,7 @@ def _parse(held, separator, chosen, report) -> Table:
                                   for name in places},
                            usecols=[name for name in places if name in wanted])
     try:
-        if b'"' in source or (separators_a_line(source, separator) != len(places) - 1).any():
+        if _rows_in_doubt(source, separator, len(places)):
             _blame_row(table, source.decode(), separator, len(places))
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)
@@ -339,11 +339,12 @@ def _parse(held, separator, chosen, report) -> Table:
     return table
 
 
-def separators_a_line(source: bytes, separator: str) -> np.ndarray:
-    """How many there are in each of the lines, all of which are ended: [rows]."""
+def _rows_in_doubt(source: bytes, separator: str, width: int) -> bool:
+    """Whether a line has other than width - 1 separators, or a separator may stand within quotes."""
     text = np.frombuffer(source, dtype=np.uint8)
-    ends, at = np.flatnonzero(text == ord("\n")), np.flatnonzero(text == ord(separator))
-    return np.diff(np.searchsorted(at, ends), prepend=0)
+    ends, at, quotes = (np.flatnonzero(text == ord(mark)) for mark in ("\n", separator, '"'))
+    a_line = np.diff(np.searchsorted(at, ends), prepend=0)
+    return bool((a_line != width - 1).any() or (np.searchsorted(quotes, at) % 2).any())
 
 
 def _blame_row(table: Table, source: str, separator: str, width: int) -> None:

@@ -35,8 +35,8 @@ from sklearn.model_selection import train_test_split
 import runs
 import sepsis2019
 from data import (SPLITS, Cohort, InputError, Normalizer, StayDataset, at_every_set, common_variables, epoch_batches,
-                  labelled_points, make_splits, recognised, split_batch, stays_of, stays_with,
-                  subjects_with_label, variable_vectors)
+                  labelled_points, make_splits, recognised, split_batch, stays_of, stays_with, subjects_with_label,
+                  variable_vectors)
 from finetune_config import (FinetuneConfig, boosted_trees, check_settings, classification_loss, cosine,
                              epochs_of_steps, full_optimizer, head_optimizer, head_penalty, tree_sizes)
 from model import (ModelConfig, SeqSetVAE, SeqSetVAEPretrain, checkpoint_config, checkpoint_state, load_backbone,
@@ -635,10 +635,10 @@ def known_part(content: dict, split: dict, cohort: Cohort, new: bool) -> np.ndar
     return part
 
 
-def splits_beside(content: dict, split: dict, cohort: Cohort, seed: int) -> dict[str, list[str]]:
-    """The split of other data than the checkpoint's, which was trained by this split: a stay that it knows keeps its
-    part, so that nobody is tested on who was ever trained on."""
-    part = known_part(content, split, cohort, new=True)
+def splits_beside(known: np.ndarray, cohort: Cohort, seed: int) -> dict[str, list[str]]:
+    """The split of other data than the checkpoint's: a stay that it knows keeps its part (see `known_part`), so that
+    nobody is tested on who was ever trained on."""
+    part = known.copy()
     for code, ids in enumerate(make_splits(cohort, seed).values()):
         part[np.isin(cohort.stay_id, ids) & (part < 0)] = code
     return {name: cohort.stay_id[part == code].tolist() for code, name in enumerate(SPLITS)}
@@ -688,13 +688,14 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
     print(cohort.describe())
     split_seed = arguments.seed if arguments.split_seed is None else arguments.split_seed
     # The checkpoint's split is kept, unless the data are others, or tell one that it did not know.
-    kept, told = split, make_splits(cohort, split_seed) if (cohort.split >= 0).any() else None
+    known, kept = known_part(content, split, cohort, new), split
+    told = make_splits(cohort, split_seed) if (cohort.split >= 0).any() else None
     if told and (new or {"split_file", "label_file"} & given.keys() or set(told["test"]) != set(kept["test"])):
         split = told
     elif new:
-        split = splits_beside(content, kept, cohort, split_seed)
-    known = np.isin(known_part(content, kept, cohort, new), (0, 1)) & np.isin(cohort.stay_id, split["test"])
-    if leaks := np.unique(cohort.subject[known]).tolist():
+        split = splits_beside(known, cohort, split_seed)
+    tested = stays_of(cohort, split["test"])
+    if leaks := np.unique(cohort.subject[tested[np.isin(known[tested], (0, 1))]]).tolist():
         raise InputError(f"{arguments.split_file or arguments.label_file or cohort.reader}: the split tests "
                          f"{len(leaks)} subjects ({', '.join(leaks[:3])} ...) that {arguments.pretrained_ckpt} was "
                          "pretrained or selected on; pretrain with this split and these labels")

@@ -74,10 +74,10 @@ def test_a_stay_that_the_checkpoint_knows_keeps_its_part_in_other_data():
     cohort = synthetic_cohort(60)
     known = {"train": cohort.stay_id[:30].tolist(), "valid": cohort.stay_id[30:34].tolist(),
              "test": cohort.stay_id[34:40].tolist()}
-    split = train.splits_beside({"subjects": known}, {}, cohort, seed=3)
+    split = train.splits_beside(train.known_part({"subjects": known}, {}, cohort, new=True), cohort, seed=3)
     assert all(set(ids) <= set(split[part]) for part, ids in known.items())
     assert sorted(sum(split.values(), [])) == sorted(cohort.stay_id)
-    assert train.splits_beside({}, {}, cohort, 3) == make_splits(cohort, 3)
+    assert train.splits_beside(train.known_part({}, {}, cohort, new=True), cohort, 3) == make_splits(cohort, 3)
 
 
 @pytest.mark.parametrize("full_training", [False, True])
