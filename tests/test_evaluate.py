@@ -37,8 +37,8 @@ from protocol import (AVERAGE, BASELINES, STATISTICS, averaged, hand_made_baseli
 from readers import synthetic_cohort, write_long_table
 from test_suite import main
 from tests.test_readers import meds
-from tests.tiny import (FINETUNE, NAMES, PLAIN, SHARED, build, cohort_of, labels_of, one_error_line, random_stays, tiny,
-                        write)
+from tests.tiny import (FINETUNE, NAMES, PLAIN, PRETRAIN, SHARED, build, cohort_of, labels_of, one_error_line,
+                        random_stays, tiny, write)
 from train import encode_points, probability_at, probability_of
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -491,12 +491,10 @@ def test_an_exported_checkpoint_names_nobody_and_predicts_and_guards_alike(tmp_p
         write(tmp_path / name / "events.csv", table[table["stay_id"].isin(ids[part])].to_csv(index=False))
         labels = pd.DataFrame({"stay_id": ids[part], "label": part % 2})
         write(tmp_path / name / "labels.csv", labels.to_csv(index=False))
-    common = ["--device", "cpu", "--max_epochs", "1", "--run_dir"]
-    assert train.main(["--mode", "pretrain", "--data_dir", "first", *common, "run-a"]) == 0
+    assert train.main([*PRETRAIN, "--data_dir", "first", "--run_dir", "run-a"]) == 0
     assert main(["--checkpoint", "run-a/best.pt", "--export", "a.pt"]) == 0
     for name, pretrained in (("plain", "run-a/best.pt"), ("given", "a.pt")):
-        assert train.main(["--mode", "finetune", "--pretrained_ckpt", pretrained, "--data_dir", "second", *common,
-                           f"run-{name}"]) == 0
+        assert train.main([*FINETUNE, pretrained, "--data_dir", "second", "--run_dir", f"run-{name}"]) == 0
     assert main(["--checkpoint", "run-given/best.pt", "--export", "b.pt"]) == 0
     plain, given = (torch.load(f"run-{name}/best.pt", weights_only=True) for name in ("plain", "given"))
     assert plain["split"] == given["split"]

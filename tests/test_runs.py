@@ -189,8 +189,7 @@ def test_a_run_whose_data_have_moved_goes_on_where_they_lie_now(tmp_path, small_
     monkeypatch.chdir(tmp_path)
     write_long_table(Path("mine"), synthetic_cohort(24), labels=True)
     write_long_table(Path("other"), synthetic_cohort(30), labels=True)
-    assert train.main(["--mode", "pretrain", "--device", "cpu", "--max_epochs", "1", "--data_dir", "mine",
-                       "--run_dir", "run"]) == 0
+    assert train.main([*PRETRAIN, "--data_dir", "mine", "--run_dir", "run"]) == 0
     Path("elsewhere").mkdir()
     monkeypatch.chdir("elsewhere")
     words = ["--resume", str(tmp_path / "run"), "--max_epochs", "2"]
@@ -242,6 +241,22 @@ def test_resume_auto_starts_or_goes_on(tmp_path, small_models, capsys):
     capsys.readouterr()
     one_error_line(capsys, train.main([*words[:-4], "--resume", "auto"]), "--resume auto needs --run_dir")
     one_error_line(capsys, train.main([*words, "--seed", "4"]), "seed is 0")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Precision
+# ----------------------------------------------------------------------------------------------------------------------
+
+def test_automatic_precision_is_that_of_the_processor_and_a_named_one_is_computed_by_each(tmp_path, monkeypatch,
+                                                                                           small_models):
+    for amx, named in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+        for precision, folder in ((named, named), ("auto", f"auto {named}")):
+            assert train.main([*PRETRAIN, "--precision", precision, "--run_dir", str(tmp_path / folder)]) == 0
+            assert settings_of(tmp_path / folder)["source"]["precision"] == named
+        same_run(tmp_path / named, tmp_path / f"auto {named}")
+    half, full = (pd.read_csv(tmp_path / named / "metrics.csv")["loss"] for named in ("bf16", "fp32"))
+    assert (half != full).all() and np.allclose(half, full, rtol=.01)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

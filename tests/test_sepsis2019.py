@@ -11,7 +11,7 @@ from evaluate import CHECKPOINT, open_classifier
 from sepsis2019 import (bedside, best_threshold, figures, hours_since_onset, normalised, of_this_kind, stay_utilities,
                         utilities)
 from test_suite import main
-from tests.tiny import SHARED, write
+from tests.tiny import FINETUNE, PRETRAIN, SHARED, write
 
 
 @pytest.fixture(scope="module")
@@ -119,10 +119,9 @@ def test_hourly_sepsis_labels_are_scored_as_the_challenge_does(tmp_path, capsys,
         rows = [f"{80 + 4 * rng.normal() + 3 * septic * h:.1f}|{'NaN' if h % 4 else 37}|60|{int(septic and h >= 11)}\n"
                 for h in range(hours)]
         write(tmp_path / "data" / "training_setA" / f"p{i:06}.psv", header + "".join(rows))
-    run = ["--device", "cpu", "--max_epochs", "1", "--run_dir"]
-    assert train.main(["--mode", "pretrain", "--data_dir", str(tmp_path / "data"), *run, str(tmp_path / "pre")]) == 0
-    assert train.main(["--mode", "finetune", "--pretrained_ckpt", str(tmp_path / "pre" / "best.pt"), "--set",
-                       "trees=20", *run, str(tmp_path / "fine")]) == 0
+    assert train.main([*PRETRAIN, "--data_dir", str(tmp_path / "data"), "--run_dir", str(tmp_path / "pre")]) == 0
+    assert train.main([*FINETUNE, str(tmp_path / "pre" / "best.pt"), "--set", "trees=20", "--run_dir",
+                       str(tmp_path / "fine")]) == 0
     assert "utility" in capsys.readouterr().out
     content = open_classifier(tmp_path / "fine" / "best.pt")[1]
     assert main(["--checkpoint", str(tmp_path / "fine" / "best.pt"), "--predictions", str(tmp_path / "p.csv"), "--json",

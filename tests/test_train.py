@@ -29,11 +29,11 @@ from tests.tiny import FINETUNE, PRETRAIN, finished, same_run, small_process, ti
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", [1, 4, 6])  # in the first epoch, at its last step, in the second
-def test_pretraining_interrupted_and_resumed_ends_with_equal_bits(tmp_path, monkeypatch, step):
+@pytest.mark.parametrize("step, precision", [(1, "fp32"), (4, "fp32"), (6, "fp32"), (6, "bf16")])
+def test_pretraining_interrupted_and_resumed_ends_with_equal_bits(tmp_path, monkeypatch, step, precision):
+    """In the first epoch, at its last step, in the second."""
     monkeypatch.setattr(train, "ModelConfig", lambda v: tiny(num_variables=v))
-    command = ["--mode", "pretrain", "--synthetic_stays", "24", "--device", "cpu", "--max_epochs", "2",
-               "--batch_size", "3"]
+    command = [*PRETRAIN, "--precision", precision, "--max_epochs", "2", "--batch_size", "3"]
     check = train.finite_or_stop
     assert train.main([*command, "--run_dir", str(tmp_path / "whole")]) == 0
     assert len(pd.read_csv(tmp_path / "whole" / "metrics.csv")) == 2
@@ -80,16 +80,15 @@ def test_a_stay_that_the_checkpoint_knows_keeps_its_part_in_other_data():
     assert train.splits_beside(train.known_part({}, {}, cohort, new=True), cohort, 3) == make_splits(cohort, 3)
 
 
-@pytest.mark.parametrize("full_training", [False, True])
-def test_finetuning_interrupted_and_resumed_ends_with_equal_bits(tmp_path, monkeypatch, full_training):
+@pytest.mark.parametrize("precision, full_training", [("fp32", False), ("fp32", True), ("bf16", True)])
+def test_finetuning_interrupted_and_resumed_ends_with_equal_bits(tmp_path, monkeypatch, precision, full_training):
     tiny_run = tmp_path / "pretrain"
     # of a tiny backbone the head is more than 5%
     monkeypatch.setattr(train.finetune.__defaults__[0], "max_trainable_ratio", 1.0)
     with monkeypatch.context() as patch:
         patch.setattr(train, "ModelConfig", lambda v: tiny(num_variables=v))
         assert train.main([*PRETRAIN, "--run_dir", str(tiny_run)]) == 0
-    command = ["--mode", "finetune", "--device", "cpu", "--max_epochs", "2", "--pretrained_ckpt",
-               str(tiny_run / "best.pt")]
+    command = [*FINETUNE, str(tiny_run / "best.pt"), "--precision", precision, "--max_epochs", "2"]
     command += ["--full_training"] * full_training
     assert train.main([*command, "--run_dir", str(tmp_path / "whole")]) == 0
     with monkeypatch.context() as patch:  # a signal in the first epoch is obeyed at its end
@@ -139,12 +138,11 @@ def learned(path) -> dict:
 # of several batches
 # ----------------------------------------------------------------------------------------------------------------------
 
-RANKS = {"pretrain": [*PRETRAIN, "--precision", "fp32", "--batch_size", "7", "--max_epochs", "3",
+RANKS = {"pretrain": [*PRETRAIN, "--batch_size", "7", "--max_epochs", "3",
                       "--set", "warmup_steps=1", "--set", "beta_warmup_steps=1",  # at full speed from the first step,
                       "--set", "learning_rate=2e-4"],  # but Adam's step is as long where a gradient is rounding alone
          "head": [*FINETUNE, "pretrain/best.pt", "--max_epochs", "3"],
-         "full training": [*FINETUNE, "pretrain/best.pt", "--full_training", "--precision", "fp32", "--batch_size", "7",
-                           "--max_epochs", "2"]}
+         "full training": [*FINETUNE, "pretrain/best.pt", "--full_training", "--batch_size", "7", "--max_epochs", "2"]}
 
 
 def small_rank(home: str, command: list, deterministic: bool = True, interrupted_at: int | None = None):

@@ -77,8 +77,10 @@ def encoded(model, stays):
         return mu, logvar, model.history(mu, batch.minute)
 
 
-PRETRAIN = ["--mode", "pretrain", "--synthetic_stays", "24", "--device", "cpu", "--max_epochs", "1"]
-FINETUNE = ["--mode", "finetune", "--device", "cpu", "--max_epochs", "1", "--pretrained_ckpt"]
+# The precision is named: `auto` depends on the processor.
+SHORT = ["--device", "cpu", "--precision", "fp32", "--max_epochs", "1"]
+PRETRAIN = ["--mode", "pretrain", "--synthetic_stays", "24", *SHORT]
+FINETUNE = ["--mode", "finetune", *SHORT, "--pretrained_ckpt"]
 
 
 def one_error_line(capsys, code, named):
