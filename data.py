@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections import Counter
@@ -34,14 +35,19 @@ class InputError(Exception):
 
 def write_atomically(path, write) -> None:
     """Call `write` with a temporary path in the same folder, sync it to disk, rename it to `path`: a reader meets the
-    old file or the new."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    old file or the new. Of a symbolic link the target is written; a pipe or a device is given to `write` itself."""
     with clear_write_error(path):
+        if os.path.exists(path) and not os.path.isfile(path):
+            write(path)
+            return
+        target = Path(os.path.realpath(path))
+        # The number of the process tells leftovers (see `Run`); nobody can guess the name and put a link there.
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(8)}")
         try:
+            temporary.touch(exist_ok=False)
             write(temporary)
             sync(temporary)
-            temporary.replace(path)
+            temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -51,6 +57,8 @@ def clear_write_error(path, mend: str = "free space or choose another folder"):
     """A failed write becomes an InputError that names `path` and the mend."""
     try:
         yield
+    except BrokenPipeError:  # see `runs.exit_code`
+        raise
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error}); what was there before is untouched: "
                          f"{mend}") from None

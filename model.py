@@ -86,7 +86,8 @@ class ModelConfig:
                 int | None: lambda x: x is None or type(x) is int and 1 <= x <= 2**12,
                 float: lambda x: type(x) in (int, float) and 0 <= x < math.inf, bool: lambda x: type(x) is bool,
                 str: lambda x: x in one_of.get(f.name, ())}
-        most = {"dropout": 1, "hide_sets": 1, "drop_events": 1, "layers": 256, "levels": 256, "tree_depth": 8}
+        most = {"dropout": 1, "hide_sets": 1, "drop_events": 1, "layers": 256, "levels": 256, "tree_depth": 8,
+                "inducing": 256, "classes": 256}  # inducing: activations of every set
         for f in fields(self):
             value = getattr(self, f.name)
             zero = f.name == "head_variables" and value == 0 and type(value) is int
@@ -103,6 +104,8 @@ class ModelConfig:
         weights = (d * (self.layers * (4 * d + 2 * self.ff_dim) + 16 * self.key_dim + self.reduced_dim)
                    + self.levels * widest * (40 * widest + 2 * self.inducing)
                    + self.input_dim * (2 * self.reduced_dim + self.key_dim + v) + v * self.key_dim)
+        head = (10 * d + summary_features(self.head_variables), *(widths or ()), self.classes)
+        weights += head[0] * (self.hidden_width or d) + sum(n * m for n, m in zip(head, head[1:]))
         if weights > 2**30:
             raise InputError(f"model config: sizes of about {weights:.0e} weights; 1e9 is the most")
 
@@ -873,8 +876,8 @@ def classification_head(features: int, widths: tuple, classes: int) -> nn.Sequen
     """Hidden layers of Linear, LayerNorm, ReLU, Dropout, then the classes; Xavier initialised,
     a linear head at zero (it is convex)."""
     layers = []
-    for width, share in zip(widths, (0.2, 0.2, 0.1)):
-        layers += [nn.Linear(features, width), nn.LayerNorm(width), nn.ReLU(), nn.Dropout(share)]
+    for i, width in enumerate(widths):
+        layers += [nn.Linear(features, width), nn.LayerNorm(width), nn.ReLU(), nn.Dropout(0.2 if i < 2 else 0.1)]
         features = width
     head = nn.Sequential(*layers, nn.Linear(features, classes))
     for layer in head:

@@ -65,7 +65,7 @@ class PretrainConfig:
 
     def __post_init__(self):
         counts = ("batch_size", "max_epochs", "warmup_steps", "beta_warmup_steps")
-        check_settings(self, dict.fromkeys(counts, (1, math.inf)))
+        check_settings(self, dict.fromkeys(counts, (1, 1e9)))
 
     def epochs(self, stays: int) -> int:
         """How many over so many training stays."""

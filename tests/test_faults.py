@@ -14,6 +14,8 @@ import pickle
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import tarfile
 import time
 from dataclasses import replace
@@ -29,7 +31,7 @@ import torch.nn as nn
 import train
 from data import InputError, Normalizer, StayDataset, ranges, stay_event_index, write_atomically
 from evaluate import open_classifier
-from model import read_checkpoint
+from model import ModelConfig, read_checkpoint
 from readers import load_cohort, synthetic_cohort
 from test_suite import main
 from tests.tiny import (
@@ -47,6 +49,9 @@ from tests.tiny import (
     write,
     write_physionet,
 )
+
+CODE = Path(train.__file__).resolve().parent
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Bad input: one line that names the file, exit code 2
@@ -240,6 +245,34 @@ def test_a_process_killed_while_saving_leaves_the_previous_checkpoint(small_pret
     assert not list(small_pretrained.glob(".last.pt.*"))
 
 
+def test_a_link_is_written_through_and_a_pipe_or_device_directly(tmp_path):
+    target, link, pipe = tmp_path / "target" / "x.csv", tmp_path / "x.csv", tmp_path / "pipe"
+    target.parent.mkdir()
+    link.symlink_to("target/x.csv")
+    for text in ("new", "again"):
+        write_atomically(link, lambda out: out.write_text(text))
+        assert link.is_symlink() and target.read_text() == text and os.listdir(target.parent) == ["x.csv"]
+    os.mkfifo(pipe)
+    reader = subprocess.Popen(["cat", str(pipe)], stdout=subprocess.PIPE, text=True)
+    write_atomically(pipe, lambda out: Path(out).write_text("through"))
+    assert reader.communicate(timeout=20)[0] == "through" and pipe.is_fifo()
+    write_atomically("/dev/null", lambda out: Path(out).write_text("gone"))
+    assert Path("/dev/null").is_char_device()
+    if os.path.isdir("/proc/self/fd"):
+        code = "from data import write_atomically; write_atomically('/dev/stdout', lambda out: open(out, 'w').write('a'))"
+        printed = subprocess.run([sys.executable, "-c", code], cwd=CODE, capture_output=True, text=True, check=True)
+        assert printed.stdout == "a"
+
+
+def test_a_temporary_name_cannot_be_guessed_and_the_file_gets_the_usual_permissions(tmp_path):
+    names = []
+    for _ in range(2):
+        write_atomically(tmp_path / "x.csv", lambda out: (names.append(out.name), out.write_text("")))
+    assert names[0] != names[1] and all(name.startswith(f".x.csv.{os.getpid()}.") for name in names)
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "x.csv").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 @contextlib.contextmanager
 def files_of_at_most(size):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -340,6 +373,18 @@ def flipped(good):
     return bytes(body)
 
 
+TOO_LARGE = [  # the first: 206 GB
+    dict(summaries=True, head_variables=2**20, hidden_width=2**12, classification_only=False), dict(inducing=2**20),
+    dict(summaries=True, head_variables=2**18, head_widths=(2**12,)), dict(head_widths=(2**12,) * 100),
+    dict(classes=2**20)]
+
+
+@pytest.mark.parametrize("sizes", TOO_LARGE, ids=str)
+def test_sizes_that_fill_the_memory_are_refused_before_they_do(sizes):
+    with pytest.raises(InputError, match="model config: "):
+        ModelConfig(44, **sizes)
+
+
 FORGED = {  # of a finetuned checkpoint: its content, or its bytes
     **{f"cut at {tenth}0%": lambda good, tenth=tenth: good.read_bytes()[:good.stat().st_size * tenth // 10]
        for tenth in range(10)},
@@ -352,6 +397,8 @@ FORGED = {  # of a finetuned checkpoint: its content, or its bytes
         ("max_beta", float("nan")),
         ("presence", 1), ("decoder", "none"), ("features", [1]), ("head_widths", (10**9,)), ("head_widths", 3),
         ("head_trees", 0), ("tree_depth", 30), ("classes", 3), ("depth", 4)]},
+    **{f"sizes of {sizes}": lambda good, change=sizes: forged(good, model_config=lambda c: c | change)
+       for sizes in TOO_LARGE},
     "a weight of another shape": lambda good: forged(good, model=lambda m: m | {"history.tau": torch.zeros(3)}),
     "a weight missing": lambda good: forged(good, model=lambda m: {n: t for n, t in m.items() if n != "history.tau"}),
     "a weight too many": lambda good: forged(good, model=lambda m: m | {"more": torch.zeros(3)}),

@@ -319,6 +319,12 @@ def test_focal_loss_equals_its_formula():
           torch.tensor(expected.mean()))
 
 
+def test_every_hidden_layer_of_the_head_that_is_asked_for_is_built():
+    head = build(SeqSetVAE, tiny(head_widths=(9, 8, 7, 6, 5))).cls_head
+    assert [layer.out_features for layer in head if isinstance(layer, nn.Linear)] == [9, 8, 7, 6, 5, 2]
+    assert [layer.p for layer in head if isinstance(layer, nn.Dropout)] == [.2, .2, .1, .1, .1]
+
+
 @pytest.mark.parametrize("classification_only", [True, False])
 def test_learned_features_and_summaries_have_priors_of_their_own(classification_only):
     model = build(SeqSetVAE, tiny(summaries=True, head_variables=5, head_widths=(),

@@ -111,6 +111,8 @@ def test_a_run_under_other_circumstances_says_so(tmp_path, small_pretrained, cap
     (["--set", "betas=('a','b')"], "betas is ('a', 'b')"),
     (["--set", "clip=-1"], "clip is -1"),
     (["--set", "clip=1e999"], "clip is inf"),
+    (["--set", "learning_rate=1e300"], "learning_rate is 1e+300; it takes numbers from 0 to 1e+09"),
+    (["--max_epochs", "1" + "0" * 400], "max_epochs is 1000"),
     (["--set", "warmup_steps=0"], "warmup_steps is 0"),
     (["--set", "decoder=none"], "decoder is 'none'"),
     (["--set", "heads=5"], "no multiple of heads 5"),
@@ -225,7 +227,7 @@ def test_resume_auto_starts_or_goes_on(tmp_path, small_models, capsys):
     run = tmp_path / "run"
     run.mkdir()  # of a start that died before its first save
     (run / ".lock").touch()
-    (run / ".best.pt.123").touch()        # of a process that was killed
+    (run / ".best.pt.123.0f").touch()     # of a process that was killed
     (run / ".env.prod.local").touch()     # of somebody else
     words = [*PRETRAIN, "--max_epochs", "2", "--run_dir", str(run), "--resume", "auto"]
     with pytest.MonkeyPatch.context() as patch:
@@ -234,7 +236,7 @@ def test_resume_auto_starts_or_goes_on(tmp_path, small_models, capsys):
         with pytest.raises(SystemExit, match="130"):
             train.main(words)
     assert len(pd.read_csv(run / "metrics.csv")) == 1
-    assert (run / ".env.prod.local").exists() and not (run / ".best.pt.123").exists()
+    assert (run / ".env.prod.local").exists() and not (run / ".best.pt.123.0f").exists()
     assert train.main(words) == 0 and len(pd.read_csv(run / "metrics.csv")) == 2
     assert train.main([*PRETRAIN, "--max_epochs", "2", "--run_dir", str(tmp_path / "whole")]) == 0
     same_run(run, tmp_path / "whole")
