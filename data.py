@@ -460,6 +460,14 @@ def ranges(start: np.ndarray, length: np.ndarray) -> np.ndarray:
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(start - (ends - length), length)
 
 
+def variables_of(cohort: Cohort, stays: np.ndarray) -> np.ndarray:
+    """Indices [n] of the variables that these stays hold, ascending."""
+    held = np.zeros(len(cohort.variables), dtype=bool)
+    for part in np.array_split(stays, 1 + len(stays) // 1000):
+        held[cohort.event_variable[stay_event_index(cohort, part)]] = True
+    return np.flatnonzero(held)
+
+
 def _valued_events(cohort: Cohort, stays: np.ndarray):
     """Yield (variable, value) of all events of these stays that have a value, some stays at a time."""
     for part in np.array_split(stays, 1 + len(stays) // 1000):
@@ -570,6 +578,11 @@ class Normalizer:
         named = "; ".join(f"{name}: {count:,} values, most often {value:g}" for name, (count, value) in worst[:most])
         return (f"{line}\ndata: far outside the quartiles, and no part of the scale, are values of {len(worst)} "
                 f"variables: {named}{' ...' if len(worst) > most else ''}")
+
+    def of(self, variables: np.ndarray) -> "Normalizer":
+        """The same for these variables alone: indices [n] in its vocabulary."""
+        arrays = {name: getattr(self, name)[variables] for name in ("mean", "std", "log_scale")}
+        return replace(self, variables=[self.variables[v] for v in variables], **arrays)
 
     def state_dict(self) -> dict:
         """Plain types and tensors, for the checkpoint."""

@@ -36,7 +36,7 @@ import runs
 import sepsis2019
 from data import (SPLITS, Cohort, InputError, Normalizer, StayDataset, at_every_set, common_variables, epoch_batches,
                   labelled_points, make_splits, recognised, split_batch, stays_of, stays_with, subjects_with_label,
-                  variable_vectors)
+                  variable_vectors, variables_of)
 from finetune_config import (FinetuneConfig, boosted_trees, check_settings, classification_loss, cosine,
                              epochs_of_steps, full_optimizer, head_optimizer, head_penalty, tree_sizes)
 from model import (ModelConfig, SeqSetVAE, SeqSetVAEPretrain, checkpoint_config, checkpoint_state, load_backbone,
@@ -501,15 +501,18 @@ def pretrain(arguments) -> Path:
     if not len(train) or not len(valid):
         raise InputError(f"{cohort.reader}: its own split has {len(train)} train and {len(valid)} valid stays; "
                          "give some to each, or leave the split out")
-    normalizer = Normalizer.fit(cohort, train)
+    known = variables_of(cohort, train)  # what other stays alone hold would have no scale and no weights
+    normalizer = Normalizer.fit(cohort, train).of(known)
     print(normalizer.describe())
     dataset = StayDataset(cohort, normalizer)
+    if dataset.unknown_variables:
+        print(f"{dataset.describe_known()}, as no training stay holds them")
 
     torch.manual_seed(arguments.seed), random.seed(arguments.seed)
-    model_config = (ModelConfig.original if arguments.objective == "original" else ModelConfig)(len(cohort.variables))
+    model_config = (ModelConfig.original if arguments.objective == "original" else ModelConfig)(len(known))
     model_config = replace(model_config, input_dim=cohort.vectors.shape[1] or model_config.input_dim)
     model_config = changed(model_config, arguments.changes)
-    vectors = variable_vectors(cohort.variables, model_config.input_dim, cohort.vectors)
+    vectors = variable_vectors(normalizer.variables, model_config.input_dim, cohort.vectors[known])
     model = SeqSetVAEPretrain(model_config, vectors).to(device)
     source = source_of(arguments, data, cohort, device, dtype)
     run = Run(arguments, config, model, dataset, split, source, best={"val_loss": math.inf, "epoch": 0})
@@ -732,7 +735,8 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
 
     trainer = train_everything if full else train_head
     trainer(arguments, config, run, train, labelled_points(cohort, valid), device, dtype)
-    return run.finish(f"validation AUROC {run.best['val_auc']:.4f}, AUPRC {run.best['val_auprc']:.4f}",
+    weighed = "" if model.trees is None else ", on stays that also set the trees' share"
+    return run.finish(f"validation AUROC {run.best['val_auc']:.4f}, AUPRC {run.best['val_auprc']:.4f}{weighed}",
                       ["test_suite.py", "--checkpoint"])
 
 

@@ -659,27 +659,33 @@ def weights_equal(a, b):
     a, b = (torch.load(path, weights_only=True) for path in (a, b))
     return all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"]) and all(
         torch.equal(a["normalizer"][name], b["normalizer"][name])
-        for name in ("mean", "std", "log_scale")) and a["metrics"] == b["metrics"]
+        for name in ("mean", "std", "log_scale")) and a["metrics"] == b["metrics"] and (
+        a["normalizer"]["variables"] == b["normalizer"]["variables"])
 
 
 def test_test_stays_change_nothing_that_is_learned_or_chosen(tmp_path, monkeypatch, small_models):
-    """Other values, minutes and labels of the test stays: equal weights, normalizer, metrics, threshold and best epoch,
-    in both modes."""
+    """Other variables (one that only they hold), values, minutes and labels of the test stays: equal weights,
+    normalizer, metrics, threshold and best epoch, in both modes."""
     cohort = synthetic_cohort(24)
     split = np.arange(24) % 3
     split[np.flatnonzero(cohort.label == 1)[:3]] = 0, 1, 2  # both classes in each part
     cohort = replace(cohort, split=split.astype(np.int8))
     test = np.flatnonzero(split == 2)
     other = replace(cohort, event_value=cohort.event_value.copy(), label=cohort.label.copy(),
-                    set_minute=cohort.set_minute.copy())
-    other.event_value[stay_event_index(cohort, test)] *= -7
+                    set_minute=cohort.set_minute.copy(), variables=[*cohort.variables, "unseen"],
+                    event_variable=cohort.event_variable.copy(), vectors=np.zeros((45, 0), np.float32),
+                    statistics=np.full((45, 2), np.nan, np.float32))
+    tested = stay_event_index(cohort, test)
+    other.event_value[tested] *= -7
+    other.event_variable[tested] = np.where(np.arange(len(tested)) % 2, cohort.variables.index("Weight"), 44)
     other.set_minute[ranges(cohort.stay_start[test], np.diff(cohort.stay_start)[test])] += 99
     other.label[test] = 1 - other.label[test]
     for name, data_set in (("a", cohort), ("b", other)):
         monkeypatch.setattr(train, "load_cohort", lambda *_, data_set=data_set, **__: data_set)
         assert train.main([*PRETRAIN, "--max_epochs", "2", "--run_dir", str(tmp_path / name)]) == 0
         for mode in ([], ["--full_training"]):
-            assert train.main([*FINETUNE, str(tmp_path / name / "best.pt"), "--max_epochs", "2", *mode, "--run_dir",
+            words = ["--max_epochs", "2", "--set", "most_variables=6", *mode]
+            assert train.main([*FINETUNE, str(tmp_path / name / "best.pt"), *words, "--run_dir",
                                str(tmp_path / f"{name}{len(mode)}")]) == 0
     for run in ("", "0", "1"):
         assert weights_equal(tmp_path / f"a{run}" / "best.pt", tmp_path / f"b{run}" / "best.pt")
