@@ -36,7 +36,7 @@ from data import (HASHED, InputError, Normalizer, StayDataset, build_cohort, lab
                   salted, stay_event_index, stays_of, stays_with, variable_vectors, with_points, write_atomically)
 from model import SeqSetVAE, at_slots, checkpoint_config, load_weights, original_classifier, read_checkpoint, real_sets
 from readers import load_cohort, read_map
-from runs import choose_device, evaluation_loader, label_digest
+from runs import choose_device, evaluation_loader, label_digest, printable
 from tables import BEYOND, MISSING, TRUTH
 from train import (data_of, data_options, dataset_of, encode_points, known_part, open_checkpoint, probability_at,
                    ranking)
@@ -830,13 +830,13 @@ def follow(arguments) -> None:
                     event = followed_event(line, rename)
                 except (ValueError, csv.Error) as error:
                     ward.counts["malformed lines, left out"] += 1
-                    print(f"follow: line {number}: {error}: {line.strip()}", file=sys.stderr, flush=True)
+                    print(f"follow: line {number}: {error}: {printable(line.strip())}", file=sys.stderr)
                 else:
                     ward.add(*event)
         ward.end_sets()
     except KeyboardInterrupt:  # the usual end of a long-running command
         pass
-    print(ward.describe(), file=sys.stderr)
+    print(*map(printable, ward.describe().splitlines()), sep="\n", file=sys.stderr)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -873,6 +873,9 @@ def picture_folder(path) -> Path:
 
 
 def save_figure(figure, path: Path) -> None:
+    """As PNG. A `$` in a name is a `$`, not the start of a formula."""
+    for text in figure.findobj(lambda artist: hasattr(artist, "set_parse_math")):
+        text.set_parse_math(False)
     write_atomically(path, lambda out: figure.savefig(out, format="png", dpi=130))
 
 

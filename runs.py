@@ -74,13 +74,14 @@ def summed(x: torch.Tensor) -> torch.Tensor:
 
 
 def gathered(value) -> list:
-    """`value` of every rank. Raises the InputError of a rank that failed meanwhile (see `main`), so that none waits for
-    it forever."""
+    """`value` of every rank. Raises the InputError of a rank that failed meanwhile (see `exit_code`), so that none
+    waits for it forever, and on all ranks the KeyboardInterrupt of one that is asked to leave (see `Signals`)."""
+    value = leaving() or value
     values = [value] * WORLD
     if WORLD > 1:
         dist.all_gather_object(values, value)
     for value in values:
-        if isinstance(value, InputError):
+        if isinstance(value, (InputError, KeyboardInterrupt)):
             raise value
     return values
 
@@ -101,6 +102,57 @@ def end_rank(code: int) -> None:
     if WORLD > 1:
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(code)
+
+
+class Signals:
+    """What SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 ask of a command: to leave at once, since the last.pt of a run
+    is always valid; in a step at its end, since it can be saved. Several ranks leave together, where they gather."""
+    asked = None   # the KeyboardInterrupt to leave by
+    held = False   # in a step
+    farewell = ""  # how to go on with the run, once there is one
+
+    @classmethod
+    def handle(cls, number, frame):
+        if cls.asked and WORLD == 1:  # torchrun repeats the signal once the first rank has left
+            os._exit(128 + number)
+        cls.asked = cls.asked or KeyboardInterrupt(cls.farewell)
+        if cls.held and RANK == 0:
+            once_more = "; once more to exit at once" if WORLD == 1 else ""
+            print(f"interrupted: saving at the end of the step{once_more}", file=sys.stderr)
+        if leaving() and (WORLD == 1 or not cls.farewell):
+            raise cls.asked
+
+
+def leaving() -> KeyboardInterrupt | None:
+    return None if Signals.held else Signals.asked
+
+
+def exit_code(command: Callable) -> int:
+    """Run a whole command: its exit code. What it raises is one line, told to the other ranks."""
+    keep_freed_memory()
+    make_streams_ready()
+    Signals.asked, Signals.held, Signals.farewell = None, False, ""
+    numbers = [getattr(signal, f"SIG{name}", None) for name in ("INT", "TERM", "HUP", "USR1", "USR2")]  # not on Windows
+    handlers = {number: signal.signal(number, Signals.handle) for number in numbers
+                if number and signal.getsignal(number) != signal.SIG_IGN}  # as nohup has it
+    try:
+        return command() or 0
+    except InputError as error:
+        told, code = InputError(f"on {platform.node()}: {error}") if MACHINE else error, 2
+        line = f"error: {printable(str(error))}"
+    except KeyboardInterrupt as interrupt:
+        told, code, line = interrupt, 130, str(interrupt) or "interrupted"
+    except BrokenPipeError:  # its reader has left, such as head; Python would flush what is left at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        told, code, line = KeyboardInterrupt(), 141, None
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if RANK == 0 and line:
+        print(line, file=sys.stderr)
+    with suppress(InputError, KeyboardInterrupt, RuntimeError):  # where the others told it, they have left
+        gathered(told)
+    return code
 
 
 @contextmanager
@@ -170,7 +222,7 @@ def loader(dataset: StayDataset, batches: list, device: torch.device):
     batches = torch.utils.data.DataLoader(dataset, sampler=batches, batch_size=None, num_workers=2 if cuda else 0,
                                           pin_memory=cuda, worker_init_fn=leave_process_group,
                                           generator=torch.Generator())  # its own: the global one must not advance
-    return (batch.to(device, non_blocking=cuda) for batch in batches)
+    return (batch.to(device, non_blocking=cuda) for batch in itertools.takewhile(lambda _: not leaving(), batches))
 
 
 def leave_process_group(worker: int) -> None:
@@ -194,11 +246,26 @@ def progress(iterable, total: int, what: str):
     return tqdm(iterable, total=total, desc=what, leave=False, disable=silent, unit=" batches")
 
 
-def print_what_the_terminal_can() -> None:
-    """A character that it has not, such as the check mark, becomes a question mark, not an error."""
+CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
+
+
+def printable(text: str) -> str:
+    """One line: a control character of a name or an id steers no terminal."""
+    return text.replace("\n", "\\n").translate(CONTROLS)
+
+
+def make_streams_ready() -> None:
+    """A closed stream is an empty one. Each line is written as it is printed. A character that the terminal has not,
+    such as the check mark, becomes a question mark, not an error; control characters are escaped in what is printed
+    (standard error has the bars that need them)."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(errors="replace", line_buffering=True)
+    if isinstance(sys.stdout, io.TextIOWrapper) and "write" not in vars(sys.stdout):
+        sys.stdout.write = lambda text, write=sys.stdout.write: write(text.translate(CONTROLS))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -235,8 +302,8 @@ class Run:
         if RANK == 0:
             text = json.dumps(self.record, indent=1)
             write_atomically(self.folder / "config.json", lambda path: path.write_text(text))
-        self.stop = False
-        self.handlers = {number: signal.signal(number, self._interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+        again = [*launcher(), "train.py", "--mode", self.record["mode"], "--resume", str(self.folder)]
+        Signals.farewell = f"saved; go on with: {shlex.join(again)}"
 
     def _refuse_other_data(self, path: Path, last: dict) -> None:
         source, then = self.record["source"], last["source"]
@@ -274,44 +341,21 @@ class Run:
                 leftover.unlink()
         return folder
 
-    def _interrupt(self, number, frame):
-        if self.stop and WORLD == 1:  # torchrun repeats the signal once the first rank has left
-            os._exit(128 + number)
-        if not self.stop and RANK == 0:
-            once_more = "; once more to exit at once" if WORLD == 1 else ""
-            print(f"interrupted: saving at the next step (head training: epoch){once_more}", file=sys.stderr)
-        self.stop = True
-
-    def stopping(self) -> bool:
-        """Whether a signal reached any rank: all leave at the same step."""
-        return any(gathered(self.stop))
-
-    def leave(self) -> None:
-        """End the interrupted run, whose last.pt is written."""
-        again = [*launcher(), "train.py", "--mode", self.record["mode"], "--resume", str(self.folder)]
-        print(f"saved; go on with: {shlex.join(again)}")
-        end_rank(130)
-        sys.exit(130)
-
     def finish(self, figures: str, following: list) -> Path:
-        """Say where the best checkpoint lies, its figures, the command that follows; give up folder and signals."""
+        """Say where the best checkpoint lies, its figures, the command that follows; give up the folder."""
         best = self.folder / "best.pt"
         print(f"best checkpoint: {best} (epoch {self.best['epoch']}, {figures})")
         print(f"next: {shlex.join(['python', *following, str(best)])}")
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        Signals.farewell = ""
         if RANK == 0:
             self.lock.close()
         return best
 
     def epochs(self, most: int):
-        """Yields the epochs still to be trained; obeys a signal after each."""
+        """Yields the epochs still to be trained."""
         if self.epoch >= most:
             print(f"nothing left to train: {self.epoch} epochs are done; a larger --max_epochs goes on")
-        for epoch in range(self.epoch, most):
-            yield epoch
-            if self.stopping():
-                self.leave()
+        yield from range(self.epoch, most)
 
     def end_of_epoch(self, row: dict, improved: bool) -> None:
         """Log the epoch, save best.pt where it improved, and last.pt."""

@@ -19,7 +19,7 @@ from benchmark import benchmark, scale
 from data import InputError
 from evaluate import export, follow, performance
 from protocol import METHODS, baselines, protocol
-from runs import CHECKPOINTS, keep_freed_memory, print_what_the_terminal_can
+from runs import CHECKPOINTS, exit_code
 from train import add_data_options, add_head_options, data_options, fraction, seed
 
 TESTS = str(Path(__file__).with_name("tests"))
@@ -84,35 +84,35 @@ def main(argv=None) -> int:
     add("--soak", action="store_true",
         help="run the tests of killed processes and damaged inputs at length: 60 kills, 2,000 inputs")
     arguments = parser.parse_args(argv)
-    keep_freed_memory(), print_what_the_terminal_can()
-    try:
-        if arguments.soak:
-            os.environ["SEQSETVAE_SOAK"] = "1"
-            return pytest.main([TESTS, "-q", "-s", "-k", "random"])
-        if arguments.protocol:
-            if not arguments.data_dir:
-                raise InputError("--protocol needs --data_dir, for instance ../shared/data/physionet2012")
-            protocol(data_options(arguments), arguments.splits, arguments.seeds, arguments.methods,
-                     arguments.fractions, Path(arguments.protocol))
-        elif arguments.benchmark:
-            scale() if arguments.benchmark == "scale" else benchmark(arguments)
-        elif len(arguments.checkpoint or []) > 1 and (arguments.export or arguments.follow):
-            raise InputError("--export and --follow take one --checkpoint")
-        elif arguments.checkpoint and arguments.export:
-            export(arguments.checkpoint[0], arguments.export)
-        elif arguments.checkpoint and arguments.follow:
-            follow(arguments)
-        elif arguments.checkpoint:
-            performance(arguments, baselines if arguments.baselines else None)
-        elif sys.argv[1:] if argv is None else argv:
-            raise InputError("these options need --checkpoint (or --protocol, --benchmark); "
-                             "the tests run without any option")
-        else:
-            return pytest.main([TESTS, "-q"])
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: run(arguments, bool(sys.argv[1:] if argv is None else argv)))
+
+
+def run(arguments, given: bool) -> int | None:
+    """What the command line asks for; given: it has any option. The exit code of the tests."""
+    if arguments.soak:
+        os.environ["SEQSETVAE_SOAK"] = "1"
+        return pytest.main([TESTS, "-q", "-s", "-k", "random"])
+    if arguments.protocol:
+        if not arguments.data_dir:
+            raise InputError("--protocol needs --data_dir, for instance ../shared/data/physionet2012")
+        protocol(data_options(arguments), arguments.splits, arguments.seeds, arguments.methods,
+                 arguments.fractions, Path(arguments.protocol))
+    elif arguments.benchmark:
+        scale() if arguments.benchmark == "scale" else benchmark(arguments)
+    elif len(arguments.checkpoint or []) > 1 and (arguments.export or arguments.follow):
+        raise InputError("--export and --follow take one --checkpoint")
+    elif arguments.checkpoint and arguments.export:
+        export(arguments.checkpoint[0], arguments.export)
+    elif arguments.checkpoint and arguments.follow:
+        follow(arguments)
+    elif arguments.checkpoint:
+        performance(arguments, baselines if arguments.baselines else None)
+    elif given:
+        raise InputError("these options need --checkpoint (or --protocol, --benchmark); "
+                         "the tests run without any option")
+    else:
+        return pytest.main([TESTS, "-q"])
+
 
 
 if __name__ == "__main__":

@@ -42,9 +42,8 @@ from finetune_config import (FinetuneConfig, boosted_trees, check_settings, clas
 from model import (ModelConfig, SeqSetVAE, SeqSetVAEPretrain, checkpoint_config, checkpoint_state, load_backbone,
                    read_checkpoint, real_sets)
 from readers import load_cohort
-from runs import (PATHS, PRECISIONS, Run, choose_device, data_parallel, end_rank, evaluation_batches, evaluation_loader,
-                  from_rank_0, gathered, in_turn, keep_freed_memory, label_digest, loader, print_what_the_terminal_can,
-                  progress, source_of, summed)
+from runs import (PATHS, PRECISIONS, Run, Signals, choose_device, data_parallel, end_rank, evaluation_batches, evaluation_loader,
+                  exit_code, from_rank_0, gathered, in_turn, label_digest, loader, progress, source_of, summed)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -397,6 +396,7 @@ class Training:
         """The run's next epoch, or what is left of it: the means of the reported terms over its stays. A signal is
         obeyed at the end of the step."""
         run, cohort = self.run, self.run.dataset.cohort
+        Signals.held = True
         dataset, stays = self.data(run.epoch)
         run.model.train()
         sizes = dataset.sizes(stays)
@@ -411,7 +411,7 @@ class Training:
         for batch, some in bar:
             step = first + run.done
             norm, terms = self.step(itertools.islice(stream, len(some)), [len(part) for part in some], len(batch), step)
-            stopping = run.stopping()
+            stopping = any(gathered(Signals.asked is not None))  # all leave at the same step
             run.done += 1
             if step % self.every == 0 or stopping or run.done == len(batches):
                 finite_or_stop(norm, step, cohort.stay_id[stays[batch]], self.scaler, self.every)
@@ -421,7 +421,10 @@ class Training:
             run.totals = {name: run.totals[name] + term if run.totals else term for name, term in terms.items()}
             if stopping:
                 run.save_last(run.best)
-                run.leave()
+                raise KeyboardInterrupt(Signals.farewell)
+        run.save_last(run.best)
+        Signals.held = False  # evaluating can be left at any moment
+        gathered(None)
         return {name: total.item() / len(stays) for name, total in run.totals.items()}
 
     def step(self, micro_batches, counts: list[int], stays: int, step: int) -> tuple[torch.Tensor, dict]:
@@ -904,7 +907,8 @@ class HeadTraining:
         self.optimizer, self.epochs = head_optimizer(run.model, config), config.epochs(len(points))
 
     def epoch(self, epoch: int) -> float:
-        """The mean loss of an epoch."""
+        """The mean loss of an epoch, before which several ranks may leave."""
+        gathered(None)
         self.optimizer.param_groups[0]["lr"] = cosine(self.config.learning_rate, epoch, self.epochs)
         batches = epoch_batches(np.ones(len(self.label)), self.config.batch_size, self.seed, epoch)
         bar = progress(batches, len(batches), f"epoch {epoch + 1}")
@@ -982,25 +986,15 @@ def finetuning_epoch(run: Run, row: dict, valid, val_features, keep_last: bool) 
 
 
 def main(argv=None) -> int:
-    keep_freed_memory(), print_what_the_terminal_can()
     if runs.WORLD > 1:
         dist.init_process_group()  # gloo for what lies on a CPU, nccl on CUDA
     if runs.RANK:
         sys.stdout = open(os.devnull, "w")
-    code = 0
-    try:
+
+    def command():
         arguments = parse_arguments(argv)
         (pretrain if arguments.mode == "pretrain" else finetune)(arguments)
-    except InputError as error:
-        if runs.RANK == 0:
-            print(f"error: {error}", file=sys.stderr)
-        with suppress(InputError, RuntimeError):  # where the others told it, they have left
-            gathered(InputError(f"on {platform.node()}: {error}") if runs.MACHINE else error)
-        code = 2
-    except KeyboardInterrupt:  # before the run's folder exists; from then on see `Run`
-        if runs.RANK == 0:
-            print("interrupted: nothing was trained yet", file=sys.stderr)
-        code = 130
+    code = exit_code(command)
     end_rank(code)
     return code
 

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import signal
 from functools import partial
 from pathlib import Path
 
@@ -11,15 +10,6 @@ import pytest
 import train
 from readers import load_cohort
 from tests.tiny import FINETUNE, PRETRAIN, make_small
-
-
-@pytest.fixture(autouse=True)
-def signals_restored():
-    """A training run installs handlers of its own."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -21,6 +21,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 import benchmark
 import data
+import evaluate
 import protocol
 import readers
 import sepsis2019
@@ -843,6 +844,17 @@ def test_the_readmes_examples_of_data_are_read(tmp_path, load, monkeypatch, fold
     cohort = load(tmp_path / folder, **{name: str(tmp_path / folder / file) for name, file in options.items()})
     assert cohort.reader.startswith(reader) and labels_of(cohort) == {stay: label}
     assert not np.isnan(cohort.statistics).any() and not np.isnan(cohort.vectors).any() if options else True
+
+
+def test_a_dollar_in_a_name_is_no_formula(tmp_path):
+    pytest.importorskip("matplotlib")
+    figure, (ax,) = evaluate.new_figure(1)
+    ax.plot([0, 1], label="$\\a {$")
+    ax.set_yticks([0, 1], ["cost $", "$\\frac$"])
+    ax.set_title("Stay $x_$")
+    ax.legend()
+    evaluate.save_figure(figure, tmp_path / "x.png")  # which raises at a formula that is none
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["cost $", "$\\frac$"]
 
 
 def test_the_readmes_commands_for_ones_own_table(tmp_path, capsys, monkeypatch):

@@ -12,11 +12,13 @@ import itertools
 import os
 import pickle
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from dataclasses import replace
 from functools import partial
@@ -28,6 +30,8 @@ import pytest
 import torch
 import torch.nn as nn
 
+import data
+import runs
 import train
 from data import InputError, Normalizer, StayDataset, ranges, stay_event_index, write_atomically
 from evaluate import open_classifier
@@ -338,6 +342,53 @@ def test_the_caches_place_is_an_option_and_no_setting_of_the_run(tmp_path, capsy
     assert len(list((tmp_path / "other").iterdir())) == 1
     assert train.main(["--resume", str(tmp_path / "run"), "--cache_dir", str(tmp_path / "kept"),
                        "--max_epochs", "2"]) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_reading_leaves_nothing_behind(tmp_path, monkeypatch, capsys, number):
+    write(tmp_path / "table" / "events.csv", EVENTS)
+    temporary, cache = tmp_path / "temporary", tmp_path / "cache"
+    temporary.mkdir()
+    monkeypatch.setattr(train, "load_cohort", load_cohort)
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    seen = []
+
+    def interrupted(*_):
+        seen.extend([*temporary.iterdir(), *cache.iterdir()])
+        os.kill(os.getpid(), number)
+    monkeypatch.setattr(data, "sync", interrupted)
+    before = signal.getsignal(number)
+    assert train.main(["--mode", "pretrain", "--data_dir", str(tmp_path / "table"), "--cache_dir", str(cache),
+                       "--run_dir", str(tmp_path / "run")]) == 130
+    assert seen and not [*temporary.iterdir(), *cache.iterdir()] and not (tmp_path / "run").exists()
+    assert capsys.readouterr().err == "interrupted\n" and signal.getsignal(number) is before
+
+
+def command_process(code: str, shell: str = "{}"):
+    """A process that runs `code` as a command, within the words of a shell."""
+    code = f"import sys, runs\ndef command():\n    {code}\nsys.exit(runs.exit_code(command))"
+    words = shlex.join([sys.executable, "-c", code])
+    return subprocess.run(["bash", "-c", shell.format(words)], cwd=CODE, capture_output=True, text=True, timeout=60)
+
+
+def test_a_closed_pipe_or_closed_streams_end_quietly():
+    ended = command_process("for i in range(100_000): print(i)", "set -o pipefail; {} | head -1")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (141, "0\n", "")
+    ended = command_process("print('x'); print('x', file=sys.stderr); return len([*runs.progress(sys.stdin, 0, '')])",
+                            "{} <&- >&- 2>&-")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+
+
+def test_a_line_reaches_a_pipe_as_it_is_printed():
+    assert command_process("import os; print('first'); os._exit(0)").stdout == "first\n"
+
+
+def test_control_characters_are_escaped_in_what_is_printed(capsys):
+    def command():
+        print("stay \x1b[2Jé\r\x9b7")
+        raise InputError("stay \x1b[2J\nerror: x")
+    assert runs.exit_code(command) == 2
+    assert capsys.readouterr() == ("stay \\x1b[2Jé\\x0d\\x9b7\n", "error: stay \\x1b[2J\\nerror: x\n")
 
 
 def test_an_unwritable_folder_is_one_line(tmp_path, capsys, small_models):

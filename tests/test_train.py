@@ -29,8 +29,9 @@ from tests.tiny import FINETUNE, PRETRAIN, finished, same_run, small_process, ti
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step, precision", [(1, "fp32"), (4, "fp32"), (6, "fp32"), (6, "bf16")])
-def test_pretraining_interrupted_and_resumed_ends_with_equal_bits(tmp_path, monkeypatch, step, precision):
+@pytest.mark.parametrize("step, precision, number", [
+    (1, "fp32", signal.SIGTERM), (4, "fp32", signal.SIGHUP), (6, "fp32", signal.SIGUSR1), (6, "bf16", signal.SIGUSR2)])
+def test_pretraining_interrupted_and_resumed_ends_with_equal_bits(tmp_path, monkeypatch, step, precision, number):
     """In the first epoch, at its last step, in the second."""
     monkeypatch.setattr(train, "ModelConfig", lambda v: tiny(num_variables=v))
     command = [*PRETRAIN, "--precision", precision, "--max_epochs", "2", "--batch_size", "3"]
@@ -41,12 +42,34 @@ def test_pretraining_interrupted_and_resumed_ends_with_equal_bits(tmp_path, monk
     def interrupting(norm, at, *rest):
         check(norm, at, *rest)
         if at == step:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
     monkeypatch.setattr(train, "finite_or_stop", interrupting)
-    with pytest.raises(SystemExit, match="130"):
-        train.main([*command, "--run_dir", str(tmp_path / "cut")])
+    assert train.main([*command, "--run_dir", str(tmp_path / "cut")]) == 130
     monkeypatch.setattr(train, "finite_or_stop", check)
     assert train.main([*command, "--resume", str(tmp_path / "cut")]) == 0
+    same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize("where, mode", [
+    ("evaluate_pretraining", "pretrain"), ("encode_points", "head"), ("prepare_head", "head"), ("head_epoch", "head"),
+    ("head_epoch", "full training"), ("ranking", "full training")])
+def test_outside_the_steps_a_signal_is_obeyed_at_once_and_the_resumed_run_ends_with_equal_bits(
+        tmp_path, monkeypatch, capsys, small_pretrained, where, mode):
+    command = [*FINETUNE, str(small_pretrained / "best.pt"), "--set", "trees=5"]
+    command = {"pretrain": PRETRAIN, "head": command, "full training": [*command, "--full_training"]}[mode]
+    assert train.main([*command, "--run_dir", str(tmp_path / "whole")]) == 0
+
+    def interrupted(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+        pytest.fail("it went on")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, where, interrupted)
+        assert train.main([*command, "--run_dir", str(tmp_path / "cut")]) == 130
+    steps_done = "trainer" in torch.load(tmp_path / "cut" / "last.pt", weights_only=True)
+    assert steps_done == (where in ("evaluate_pretraining", "ranking"))  # a signal in evaluating loses no step
+    assert capsys.readouterr().err.startswith("saved; go on with: python train.py --mode")
+    assert train.main(["--resume", str(tmp_path / "cut")]) == 0
     same_run(tmp_path / "whole", tmp_path / "cut")
 
 
@@ -57,13 +80,12 @@ def test_the_command_printed_at_an_interruption_goes_on_with_the_run(tmp_path, m
     assert train.main([*PRETRAIN, "--max_epochs", "2", "--run_dir", str(tmp_path / "whole")]) == 0
     check = train.finite_or_stop
     monkeypatch.setattr(train, "finite_or_stop", lambda norm, at, *a: at == 0 and os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(SystemExit, match="130"):
-        train.main([*PRETRAIN, "--max_epochs", "2", "--run_dir", str(tmp_path / "cut")])
+    assert train.main([*PRETRAIN, "--max_epochs", "2", "--run_dir", str(tmp_path / "cut")]) == 130
     monkeypatch.setattr(train, "finite_or_stop", check)
     cohort, load = synthetic_cohort(24), train.load_cohort
     monkeypatch.setattr(train, "load_cohort", lambda *a, **k: cohort if load(*a, **k).fingerprint == cohort.fingerprint
                         else pytest.fail("other data"))
-    command = next(line for line in capsys.readouterr().out.splitlines() if "python train.py" in line
+    command = next(line for line in capsys.readouterr().err.splitlines() if "python train.py" in line
                    and "--resume" in line)
     assert train.main(command.split("train.py ")[1].split()) == 0
     same_run(tmp_path / "whole", tmp_path / "cut")
@@ -91,10 +113,9 @@ def test_finetuning_interrupted_and_resumed_ends_with_equal_bits(tmp_path, monke
     command = [*FINETUNE, str(tiny_run / "best.pt"), "--precision", precision, "--max_epochs", "2"]
     command += ["--full_training"] * full_training
     assert train.main([*command, "--run_dir", str(tmp_path / "whole")]) == 0
-    with monkeypatch.context() as patch:  # a signal in the first epoch is obeyed at its end
+    with monkeypatch.context() as patch:  # a signal while the first epoch is evaluated
         patch.setattr(train, "ranking", lambda *a, rank=train.ranking: os.kill(os.getpid(), signal.SIGTERM) or rank(*a))
-        with pytest.raises(SystemExit, match="130"):
-            train.main([*command, "--run_dir", str(tmp_path / "cut")])
+        assert train.main([*command, "--run_dir", str(tmp_path / "cut")]) == 130
     assert train.main([*command, "--resume", str(tmp_path / "cut")]) == 0
     same_run(tmp_path / "whole", tmp_path / "cut")
 
