@@ -127,14 +127,26 @@ def leaving() -> KeyboardInterrupt | None:
     return None if Signals.held else Signals.asked
 
 
+@contextmanager
+def obeying_signals():
+    Signals.asked = None
+    Signals.held = False
+    Signals.farewell = ""
+    numbers = [getattr(signal, f"SIG{name}", None) for name in ("INT", "TERM", "HUP", "USR1", "USR2")]  # not on Windows
+    handlers = {number: signal.signal(number, Signals.handle) for number in numbers
+                if number and signal.getsignal(number) != signal.SIG_IGN}  # as nohup has it
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+@obeying_signals()
 def exit_code(command: Callable) -> int:
     """Run a whole command: its exit code. What it raises is one line, told to the other ranks."""
     keep_freed_memory()
     make_streams_ready()
-    Signals.asked, Signals.held, Signals.farewell = None, False, ""
-    numbers = [getattr(signal, f"SIG{name}", None) for name in ("INT", "TERM", "HUP", "USR1", "USR2")]  # not on Windows
-    handlers = {number: signal.signal(number, Signals.handle) for number in numbers
-                if number and signal.getsignal(number) != signal.SIG_IGN}  # as nohup has it
     try:
         return command() or 0
     except InputError as error:
@@ -145,9 +157,6 @@ def exit_code(command: Callable) -> int:
     except BrokenPipeError:  # its reader has left, such as head; Python would flush what is left at the end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         told, code, line = KeyboardInterrupt(), 141, None
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
     if RANK == 0 and line:
         print(line, file=sys.stderr)
     with suppress(InputError, KeyboardInterrupt, RuntimeError):  # where the others told it, they have left
