@@ -234,7 +234,7 @@ def padding(dataset, batches) -> list:
 def measure(dataset, load, device) -> tuple[pd.DataFrame, float]:
     """One row a work: sizes, work, how -> seconds, stays, sets, FLOPs, MB; and the MB of the imports alone."""
     on_cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else on_cpu
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else on_cpu
     lengths, rows = np.diff(dataset.cohort.stay_start), {}
     for sizes, (make_config, steps, passes, epochs, hows) in BENCHMARK.items():
         config, finetune = make_config(len(dataset.normalizer.variables)), f"{epochs}-epoch finetune"

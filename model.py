@@ -148,15 +148,16 @@ class Attention(nn.Module):
         """query [G, Nq, d], key_value [G, Nk, 2d], both projected;
         mask broadcastable to [G, heads, Nq, Nk] -> [G, Nq, d], not yet projected."""
         key, value = key_value.unflatten(-1, (2, self.heads, -1)).unbind(-3)         # [G, Nk, heads, d / heads]
-        if key.shape[1] == 1:  # softmax over one key is 1
-            return value.flatten(-2).expand(-1, query.shape[1], -1)
+        learned = mask is not None and mask.requires_grad  # an additive bias
+        if key.shape[1] == 1 and not learned:  # softmax over one key is 1
+            return value.flatten(-2) + 0 * query  # which has a gradient of 0, not none: see `runs.data_parallel`
         query = query.unflatten(-1, (self.heads, -1))
         # On a CPU the fused kernel's backward pass is several times slower in bf16.
         if query.device.type == "cpu" and torch.is_grad_enabled():
             query, key, value = query.float(), key.float(), value.float()
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))         # [G, heads, N, d / heads]
         with torch.autocast("cpu", enabled=False):
-            if query.device.type == "cpu" and mask is not None and mask.requires_grad:
+            if query.device.type == "cpu" and learned:
                 # No fused kernel learns a bias, and the one in PyTorch spends a quarter of its time on rows that attend
                 # to nothing.
                 bias = mask.expand(-1, self.heads, -1, -1).flatten(0, 1)
@@ -743,7 +744,8 @@ class SetVAE(nn.Module):
         """Cross-entropy of whether each variable of the question was measured in each of its sets,
         the plain mean: [B]."""
         query, held = self.decoder.measured(at_slots(code, question.slots)).float(), question.held[:, None]  # [B, Q, r]
-        own, other = query @ question.own_keys.mT, query @ question.other_keys.T                  # [B, Q, n], [B, Q, o]
+        with torch.autocast(query.device.type, enabled=False):
+            own, other = query @ question.own_keys.mT, query @ question.other_keys.T              # [B, Q, n], [B, Q, o]
         loss = (F.binary_cross_entropy_with_logits(own, question.measured, reduction="none") * held).sum(-1)
         loss = loss + (F.softplus(other) * question.absent[:, None]).sum(-1)
         return masked_mean(loss / (held.sum(-1) + question.absent.sum(-1)[:, None]), question.real)

@@ -66,6 +66,13 @@ def launcher() -> list[str]:
             f"--rdzv-endpoint={rendezvous}"]
 
 
+def join_ranks(device: str) -> None:
+    """Form the group of several processes; device: the --device that was given. Objects and a CPU's tensors go over
+    gloo, so that ranks can talk before each has chosen its GPU (see `choose_device`)."""
+    cuda = torch.cuda.is_available() and not device.startswith("cpu")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+
+
 def summed(x: torch.Tensor) -> torch.Tensor:
     """The sum of x over ranks, in place."""
     if WORLD > 1:
@@ -197,7 +204,8 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 def choose_device(name: str, precision: str) -> tuple[torch.device, torch.dtype]:
-    """The device and the autocast type (float32: no autocast). Raises InputError for a device that is not there."""
+    """The device, made the current one, and the autocast type (float32: no autocast). Raises InputError for a device
+    that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -208,10 +216,12 @@ def choose_device(name: str, precision: str) -> tuple[torch.device, torch.dtype]
     except (RuntimeError, AssertionError):
         each = " for each process" if WORLD > 1 else ""
         raise InputError(f"--device {name}: not available here{each}; use --device auto") from None
-    if device.type == "cuda" and WORLD > 1:
-        torch.cuda.set_device(device)
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it compiles a graph for each shape, and batches differ in shape
+        if device.index is not None:
+            torch.cuda.set_device(device)
     if precision == "auto" and device.type == "cuda":
-        precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     elif precision == "auto":  # where a CPU has no AMX it emulates bf16, or gains little by it
         precision = "bf16" if device.type == "cpu" and torch.cpu._is_amx_tile_supported() else "fp32"
     return device, PRECISIONS[precision]

@@ -28,9 +28,9 @@ from typing import Callable
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 from sklearn.model_selection import train_test_split
+from tqdm import tqdm
 
 import runs
 import sepsis2019
@@ -42,8 +42,9 @@ from finetune_config import (FinetuneConfig, boosted_trees, check_settings, clas
 from model import (ModelConfig, SeqSetVAE, SeqSetVAEPretrain, checkpoint_config, checkpoint_state, load_backbone,
                    read_checkpoint, real_sets)
 from readers import load_cohort
-from runs import (PATHS, PRECISIONS, Run, Signals, choose_device, data_parallel, end_rank, evaluation_batches, evaluation_loader,
-                  exit_code, from_rank_0, gathered, in_turn, label_digest, loader, progress, source_of, summed)
+from runs import (PATHS, PRECISIONS, Run, Signals, choose_device, data_parallel, end_rank, evaluation_batches,
+                  evaluation_loader, exit_code, from_rank_0, gathered, in_turn, join_ranks, label_digest, loader,
+                  progress, source_of, summed)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -373,7 +374,7 @@ def refuse_changes(before, after, folder: str) -> None:
 @dataclass
 class Training:
     """Epochs of optimisation steps. `objective(model, batch, step)` gives a batch's loss and the terms to report, means
-    over its stays; `rate(epoch, step)` the learning rate. Steps are counted from the first epoch's first."""
+    over its stays; `rate(step)` the learning rate. Steps are counted from the first epoch's first."""
 
     run: Run
     data: Callable  # of an epoch: its dataset, and its stays [n]
@@ -430,8 +431,7 @@ class Training:
     def step(self, micro_batches, counts: list[int], stays: int, step: int) -> tuple[torch.Tensor, dict]:
         """One step of the optimizer on the mean loss of `stays` stays, of which this rank has `counts` in its
         micro-batches: the gradient's norm, and the terms summed over all stays."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate(self.run.epoch, step)
+        set_rate(self.run, self.optimizer, self.rate(step))
         sums = 0
         for i, (batch, count) in enumerate(zip(micro_batches, counts)):
             last = i + 1 == len(counts)
@@ -444,6 +444,17 @@ class Training:
             sums = sums + torch.stack(list(terms.values())).detach() * count
         norm = update(self.run.model, loss, self.optimizer, self.scaler, self.clip)
         return norm, dict(zip(terms, summed(sums)))
+
+
+def set_rate(run: Run, optimizer, rate: float) -> None:
+    """Set the learning rate of the next step; of the first one of a run that goes on with other epochs, say it."""
+    if run.last and [run.epoch, run.done] == run.last["trainer"]["position"]:
+        then, now = (record["run"]["settings"] for record in (run.last, run.record))
+        if then != now:
+            tqdm.write(f"resume: the learning rate goes from {optimizer.param_groups[0]['lr']:.3g} to {rate:.3g}: its "
+                       "cosine ends with the last epoch, which --max_epochs has changed")
+    for group in optimizer.param_groups:
+        group["lr"] = rate
 
 
 def update(model, loss, optimizer, scaler, clip: float) -> torch.Tensor:
@@ -527,7 +538,7 @@ def pretrain(arguments) -> Path:
     epochs = config.epochs(len(train))
     steps = epochs * math.ceil(len(train) / config.batch_size)
 
-    def rate(epoch, step):
+    def rate(step):
         warm = config.learning_rate * min(1, (step + 1) / config.warmup_steps)
         return warm * (0.01 + 0.99 * cosine(1, step, steps))
 
@@ -909,7 +920,7 @@ class HeadTraining:
     def epoch(self, epoch: int) -> float:
         """The mean loss of an epoch, before which several ranks may leave."""
         gathered(None)
-        self.optimizer.param_groups[0]["lr"] = cosine(self.config.learning_rate, epoch, self.epochs)
+        set_rate(self.run, self.optimizer, cosine(self.config.learning_rate, epoch, self.epochs))
         batches = epoch_batches(np.ones(len(self.label)), self.config.batch_size, self.seed, epoch)
         bar = progress(batches, len(batches), f"epoch {epoch + 1}")
         return head_epoch(self.run.model, self.features, self.label, self.weight, self.optimizer, self.config, bar)
@@ -951,7 +962,7 @@ def train_everything(arguments, config: FinetuneConfig, run: Run, train, valid, 
             return run.dataset.of(*at_every_set(cohort, points, weight, config.full_before)), stays
         return run.dataset.asking(points, weight), stays
 
-    def rate(epoch, step):
+    def rate(step):
         highest = config.random_learning_rate if arguments.random_init else config.full_learning_rate
         return cosine(highest, step, steps)
 
@@ -987,7 +998,7 @@ def finetuning_epoch(run: Run, row: dict, valid, val_features, keep_last: bool) 
 
 def main(argv=None) -> int:
     if runs.WORLD > 1:
-        dist.init_process_group()  # gloo for what lies on a CPU, nccl on CUDA
+        join_ranks(make_parser().parse_args(argv).device)
     if runs.RANK:
         sys.stdout = open(os.devnull, "w")
 
