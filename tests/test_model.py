@@ -492,3 +492,30 @@ def test_the_trees_have_the_share_that_fits_the_validation_points_best():
         assert model.trees_share == share, name
     weigh_trees(model, features[:12], np.arange(12) // 9)                 # too few to tell
     assert model.trees_share == .5
+
+
+@pytest.mark.parametrize("events", [1, 2])
+@pytest.mark.parametrize("config", [
+    tiny(), tiny(decoder="slots"), tiny(decoder="slots", mab_residual=False, learned_seeds=False)],
+                         ids=["ours", "slots", "original"])
+def test_every_parameter_has_a_gradient_where_attention_has_one_key(config, events):
+    """DistributedDataParallel waits for each: of stays of one set, and of sets of one event."""
+    batch = batch_of([[(60, [(v, 1.0) for v in range(events)])] for _ in range(3)])
+    pretraining = build(SeqSetVAEPretrain, config).train()
+    pretraining(batch, 0.1)["loss"].backward()
+    full = build(SeqSetVAE, replace(config, classification_only=False)).train()
+    losses = full(batch, losses=True)
+    (losses["logits"].sum() + losses["reconstruction"] + losses["kl"]).backward()
+    for model in (pretraining, full):
+        assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    assert pretraining.history.slope.grad.eq(0).all() and pretraining.history.tau.grad == 0
+
+
+def test_the_loss_of_measured_or_not_is_float32_under_autocast():
+    setvae, batch = build(SetVAE, tiny()), batch_of(random_stays())
+    question = setvae.ask(batch)
+    setvae.decoder.measured = nn.Identity()  # bf16 itself
+    code = torch.randn(*batch.minute.shape, question.own_keys.shape[-1])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        low = setvae._measured_loss(code, question)
+    assert torch.equal(low, setvae._measured_loss(code, question))

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -37,6 +38,44 @@ def command(small_pretrained):
     """Of a mode: the words that start a short run."""
     words = [*FINETUNE, str(small_pretrained / "best.pt"), "--set", "trees=5"]
     return {"pretrain": [*PRETRAIN, "--max_epochs", "2"], "head": words, "full training": [*words, "--full_training"]}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Devices, as far as a CPU can show them
+# ----------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """A machine with a GPU as PyTorch describes it, and the calls that it would have had: name -> arguments."""
+    calls = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", lambda n, device: torch.ones(n))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    for module, name in ((torch.cuda, "set_device"), (torch.backends.cuda, "enable_cudnn_sdp"),
+                         (torch.distributed, "init_process_group")):
+        monkeypatch.setattr(module, name, lambda *a, name=name: calls.update({name: a}))
+    return calls
+
+
+@pytest.mark.parametrize("name, world, device", [("cuda:1", 1, "cuda:1"), ("auto", 4, "cuda:3"), ("auto", 1, "cuda")])
+def test_the_chosen_gpu_becomes_the_current_one(cuda, monkeypatch, name, world, device):
+    monkeypatch.setattr(runs, "WORLD", world)
+    monkeypatch.setattr(runs, "LOCAL_RANK", 3)
+    # emulated bf16 is slower than fp16
+    assert runs.choose_device(name, "auto") == (torch.device(device), torch.float16)
+    assert cuda.pop("enable_cudnn_sdp") == (False,)
+    assert cuda == ({} if device == "cuda" else {"set_device": (torch.device(device),)})
+
+
+@pytest.mark.parametrize("device, gpu, backend", [
+    ("auto", True, "cpu:gloo,cuda:nccl"), ("cuda:1", True, "cpu:gloo,cuda:nccl"), ("cpu", True, "gloo"),
+    ("auto", False, "gloo")])
+def test_ranks_gather_objects_over_gloo(cuda, monkeypatch, device, gpu, backend):
+    """NCCL would need each rank's GPU, which is not yet chosen where a run is resumed."""
+    monkeypatch.setattr(runs, "WORLD", 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    runs.join_ranks(device)
+    assert cuda == {"init_process_group": (backend,)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -176,13 +215,21 @@ def test_a_finished_run_goes_on_with_more_epochs(tmp_path, command, capsys, mode
     run = tmp_path / "run"
     assert train.main([*command[mode], "--max_epochs", "1", "--run_dir", str(run)]) == 0
     first, before = pd.read_csv(run / "metrics.csv"), torch.load(run / "last.pt", weights_only=True)["model"]
+    reached = torch.load(run / "last.pt", weights_only=True)["trainer"]["parts"]["optimizer"]["param_groups"][0]["lr"]
     assert train.main(["--resume", str(run), "--max_epochs", "2"]) == 0
+    told = re.findall("resume: the learning rate goes from (.*) to (.*): its cosine", capsys.readouterr().out)
+    if mode == "pretrain":
+        reached, rate = pd.read_csv(run / "metrics.csv")["learning_rate"]
+    else:  # half of a cosine's way is done, as if the first epoch had been one of two
+        rate = getattr(FinetuneConfig, "full_learning_rate" if mode == "full training" else "learning_rate") / 2
+    assert told == [(f"{reached:.3g}", f"{rate:.3g}")]
     pd.testing.assert_frame_equal(pd.read_csv(run / "metrics.csv").head(1), first)
     assert len(pd.read_csv(run / "metrics.csv")) == 2
     after = torch.load(run / "last.pt", weights_only=True)["model"]
     assert any(not torch.equal(before[name], after[name]) for name in before)  # at a rate that is not zero
     name = "full_max_epochs" if mode == "full training" else "max_epochs"
     assert settings_of(run)["run"]["settings"][name] == 2
+    assert train.main(["--resume", str(run)]) == 0 and "learning rate" not in capsys.readouterr().out
     assert train.main(["--resume", str(run), "--precision", "bf16", "--max_epochs", "3"]) == 0  # obeyed too, and said
     assert "resume: not as it was then: precision bf16 (then fp32)" in capsys.readouterr().out
 

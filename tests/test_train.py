@@ -20,9 +20,9 @@ import readers
 import runs
 import train
 from data import balanced_parts, make_splits
-from readers import synthetic_cohort
+from readers import synthetic_cohort, write_long_table
 from tests.plain_loop import close
-from tests.tiny import FINETUNE, PRETRAIN, finished, same_run, small_process, tiny
+from tests.tiny import FINETUNE, PRETRAIN, cohort_of, finished, random_stays, same_run, small_process, tiny
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Resuming
@@ -293,6 +293,12 @@ def test_an_error_is_one_line_and_no_rank_waits(exit_codes, option, error):
     codes, printed = exit_codes(*RANKS["pretrain"], *option)
     assert codes == [2, 2] and "Traceback" not in printed
     assert [line for line in printed.splitlines() if line.startswith("error:")] == [f"error: {error}"]
+
+
+def test_ranks_whose_stays_have_one_set_each_train(ranks_home, exit_codes):
+    write_long_table(ranks_home / "short", cohort_of(random_stays([1] * 24)), labels=True)
+    codes, printed = exit_codes(*RANKS["pretrain"], "--max_epochs", "1", "--data_dir", "short", "--run_dir", "one set")
+    assert codes == [0, 0], printed
 
 
 def test_ranks_that_read_other_data_stop_with_one_line(exit_codes):
