@@ -72,7 +72,6 @@ def test_the_chosen_gpu_becomes_the_current_one(cuda, monkeypatch, name, world, 
     ("auto", False, "gloo")])
 def test_ranks_gather_objects_over_gloo(cuda, monkeypatch, device, gpu, backend):
     """NCCL would need each rank's GPU, which is not yet chosen where a run is resumed."""
-    monkeypatch.setattr(runs, "WORLD", 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     runs.join_ranks(device)
     assert cuda == {"init_process_group": (backend,)}
