@@ -67,8 +67,8 @@ def launcher() -> list[str]:
 
 
 def join_ranks(device: str) -> None:
-    """Form the group of several processes; device: the --device that was given. Objects and a CPU's tensors go over
-    gloo, so that ranks can talk before each has chosen its GPU (see `choose_device`)."""
+    """Form the group of several processes; device: the --device that was given. Objects and a CPU's tensors
+    go over gloo, so that ranks can talk before each has chosen its GPU (see `choose_device`)."""
     cuda = torch.cuda.is_available() and not device.startswith("cpu")
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
 
@@ -217,7 +217,7 @@ def choose_device(name: str, precision: str) -> tuple[torch.device, torch.dtype]
         each = " for each process" if WORLD > 1 else ""
         raise InputError(f"--device {name}: not available here{each}; use --device auto") from None
     if device.type == "cuda":
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it compiles a graph for each shape, and batches differ in shape
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it compiles a graph for each shape of a batch
         if device.index is not None:
             torch.cuda.set_device(device)
     if precision == "auto" and device.type == "cuda":

@@ -447,12 +447,13 @@ class Training:
 
 
 def set_rate(run: Run, optimizer, rate: float) -> None:
-    """Set the learning rate of the next step; of the first one of a run that goes on with other epochs, say it."""
+    """Set the learning rate of the next step. Say it at the first step of a run resumed with other epochs."""
     if run.last and [run.epoch, run.done] == run.last["trainer"]["position"]:
         then, now = (record["run"]["settings"] for record in (run.last, run.record))
         if then != now:
-            tqdm.write(f"resume: the learning rate goes from {optimizer.param_groups[0]['lr']:.3g} to {rate:.3g}: its "
-                       "cosine ends with the last epoch, which --max_epochs has changed")
+            before = optimizer.param_groups[0]["lr"]
+            tqdm.write(f"resume: the learning rate goes from {before:.3g} to {rate:.3g}: its cosine ends with the "
+                       "last epoch, which --max_epochs has changed")
     for group in optimizer.param_groups:
         group["lr"] = rate
 

@@ -214,7 +214,8 @@ def test_a_finished_run_goes_on_with_more_epochs(tmp_path, command, capsys, mode
     run = tmp_path / "run"
     assert train.main([*command[mode], "--max_epochs", "1", "--run_dir", str(run)]) == 0
     first, before = pd.read_csv(run / "metrics.csv"), torch.load(run / "last.pt", weights_only=True)["model"]
-    reached = torch.load(run / "last.pt", weights_only=True)["trainer"]["parts"]["optimizer"]["param_groups"][0]["lr"]
+    optimizer = torch.load(run / "last.pt", weights_only=True)["trainer"]["parts"]["optimizer"]
+    reached = optimizer["param_groups"][0]["lr"]
     assert train.main(["--resume", str(run), "--max_epochs", "2"]) == 0
     told = re.findall("resume: the learning rate goes from (.*) to (.*): its cosine", capsys.readouterr().out)
     if mode == "pretrain":
