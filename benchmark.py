@@ -19,26 +19,34 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from data import (InputError, Normalizer, StayDataset, at_end, build_cohort, epoch_batches, sorted_batches, split_batch,
-                  variable_vectors, with_points, write_atomically)
+from batches import StayDataset, epoch_batches, sorted_batches, split_batch
+from data import InputError, Normalizer, at_end, build_cohort, variable_vectors, with_points
 from finetune_config import FinetuneConfig, head_optimizer
 from model import ModelConfig, SeqSetVAE, SeqSetVAEPretrain
+from predictor import encode_points, probability_of
 from readers import load_cohort
-from tests.plain_loop import close, plain_features, plain_pass
 from runs import CHECKPOINTS, keep_freed_memory
-from train import data_options, encode_points, head_epoch, prepare_head, probability_of, update
+from settings import data_options
+from tables import write_atomically
+from tests.plain_loop import close, plain_features, plain_pass
+from train import head_epoch, prepare_head, update
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Benchmark: our batched model beside the plain loop (above), in one run and on one number of threads
 # ----------------------------------------------------------------------------------------------------------------------
 
 PLAIN_LOOP, PRETRAIN_STEP, INFERENCE, MATMUL_PEAK = "plain loop", "pretrain step", "inference", "matmul"
+
+
 # sizes: (config of so many variables, batches of pretraining, of evaluation, epochs of a finetuning, ways to run it)
 BENCHMARK = {
     "original's sizes": (ModelConfig.original, 4, 3, 15, (PLAIN_LOOP, "float32", "bf16")),
     "our default": (ModelConfig, 16, 6, 20, ("float32", "bf16")),
 }
 ROUNDS, LOOPED = 3, 8  # passes timed; stays of the plain loop
+
+
 # width of the matrices whose product tells the peak, and products a pass: one alone would time the threads' waking
 MATMUL, PRODUCTS = 3072, 8
 

@@ -5,24 +5,16 @@ a cohort is flat arrays plus offsets, and a batch is the same layout for a few s
 the model groups sets of similar size. Nothing here knows of models, losses or devices (beyond `EventBatch.to`).
 """
 
-import copy
 import hashlib
-import itertools
-import json
-import os
-import secrets
-import shutil
-import tempfile
 from collections import Counter
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
-from typing import Iterable, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Iterable
 
 import numpy as np
 import pandas as pd
 import torch
 from sklearn.model_selection import train_test_split
+
 
 READER_VERSION = 5  # raise it when a reader's output changes: older caches are then rebuilt
 SPLITS = ("train", "valid", "test")  # codes 0, 1, 2 in `Cohort.split`; -1 is unassigned
@@ -32,41 +24,6 @@ MINUTE = 60_000_000  # microseconds
 class InputError(Exception):
     """A mistake in what the user gave: one line that names the file, the row or key, and the mend. Ends a command with
     exit code 2."""
-
-def write_atomically(path, write) -> None:
-    """Call `write` with a temporary path in the same folder, sync it to disk, rename it to `path`: a reader meets the
-    old file or the new. Of a symbolic link the target is written; a pipe or a device is given to `write` itself."""
-    with clear_write_error(path):
-        if os.path.exists(path) and not os.path.isfile(path):
-            write(path)
-            return
-        target = Path(os.path.realpath(path))
-        # The number of the process tells leftovers (see `Run`); nobody can guess the name and put a link there.
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(8)}")
-        try:
-            temporary.touch(exist_ok=False)
-            write(temporary)
-            sync(temporary)
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def clear_write_error(path, mend: str = "free space or choose another folder"):
-    """A failed write becomes an InputError that names `path` and the mend."""
-    try:
-        yield
-    except BrokenPipeError:  # see `runs.exit_code`
-        raise
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error}); what was there before is untouched: "
-                         f"{mend}") from None
-
-
-def sync(path) -> None:
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -311,63 +268,6 @@ def pieces(parts: Iterable[Cohort]):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The cache
-# ----------------------------------------------------------------------------------------------------------------------
-
-CACHE_MEND = "free space, or name another place with --cache_dir"
-
-
-def open_cache(folder: Path) -> Cohort | None:
-    """The cached cohort, memory-mapped; None where there is none or it is torn (a file missing or of another
-    length)."""
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in Cohort.ARRAYS}
-        if any(list(arrays[name].shape) != shape for name, shape in meta.pop("shapes").items()):
-            return None
-        return Cohort(**meta, **arrays)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def write_cache(folder: Path, parts: Iterable[Cohort]) -> None:
-    """Append part after part to files in a temporary folder beside the target, sync, rename: one part at a time is held
-    in memory, and a reader never sees a half-written cache."""
-    with clear_write_error(folder, CACHE_MEND):
-        temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
-        try:
-            headers, notes, examples = {}, Counter(), {}
-            with ExitStack() as stack:
-                files = {name: stack.enter_context(open(temporary / f"{name}.npy", "wb")) for name in Cohort.ARRAYS}
-                for part, rows in pieces(parts):
-                    notes.update(part.notes)
-                    examples |= part.examples
-                    for name, array in rows.items():
-                        array = np.ascontiguousarray(array)
-                        if name not in headers:
-                            headers[name] = np.lib.format.header_data_from_array_1_0(array)
-                            np.lib.format.write_array_header_1_0(files[name], headers[name])
-                        else:
-                            headers[name]["shape"] = (headers[name]["shape"][0] + len(array),)
-                        array.tofile(files[name])
-                for name, header in headers.items():  # NumPy leaves room in a header for the rows to grow
-                    files[name].seek(0)
-                    np.lib.format.write_array_header_1_0(files[name], header)
-            cohort = replace(part, notes=dict(notes), examples=examples,
-                             **{name: np.load(temporary / f"{name}.npy", mmap_mode="r") for name in Cohort.ARRAYS})
-            cohort.fingerprint = cohort.digest()
-            meta = {f.name: getattr(cohort, f.name) for f in fields(Cohort) if f.name not in Cohort.ARRAYS}
-            meta["shapes"] = {name: list(header["shape"]) for name, header in headers.items()}
-            (temporary / "meta.json").write_text(json.dumps(meta))
-            for path in temporary.iterdir():
-                sync(path)
-            shutil.rmtree(folder, ignore_errors=True)
-            temporary.rename(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Splits, normalisation, the vocabulary's vectors
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -421,22 +321,6 @@ def draw(label: np.ndarray, others: int, seed: int) -> tuple[np.ndarray, np.ndar
     order = order[np.argsort(-label[order], kind="stable")]
     drawn = everyone % 5 == others
     return order[~drawn], order[drawn]
-
-
-HASHED = "sha256:"
-
-
-def salted(salt: str, name: str) -> str:
-    """What stands for an id in a checkpoint that shall not hold it (see `evaluate.export`). It cannot be read off, but
-    whoever has a list of ids, or can guess them, can tell which are meant."""
-    return f"{HASHED}{salt}:{hashlib.sha256((salt + name).encode()).hexdigest()[:16]}"
-
-
-def recognised(parts: dict[str, list[str]], ids: np.ndarray) -> dict[str, list[str]]:
-    """A split with these ids in place of what stands for them; what stands for none of them stays."""
-    salts = {name.split(":")[1] for names in parts.values() for name in names if name.startswith(HASHED)}
-    known = {salted(salt, name): name for salt in salts for name in ids.tolist()}
-    return {part: [known.get(name, name) for name in names] for part, names in parts.items()}
 
 
 def stays_of(cohort: Cohort, ids: list[str]) -> np.ndarray:
@@ -599,24 +483,6 @@ class Normalizer:
         return cls(state["variables"], *(x.numpy() for x in arrays), state["clip"])
 
 
-def common_variables(cohort: Cohort, dataset: "StayDataset", stays: np.ndarray, most: int,
-                     share: float = 0.01) -> np.ndarray:
-    """Indices in the dataset's vocabulary of the variables that at least `share` of the stays have, `most` at most: the
-    most common, of which half the places are for variables with numbers first; ties by name. Ascending."""
-    size = len(cohort.variables)
-    held, valued = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=bool)
-    for part in np.array_split(stays, 1 + len(stays) // 1000):
-        events, place = stay_event_index(cohort, part), np.repeat(np.arange(len(part)), cohort.stay_events[part])
-        variable = cohort.event_variable[events].astype(np.int64)
-        held += np.bincount(np.unique(place * size + variable) % size, minlength=size)
-        valued[variable[~np.isnan(cohort.event_value[events])]] = True
-    by_frequency = np.lexsort((np.arange(size), -held))  # the vocabulary is sorted by name
-    common = [v for v in by_frequency if held[v] >= max(1, share * len(stays)) and dataset.variable[v] >= 0]
-    numbers = [v for v in common if valued[v]][:most // 2]
-    rest = [v for v in common if v not in set(numbers)]
-    return np.sort(dataset.variable[(numbers + rest)[:most]])
-
-
 def variable_vectors(variables: list[str], dim: int, given: np.ndarray | None = None) -> torch.Tensor:
     """[V, dim] one unit vector a variable, seeded by a hash of its *name*:
     the same variable has the same vector in every data set.
@@ -638,245 +504,6 @@ def variable_vectors(variables: list[str], dim: int, given: np.ndarray | None = 
 # ----------------------------------------------------------------------------------------------------------------------
 # Batches
 # ----------------------------------------------------------------------------------------------------------------------
-
-@dataclass
-class EventSets:
-    """Sets of events, all that the set encoder takes; see `EventBatch`."""
-
-    variables: torch.Tensor        # [U] int64, indices into the model's vocabulary (padding: 0)
-    event_variable: torch.Tensor   # [E] int64, place in `variables`
-    event_value: torch.Tensor      # [E] float32, normalised; 0 where the event has none
-    groups: list[tuple[int, int]]  # (S_k, N_k)
-    token_event: torch.Tensor      # [M] int64, M = sum of S_k * N_k
-    slot_set: torch.Tensor         # [B, L] int64
-
-    @classmethod
-    def of_one(cls, variable: torch.Tensor, value: torch.Tensor) -> "EventSets":
-        """A single set: variable [E], value [E], 0 where the event has none. Without events it is a cell of padding."""
-        cell = torch.arange(max(1, len(value)), device=value.device)
-        return cls(variable, cell[:len(value)], value, [(1, len(cell))], cell, cell[:1, None])
-
-
-@dataclass
-class EventBatch(EventSets):
-    """B stays, their E events and Q prediction points as tensors: nothing in it grows with the vocabulary.
-
-    Variables: `variables` names the batch's U distinct ones, and all else speaks of places in it; a stay's own are its
-    row of `stay_variables`. Sets are laid out twice: grouped by size for the set encoder, by stay for the Transformer.
-
-    Groups: sets of similar size form a group of S_k sets, padded to its widest, N_k; `token_event` lists the groups' M
-    cells, group after group, set after set, as indices of events, E (one past the end) where a cell is padding. Stays:
-    a grid [B, L]; `slot_set` is the place of each slot's set in the concatenated groups, S (one past the end) after a
-    stay's last.
-
-    Measurements: a variable in a set, however many of the set's events name it: C of them, sorted by stay, variable and
-    time. Their value is the mean of the events that have one; their day counts from the variable's first value in the
-    stay, so that nothing depends on where a stay's clock begins.
-
-    S, M, L, U, D and Q are rounded up (see `round_up`; sets of padding are groups of their own), so that few distinct
-    shapes occur: matrix kernels that are compiled for each shape (oneDNN, torch.compile) would else be compiled at
-    every step.
-    """
-
-    group_slot: torch.Tensor       # [S] int64, the slot of each set of the groups (0 for padding)
-    minute: torch.Tensor           # [B, L] float64, of each set (0 in padding)
-    lengths: torch.Tensor          # [B] int64, number of sets
-    stay_variables: torch.Tensor   # [B, D] int64, places in `variables`
-    variable_counts: torch.Tensor  # [B] int64, how many of a row of `stay_variables` are no padding
-    first_value: torch.Tensor      # [B, D] float32, normalised, of each variable in the stay (0: none has a value)
-    cell_slot: torch.Tensor        # [C] int64, the slot of each measurement
-    cell_pair: torch.Tensor        # [C] int64, stay * D + place in its row of `stay_variables`
-    cell_value: torch.Tensor       # [C] float32, normalised; 0 where no event has a value
-    cell_day: torch.Tensor         # [C] float32, days since the first value
-    cell_valued: torch.Tensor      # [C] bool: some event has a value
-    cell_count: torch.Tensor       # [C] float32, number of events
-    point: torch.Tensor            # [B, Q] int64, index in the cohort (-1: padding)
-    point_slot: torch.Tensor       # [B, Q] int64, position of the last set not after the point (0 in padding)
-    point_hours: torch.Tensor      # [B, Q] float32, hours from that set to the point
-    label: torch.Tensor            # [B, Q] int64, -1: none, or padding
-    weight: torch.Tensor           # [B, Q] float32, of the point in the loss; 0 without a label
-    stay: torch.Tensor             # [B] int64, index in the cohort
-
-    def __len__(self) -> int:
-        return len(self.stay)
-
-    def _map(self, function) -> "EventBatch":
-        return EventBatch(**{f.name: function(x) if torch.is_tensor(x := getattr(self, f.name)) else x
-                             for f in fields(self)})
-
-    def to(self, device, non_blocking: bool = False) -> "EventBatch":
-        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> "EventBatch":
-        return self._map(torch.Tensor.pin_memory)
-
-
-class StayDataset(torch.utils.data.Dataset):
-    """Turns an array of stay indices into an `EventBatch`: the data set behind a DataLoader whose sampler yields whole
-    batches.
-
-    `points`: with the cohort's prediction points, and of each stay no set after its last one (so that nothing later can
-    reach a prediction); else whole stays without points. A point before a stay's first set has no answer and is left
-    out. Events of variables outside the normalizer's vocabulary are dropped here; `unknown_variables` names them.
-    """
-
-    def __init__(self, cohort: Cohort, normalizer: Normalizer, max_groups: int = 8, points: bool = False):
-        self.cohort, self.normalizer = cohort, normalizer
-        lookup = {name: i for i, name in enumerate(normalizer.variables)}
-        self.variable = np.array([lookup.get(name, -1) for name in cohort.variables])  # [V of the data] -> the model's
-        self.unknown_variables = [name for name in cohort.variables if name not in lookup]
-        self.widths = group_widths(*set_sizes(cohort), max_groups)
-        self.points, self.weight = points, None
-
-    def describe_known(self, most: int = 10) -> str:
-        """The lines that tell how much of the data the checkpoint knows and which variables it drops, the most
-        frequent first; see `Cohort.describe`."""
-        count = np.zeros(len(self.variable), dtype=np.int64)
-        for first in range(0, len(self.cohort.event_variable), 2**24):
-            count += np.bincount(self.cohort.event_variable[first:first + 2**24], minlength=len(count))
-        unknown = [v for v in np.argsort(-count, kind="stable") if self.variable[v] < 0]
-        share = 1 - count[unknown].sum() / count.sum()
-        line = f"data: {share:.1%} of the events are of variables that the checkpoint knows"
-        if not unknown:
-            return line
-        named = ", ".join(f"{self.cohort.variables[v]} ({count[v]:,} events)" for v in unknown[:most])
-        return (f"{line}\ndata: dropped: the events of {len(unknown)} variables unknown to the checkpoint: {named}"
-                + " ..." * (len(unknown) > most))
-
-    def asking(self, points: np.ndarray, weight: np.ndarray | None = None) -> "StayDataset":
-        """The same data with these prediction points alone (indices in the cohort, ascending), and their weights in the
-        loss (None: 1): a batch's `point` is then the place of each in `points`."""
-        cohort = self.cohort
-        return self.of(replace(cohort, point_start=np.searchsorted(points, cohort.point_start),
-                               label=cohort.label[points], point_minute=cohort.point_minute[points]), weight)
-
-    def of(self, cohort: Cohort, weight: np.ndarray | None = None) -> "StayDataset":
-        """The same stays, asked at the points of another cohort."""
-        other = copy.copy(self)
-        other.cohort, other.weight = cohort, weight
-        return other
-
-    def sizes(self, stays: np.ndarray) -> "StaySizes":
-        """What these stays cost in a batch."""
-        cohort = self.cohort
-        first, sets = cohort.stay_start[stays], np.diff(cohort.stay_start)[stays]
-        points = np.zeros(len(stays), dtype=np.int64)
-        if self.points:
-            index, slot = point_slots(cohort, stays)
-            answered = slot >= 0
-            place = np.searchsorted(np.cumsum(np.diff(cohort.point_start)[stays]), np.arange(len(index)), side="right")
-            sets, points = np.zeros_like(sets), np.bincount(place[answered], minlength=len(stays))
-            np.maximum.at(sets, place, slot + 1)
-        return StaySizes(sets, cohort.set_start[first + sets] - cohort.set_start[first], points)
-
-    def __getitem__(self, stays: np.ndarray) -> EventBatch:
-        cohort, sizes = self.cohort, self.sizes(stays)
-        set_index = ranges(cohort.stay_start[stays], sizes.sets)
-        size = cohort.set_start[set_index + 1] - cohort.set_start[set_index]
-        events = ranges(cohort.set_start[set_index], size)
-        variable, value = self.variable[cohort.event_variable[events]], cohort.event_value[events]
-        event_set = np.repeat(np.arange(len(set_index)), size)
-        if self.unknown_variables:
-            known = variable >= 0
-            variable, value, event_set = variable[known], value[known], event_set[known]
-            size = np.bincount(event_set, minlength=len(set_index))
-        valued = ~np.isnan(value)
-        value = np.where(valued, self.normalizer(variable, np.where(valued, value, 0)), np.float32(0))
-        variables, local = np.unique(variable, return_inverse=True)
-        length = round_up(max(1, sizes.sets.max()))
-        slot = ranges(np.arange(len(stays)) * length, sizes.sets)                          # [sets]
-        minute = np.zeros(len(stays) * length)
-        minute[slot] = cohort.set_minute[set_index]
-        arrays = dict(
-            variables=np.append(variables, np.zeros(round_up(len(variables) + 1) - len(variables), dtype=np.int64)),
-            event_variable=local.reshape(-1),
-            event_value=value,
-            minute=minute.reshape(-1, length),
-            lengths=sizes.sets,
-            stay=np.array(stays, dtype=np.int64),
-            **self._measurements(len(stays), local.reshape(-1), value, valued, slot[event_set], minute),
-            **self._points(stays),
-        )
-        groups, arrays["token_event"], group_set = self._groups(size, len(variable))
-        sets, padding_sets = len(size), sum(s for s, _ in groups) - len(size)
-        arrays["group_slot"] = np.append(slot[group_set], np.zeros(padding_sets, dtype=np.int64))
-        slot_set = np.full(len(stays) * length, sets + padding_sets)
-        slot_set[slot[group_set]] = np.arange(sets)
-        arrays["slot_set"] = slot_set.reshape(-1, length)
-        return EventBatch(groups=groups, **{name: torch.from_numpy(array) for name, array in arrays.items()})
-
-    def _groups(self, size: np.ndarray, events: int) -> tuple[list, np.ndarray, np.ndarray]:
-        """The groups of sets of these sizes, `token_event`, and the sets in the groups' order (without the padding)."""
-        first, sets = np.cumsum(size) - size, len(size)
-        width_class = np.searchsorted(self.widths, size)
-        group_set = np.argsort(width_class, kind="stable")
-        groups, token_event = [], []
-        for members in np.split(group_set, np.flatnonzero(np.diff(width_class[group_set])) + 1):
-            column = np.arange(max(1, size[members].max()))  # a set left empty by unknown variables: a cell of padding
-            groups.append((len(members), len(column)))
-            token_event.append(np.where(column < size[members, None], first[members, None] + column, events).ravel())
-        padding_sets, cells = round_up(sets + 1) - sets, sum(s * n for s, n in groups)
-        padding_cells = round_up(cells + padding_sets) - cells
-        groups += [(s, n) for s, n in ((padding_sets - 1, 1), (1, padding_cells - padding_sets + 1)) if s]
-        return groups, np.concatenate([*token_event, np.full(padding_cells, events)]), group_set
-
-    @staticmethod
-    def _measurements(stays: int, local, value, valued, slot, minute) -> dict[str, np.ndarray]:
-        """The batch's measurements, and each stay's variables, from its events: local variable, value, whether it is
-        one, slot, [E] each; minute [B * L] of every slot."""
-        length = len(minute) // stays
-        order = np.lexsort((slot, local, slot // length))
-        stay_change = np.diff(slot[order] // length, prepend=-1) != 0                                   # [E]
-        pair_change = stay_change | (np.diff(local[order], prepend=-1) != 0)                            # [E]
-        begin = np.flatnonzero(pair_change | (np.diff(slot[order], prepend=-1) != 0))                   # [C], in events
-        count = np.diff(begin, append=len(order))
-        numbers = np.add.reduceat(valued[order].astype(np.int64), begin) if len(begin) else count
-        total = np.add.reduceat(value[order].astype(np.float64), begin) if len(begin) else count
-        cell_value = (total / np.maximum(numbers, 1)).astype(np.float32)
-        cell_slot, cell_valued = slot[order][begin], numbers > 0
-        pair = np.cumsum(pair_change)[begin] - 1                                                             # [C]
-        pair_begin = np.flatnonzero(np.diff(pair, prepend=-1))                                       # [pairs], in cells
-        pair_stay = cell_slot[pair_begin] // length
-        counts = np.bincount(pair_stay, minlength=stays)
-        width = round_up(max(1, counts.max()))
-        place = pair_stay * width + np.arange(len(pair_begin)) - (np.cumsum(counts) - counts)[pair_stay]     # [pairs]
-        # The first measurement with a value: of those of a pair, the smallest index (none: the pair's first).
-        index = np.arange(len(begin))
-        first = np.minimum.reduceat(np.where(cell_valued, index, len(index)), pair_begin) if len(index) else index
-        first = np.where(first < len(index), first, pair_begin)
-        stay_variables, first_value = np.zeros(stays * width, dtype=np.int64), np.zeros(stays * width, dtype=np.float32)
-        stay_variables[place], first_value[place] = local[order][begin[pair_begin]], cell_value[first]
-        return dict(
-            stay_variables=stay_variables.reshape(stays, width),
-            variable_counts=counts,
-            first_value=first_value.reshape(stays, width),
-            cell_slot=cell_slot,
-            cell_pair=place[pair],
-            cell_value=cell_value,
-            cell_day=((minute[cell_slot] - minute[cell_slot[first]][pair]) / 1440).astype(np.float32),
-            cell_valued=cell_valued,
-            cell_count=count.astype(np.float32),
-        )
-
-    def _points(self, stays: np.ndarray) -> dict[str, np.ndarray]:
-        """The answerable prediction points of these stays, [B, Q] each."""
-        cohort = self.cohort
-        index, slot = point_slots(cohort, stays) if self.points else np.zeros((2, 0), dtype=np.int64)
-        counts = np.diff(cohort.point_start)[stays] if self.points else np.zeros(len(stays), dtype=np.int64)
-        stay = np.repeat(np.arange(len(stays)), counts)[slot >= 0]
-        index, slot = index[slot >= 0], slot[slot >= 0]
-        counts = np.bincount(stay, minlength=len(stays))
-        width = round_up(max(1, counts.max())) if self.points else 0
-        place = stay * width + ranges(np.zeros(len(stays), dtype=np.int64), counts)
-        point, point_slot, label = np.zeros((3, len(stays) * width), dtype=np.int64)
-        hours, weight = np.zeros((2, len(stays) * width), dtype=np.float32)
-        point[:], label[:] = -1, -1
-        point[place], point_slot[place], label[place] = index, slot, cohort.label[index]
-        hours[place] = (cohort.point_minute[index] - cohort.set_minute[cohort.stay_start[stays][stay] + slot]) / 60
-        weight[place] = (label[place] >= 0) * (1 if self.weight is None else self.weight[index])
-        grids = dict(point=point, point_slot=point_slot, point_hours=hours, label=label, weight=weight)
-        return {name: array.reshape(len(stays), width) for name, array in grids.items()}
-
 
 def point_slots(cohort: Cohort, stays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Indices [n] of all points of these stays, stay after stay, and of each the position [n] of its stay's last set
@@ -916,117 +543,3 @@ def at_every_set(cohort: Cohort, points: np.ndarray, weight: np.ndarray, before:
 def stays_with(cohort: Cohort, points: np.ndarray) -> np.ndarray:
     """The stays [n] to which these points (ascending) belong, each once."""
     return np.unique(np.searchsorted(cohort.point_start, points, side="right") - 1)
-
-
-def round_up(n: int) -> int:
-    """The next size with at most four leading significant bits: at most 12.5% larger, eight sizes an octave."""
-    step = 1 << max(0, int(n).bit_length() - 4)
-    return -(-int(n) // step) * step
-
-
-def set_sizes(cohort: Cohort) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct sizes of the cohort's sets, ascending, and how many sets have each.
-    A million sets are looked at at a time."""
-    count = np.zeros(1, dtype=np.int64)
-    for begin in range(0, len(cohort.set_minute), 2**20):
-        part = np.bincount(np.diff(cohort.set_start[begin:begin + 2**20 + 1]))
-        count = np.pad(count, (0, max(0, len(part) - len(count))))
-        count[:len(part)] += part
-    return np.flatnonzero(count), count[count > 0]
-
-
-def group_widths(unique: np.ndarray, count: np.ndarray, groups: int) -> np.ndarray:
-    """At most `groups` upper bounds on set size that minimise the padded cells when each set is padded to the next
-    bound; unique, count: see `set_sizes`.
-
-    Exact dynamic programme over the distinct sizes u: cost[g, j] = min_i cost[g-1, i] + u_j * (number of sets with
-    u_i < size <= u_j).
-    """
-    below = np.concatenate([[0], np.cumsum(count)])                     # sets of the first i distinct sizes
-    i, j = np.arange(len(unique))[None], np.arange(len(unique))[:, None]
-    block = np.where(i <= j, unique[:, None] * (below[j + 1] - below[i]), np.inf)  # [j, i]
-    cost, choice = block[:, 0], []
-    for _ in range(min(groups, len(unique)) - 1):
-        total = block + np.concatenate([[np.inf], cost[:-1]])[None]     # the previous bound is u_{i-1}
-        total[:, 0] = block[:, 0]
-        choice.append(total.argmin(1))
-        cost = total.min(1)
-    bounds, j = [], len(unique) - 1
-    for pick in reversed(choice):
-        bounds.append(unique[j])
-        if pick[j] == 0:
-            break
-        j = pick[j] - 1
-    else:
-        bounds.append(unique[j])
-    return np.array(sorted(set(bounds)))
-
-
-class StaySizes(NamedTuple):
-    """What stays cost in a batch, [n] each; see `StayDataset.sizes`."""
-
-    sets: np.ndarray
-    events: np.ndarray
-    points: np.ndarray
-
-    def fit(self, batch: np.ndarray) -> bool:
-        """Whether these stays may be one batch: few enough events, squares of the longest stay (attention),
-        and points. A stay of any size is a batch of its own."""
-        longest, most_points = self.sets[batch].max(initial=1), self.points[batch].max(initial=0)
-        return len(batch) <= 1 or (self.events[batch].sum() <= _MOST_EVENTS and len(batch) * most_points <= _MOST_POINTS
-                                   and len(batch) * max(longest, most_points) ** 2 <= _MOST_SETS_SQUARED)
-
-
-# What one batch may hold. 16 stays of 1,024 sets each, or 64 of 512; 37 stays of PhysioNet 2012.
-_MOST_SETS_SQUARED, _MOST_EVENTS, _MOST_POINTS = 2**24, 2**14, 2**14
-
-
-def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """The batches of one training epoch: positions into `lengths`, every one once,
-    in an order that (seed, epoch) decides.
-
-    Stays are shuffled, then sorted by length within windows of 32 batches, so that a batch holds stays of similar
-    length; the order of the batches is shuffled again. A run resumes inside an epoch by slicing the list.
-    """
-    rng = np.random.default_rng([seed, epoch])
-    order = rng.permutation(len(lengths))
-    window = 32 * batch_size
-    batches = []
-    for start in range(0, len(order), window):
-        part = order[start:start + window]
-        part = part[np.argsort(lengths[part], kind="stable")]
-        batches += [part[i:i + batch_size] for i in range(0, len(part), batch_size)]
-    return [batches[i] for i in rng.permutation(len(batches))]
-
-
-def split_batch(sizes: StaySizes, batch: np.ndarray, parts: int) -> list[np.ndarray]:
-    """The stays of `batch` (positions into `sizes`) as a multiple of `parts` lists of nearly equal events, each of
-    which fits into memory (see `StaySizes.fit`); some may be empty."""
-    for number in itertools.count(parts, parts):
-        lists = [batch[part] for part in balanced_parts(sizes.events[batch], number)]
-        if all(map(sizes.fit, lists)):
-            return lists
-
-
-def balanced_parts(events: np.ndarray, parts: int) -> list[np.ndarray]:
-    """Positions into `events`, every one once and in order, in so many parts of nearly equal sums: the largest first,
-    each to the part that has the least so far (Graham 1969)."""
-    part, total, held = np.zeros(len(events), dtype=np.int64), np.zeros(parts), np.zeros(parts)
-    for i in np.argsort(-events, kind="stable"):
-        part[i] = np.lexsort((held, total))[0]
-        total[part[i]] += events[i]
-        held[part[i]] += 1
-    return [np.flatnonzero(part == p) for p in range(parts)]
-
-
-def sorted_batches(sizes: StaySizes) -> list[np.ndarray]:
-    """The batches of an evaluation pass: positions into `sizes`, ascending in their number of sets,
-    nothing random; each as large as fits."""
-    batches = []
-    for i in np.argsort(sizes.sets, kind="stable"):
-        grown = np.append(batches[-1], i) if batches else None
-        if grown is not None and sizes.fit(grown):
-            batches[-1] = grown
-        else:
-            batches.append(np.array([i]))
-    return batches

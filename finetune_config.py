@@ -1,7 +1,7 @@
 """The settings of finetuning, in one place: what trains, the head, its optimizer, schedule, loss and early stopping."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +9,7 @@ from sklearn.ensemble import GradientBoostingClassifier, HistGradientBoostingCla
 
 from data import InputError
 from model import FEATURES, SeqSetVAE
+from settings import check_settings
 
 
 @dataclass
@@ -83,18 +84,6 @@ def epochs_of_steps(steps: int, stays: int, batch_size: int, most: int) -> int:
     """Epochs that make so many steps, but `most` at most: what is learned follows the steps, of which a large cohort
     has many an epoch."""
     return min(most, math.ceil(steps / math.ceil(stays / batch_size)))
-
-
-def check_settings(settings, bounds: dict) -> None:
-    """Raises InputError where a number among the settings is outside its bounds (by default 0 and 1e9, far within
-    float32)."""
-    for name, value in asdict(settings).items():
-        low, high = bounds.get(name, (0, 1e9))
-        numbers = value if isinstance(value, tuple) else () if value is None or isinstance(value, str) else (value,)
-        if not all(isinstance(x, (int, float)) and low <= x <= high for x in numbers):
-            raise InputError(f"{name} is {value}; it takes numbers from {low:g} to {high:g}")
-    if len(settings.betas) != 2 or max(settings.betas) >= 1:
-        raise InputError(f"betas is {settings.betas}; it takes two numbers below 1, such as (0.9, 0.999)")
 
 
 def classification_loss(logits, label, config: FinetuneConfig, weight=None, total=None) -> torch.Tensor:

@@ -13,19 +13,20 @@ groups of sets; V variables in all, K of the head; d latent_dim, w set_dim, r re
 """
 
 import math
-import zipfile
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from sklearn.ensemble import GradientBoostingClassifier
 from torch.utils.checkpoint import checkpoint
 
-from data import SPLITS, EventBatch, EventSets, InputError
+from batches import EventBatch, EventSets
+from data import InputError
+from history_statistics import (FUTURE_STATISTICS, HISTORY_STATISTICS, Question, RunningStatistics, ask,
+                                at_slots, hours_since, real_sets, statistics_at, summaries, summary_features,
+                                variables_of)
+from tasks import BoostedTrees
 
 
 FEATURES = ("stable", "multiscale")  # what the head hears of h and z: one vector, or eight
@@ -388,11 +389,6 @@ class SlotDecoder(nn.Module):
 # Losses, each the mean over the sets of every stay, [B], in float32; then averaged over stays
 # ----------------------------------------------------------------------------------------------------------------------
 
-def real_sets(batch: EventBatch) -> torch.Tensor:
-    """[B, L] bool: True where a slot holds a set."""
-    return torch.arange(batch.minute.shape[1], device=batch.minute.device) < batch.lengths[:, None]
-
-
 def masked_mean(x, real):
     """Mean over the sets of each stay: x [B, L] or [B, L, c], real [B, L] -> [B] or [B, c]."""
     weight = real / real.sum(1, keepdim=True).clamp(min=1)
@@ -427,202 +423,10 @@ def chamfer_loss(reconstruction, x, batch: EventBatch):
     return torch.cat(losses)
 
 
-# |last| and |mean|: values are standardised, so these are distances from the usual, and risk rises on both sides of it.
-HISTORY_STATISTICS = ("last", "first", "mean", "max", "min", "std", "slope", "log count", "|last|", "|mean|")
-FUTURE_STATISTICS = ("mean", "max", "min")
-
-
-class Statistics(NamedTuple):
-    """What the stays showed of n variables up to Q sets of each, that set included, and will show after it."""
-
-    past: torch.Tensor         # [B, Q, 10, n] in the order of HISTORY_STATISTICS, 0: there is none; slope a day
-    past_exists: torch.Tensor  # [B, Q, 10, n] bool: the count once the variable was seen, others once it had a value
-    future: torch.Tensor | None = None         # [B, Q, 3, n] in the order of FUTURE_STATISTICS
-    future_exists: torch.Tensor | None = None  # [B, Q, 3, n] bool
-
-
-def statistics_of_sums(sums, seen, latest, high, low, first) -> Statistics:
-    """The statistics of the past by what composes over time, all [B, Q, n]: sums of 1, x, x^2, t, t^2 and t x of the
-    measurements so far, x relative to the `first` value; events seen; latest, highest and lowest x."""
-    exists, (x, xx, t, tt, tx) = sums[0] > 0, (s / sums[0].clamp(min=1) for s in sums[1:])
-    mean, latest, high, low = (first + of for of in (x, latest, high, low))
-    std = (xx - x.square()).clamp(min=1e-12).sqrt()
-    # Least-squares slope over the times of measurement, ridge of (0.1 day)^2: two close together say little.
-    slope = (tx - t * x) / ((tt - t.square()).clamp(min=0) + 0.01)
-    past = torch.stack([latest, first.expand_as(mean), mean, high, low, std, slope, seen.log1p(), latest.abs(),
-                        mean.abs()], dim=-2)
-    counts = torch.tensor([name == "log count" for name in HISTORY_STATISTICS], device=seen.device)[:, None]  # [10, 1]
-    exists = exists[..., None, :] | counts & (seen > 0)[..., None, :]
-    return Statistics(past.masked_fill(~exists, 0), exists)
-
-
-def interval_of(slots: torch.Tensor, length: int) -> torch.Tensor:
-    """slots [B, Q], ascending positions (padding: `length`) -> [B, length], the place in `slots` of the first one at or
-    after each position, Q where there is none: the interval between asked sets in which a set lies."""
-    position = torch.arange(length, device=slots.device).expand(len(slots), length).contiguous()
-    return torch.searchsorted(slots.contiguous(), position)
-
-
-def row_of_cells(batch: EventBatch, slots, column, width: int) -> torch.Tensor:
-    """[C] where each of the batch's measurements counts: (stay * (Q + 1) + interval between asked sets) * width +
-    variable; B (Q + 1) width: left out. The arguments are those of `statistics_at`."""
-    (stays, length), asked = batch.minute.shape, slots.shape[1]
-    column, interval = column.flatten()[batch.cell_pair], interval_of(slots, length).flatten()[batch.cell_slot]
-    row = (batch.cell_slot // length * (asked + 1) + interval) * width + column
-    return torch.where(column < width, row, stays * (asked + 1) * width)
-
-
-def statistics_at(batch: EventBatch, slots, column, width: int) -> Statistics:
-    """The exact statistics of the stays' measurements, by sums over the intervals between asked sets, which compose:
-    O(C + B Q width). slots [B, Q]: positions of sets, ascending, L where padding; column [B, D]: the place among
-    `width` variables of each of the stay's variables, `width` where it is left out."""
-    stays, asked = slots.shape
-    size = stays * (asked + 1) * width
-    first = batch.first_value.new_zeros(stays, width + 1)
-    first = first.scatter(1, column, batch.first_value)[:, :width]
-    value = batch.cell_value - batch.first_value.flatten()[batch.cell_pair]                           # [C]
-    day, row = batch.cell_day, row_of_cells(batch, slots, column, width)  # ascending in time in a stay's variable
-    valued_row = torch.where(batch.cell_valued, row, size)
-
-    def total(x, rows=valued_row):
-        return x.new_zeros(size + 1).index_add(0, rows, x)[:size].view(stays, asked + 1, width)
-
-    def extreme(x, how, start):
-        return x.new_full((size + 1,), start).scatter_reduce(0, valued_row, x, how)[:size].view(stays, asked + 1, width)
-
-    n, x, xx, t, tt, tx = map(total, (torch.ones_like(value), value, value.square(), day, day.square(), day * value))
-    largest, smallest = extreme(value, "amax", -math.inf), extreme(value, "amin", math.inf)
-    events = total(batch.cell_count, row)
-    index = torch.arange(len(value), device=value.device)
-    last = extreme(index, "amax", -1)[:, :asked].cummax(1).values                                  # [B, Q, n], -1: none
-
-    origin = first[:, None]                                                                           # [B, 1, n]
-    past, past_exists, *_ = statistics_of_sums(
-        [s[:, :asked].cumsum(1) for s in (n, x, xx, t, tt, tx)], events[:, :asked].cumsum(1),
-        F.pad(value, (1, 0))[last + 1], largest[:, :asked].cummax(1).values, smallest[:, :asked].cummin(1).values,
-        origin)
-
-    def later(x, accumulate):
-        return accumulate(x[:, 1:].flip(1)).flip(1)                                      # over the intervals after each
-
-    times, x = later(n, lambda x: x.cumsum(1)), later(x, lambda x: x.cumsum(1))
-    high, low = later(largest, lambda x: x.cummax(1).values), later(smallest, lambda x: x.cummin(1).values)
-    future = torch.stack([origin + x / times.clamp(min=1), origin + high, origin + low], dim=2)
-    future_exists = (times > 0)[:, :, None].expand_as(future)
-    return Statistics(past, past_exists, future.masked_fill(~future_exists, 0), future_exists)
-
-
-def hours_since(batch: EventBatch, slots, column, width: int) -> torch.Tensor:
-    """Hours from the last event of each variable, or where there is none yet from the stay's first set, to the sets
-    `slots`: [B, Q, width]; the arguments are those of `statistics_at`."""
-    (stays, asked), row = slots.shape, row_of_cells(batch, slots, column, width)
-    latest = batch.minute.new_full((stays * (asked + 1) * width + 1,), -math.inf)
-    latest = latest.scatter_reduce(0, row, batch.minute.flatten()[batch.cell_slot], "amax")[:-1]
-    latest = latest.view(stays, asked + 1, width)[:, :asked].cummax(1).values.maximum(batch.minute[:, :1, None])
-    return (at_slots(batch.minute[..., None], slots) - latest).div(60).float().clamp(min=0)  # of padding: negative
-
-
-class RunningStatistics:
-    """The statistics of n variables of one stay, one set after another: those of `statistics_at` at the last."""
-
-    def __init__(self, n: int, device):
-        self.sums, self.seen = torch.zeros(6, 1, 1, n, device=device), torch.zeros(1, 1, n, device=device)
-        self.latest, self.first = torch.zeros(2, 1, 1, n, device=device)
-        self.high, self.low = self.seen - math.inf, self.seen + math.inf
-        self.begin = torch.zeros(1, 1, n, dtype=torch.float64, device=device)  # minute of the first value
-        self.minute = self.begin - math.inf                                    # of the last event
-
-    def add(self, minute: float, value, valued, count) -> None:
-        """value [1, 1, n], valued bool: the set measured it; count of events."""
-        new = valued & (self.sums[0] == 0)
-        self.first, self.begin = torch.where(new, value, self.first), torch.where(new, minute, self.begin)
-        x, day = value - self.first, ((minute - self.begin) / 1440).float()
-        self.sums += torch.stack([torch.ones_like(x), x, x.square(), day, day.square(), day * x]) * valued
-        self.seen += count
-        self.minute = torch.where(count > 0, minute, self.minute)
-        self.latest = torch.where(valued, x, self.latest)
-        self.high = torch.where(valued, x.maximum(self.high), self.high)
-        self.low = torch.where(valued, x.minimum(self.low), self.low)
-
-    def now(self) -> Statistics:
-        return statistics_of_sums(self.sums, self.seen, self.latest, self.high, self.low, self.first)
-
-
 def statistics_loss(told, true, exists):
     """Smooth L1 of the statistics told by a readout, mean over those that exist: all [B, Q, k, n] -> [B, Q]."""
     error = F.smooth_l1_loss(told.float(), true, reduction="none") * exists
     return error.sum((2, 3)) / exists.sum((2, 3)).clamp(min=1)
-
-
-def variables_of(batch: EventBatch):
-    """The stays' own variables: indices [B, D], and which of them are no padding, [B, D] bool."""
-    own = batch.variables[batch.stay_variables]
-    return own, torch.arange(own.shape[1], device=own.device) < batch.variable_counts[:, None]
-
-
-class Question(NamedTuple):
-    """Which sets and variables of each stay the read-outs of a step are asked for (see `ask`)."""
-
-    slots: torch.Tensor       # [B, Q] positions of sets, ascending; L where padding
-    real: torch.Tensor        # [B, Q] bool, no padding
-    column: torch.Tensor      # [B, D] place among the n variables of each of the stay's own, n where it is left out
-    held: torch.Tensor        # [B, n] bool: the variable is no padding
-    measured: torch.Tensor    # [B, Q, n] 1 where the set measured it
-    absent: torch.Tensor      # [B, o] bool: the stay does not hold this one of the others, asked only whether measured
-    keys: torch.Tensor        # [U, r] of `batch.variables`
-    own_keys: torch.Tensor    # [B, n, r] of the variables
-    other_keys: torch.Tensor  # [o, r] of the others
-
-
-def ask(batch: EventBatch, config: ModelConfig, order: torch.Tensor, sample: bool, keys_of) -> Question:
-    """All sets and variables of each stay, or `config`'s numbers of them where it has more: `sample`d at random, or
-    evenly spaced sets and the first variables in the fixed order [V], so that a stay's question does not depend on its
-    batch. Others: all of a vocabulary of at most twice their number. keys_of: indices [n] -> keys [n, r]."""
-    (stays, length), device = batch.minute.shape, batch.minute.device
-    number = min(length, config.asked_sets)
-    position = torch.arange(number, device=device)
-    if sample and number < length:
-        draw = torch.rand(stays, length, device=device).masked_fill(~real_sets(batch), 2)
-        slots = draw.topk(number, largest=False).indices.sort(1).values
-    else:
-        even = (position + 1) * batch.lengths[:, None] // number - 1
-        slots = torch.where(batch.lengths[:, None] <= number, position, even)
-    real = position < batch.lengths[:, None]
-
-    mine, held = variables_of(batch)
-    width = min(mine.shape[1], config.asked_variables)
-    draw = torch.rand(mine.shape, device=device) if sample else order[mine]
-    chosen = draw.masked_fill(~held, math.inf).topk(width, largest=False, sorted=False).indices.sort(1).values
-    column = torch.full_like(mine, width).scatter(1, chosen, torch.arange(width, device=device).expand(stays, -1))
-    column = column.masked_fill(~held, width)
-
-    if config.num_variables <= 2 * config.other_variables:
-        others = torch.arange(config.num_variables, device=device)
-    elif sample:
-        others = torch.randint(config.num_variables, (config.other_variables,), device=device)
-    else:
-        others = order.topk(config.other_variables).indices
-    absent = ~((mine[..., None] == others) & held[..., None]).any(1)
-    slots, keys = torch.where(real, slots, length), keys_of(batch.variables)
-    own_keys = F.embedding(batch.stay_variables.gather(1, chosen), keys)
-    return Question(slots, real, column, held.gather(1, chosen), measured_at(batch, slots, column, width), absent, keys,
-                    own_keys, keys_of(others))
-
-
-def measured_at(batch: EventBatch, slots, column, width: int) -> torch.Tensor:
-    """[B, Q, width] 1 where a set asked for measured a variable, else 0; the arguments are those of `statistics_at`."""
-    (stays, asked), length = slots.shape, batch.minute.shape[1]
-    interval = interval_of(slots, length)                                                             # [B, L]
-    exact = F.pad(slots, (0, 1), value=-1).gather(1, interval) == torch.arange(length, device=slots.device)
-    column, size = column.flatten()[batch.cell_pair], stays * asked * width
-    row = batch.cell_slot // length * asked + interval.flatten()[batch.cell_slot]
-    row = torch.where(exact.flatten()[batch.cell_slot] & (column < width), row * width + column, size)
-    return torch.zeros(size + 1, device=row.device).index_fill(0, row, 1)[:-1].view(stays, asked, width)
-
-
-def at_slots(x, slots):
-    """x [B, L, c] at slots [B, Q] (of padding: the last) -> [B, Q, c]."""
-    return x.gather(1, slots.clamp(max=x.shape[1] - 1)[..., None].expand(-1, -1, x.shape[-1]))
 
 
 class HistoryReadout(nn.Linear):
@@ -889,61 +693,6 @@ def classification_head(features: int, widths: tuple, classes: int) -> nn.Sequen
     return head
 
 
-def trees_of(classifier):
-    """Yield left and right child (of a leaf: -1), feature, threshold and value (in log odds, with the shrinkage) of the
-    nodes of each tree of a fitted (Hist)GradientBoostingClassifier."""
-    if isinstance(classifier, GradientBoostingClassifier):
-        for tree in (estimator.tree_ for estimator in classifier.estimators_[:, 0]):
-            value = classifier.learning_rate * tree.value[:, 0, 0]
-            yield tree.children_left, tree.children_right, tree.feature, tree.threshold, value
-    else:
-        for (predictor,) in classifier._predictors:
-            nodes, leaf = predictor.nodes, predictor.nodes["is_leaf"].astype(bool)
-            left, right = (np.where(leaf, -1, nodes[side].astype(np.int64)) for side in ("left", "right"))
-            yield left, right, nodes["feature_idx"].astype(np.int64), nodes["num_threshold"], nodes["value"]
-
-
-class BoostedTrees(nn.Module):
-    """Gradient-boosted trees for two classes (Friedman 2001), fitted by scikit-learn and kept as tensors: each a
-    complete binary tree, whose node n has the children 2n + 1 and 2n + 2. They see what a linear head cannot, such as a
-    variable that matters beyond a threshold."""
-
-    def __init__(self, trees: int, depth: int):
-        super().__init__()
-        self.depth = depth
-        self.register_buffer("feature", torch.zeros(trees, 2**depth - 1, dtype=torch.int64))
-        self.register_buffer("threshold", torch.full((trees, 2**depth - 1), math.inf))
-        self.register_buffer("value", torch.zeros(trees, 2**depth))  # of the leaves, in log odds
-        self.register_buffer("prior", torch.zeros(()))
-
-    def fit(self, x, label, weight, classifier) -> None:
-        """x [n, F], label [n], weight [n]; classifier: a (Hist)GradientBoostingClassifier of as many trees,
-        no deeper."""
-        classifier.fit(x.cpu().numpy(), label.cpu().numpy(), sample_weight=weight.cpu().numpy())
-        self.prior.copy_(((weight * label).sum() / weight.sum()).logit())
-        for i, (left, right, feature, cut, value) in enumerate(trees_of(classifier)):
-            node = np.zeros(1, dtype=np.int64)
-            for level in range(self.depth):  # where a tree ends early, all go left, down to the same leaf
-                leaf, at = left[node] < 0, slice(2**level - 1, 2**(level + 1) - 1)
-                threshold = cut[node].astype(np.float32)
-                below = np.nextafter(threshold, np.float32(-np.inf))
-                threshold = np.where(threshold > cut[node], below, threshold)  # so that every x keeps its side
-                self.feature[i, at] = torch.from_numpy(np.where(leaf, 0, feature[node]))
-                self.threshold[i, at] = torch.from_numpy(np.where(leaf, np.float32(np.inf), threshold))
-                node = np.stack([np.where(leaf, node, child[node]) for child in (left, right)], axis=1).ravel()
-            self.value[i] = torch.from_numpy(value[node].astype(np.float32))
-
-    def forward(self, x):
-        """x [..., F] -> logits [..., 2]."""
-        shape, x = x.shape, x.flatten(0, -2)
-        tree = torch.arange(len(self.value), device=x.device)
-        node = torch.zeros(len(x), len(tree), dtype=torch.int64, device=x.device)                     # [n, trees]
-        for _ in range(self.depth):
-            node = 2 * node + 1 + (x.gather(1, self.feature[tree, node]) > self.threshold[tree, node])
-        odds = self.prior + self.value[tree, node - self.feature.shape[1]].sum(1)
-        return torch.stack([-odds / 2, odds / 2], dim=-1).view(*shape[:-1], 2)
-
-
 class GatedFusion(nn.Module):
     """Learned fusion of mu and std (full training): g * A(mu) + (1 - g) * B(std), g = sigmoid(W [A(mu); B(std)]),
     times 1 + 0.1 * c(std).
@@ -1206,18 +955,6 @@ class SeqSetVAE(nn.Module):
         return self.classify(self.features_at(state, minute)).softmax(-1)[0, 0, 1].item()
 
 
-def summaries(exact: Statistics, since, hours) -> torch.Tensor:
-    """What the head is told of n variables at points: their statistics at the last set, whether they were seen, the
-    hours since then (log1p; see `hours_since` [B, Q, n]) and the `hours` [B, Q] since that set: [B, Q, (10 + 2) n + 1].
-    """
-    seen, hours = exact.past_exists[:, :, HISTORY_STATISTICS.index("log count")].float(), hours[..., None]
-    return torch.cat([exact.past.flatten(2), seen, (since + hours).log1p(), hours], dim=-1)
-
-
-def summary_features(n: int) -> int:
-    return (len(HISTORY_STATISTICS) + 2) * n + 1
-
-
 def attention_pool(h, last, slots):
     """Parameter-free: mean of h_t up to a point's set, weighted by softmax(h_t . h_last): h [B, L, d], last [B, Q, d]
     of the sets at slots [B, Q] -> [B, Q, d]. A block of points after another: of a long stay asked at each set [Q, L]
@@ -1240,204 +977,3 @@ def prefix_moments(x, slots):
     shift = at_slots(shifted.cumsum(1), slots) / count
     spread = (at_slots(shifted.square().cumsum(1), slots) / count - shift.square()).clamp(min=0)
     return [mean, at_slots(x.cummax(1).values, slots), at_slots(x.cummin(1).values, slots), (spread + 1e-8).sqrt()]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Checkpoints: reading, name mapping, the weight report
-# ----------------------------------------------------------------------------------------------------------------------
-
-CHECKPOINT_FORMAT = 2
-_CHECKPOINT_TYPES = {"mode": str, "model_config": dict, "model": dict, "vocabulary": torch.Tensor, "normalizer": dict,
-                     "split": dict, "subjects": dict, "source": dict, "metrics": dict}  # see train.model_content
-_CHECKPOINT_ENTRIES = {"normalizer": ("variables", "mean", "std", "log_scale", "clip"), "split": SPLITS,
-                       "subjects": SPLITS, "metrics": ("epoch",),
-                       "source": ("data", "fingerprint", "seed", "command", "versions")}
-_WRAPPERS = ("module.", "_orig_mod.", "model.")  # DDP, torch.compile, a LightningModule's attribute
-# Prefix in the original implementation -> ours.
-_ORIGINAL_NAMES = {
-    "setvae.setvae.": "setvae.", "set_encoder.": "setvae.", "decoder.": "setvae.decoder.", "transformer.": "history.",
-    "post_transformer_norm.": "history.norm.", "rel_time_bucket_embed.": "history.gap_embedding.",
-    "alibi_slope": "history.slope", "time_tau": "history.tau",
-}
-# No weights of the backbone: the head, what only pretraining and full training use, and the original's second decoder,
-# which never reached a loss.
-_SKIPPED = ("cls_head.", "trees.", "feature_", "vae_feature_fusion.", "mask_token", "setvae.decoder_layers.",
-            "setvae.out.")
-
-
-def read_checkpoint(path, device="cpu") -> dict:
-    """The checkpoint's content: plain types and tensors only, nothing in it is executed.
-    Raises InputError where it cannot be used."""
-    try:
-        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch.load takes a flipped bit for a weight
-            raise zipfile.BadZipFile("checksum")
-        content = torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such checkpoint; give the path that train.py printed") from None
-    except IsADirectoryError:
-        raise InputError(f"{path}: a folder, not a checkpoint; give the best.pt in it") from None
-    except Exception as error:  # torch.load raises many types for damaged files; all mean the same to the user
-        raise InputError(f"{path}: not a readable checkpoint of tensors and plain types ({type(error).__name__}); "
-                         "it may be truncated or of another program: make it again") from None
-    if not isinstance(content, dict) or not content:
-        raise InputError(f"{path}: holds {type(content).__name__}, not a checkpoint; give a file that train.py wrote")
-    if content.get("format", CHECKPOINT_FORMAT) != CHECKPOINT_FORMAT:
-        mend = "commit 42f6991 reads it" if content["format"] == 1 else "use the version that wrote it"
-        raise InputError(f"{path}: checkpoint format {content['format']}, this version reads {CHECKPOINT_FORMAT}; "
-                         f"{mend}, or make it again")
-    lacking = [name for name, kind in _CHECKPOINT_TYPES.items() if not isinstance(content.get(name), kind)]
-    lacking = lacking or [f"{name}[{entry}]" for name, entries in _CHECKPOINT_ENTRIES.items() for entry in entries
-                          if entry not in content[name]]
-    if "format" in content and lacking:
-        raise InputError(f"{path}: a checkpoint without {', '.join(lacking)}; it was not written by train.py: "
-                         "make it again")
-    return content
-
-
-def checkpoint_state(content: dict, path) -> dict[str, torch.Tensor]:
-    """State dict under our names, from our checkpoints, the original's (Lightning) or a bare state dict,
-    behind any wrapper's prefix."""
-    state = content["model"] if "format" in content else content.get("state_dict", content)
-    if not isinstance(state, dict) or not state or not all(torch.is_tensor(t) for t in state.values()):
-        raise InputError(f"{path}: no state dict in it; give a checkpoint that train.py or the original implementation "
-                         "wrote")
-    ours = {}
-    for name, tensor in state.items():
-        while (prefix := next((p for p in _WRAPPERS if name.startswith(p)), None)):
-            name = name[len(prefix):]
-        original = None if "format" in content else next((p for p in _ORIGINAL_NAMES if name.startswith(p)), None)
-        if original == "alibi_slope":
-            # The original's sign error kept its bias at zero for the whole past: slope 0 reproduces its outputs.
-            tensor = torch.zeros_like(tensor)
-        ours[_ORIGINAL_NAMES[original] + name[len(original):] if original else name] = tensor
-    return ours
-
-
-def load_checkpoint_weights(path, device="cpu") -> dict[str, torch.Tensor]:
-    """State dict under our names of the checkpoint at `path` (see `read_checkpoint`, `checkpoint_state`)."""
-    return checkpoint_state(read_checkpoint(path, device), path)
-
-
-def checkpoint_config(content: dict, num_variables: int, path, set_heads: int | None = None,
-                      transformer_heads: int | None = None) -> ModelConfig:
-    """The model config of a checkpoint: recorded in ours. Of an original one, V is the data's, every size is read off
-    the weights' shapes, and the numbers of heads, which leave no trace in a shape, come from its hyper_parameters or,
-    in a bare state dict, are given."""
-    if "format" in content:
-        sizes = content["model_config"]
-        if content.get("mode") == "pretrain":  # finetuning chooses the features; earlier versions knew others
-            sizes = {name: value for name, value in sizes.items() if name != "features"}
-        unknown = sorted(set(sizes) - {f.name for f in fields(ModelConfig)} | {"num_variables"} - set(sizes), key=str)
-        if unknown:
-            raise InputError(f"{path}: unknown or missing entry {unknown[0]!r} in its model config; "
-                             "use the version that wrote it")
-        make = ModelConfig
-    else:
-        state = checkpoint_state(content, path)
-        names = {"reduced": "setvae.dim_reducer.weight", "embed": "setvae.embed.0.weight",
-                 "inducing": "setvae.encoder_layers.0.inducing", "ff": "history.layers.0.linear1.weight",
-                 "decoder": "setvae.decoder.out.weight"}
-        if (lacking := [name for name in names.values() if name not in state]):
-            raise InputError(f"{path}: no {lacking[0]} in its state dict; give a checkpoint of train.py, or the whole "
-                             "model of the original implementation")
-        shape = {size: state[name].shape for size, name in names.items()}
-        given = content.get("hyper_parameters")
-        given = given if isinstance(given, dict) else {}
-        heads = {"set_heads": set_heads or given.get("heads"),
-                 "heads": transformer_heads or given.get("transformer_heads")}
-        for (name, number), option in zip(heads.items(), ("--set_heads", "--transformer_heads")):
-            if not number:
-                raise InputError(f"{path}: a bare state dict does not tell its numbers of attention heads; "
-                                 f"give {option} (the original's default: {getattr(ModelConfig.original(1), name)})")
-            if shape["embed"][0] % number:
-                raise InputError(f"{path}: {number} heads do not divide its width of {shape['embed'][0]}; "
-                                 f"correct {option}")
-        levels, layers = (len({name[len(prefix):].split(".")[0] for name in state if name.startswith(prefix)})
-                          for prefix in ("setvae.encoder_layers.", "history.layers."))
-        make = ModelConfig.original
-        sizes = dict(num_variables=num_variables, **heads, input_dim=shape["reduced"][1],
-                     reduced_dim=shape["reduced"][0], set_dim=shape["embed"][0], latent_dim=shape["embed"][0],
-                     inducing=shape["inducing"][0], ff_dim=shape["ff"][0], levels=levels, layers=layers)
-    try:
-        config = make(**sizes)
-    except InputError as error:
-        raise InputError(f"{path}: {error}; it is damaged, or of another version") from None
-    held = tuple(content["vocabulary"].shape) if "format" in content else (num_variables, config.input_dim)
-    if not held == (config.num_variables, config.input_dim) == (num_variables, config.input_dim):
-        raise InputError(f"{path}: its vocabulary {list(held)}, its normalizer of {num_variables} variables and its "
-                         f"model config of {config.num_variables} x {config.input_dim} disagree; "
-                         "it is damaged or forged")
-    return config
-
-
-def load_weights(model: nn.Module, state: dict[str, torch.Tensor], path) -> None:
-    """Copy every weight of a checkpoint into the model of its config. Raises InputError where they disagree."""
-    own = model.state_dict()
-    wrong = sorted(own.keys() ^ state.keys()) + [name for name in own.keys() & state.keys()
-                                                 if own[name].shape != getattr(state[name], "shape", None)]
-    if wrong:
-        raise InputError(f"{path}: weight {wrong[0]} is missing, unknown or of another shape than its model config "
-                         "says; use the version that wrote it")
-    model.load_state_dict(state)
-    trees = getattr(model, "trees", None)
-    if trees is not None and not 0 <= trees.feature.min() <= trees.feature.max() < model.feature_sizes()["summaries"]:
-        raise InputError(f"{path}: its trees ask for features that the model does not have; it is damaged or forged")
-
-
-@dataclass
-class WeightReport:
-    """What became of every weight, by name."""
-
-    loaded: list
-    skipped: list      # by rule: see _SKIPPED
-    missing: list      # backbone parameters that the checkpoint does not hold
-    unexpected: list   # in the checkpoint, without a place in the model
-    mismatched: list   # of another shape
-
-    @property
-    def complete(self) -> bool:
-        return not (self.missing or self.mismatched)
-
-    def __str__(self) -> str:
-        rows = [("loaded", self.loaded), ("skipped by rule", self.skipped), ("missing", self.missing),
-                ("unexpected", self.unexpected), ("shape mismatch", self.mismatched)]
-        lines = [f"{title:>16}: {len(names):4d}"
-                 + (f"  {', '.join(names[:6])}{' ...' if len(names) > 6 else ''}" if names and i else "")
-                 for i, (title, names) in enumerate(rows)]
-        return "\n".join(lines)
-
-
-def load_backbone(model: SeqSetVAE, state: dict[str, torch.Tensor]) -> WeightReport:
-    """Copy every backbone weight of `state` (our names) into `model`, and account for each."""
-    own = {name: p for name, p in model.state_dict().items() if name.startswith(SeqSetVAE.BACKBONE)}
-    absent = [name for name in own if name not in state and name != "mask_token"]  # a backbone that hid no set has none
-    report = WeightReport([], [], absent, [], [])
-    for name, tensor in state.items():
-        if name not in own:
-            (report.skipped if name.startswith(_SKIPPED) else report.unexpected).append(name)
-        elif own[name].shape != tensor.shape:
-            report.mismatched.append(name)
-        else:
-            own[name].copy_(tensor)
-            report.loaded.append(name)
-    return report
-
-
-def original_classifier(content: dict, config: ModelConfig, vocabulary: torch.Tensor, path) -> SeqSetVAE:
-    """The classifier of a checkpoint that the original implementation finetuned,
-    in its classification-only mode: stable features, one head."""
-    state = checkpoint_state(content, path)
-    head = {name.removeprefix("cls_head."): tensor for name, tensor in state.items() if name.startswith("cls_head.")}
-    if not head:
-        raise InputError(f"{path}: not a finetuned checkpoint; make one with: "
-                         f"python train.py --mode finetune --pretrained_ckpt {path}")
-    model = SeqSetVAE(config, vocabulary)
-    report = load_backbone(model, state)
-    wrong = report.missing + report.mismatched
-    wrong += [f"cls_head.{name}" for name, own in model.cls_head.state_dict().items()
-              if name not in head or head[name].shape != own.shape]
-    if wrong:
-        raise InputError(f"{path}: {', '.join(wrong[:3])} missing or of another shape than in the original "
-                         "implementation; give its whole checkpoint")
-    model.cls_head.load_state_dict(head)
-    return model.eval()

@@ -21,15 +21,20 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
 import sepsis2019
-from data import (InputError, clear_write_error, common_variables, labelled_points, make_splits, search_after,
-                  stay_event_index, stays_of, write_atomically)
-from evaluate import CPU, bootstrap, interval, logit, open_classifier
+from batches import common_variables
+from checkpoint import label_digest, read_checkpoint, recorded
+from data import InputError, labelled_points, make_splits, search_after, stay_event_index, stays_of
 from finetune_config import MANY_POINTS, FinetuneConfig, tree_sizes
-from model import ModelConfig, SeqSetVAE, read_checkpoint, summary_features
-from runs import choose_device, label_digest, recorded
-from train import (HeadTraining, best_shares, changed, data_options, encode_points, finetune, label_subset, labelled,
-                   need_both_classes, open_checkpoint, parse_arguments, pretrain, probability_at, read_cohort,
-                   training_points, weigh_trees)
+from history_statistics import summary_features
+from metrics import best_shares, bootstrap, interval, logit
+from model import ModelConfig, SeqSetVAE
+from predictor import CPU, encode_points, open_checkpoint, open_classifier, probability_at
+from runs import choose_device, read_cohort
+from settings import changed, data_options
+from tables import clear_write_error, write_atomically
+from tasks import label_subset, need_both_classes
+from train import HeadTraining, finetune, labelled, parse_arguments, pretrain, training_points, weigh_trees
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Baselines: hand-made features, and the model's own head without its backbone

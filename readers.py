@@ -8,7 +8,6 @@ some stays at a time: what is held in memory does not grow with the data.
 import argparse
 import hashlib
 import json
-import os
 import pickle
 import re
 import shutil
@@ -23,9 +22,12 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from data import (CACHE_MEND, MINUTE, READER_VERSION, SPLITS, Cohort, InputError, at_end, build_cohort,
-                  clear_write_error, open_cache, pieces, ranges, with_points, write_cache)
-from tables import MISSING, TIME, VALUE, Report, Table, column_names, named_tables, read_table, table_files, tables
+from data import (MINUTE, READER_VERSION, SPLITS, Cohort, InputError, at_end, build_cohort, pieces, ranges,
+                  with_points)
+from tables import (CACHE_MEND, TIME, VALUE, Report, Table, cache_home, clear_write_error, named_tables,
+                    open_cache, read_table, table_files, tables, write_cache)
+from tasks import _SPLIT_WORDS, _read_splits, _some, _with_labels, _with_splits
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Reader: the embedded synthetic cohort
@@ -60,6 +62,8 @@ _SYNTHETIC_VARIABLES = {
     "Albumin": (3, .5, (0, 0, 0, -.5), "liver"), "ALP": (90, 35, (0, 0, 0, .3), "liver"),
     "Troponin": (1, .7, (.8, 0, 0, 0), "liver"),
 }
+
+
 # panel: (chance an hour at severity 0, added chance a unit of severity, chance that one variable of a drawn panel is
 # missing)
 _SYNTHETIC_PANELS = {"vitals": (.55, .15, .15), "neuro": (.2, .08, .3), "gas": (.06, .06, .1),
@@ -353,170 +357,6 @@ def duplicates(cohort: Cohort) -> int:
     key ^= cohort.event_value.view(np.uint32).astype(np.uint64) * np.uint64(0xC2B2AE3D27D4EB4F)
     key.sort()
     return int((key[1:] == key[:-1]).sum())
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Labels, splits and subjects: what is told of stays that were read, attached after the cache
-# ----------------------------------------------------------------------------------------------------------------------
-
-_IDS = ("stay_id", "ts_id", "RecordID", "subject_id")
-_LABELS = ("label", "boolean_value", "in_hospital_mortality", "In-hospital_death")
-_TIMES = {"minute": TIME, "hour": float, "prediction_time": np.datetime64}
-
-
-_SPLIT_WORDS = {"train": 0, "valid": 1, "val": 1, "validation": 1, "dev": 1, "tuning": 1, "test": 2, "held_out": 2,
-                "heldout": 2}
-
-
-def _split_codes(table: Table) -> np.ndarray:
-    """[rows] code of column `split`, None where it is empty."""
-    split = table["split"]
-    codes = np.array([_SPLIT_WORDS.get(word.lower(), -1) for word in split.categories] + [None],
-                     dtype=object)[split.codes]
-    table.refuse("split", codes == -1, "; it is one of train, valid, test (or val, validation, dev, tuning, held_out)")
-    return codes
-
-
-def _plain_ids(ids) -> pd.Index:
-    """Ids by which two tables meet: a whole number that one of them wrote as a float (200001.0) loses its .0."""
-    return pd.Index([text[:-2] if text.endswith(".0") and text[:-2].isdigit() else text for text in map(str, ids)],
-                    dtype=object)
-
-
-def _one_of(path: Path, names: list[str], wanted) -> str:
-    found = [name for name in wanted if name.lower() in names]
-    if not found:
-        raise InputError(f"{path}: no column {' or '.join(wanted)} (it has {', '.join(names[:8])}); rename or add it")
-    return found[0]
-
-
-def _told(table: Table, ids: np.ndarray, column: str, value) -> pd.Series:
-    """What a column says of each id, empty cells aside; two things of one are wrong."""
-    said = pd.DataFrame({"id": ids, "value": value}).dropna()
-    said = said[~said.duplicated()]
-    again = said["id"].duplicated()
-    rows = np.isin(np.arange(len(ids)), said.index[again])
-    table.refuse(column, rows,
-                 f", and another elsewhere for the same stay ({_some(said['id'][again].unique())}); give one")
-    return said[~again].set_index("id")["value"]
-
-
-def _noted(cohort: Cohort, report: Report) -> Cohort:
-    return replace(cohort, notes=cohort.notes | report.counts, examples=cohort.examples | report.examples)
-
-
-def _some(names) -> str:
-    """The first few, and how many more."""
-    return ", ".join(map(str, names[:5])) + f" and {len(names) - 5} more" * (len(names) > 5)
-
-
-def _with_splits(cohort: Cohort, told: pd.Series) -> Cohort:
-    """The cohort with the split of these ids; a stay that is not told of belongs to none."""
-    ids = _plain_ids(cohort.stay_id)
-    split = told.reindex(ids, fill_value=-1).to_numpy(np.int8)
-    return replace(cohort, split=split, notes=cohort.notes | {
-        "stays without a split (neither trained on nor scored)": int((split < 0).sum()),
-        "splits of no stay with a usable event": int((~told.index.isin(ids)).sum())})
-
-
-def _read_splits(files: list[Path]) -> pd.Series:
-    """Split code by stay, of a file with an id and `split`."""
-    id_column = _one_of(files[0], column_names(files[0]), _IDS)
-    table = read_table(files, {id_column: str, "split": str})
-    table.refuse(id_column, table[id_column].codes < 0, "; name the stay or remove the line")
-    told = _told(table, _ids(table[id_column]), "split", _split_codes(table))
-    table.report.settle()
-    return told
-
-
-def _ids(column: pd.Categorical) -> np.ndarray:
-    """[rows] plain ids, None where the cell is empty."""
-    return np.append(_plain_ids(column.categories).to_numpy(object), None)[column.codes]
-
-
-def _labels(table: Table, name: str, positive: str | None) -> np.ndarray:
-    """[rows] float labels, NaN where the cell is empty. positive: the word that is label 1; else they are 0 and 1, or
-    true and false."""
-    words = [word.lower() for word in table[name].categories]
-    known = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}
-    empty = [word.lower() in map(str.lower, MISSING) for word in words]
-    if positive is not None:
-        given = [word for word, none in zip(words, empty) if not none]
-        if positive.lower() not in given or len(given) > 2:
-            raise InputError(f"{table.paths[0]}: --positive {positive}: {name} is one of {_some(given)}; give one of "
-                             "two words")
-        known = {word: word == positive.lower() for word in given}
-    label = np.array([np.nan if none else known.get(word, -1) for word, none in zip(words, empty)] + [np.nan])
-    label = label[table[name].codes]
-    table.refuse(name, label == -1, ", not 0 or 1; mend the line, or say which word is positive with --positive WORD")
-    return label
-
-
-def _with_labels(cohort: Cohort, files: list[Path], positive: str | None = None, points: bool = True) -> Cohort:
-    """The cohort with what its labels' files tell: an id, a label of 0 or 1 (or empty), and perhaps split, subject_id
-    and a time: `minute` or `hour` of the stay or `prediction_time`. With times a row is a prediction point, without one
-    a stay has one at its end.
-
-    positive: the word that is label 1, the other one is 0. points: False takes split and subject alone. Raises
-    InputError for another label, and for two labels of one point.
-    """
-    names = column_names(files[0])
-    id_column, label_column = (_one_of(files[0], names, wanted) for wanted in (_IDS, _LABELS))
-    timed = next((name for name in _TIMES if name in names), None)
-    if not timed and "time" in names:
-        raise InputError(f"{files[0]}: its column time has no unit; name it minute or hour")
-    columns = {id_column: str, label_column: str} | ({timed: _TIMES[timed]} if timed else {})
-    table = read_table(files, columns, {name: str for name in ("split", "subject_id") if name not in columns})
-    table.refuse(id_column, table[id_column].codes < 0, "; name the stay or remove the line")
-    ids, stays, label = _ids(table[id_column]), _plain_ids(cohort.stay_id), _labels(table, label_column, positive)
-    subject = _told(table, ids, "subject_id", _ids(table["subject_id"])) if "subject_id" in table else None
-    split = _told(table, ids, "split", _split_codes(table)) if "split" in table else None
-    if timed:
-        table.refuse(timed, ~np.isfinite(table[timed]), "; give the time of the question")
-    table.report.settle()
-    if subject is not None:
-        subject = subject.reindex(stays)
-        cohort = replace(cohort, subject=np.where(subject.isna(), cohort.subject, subject).astype(str))
-    if split is not None:
-        cohort = _with_splits(cohort, split)
-    if not points:
-        return cohort
-
-    rows = pd.DataFrame({"id": ids, "label": np.nan_to_num(label, nan=-1).astype(np.int8), "at": 0})
-    if timed:
-        rows["at"] = table[timed] if timed != "hour" else table[timed] * 60
-    again = rows.duplicated().to_numpy()
-    other = rows.duplicated(["id", "at"]).to_numpy() & ~again
-    table.refuse(id_column, other,
-                 f", labelled twice and not alike ({_some(rows['id'][other].unique())}); keep one line of each")
-    table.report.settle()
-    table.note("labels given more than once", again)
-    table.note("outcomes of no stay with a usable event", ~again & ~rows["id"].isin(stays).to_numpy())
-    rows = rows[~again].sort_values(["id", "at"])
-    asked, first, count = np.unique(rows["id"].to_numpy(str), return_index=True, return_counts=True)
-    place = pd.Index(asked).get_indexer(stays)                             # [P] of each stay in `asked`, -1: nowhere
-    count = np.append(count, 0)[place]                                     # [P]
-    row = ranges(np.append(first, 0)[place], count)                        # [Q]
-    stay, label, at = np.repeat(np.arange(len(cohort)),
-                                count), rows["label"].to_numpy()[row], rows["at"].to_numpy()[row]
-    if not timed:
-        labels = np.full(len(cohort), -1)
-        labels[stay] = label
-        table.report.counts["stays without an outcome (unlabelled)"] = int((labels < 0).sum())
-        return at_end(_noted(cohort, table.report), labels)
-    table.report.counts["stays without a question"] = int((count == 0).sum())
-    if at.dtype.kind == "M":
-        origin = np.array(cohort.origin)
-        if np.isnat(origin).all():
-            raise InputError(f"{files[0]}: {timed} is a clock time, which these data do not know; give minute or hour "
-                             "of the stay")
-        # A stay of static events alone knows no clock: its first question sets it.
-        unknown = np.isnat(origin) & (count > 0)
-        origin[unknown] = at[np.searchsorted(stay, np.flatnonzero(unknown))].astype("datetime64[m]")
-        cohort = replace(cohort, origin=origin)
-        since = at.astype("datetime64[us]").astype(np.int64) - origin[stay].astype(np.int64)
-        at = since // MINUTE + since % MINUTE / MINUTE
-    return with_points(_noted(cohort, table.report), count, at, label)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -875,12 +715,6 @@ def _choose_reader(folder: Path) -> tuple[Reader, Path]:
                          "--data_dir")
     raise InputError(f"{folder}: no data that a reader knows; expected one of: "
                      + "; ".join(reader.name for reader in READERS))
-
-
-def cache_home() -> Path:
-    """Where the system keeps caches."""
-    home = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
-    return Path(os.environ.get("XDG_CACHE_HOME") or home) / "seqsetvae"
 
 
 def read_map(path: Path) -> dict:

@@ -2,7 +2,6 @@
 
 import ctypes
 import errno
-import hashlib
 import io
 import itertools
 import json
@@ -10,20 +9,13 @@ import os
 import platform
 import random
 import shlex
-import shutil
 import signal
-import subprocess
 import sys
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Callable
-
-try:
-    import fcntl
-except ModuleNotFoundError:  # Windows: a run's folder is then not locked
-    fcntl = None
 
 import numpy as np
 import pandas as pd
@@ -33,8 +25,18 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import Cohort, InputError, StayDataset, sorted_batches, subjects_of, write_atomically
-from model import CHECKPOINT_FORMAT, load_weights
+from batches import StayDataset, sorted_batches
+from checkpoint import CHECKPOINT_FORMAT, difference, git_commit, label_digest, load_weights, recorded
+from data import Cohort, InputError, subjects_of
+from readers import load_cohort
+from tables import write_atomically
+
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows: a run's folder is then not locked
+    fcntl = None
+
 
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
 
@@ -291,10 +293,6 @@ def make_streams_ready() -> None:
 # The run: its folder, its checkpoints, where it stands, and what a signal asks of it
 # ----------------------------------------------------------------------------------------------------------------------
 
-# Options that name files.
-PATHS = ("data_dir", "params_map", "variables_map", "label_file", "split_file", "pretrained_ckpt")
-
-
 class Run:
     """One training run. All ranks call its methods; rank 0 alone has the folder.
 
@@ -473,32 +471,18 @@ def source_of(arguments, data: dict, cohort: Cohort, device: torch.device, dtype
             "threads": torch.get_num_threads(), "processes": WORLD}
 
 
-def recorded(data: dict) -> dict:
-    """The options that data were read with, as a checkpoint keeps them: paths whole; not where the cache lies."""
-    return {name: str(Path(value).resolve()) if name in PATHS else value for name, value in data.items()
-            if name != "cache_dir"}
+# ----------------------------------------------------------------------------------------------------------------------
+# Data
+# ----------------------------------------------------------------------------------------------------------------------
 
-
-def label_digest(cohort: Cohort) -> str:
-    """Of what is asked of the data: the prediction points and their labels."""
-    digest = hashlib.sha256()
-    for array in (cohort.point_start, cohort.point_minute, cohort.label):
-        digest.update(np.ascontiguousarray(array))
-    return digest.hexdigest()[:16]
-
-
-def git_commit() -> str | None:
-    """The commit of this code, and whether files differ from it; None where it is no git checkout."""
-    home = Path(__file__).resolve().parent
-    if not (home / ".git").exists() or not shutil.which("git"):
-        return None
-    commit, changes = (subprocess.run(["git", "-C", home, *words], capture_output=True, text=True).stdout.strip()
-                       for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no")))
-    return f"{commit}{' + changes' if changes else ''}" or None
-
-
-def difference(then: dict, now: dict) -> str:
-    """What of the circumstances that decide a run's last bits is not as it was."""
-    names = ("fingerprint", "labels", "pretrained", "commit", "device", "precision", "threads", "processes")
-    then, now = ({name: source.get(name) for name in names} | source.get("versions", {}) for source in (then, now))
-    return ", ".join(f"{name} {now[name]} (then {then.get(name)})" for name in now if now[name] != then.get(name))
+def read_cohort(options: dict) -> Cohort:
+    """The cohort of `load_cohort` with these options (see `data_options`), the same on all ranks. Raises InputError
+    where machines hold different data."""
+    with in_turn():
+        cohort = load_cohort(**options)
+    machines = gathered((cohort.fingerprint, label_digest(cohort), platform.node()))
+    for rank, machine in enumerate(machines):
+        if machine[:2] != machines[0][:2]:
+            raise InputError(f"{cohort.reader}: rank {rank} on {machine[2]} read other data ({machine[0]}) than rank 0 "
+                             f"on {machines[0][2]} ({machines[0][0]}); give every machine the same data and labels")
+    return cohort

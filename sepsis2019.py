@@ -9,6 +9,7 @@ Everything here is a function of flat arrays over hours, [n] each: of the stay (
 import numpy as np
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+
 AHEAD, EARLY, LATE = 6, 12, 3  # hours: the label before the onset s; an alarm counts in [s - EARLY, s + LATE]
 FALSE_ALARM = -0.05            # utility of an hour's alarm without sepsis, or too early
 

@@ -7,30 +7,39 @@ Nothing here knows of stays or events.
 import csv
 import gzip
 import io
+import json
+import os
 import re
+import secrets
+import shutil
+import sys
 import tarfile
+import tempfile
 import warnings
 import zipfile
 import zlib
 from collections import Counter
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Iterator
+from typing import Iterable, Iterator
 
 import numpy as np
 import pandas as pd
 
-from data import MINUTE, InputError
+from data import MINUTE, Cohort, InputError, pieces
+
 
 PART_BYTES, PART_ROWS = 2**25, 2**20  # of text, and of Parquet, that are parsed at once
 _RECORD_BYTES, _ARCHIVE_BYTES = 2**26, 2**31  # a record has a few thousand, an archive of 4,000 some 30 million
+
+
 # In a column of numbers; in a column of text NA may be sodium.
 MISSING = ["", "NA", "N/A", "NaN", "nan", "null", "NULL", "None"]
 _TABLE = re.compile(r"(.*?)(\.(csv|parquet|csv\.gz|csv\.zip))?")
-
 TRUTH = {"true": "1", "false": "0"}  # as pandas reads a column of them alone
 BEYOND = re.compile(r"[<>]=?\s*([-+]?[\d.]+)\s*[^\d.]*")  # >100, <0.5, >60/minute
+
 
 # What a column may hold, beside str, float and np.datetime64 (a clock time):
 VALUE = "value"  # a number, or one beyond a measuring range (>100, <0.5), which enters as its bound
@@ -433,3 +442,106 @@ def _parquet_column(path: Path, name: str, column, kind) -> np.ndarray | pd.Cate
     expected = {str: "text or whole numbers", np.datetime64: "timestamps"}.get(kind, "numbers")
     own = own.value_type if types.is_dictionary(own) else own
     raise InputError(f"{path}: column {name} holds {own} where {expected} belong; convert it")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files that are written
+# ----------------------------------------------------------------------------------------------------------------------
+
+def write_atomically(path, write) -> None:
+    """Call `write` with a temporary path in the same folder, sync it to disk, rename it to `path`: a reader meets the
+    old file or the new. Of a symbolic link the target is written; a pipe or a device is given to `write` itself."""
+    with clear_write_error(path):
+        if os.path.exists(path) and not os.path.isfile(path):
+            write(path)
+            return
+        target = Path(os.path.realpath(path))
+        # The number of the process tells leftovers (see `Run`); nobody can guess the name and put a link there.
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(8)}")
+        try:
+            temporary.touch(exist_ok=False)
+            write(temporary)
+            sync(temporary)
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def clear_write_error(path, mend: str = "free space or choose another folder"):
+    """A failed write becomes an InputError that names `path` and the mend."""
+    try:
+        yield
+    except BrokenPipeError:  # see `runs.exit_code`
+        raise
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error}); what was there before is untouched: "
+                         f"{mend}") from None
+
+
+def sync(path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The cache
+# ----------------------------------------------------------------------------------------------------------------------
+
+CACHE_MEND = "free space, or name another place with --cache_dir"
+
+
+def open_cache(folder: Path) -> Cohort | None:
+    """The cached cohort, memory-mapped; None where there is none or it is torn (a file missing or of another
+    length)."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in Cohort.ARRAYS}
+        if any(list(arrays[name].shape) != shape for name, shape in meta.pop("shapes").items()):
+            return None
+        return Cohort(**meta, **arrays)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_cache(folder: Path, parts: Iterable[Cohort]) -> None:
+    """Append part after part to files in a temporary folder beside the target, sync, rename: one part at a time is held
+    in memory, and a reader never sees a half-written cache."""
+    with clear_write_error(folder, CACHE_MEND):
+        temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
+        try:
+            headers, notes, examples = {}, Counter(), {}
+            with ExitStack() as stack:
+                files = {name: stack.enter_context(open(temporary / f"{name}.npy", "wb")) for name in Cohort.ARRAYS}
+                for part, rows in pieces(parts):
+                    notes.update(part.notes)
+                    examples |= part.examples
+                    for name, array in rows.items():
+                        array = np.ascontiguousarray(array)
+                        if name not in headers:
+                            headers[name] = np.lib.format.header_data_from_array_1_0(array)
+                            np.lib.format.write_array_header_1_0(files[name], headers[name])
+                        else:
+                            headers[name]["shape"] = (headers[name]["shape"][0] + len(array),)
+                        array.tofile(files[name])
+                for name, header in headers.items():  # NumPy leaves room in a header for the rows to grow
+                    files[name].seek(0)
+                    np.lib.format.write_array_header_1_0(files[name], header)
+            cohort = replace(part, notes=dict(notes), examples=examples,
+                             **{name: np.load(temporary / f"{name}.npy", mmap_mode="r") for name in Cohort.ARRAYS})
+            cohort.fingerprint = cohort.digest()
+            meta = {f.name: getattr(cohort, f.name) for f in fields(Cohort) if f.name not in Cohort.ARRAYS}
+            meta["shapes"] = {name: list(header["shape"]) for name, header in headers.items()}
+            (temporary / "meta.json").write_text(json.dumps(meta))
+            for path in temporary.iterdir():
+                sync(path)
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def cache_home() -> Path:
+    """Where the system keeps caches."""
+    home = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
+    return Path(os.environ.get("XDG_CACHE_HOME") or home) / "seqsetvae"

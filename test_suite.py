@@ -16,11 +16,14 @@ from pathlib import Path
 import pytest
 
 from benchmark import benchmark, scale
+from checkpoint import export
 from data import InputError
-from evaluate import export, follow, performance
+from predictor import follow
 from protocol import METHODS, baselines, protocol
+from report import performance
 from runs import CHECKPOINTS, exit_code
-from train import add_data_options, add_head_options, data_options, fraction, seed
+from settings import add_data_options, add_head_options, data_options, fraction, seed
+
 
 TESTS = str(Path(__file__).with_name("tests"))
 
@@ -112,7 +115,6 @@ def run(arguments, given: bool) -> int | None:
                          "the tests run without any option")
     else:
         return pytest.main([TESTS, "-q"])
-
 
 
 if __name__ == "__main__":

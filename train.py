@@ -10,7 +10,6 @@ A run has a folder under checkpoints/: config.json (all its settings; --config g
 """
 
 import argparse
-import ast
 import difflib
 import hashlib
 import itertools
@@ -21,30 +20,33 @@ import platform
 import random
 import sys
 import time
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Callable
 
 import numpy as np
 import torch
-from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
-from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
 import runs
-import sepsis2019
-from data import (SPLITS, Cohort, InputError, Normalizer, StayDataset, at_every_set, common_variables, epoch_batches,
-                  labelled_points, make_splits, recognised, split_batch, stays_of, stays_with, subjects_with_label,
-                  variable_vectors, variables_of)
-from finetune_config import (FinetuneConfig, boosted_trees, check_settings, classification_loss, cosine,
-                             epochs_of_steps, full_optimizer, head_optimizer, head_penalty, tree_sizes)
-from model import (ModelConfig, SeqSetVAE, SeqSetVAEPretrain, checkpoint_config, checkpoint_state, load_backbone,
-                   read_checkpoint, real_sets)
-from readers import load_cohort
-from runs import (PATHS, PRECISIONS, Run, Signals, choose_device, data_parallel, end_rank, evaluation_batches,
-                  evaluation_loader, exit_code, from_rank_0, gathered, in_turn, join_ranks, label_digest, loader,
-                  progress, source_of, summed)
+from batches import StayDataset, common_variables, epoch_batches, split_batch
+from checkpoint import (checkpoint_config, checkpoint_state, data_of, known_part, load_backbone,
+                        read_checkpoint, splits_beside)
+from data import (Cohort, InputError, Normalizer, at_every_set, labelled_points, make_splits, stays_of,
+                  stays_with, variable_vectors, variables_of)
+from finetune_config import (FinetuneConfig, boosted_trees, classification_loss, cosine, epochs_of_steps,
+                             full_optimizer, head_optimizer, head_penalty, tree_sizes)
+from history_statistics import real_sets
+from metrics import best_shares, ranking
+from model import ModelConfig, SeqSetVAE, SeqSetVAEPretrain
+from predictor import encode_points, open_checkpoint, probability_of
+from runs import (PRECISIONS, Run, Signals, choose_device, data_parallel, end_rank, evaluation_loader,
+                  exit_code, from_rank_0, gathered, join_ranks, loader, progress, read_cohort, source_of,
+                  summed)
+from settings import (PATHS, add_data_options, add_head_options, changed, check_settings, data_options,
+                      fraction, seed, setting, shorthand)
+from tasks import label_subset, need_both_classes
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -76,6 +78,8 @@ class PretrainConfig:
 FOLLOWING = ("num_variables", "classes", "classification_only", "head_trees", "head_variables")
 MODEL_FIELDS = {f.name: f for f in fields(ModelConfig) if f.name not in FOLLOWING}
 FINETUNE_FIELDS = {f.name: f for f in fields(FinetuneConfig)}  # what ModelConfig calls alike is the same thing
+
+
 # Of the model's settings those that a backbone can be finetuned with, whatever it was pretrained with.
 LOOSE = ("dropout", "noise_std", "hide_sets", "asked_sets", "asked_variables", "other_variables", "max_beta",
          "free_bits", "logvar_bonus")
@@ -153,70 +157,6 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-DATA = ("data_dir", "synthetic_stays", "params_map", "variables_map", "label_file", "task", "positive", "hours",
-        "split_file")  # the options that say what the data are and what is asked of them, as `load_cohort` takes them
-
-
-def add_data_options(add) -> None:
-    """The options in DATA, but --params_map, which stands with those of the original implementation."""
-    add("--data_dir", help="folder of the data, of any layout that README.md lists")
-    add("--synthetic_stays", type=positive, metavar="N", help="size of the embedded cohort (default: 1000)")
-    add("--label_file", "--label_path", dest="label_file", metavar="FILE",
-        help="labels that lie elsewhere: a file or folder, CSV or Parquet, of stay_id,label and perhaps minute or hour")
-    add("--task", metavar="NAME", help="which of several tasks in the data's labels/")
-    add("--positive", metavar="WORD", help="the word in the label column that means 1, such as yes")
-    add("--hours", type=hours, metavar="H",
-        help="ask once a stay, H hours after its first set, from what is known by then")
-    add("--split", "--split_file", dest="split_file", metavar="CSV",
-        help="stay_id,split of train, valid and test, instead of the data's own")
-    add("--variables", "--variables_map", dest="variables_map", metavar="CSV",
-        help="source,name,factor[,offset]: other names and units of the data's variables")
-    add("--cache_dir", metavar="DIR",
-        help="where data that were read are kept (default: seqsetvae where the system keeps caches)")
-
-
-def data_options(arguments) -> dict:
-    """Those of DATA that the command line gives, and the cache's place, which no run records."""
-    return {name: value for name in (*DATA, "cache_dir") if (value := getattr(arguments, name)) is not None}
-
-
-def add_head_options(add) -> None:
-    """What the shapes in a bare state dict of the original implementation do not tell."""
-    for option, of in (("--set_heads", "set encoder"), ("--transformer_heads", "Transformer")):
-        add(option, type=positive, metavar="N", help=f"attention heads of the {of}, for a bare state dict")
-
-
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
-    return int(text)
-
-
-def seed(text: str) -> int:
-    if not 0 <= int(text) < 2**32:
-        raise argparse.ArgumentTypeError(f"{text} is not in [0, 2**32)")
-    return int(text)
-
-
-def hours(text: str) -> float:
-    if not 0 < float(text) < 1e6:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of hours")
-    return float(text)
-
-
-def fraction(text: str) -> float:
-    if not 0 < float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not in (0, 1]")
-    return float(text)
-
-
-def shorthand(name: str):
-    """The type of an option --NAME N that stands for a --set; in full training, of the setting of its own."""
-    def number(text: str) -> str:
-        return f"--{name}={positive(text)}"
-    return number
-
-
 def parse_arguments(argv=None) -> argparse.Namespace:
     """The options, and: `options`, the same as a run records them; `changes`, the settings that --set and its shorthand
     give; `last`, the last.pt to go on from, or None; `origin`, the `source` (see `source_of`) of the run whose settings
@@ -263,27 +203,6 @@ def why_unknown(name: str, known: dict, mode: str) -> str:
         return "the pretrained checkpoint decides it; set it when pretraining, or add --random_init"
     near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
     return f"--mode {mode} has no such setting; {'near: ' + ', '.join(near) if near else 'see --help'}"
-
-
-def setting(name: str, text: str, field):
-    """The value that `text` means to a dataclass's field."""
-    kind, value = field.type, text
-    if kind is not str:
-        with suppress(ValueError, SyntaxError, TypeError):
-            value = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text.lower(), text))
-        if isinstance(value, list):  # of a config.json
-            value = tuple(value)
-        if kind is float and type(value) is int:
-            value = float(value)
-    if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
-        raise InputError(f"--set {name}={text}: takes {getattr(kind, '__name__', kind)}, such as {field.default}")
-    return value
-
-
-def changed(config, changes: dict):
-    """A dataclass of settings with those changes that are its own."""
-    own = {f.name for f in fields(config)}
-    return replace(config, **{name: value for name, value in changes.items() if name in own})
 
 
 # ---- what a run recorded, fed back -----------------------------------------------------------------------------------
@@ -491,19 +410,6 @@ def skipped(row: dict) -> str:
 # Pretraining
 # ----------------------------------------------------------------------------------------------------------------------
 
-def read_cohort(options: dict) -> Cohort:
-    """The cohort of `load_cohort` with these options (see `data_options`), the same on all ranks. Raises InputError
-    where machines hold different data."""
-    with in_turn():
-        cohort = load_cohort(**options)
-    machines = gathered((cohort.fingerprint, label_digest(cohort), platform.node()))
-    for rank, machine in enumerate(machines):
-        if machine[:2] != machines[0][:2]:
-            raise InputError(f"{cohort.reader}: rank {rank} on {machine[2]} read other data ({machine[0]}) than rank 0 "
-                             f"on {machines[0][2]} ({machines[0][0]}); give every machine the same data and labels")
-    return cohort
-
-
 def pretrain(arguments) -> Path:
     config = changed(PretrainConfig(), arguments.changes)
     device, dtype = choose_device(arguments.device, arguments.precision)
@@ -595,98 +501,9 @@ def evaluate_pretraining(model: SeqSetVAEPretrain, dataset: StayDataset, stays: 
 # Finetuning
 # ----------------------------------------------------------------------------------------------------------------------
 
-def data_of(content: dict, given: dict) -> dict:
-    """The options with which a checkpoint's data are read: those given, else its own; of other data than its own only
-    its question (hours) is. Labels that are given replace its own."""
-    own = content["source"]["data"] if "format" in content else {}
-    if "data_dir" in given:
-        own = {"hours": own["hours"]} if "hours" in own else {}
-    elif {"label_file", "task"} & set(given):
-        own = {name: value for name, value in own.items() if name not in ("label_file", "task", "positive")}
-    return own | given
-
-
-def open_checkpoint(path, given: dict = {}):
-    """A checkpoint and its data, or the data given (options, see DATA): (content, cohort, dataset, split, new).
-
-    `new`: the cohort is not the one that the checkpoint was trained on (by content). An original checkpoint holds no
-    vocabulary, normalizer or split: they are then the data's own.
-    """
-    content = from_rank_0(lambda: read_checkpoint(path))
-    data = data_of(content, given)
-    if data.get("data_dir", "") is None:
-        raise InputError(f"{path}: an exported checkpoint, which does not tell where its data lie; give --data_dir")
-    cohort = read_cohort(data)
-    if "format" not in content:
-        apart = ("split_file", "label_file", "task", "positive")
-        own = read_cohort({name: value for name, value in data.items() if name not in apart})
-        told = (own.split >= 0).any()  # by its folder: so it was trained, whatever --split says
-        return content, cohort, None, make_splits(own, 0) if told else {}, True
-    content |= {"split": recognised(content["split"], cohort.stay_id),
-                "subjects": recognised(content["subjects"], np.union1d(cohort.subject, cohort.stay_id))}
-    dataset = dataset_of(path, content, cohort)
-    return content, cohort, dataset, content["split"], cohort.fingerprint != content["source"]["fingerprint"]
-
-
-def dataset_of(path, content: dict, cohort: Cohort) -> StayDataset:
-    """A cohort with the vocabulary and normalisation of a checkpoint. Raises InputError where they share no
-    variable."""
-    dataset = StayDataset(cohort, Normalizer.from_state(content["normalizer"], path), points=True)
-    if len(dataset.unknown_variables) == len(cohort.variables):
-        named = ", ".join(cohort.variables[:5])
-        raise InputError(f"{path}: its vocabulary holds none of the data's variables ({named} ...); pretrain on this "
-                         "data, or rename its variables")
-    return dataset
-
-
-def known_part(content: dict, split: dict, cohort: Cohort, new: bool) -> np.ndarray:
-    """[P] code of the part in which a checkpoint, trained by this split, knows each stay, -1 where it does not. By the
-    subject's name, by the stay's where the checkpoint or the data name no patients, and in the checkpoint's own data
-    (not `new`), where labels may name patients that were not known then. All stays of a subject are in the first of
-    train, valid, test."""
-    part, nameless = np.full(len(cohort), -1, dtype=np.int8), cohort.subject == cohort.stay_id
-    for code, name in reversed([*enumerate(SPLITS)]):
-        told = content.get("subjects", {}).get(name, [])
-        mine = np.isin(cohort.subject, told) | np.isin(cohort.stay_id, told)
-        mine |= (nameless | (not new)) & np.isin(cohort.stay_id, split.get(name, []))
-        part[np.isin(cohort.subject, cohort.subject[mine])] = code
-    return part
-
-
-def splits_beside(known: np.ndarray, cohort: Cohort, seed: int) -> dict[str, list[str]]:
-    """The split of other data than the checkpoint's: a stay that it knows keeps its part (see `known_part`), so that
-    nobody is tested on who was ever trained on."""
-    part = known.copy()
-    for code, ids in enumerate(make_splits(cohort, seed).values()):
-        part[np.isin(cohort.stay_id, ids) & (part < 0)] = code
-    return {name: cohort.stay_id[part == code].tolist() for code, name in enumerate(SPLITS)}
-
-
 def labelled(cohort: Cohort, ids: list) -> np.ndarray:
     """The stays [n] with these ids that have a labelled point."""
     return stays_with(cohort, labelled_points(cohort, stays_of(cohort, ids)))
-
-
-def need_both_classes(cohort: Cohort, split: dict[str, list[str]]) -> None:
-    """Raises InputError where the labels of one of these parts do not hold both classes."""
-    for name, ids in split.items():
-        if len(np.unique(label := cohort.label[labelled_points(cohort, stays_of(cohort, ids))])) < 2:
-            hold = f"one class only ({(label == 1).sum():,} of {len(label):,} labels are 1)" * bool(len(label))
-            raise InputError(f"{cohort.reader}: the labelled {name} stays hold {hold or 'no label at all'}, where both "
-                             "classes are needed; check the label file, give more labels or a --split")
-
-
-def label_subset(cohort: Cohort, stays: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """The stays of a stratified, seeded share of the subjects of labelled stays, as if only these had a label."""
-    if fraction == 1:
-        return stays
-    subject, label = subjects_with_label(cohort, stays)
-    try:
-        part, _ = train_test_split(np.arange(len(label)), train_size=fraction, stratify=label, random_state=seed)
-    except ValueError as error:
-        raise InputError(f"--label_fraction {fraction}: no such share of {len(label)} subjects keeps both classes "
-                         f"({error}); give a larger one") from None
-    return stays[np.isin(subject, part)]
 
 
 def parameter_counts(model) -> tuple[int, int]:
@@ -787,21 +604,6 @@ def new_classifier(arguments, config: FinetuneConfig, content: dict, dataset: St
     return model
 
 
-def ranking(cohort: Cohort, points: np.ndarray, probability: np.ndarray) -> dict:
-    """AUROC and AUPRC of the validation points, and the probability from which one counts as positive: of the best F1,
-    or, where the labels are those of the challenge 2019, of its best utility."""
-    stay, minute, label = cohort.point_stay[points], cohort.point_minute[points], cohort.label[points]
-    precision, recall, thresholds = precision_recall_curve(label, probability)
-    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
-    result = {"val_auc": float(roc_auc_score(label, probability)),
-              "val_auprc": float(average_precision_score(label, probability)),
-              "threshold": float(thresholds[f1[:-1].argmax()])}
-    if sepsis2019.of_this_kind(stay, minute, label):
-        since = sepsis2019.hours_since_onset(stay, minute, label)
-        result["threshold"], result["val_utility"] = sepsis2019.best_threshold(stay, since, probability)
-    return result
-
-
 def training_points(cohort: Cohort, stays: np.ndarray, config: FinetuneConfig, seed: int, epoch: int):
     """The labelled points [n] of these stays from which an epoch learns: all of class 1 and, where points are many, a
     seeded sample of the others; and their weights [n], so that a sampled one stands for those left out."""
@@ -817,38 +619,6 @@ def training_points(cohort: Cohort, stays: np.ndarray, config: FinetuneConfig, s
 
 
 @torch.no_grad()
-def encode_points(model: SeqSetVAE, dataset: StayDataset, points: np.ndarray, device, through=None) -> torch.Tensor:
-    """Head input of these prediction points before standardisation, [n, F], or `through` it (a function of [m, F] that
-    gives [m, c]): one pass of the backbone over their stays, in float32 whatever the precision of training, so that a
-    score does not depend on the machine."""
-    model.eval()
-    dataset, stays = dataset.asking(points), stays_with(dataset.cohort, points)
-    batches, result = evaluation_batches(dataset, stays), None
-    stream = loader(dataset, [stays[b] for b in batches], device)
-    for batch in progress(stream, len(batches), "encoding"):
-        features = model.features(batch)[batch.point >= 0]                                   # [m, F]
-        features = features if through is None else through(features)
-        if result is None:
-            result = torch.zeros(len(points), features.shape[1], device=device)
-        result[batch.point[batch.point >= 0]] = features
-    if runs.WORLD > 1:  # each rank filled in the points of its batches; one may have had none
-        width = max(gathered(0 if result is None else result.shape[1]))
-        result = summed(torch.zeros(len(points), width, device=device) if result is None else result)
-    return result
-
-
-def probability_at(model: SeqSetVAE, dataset: StayDataset, points: np.ndarray, device) -> np.ndarray:
-    """Probability of the positive class at every point, [n] float64."""
-    logits = encode_points(model, dataset, points, device, through=model.classify)
-    return probability_of(logits)
-
-
-def probability_of(logits: torch.Tensor) -> np.ndarray:
-    """logits [n, 2] -> [n] float64."""
-    return logits.float().softmax(-1)[:, 1].cpu().double().numpy()
-
-
-@torch.no_grad()
 def prepare_head(model: SeqSetVAE, features, label, weight, config: FinetuneConfig, seed: int) -> None:
     """Standardise the head's untrained input with the training points' statistics, start its bias at the log prior of
     the classes, and fit the trees beside it; features [n, F], label, weight [n]."""
@@ -860,16 +630,6 @@ def prepare_head(model: SeqSetVAE, features, label, weight, config: FinetuneConf
     if model.trees is not None:
         model.trees.fit(model.tree_input(model.standardise(features)), label, weight,
                         boosted_trees(config, len(label), seed))
-
-
-def best_shares(log_odds: np.ndarray, label: np.ndarray, steps: int = 10) -> np.ndarray:
-    """The shares (tenths) of k answers' log odds [k, n] that give the least cross-entropy at these labels [n]; equal
-    ones, where ten of a class are not there to tell: [k]."""
-    if np.bincount(label, minlength=2).min() < 10:
-        return np.full(len(log_odds), 1 / len(log_odds))
-    falling, sign = range(steps, -1, -1), np.where(label == 1, -1, 1)  # of equal ones the first answer's largest share
-    shares = np.array([s for s in itertools.product(falling, repeat=len(log_odds)) if sum(s) == steps]) / steps
-    return min(shares, key=lambda share: np.logaddexp(0, sign * (share @ log_odds)).mean())
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import runs
 import train
 from readers import load_cohort
 from tests.tiny import FINETUNE, PRETRAIN, make_small
@@ -16,7 +17,7 @@ from tests.tiny import FINETUNE, PRETRAIN, make_small
 def own_cache(tmp_path_factory):
     """Nothing that a test reads lands in the project's cache."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "load_cohort", partial(load_cohort, cache_dir=tmp_path_factory.mktemp("cache")))
+        patch.setattr(runs, "load_cohort", partial(load_cohort, cache_dir=tmp_path_factory.mktemp("cache")))
         yield
 
 

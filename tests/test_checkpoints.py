@@ -5,18 +5,11 @@ import pytest
 import torch
 
 import train
-from data import Normalizer, StayDataset, build_cohort
-from model import (
-    _CHECKPOINT_ENTRIES,
-    _CHECKPOINT_TYPES,
-    SeqSetVAE,
-    SeqSetVAEPretrain,
-    checkpoint_config,
-    checkpoint_state,
-    load_backbone,
-    load_checkpoint_weights,
-    read_checkpoint,
-)
+from batches import StayDataset
+from checkpoint import (_CHECKPOINT_ENTRIES, _CHECKPOINT_TYPES, checkpoint_config, checkpoint_state,
+                        load_backbone, load_checkpoint_weights, read_checkpoint)
+from data import Normalizer, build_cohort
+from model import SeqSetVAE, SeqSetVAEPretrain
 from tests.plain_loop import close
 from tests.tiny import FINETUNE, SHARED, build, one_error_line, tiny
 

@@ -9,29 +9,12 @@ import pandas as pd
 import pytest
 import torch
 
-import data
 import readers
+import runs
 import train
-from data import (
-    at_every_set,
-    Cohort,
-    InputError,
-    Normalizer,
-    StayDataset,
-    StaySizes,
-    build_cohort,
-    epoch_batches,
-    group_widths,
-    make_splits,
-    ranges,
-    round_up,
-    sorted_batches,
-    split_batch,
-    stays_of,
-    subjects_of,
-    variable_vectors,
-    with_points,
-)
+from batches import StayDataset, StaySizes, epoch_batches, group_widths, round_up, sorted_batches, split_batch
+from data import (Cohort, InputError, Normalizer, at_every_set, build_cohort, make_splits, ranges, stays_of,
+                  subjects_of, variable_vectors, with_points)
 from finetune_config import FinetuneConfig, classification_loss
 from model import SeqSetVAE, SeqSetVAEPretrain
 from readers import load_cohort, synthetic_cohort
@@ -123,7 +106,7 @@ def test_every_stay_is_visited_once(batches):
 @pytest.mark.parametrize("limit, most", [("_MOST_SETS_SQUARED", 6 * 9**2), ("_MOST_EVENTS", 270), ("_MOST_POINTS", 7)])
 def test_evaluation_batches_are_bounded_by_their_cost(monkeypatch, limit, most):
     cohort = cohort_of(random_stays((9,) * 20 + (90, 80)))
-    monkeypatch.setattr(data, limit, most)
+    monkeypatch.setattr(f"batches.{limit}", most)
     batches = sorted_batches(StayDataset(cohort, PLAIN, points=True).sizes(np.arange(22)))
     cost = {"_MOST_SETS_SQUARED": lambda b: len(b) * max(np.diff(cohort.stay_start)[b])**2, "_MOST_POINTS": len,
             "_MOST_EVENTS": lambda b: cohort.stay_events[b].sum()}[limit]
@@ -287,7 +270,7 @@ def test_a_sentinel_leaves_scale_and_latents_as_they_are(tmp_path, capsys, monke
     assert common.sum() > 10 and abs(a(v, x) - b(v, x)).mean() < .1
     hits = ((dirty.event_value == 9999999) & (clean.event_variable == clean.variables.index("HR"))).sum()
     assert f"HR: {hits} values, most often 1e+07" in b.describe(most=99)
-    monkeypatch.setattr(train, "load_cohort", lambda **_: dirty)
+    monkeypatch.setattr(runs, "load_cohort", lambda **_: dirty)
     assert train.main([*PRETRAIN, "--run_dir", str(tmp_path / "run")]) == 0
     assert pd.read_csv(tmp_path / "run" / "metrics.csv")["active_units"].min() > 0
 

@@ -1,4 +1,4 @@
-"""Tests of evaluate.py, protocol.py, benchmark.py and of README.md: what users run with a checkpoint."""
+"""Tests of report.py, predictor.py, plots.py, metrics.py, protocol.py, benchmark.py and of README.md: what users run with a checkpoint."""
 
 import io
 import itertools
@@ -20,27 +20,31 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 import benchmark
+import checkpoint
 import data
-import evaluate
+import plots
 import protocol
 import readers
 import sepsis2019
 import test_suite
 import train
+from batches import StayDataset
 from benchmark import PLAIN_LOOP, asked_at_the_end, assert_plain_loop_agrees
-from data import InputError, StayDataset, with_points
-from evaluate import (CHECKPOINT, CPU, alarm_from, bootstrap, followed_event, influence, logit, net_benefit,
-                      open_classifier, predict, print_figures, print_subgroups, ranks, recalibration, risk_over_time,
-                      risk_without, score_figures, subgroups, threshold_of, write_meds_predictions)
-from model import ModelConfig, SeqSetVAE, load_checkpoint_weights
-from protocol import (AVERAGE, BASELINES, STATISTICS, averaged, hand_made_baselines, print_protocol, summaries_alone,
-                      summary_table)
+from checkpoint import load_checkpoint_weights
+from data import InputError, with_points
+from metrics import (CHECKPOINT, alarm_from, bootstrap, logit, net_benefit, ranks, recalibration,
+                     score_figures, threshold_of)
+from model import ModelConfig, SeqSetVAE
+from predictor import (CPU, encode_points, followed_event, influence, open_classifier, predict,
+                       probability_at, probability_of, risk_over_time, risk_without)
+from protocol import (AVERAGE, BASELINES, STATISTICS, averaged, hand_made_baselines, print_protocol,
+                      summaries_alone, summary_table)
 from readers import synthetic_cohort, write_long_table
+from report import print_figures, print_subgroups, subgroups, write_meds_predictions
 from test_suite import main
 from tests.test_readers import meds
-from tests.tiny import (FINETUNE, NAMES, PLAIN, PRETRAIN, SHARED, build, cohort_of, labels_of, one_error_line,
-                        random_stays, tiny, write)
-from train import encode_points, probability_at, probability_of
+from tests.tiny import (FINETUNE, NAMES, PLAIN, PRETRAIN, SHARED, build, cohort_of, labels_of,
+                        one_error_line, random_stays, tiny, write)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What users bring and take away: original checkpoints, predictions, pictures, the commands of the README
@@ -417,12 +421,12 @@ def test_the_released_weights_score_a_table_in_their_units_and_name_nobody():
     risk = predict(released, table, device="cpu").set_index("stay_id")["probability"]
     assert 0 < risk["well"] < .1 < .4 < risk["ill"] < 1
     content = torch.load(released, weights_only=True)
-    assert all(stay.startswith(data.HASHED) for ids in content["split"].values() for stay in ids)
+    assert all(stay.startswith(checkpoint.HASHED) for ids in content["split"].values() for stay in ids)
     assert content["source"]["data"] == {"data_dir": None} and released.stat().st_size < 2**24
 
 
 def test_scoring_needs_neither_pytest_nor_the_tests():
-    loaded = "import sys, evaluate; print([name for name in sys.modules if name.split('.')[0] in ('pytest', 'tests')])"
+    loaded = "import sys, report; print([name for name in sys.modules if name.split('.')[0] in ('pytest', 'tests')])"
     home = Path(train.__file__).parent
     ended = subprocess.run([sys.executable, "-c", loaded], cwd=home, capture_output=True, text=True)
     assert ended.stdout == "[]\n", ended.stderr
@@ -848,12 +852,12 @@ def test_the_readmes_examples_of_data_are_read(tmp_path, load, monkeypatch, fold
 
 def test_a_dollar_in_a_name_is_no_formula(tmp_path):
     pytest.importorskip("matplotlib")
-    figure, (ax,) = evaluate.new_figure(1)
+    figure, (ax,) = plots.new_figure(1)
     ax.plot([0, 1], label="$\\a {$")
     ax.set_yticks([0, 1], ["cost $", "$\\frac$"])
     ax.set_title("Stay $x_$")
     ax.legend()
-    evaluate.save_figure(figure, tmp_path / "x.png")  # which raises at a formula that is none
+    plots.save_figure(figure, tmp_path / "x.png")  # which raises at a formula that is none
     assert [label.get_text() for label in ax.get_yticklabels()] == ["cost $", "$\\frac$"]
 
 

@@ -30,29 +30,19 @@ import pytest
 import torch
 import torch.nn as nn
 
-import data
 import runs
+import tables
 import train
-from data import InputError, Normalizer, StayDataset, ranges, stay_event_index, write_atomically
-from evaluate import open_classifier
-from model import ModelConfig, read_checkpoint
+from batches import StayDataset
+from checkpoint import read_checkpoint
+from data import InputError, Normalizer, ranges, stay_event_index
+from model import ModelConfig
+from predictor import open_classifier
 from readers import load_cohort, synthetic_cohort
+from tables import write_atomically
 from test_suite import main
-from tests.tiny import (
-    EVENTS,
-    FINETUNE,
-    OUTCOMES,
-    PRETRAIN,
-    RECORDS,
-    SMALL,
-    SOAK,
-    finished,
-    one_error_line,
-    same_run,
-    small_process,
-    write,
-    write_physionet,
-)
+from tests.tiny import (EVENTS, FINETUNE, OUTCOMES, PRETRAIN, RECORDS, SMALL, SOAK, finished, one_error_line,
+                        same_run, small_process, write, write_physionet)
 
 CODE = Path(train.__file__).resolve().parent
 
@@ -263,7 +253,7 @@ def test_a_link_is_written_through_and_a_pipe_or_device_directly(tmp_path):
     write_atomically("/dev/null", lambda out: Path(out).write_text("gone"))
     assert Path("/dev/null").is_char_device()
     if os.path.isdir("/proc/self/fd"):
-        code = "from data import write_atomically; write_atomically('/dev/stdout', lambda out: open(out, 'w').write('a'))"
+        code = "from tables import write_atomically; write_atomically('/dev/stdout', lambda out: open(out, 'w').write('a'))"
         printed = subprocess.run([sys.executable, "-c", code], cwd=CODE, capture_output=True, text=True, check=True)
         assert printed.stdout == "a"
 
@@ -326,7 +316,7 @@ def test_a_cache_that_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path)
 
 
 def test_the_caches_place_is_an_option_and_no_setting_of_the_run(tmp_path, capsys, monkeypatch, small_models):
-    monkeypatch.setattr(train, "load_cohort", load_cohort)  # without the tests' own cache
+    monkeypatch.setattr(runs, "load_cohort", load_cohort)  # without the tests' own cache
     monkeypatch.setenv("XDG_CACHE_HOME", str(write(tmp_path / "a file", "")))
     command = [*PRETRAIN, "--run_dir", str(tmp_path / "run")]
     one_error_line(capsys, train.main(command), "another place with --cache_dir")
@@ -349,14 +339,14 @@ def test_a_signal_while_reading_leaves_nothing_behind(tmp_path, monkeypatch, cap
     write(tmp_path / "table" / "events.csv", EVENTS)
     temporary, cache = tmp_path / "temporary", tmp_path / "cache"
     temporary.mkdir()
-    monkeypatch.setattr(train, "load_cohort", load_cohort)
+    monkeypatch.setattr(runs, "load_cohort", load_cohort)
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     seen = []
 
     def interrupted(*_):
         seen.extend([*temporary.iterdir(), *cache.iterdir()])
         os.kill(os.getpid(), number)
-    monkeypatch.setattr(data, "sync", interrupted)
+    monkeypatch.setattr(tables, "sync", interrupted)
     before = signal.getsignal(number)
     assert train.main(["--mode", "pretrain", "--data_dir", str(tmp_path / "table"), "--cache_dir", str(cache),
                        "--run_dir", str(tmp_path / "run")]) == 130
@@ -732,7 +722,7 @@ def test_test_stays_change_nothing_that_is_learned_or_chosen(tmp_path, monkeypat
     other.set_minute[ranges(cohort.stay_start[test], np.diff(cohort.stay_start)[test])] += 99
     other.label[test] = 1 - other.label[test]
     for name, data_set in (("a", cohort), ("b", other)):
-        monkeypatch.setattr(train, "load_cohort", lambda *_, data_set=data_set, **__: data_set)
+        monkeypatch.setattr(runs, "load_cohort", lambda *_, data_set=data_set, **__: data_set)
         assert train.main([*PRETRAIN, "--max_epochs", "2", "--run_dir", str(tmp_path / name)]) == 0
         for mode in ([], ["--full_training"]):
             words = ["--max_epochs", "2", "--set", "most_variables=6", *mode]
@@ -746,7 +736,7 @@ def test_test_stays_change_nothing_that_is_learned_or_chosen(tmp_path, monkeypat
 def test_labels_never_reach_pretraining(tmp_path, monkeypatch, small_models):
     cohort = replace(synthetic_cohort(24), split=(np.arange(24) % 3).astype(np.int8))
     for name, label in (("a", cohort.label), ("b", 1 - cohort.label), ("c", np.full_like(cohort.label, -1))):
-        monkeypatch.setattr(train, "load_cohort", lambda *_, label=label, **__: replace(cohort, label=label))
+        monkeypatch.setattr(runs, "load_cohort", lambda *_, label=label, **__: replace(cohort, label=label))
         assert train.main([*PRETRAIN, "--run_dir", str(tmp_path / name)]) == 0
     same_run(tmp_path / "a", tmp_path / "b"), same_run(tmp_path / "a", tmp_path / "c")
 

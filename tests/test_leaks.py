@@ -13,12 +13,14 @@ import pytest
 import torch
 from sklearn.metrics import f1_score
 
-import evaluate
+import metrics
+import runs
 import sepsis2019
 import train
-from data import Normalizer, common_variables, make_splits, stays_of, variable_vectors
-from evaluate import open_classifier
+from batches import common_variables
+from data import Normalizer, make_splits, stays_of, variable_vectors
 from model import ModelConfig, SeqSetVAEPretrain
+from predictor import open_classifier
 from readers import load_cohort
 from test_suite import main
 from tests.tiny import FINETUNE, build, make_small, tiny, write
@@ -92,7 +94,7 @@ def test_vectors_that_come_with_the_data_stay_with_their_variables(shifted, tmp_
     first = np.roll(np.arange(6), 1)  # its place before: [5, 0, 1, ...]
     cohort = replace(shifted.cohort, variables=[names[v] for v in first], vectors=vectors,
                      event_variable=((shifted.cohort.event_variable + 1) % 6).astype(np.int16))
-    monkeypatch.setattr(train, "load_cohort", lambda **_: cohort)
+    monkeypatch.setattr(runs, "load_cohort", lambda **_: cohort)
     assert train.main(["--mode", "pretrain", "--device", "cpu", "--max_epochs", "1", "--run_dir",
                        str(tmp_path / "run")]) == 0
     content = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
@@ -154,10 +156,10 @@ def test_the_threshold_is_the_best_of_the_validation_stays(shifted, tmp_path):
 def test_an_interval_leaves_out_a_fortieth_of_the_draws_on_either_side(monkeypatch):
     """The 2.5th and the 97.5th percentile: of 1,001 draws 0 to 1,000, from 25 to 975."""
     draws = np.random.default_rng(0).permutation(np.arange(1001.0))
-    assert evaluate.interval(draws) == "[25.000, 975.000]"
-    monkeypatch.setattr(evaluate, "bootstrap", lambda *_, **__: np.stack([draws, draws], -1)[:, None])
+    assert metrics.interval(draws) == "[25.000, 975.000]"
+    monkeypatch.setattr(metrics, "bootstrap", lambda *_, **__: np.stack([draws, draws], -1)[:, None])
     label = np.arange(40) % 2
-    told = evaluate.with_intervals(np.arange(40), label, label / 2, evaluate.RANKS)
+    told = metrics.with_intervals(np.arange(40), label, label / 2, metrics.RANKS)
     assert [measure["interval"] for measure in told.values()] == [[25, 975]] * 2
     monkeypatch.setattr(sepsis2019, "resampled", lambda *_: draws)
     stay, minute = np.repeat([0, 1], 20), 60.0 * np.tile(np.arange(20), 2)
@@ -169,7 +171,7 @@ def test_an_interval_of_a_mean_is_as_wide_as_statistics_says():
     """That of a sensitivity reaches 1.96 standard errors to each side; from 5% to 95% it would be 1.64."""
     rng = np.random.default_rng(0)
     label, p = np.repeat([1, 0], 2000), rng.random(4000)
-    measures = {evaluate.alarm_from(.5): ("sensitivity", "precision", "alarms")}
-    told = evaluate.with_intervals(np.arange(4000), label, p, measures)["sensitivity"]
+    measures = {metrics.alarm_from(.5): ("sensitivity", "precision", "alarms")}
+    told = metrics.with_intervals(np.arange(4000), label, p, measures)["sensitivity"]
     error = np.sqrt(told["value"] * (1 - told["value"]) / 2000)
     assert np.diff(told["interval"])[0] / 2 / error == pytest.approx(1.96, abs=.15)

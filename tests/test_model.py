@@ -11,20 +11,15 @@ from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.metrics import roc_auc_score
 
 import train
-from data import InputError, Normalizer, StayDataset, labelled_points, stays_of, with_points
-from evaluate import CPU
+from batches import StayDataset
+from checkpoint import load_weights
+from data import InputError, Normalizer, labelled_points, stays_of, with_points
 from finetune_config import (MANY_POINTS, FinetuneConfig, boosted_trees, classification_loss, head_penalty,
                              tree_sizes)
-from model import (
-    BoostedTrees,
-    History,
-    ModelConfig,
-    SeqSetVAE,
-    SeqSetVAEPretrain,
-    SetVAE,
-    load_weights,
-    statistics_at,
-)
+from history_statistics import statistics_at
+from model import History, ModelConfig, SeqSetVAE, SeqSetVAEPretrain, SetVAE
+from predictor import CPU
+from tasks import BoostedTrees
 from tests.plain_loop import close, plain_future, plain_pass, plain_statistics
 from tests.tiny import NAMES, PLAIN, batch_of, build, cohort_of, encoded, random_stays, tiny
 from train import weigh_trees

@@ -21,20 +21,8 @@ import pytest
 import readers
 from data import Cohort, InputError, Normalizer, make_splits, variable_vectors
 from readers import load_cohort
-from tests.tiny import (
-    EVENTS,
-    OUTCOMES,
-    RECORDS,
-    SHARED,
-    Call,
-    as_lists,
-    counted,
-    events_of,
-    labels_of,
-    splits_of,
-    write,
-    write_physionet,
-)
+from tests.tiny import (EVENTS, OUTCOMES, RECORDS, SHARED, Call, as_lists, counted, events_of, labels_of,
+                        splits_of, write, write_physionet)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # PhysioNet 2012

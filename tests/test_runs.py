@@ -265,7 +265,7 @@ def test_labels_that_changed_since_are_not_learned_by_a_resumed_run(tmp_path, co
     assert train.main([*command["head"], "--run_dir", str(tmp_path / "run")]) == 0
     label = cohort.label.copy()
     label[np.flatnonzero(label == 0)[0]] = 1
-    monkeypatch.setattr(train, "load_cohort", lambda *_, **__: replace(cohort, label=label))
+    monkeypatch.setattr(runs, "load_cohort", lambda *_, **__: replace(cohort, label=label))
     capsys.readouterr()
     one_error_line(capsys, train.main(["--resume", str(tmp_path / "run"), "--max_epochs", "2"]), "holds other labels")
 

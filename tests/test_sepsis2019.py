@@ -7,9 +7,10 @@ import pandas as pd
 import pytest
 
 import train
-from evaluate import CHECKPOINT, open_classifier
-from sepsis2019 import (bedside, best_threshold, figures, hours_since_onset, normalised, of_this_kind, stay_utilities,
-                        utilities)
+from metrics import CHECKPOINT
+from predictor import open_classifier
+from sepsis2019 import (bedside, best_threshold, figures, hours_since_onset, normalised, of_this_kind,
+                        stay_utilities, utilities)
 from test_suite import main
 from tests.tiny import FINETUNE, PRETRAIN, SHARED, write
 

@@ -15,11 +15,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import data
+import batches
 import readers
 import runs
 import train
-from data import balanced_parts, make_splits
+from batches import balanced_parts
+from data import make_splits
 from readers import synthetic_cohort, write_long_table
 from tests.plain_loop import close
 from tests.tiny import FINETUNE, PRETRAIN, cohort_of, finished, random_stays, same_run, small_process, tiny
@@ -82,8 +83,8 @@ def test_the_command_printed_at_an_interruption_goes_on_with_the_run(tmp_path, m
     monkeypatch.setattr(train, "finite_or_stop", lambda norm, at, *a: at == 0 and os.kill(os.getpid(), signal.SIGTERM))
     assert train.main([*PRETRAIN, "--max_epochs", "2", "--run_dir", str(tmp_path / "cut")]) == 130
     monkeypatch.setattr(train, "finite_or_stop", check)
-    cohort, load = synthetic_cohort(24), train.load_cohort
-    monkeypatch.setattr(train, "load_cohort", lambda *a, **k: cohort if load(*a, **k).fingerprint == cohort.fingerprint
+    cohort, load = synthetic_cohort(24), runs.load_cohort
+    monkeypatch.setattr(runs, "load_cohort", lambda *a, **k: cohort if load(*a, **k).fingerprint == cohort.fingerprint
                         else pytest.fail("other data"))
     command = next(line for line in capsys.readouterr().err.splitlines() if "python train.py" in line
                    and "--resume" in line)
@@ -133,10 +134,10 @@ def test_a_step_in_micro_batches_learns_what_it_learns_at_once(tmp_path, monkeyp
         command = [*FINETUNE, str(tmp_path / "pretrain" / "best.pt"), "--full_training", "--batch_size", "7",
                    "--set", "full_drop_events=0"]
     folders, passes = [tmp_path / "at once", tmp_path / "in parts"], []
-    for run, most in zip(folders, (data._MOST_EVENTS, 600)):
+    for run, most in zip(folders, (batches._MOST_EVENTS, 600)):
         loaded = []
         with monkeypatch.context() as patch:
-            patch.setattr(data, "_MOST_EVENTS", most)
+            patch.setattr(batches, "_MOST_EVENTS", most)
             patch.setattr(train, "loader", lambda *a, of=train.loader: (loaded.append(0) or batch for batch in of(*a)))
             assert train.main([*command, "--run_dir", str(run)]) == 0
         passes.append(len(loaded))
@@ -175,7 +176,7 @@ def small_rank(home: str, command: list, deterministic: bool = True, interrupted
                 os.kill(os.getpid(), signal.SIGTERM)
             return function(*a)
         return call
-    data._MOST_EVENTS = 60
+    batches._MOST_EVENTS = 60
     train.update = interrupting(itertools.count(), train.update)
     train.ranking = interrupting(itertools.count(), train.ranking)
     if deterministic:

@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import runs
 import train
-from data import Cohort, EventBatch, Normalizer, StayDataset, build_cohort, variable_vectors
+from batches import EventBatch, StayDataset
+from data import Cohort, Normalizer, build_cohort, variable_vectors
 from model import ModelConfig
 from readers import load_cohort
 from train import finetune
@@ -204,7 +206,7 @@ def small_process(home: str, command: list, **changes):
     os.chdir(home)
     sys.stdout = sys.stderr = open("log", "a", buffering=1)
     train.ModelConfig = lambda v: tiny(num_variables=v, **changes)
-    train.load_cohort = partial(load_cohort, cache_dir="cache")
+    runs.load_cohort = partial(load_cohort, cache_dir="cache")
     finetune.__defaults__[0].max_trainable_ratio = 1.0
     sys.exit(train.main(command))
 

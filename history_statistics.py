@@ -1,0 +1,226 @@
+"""The exact statistics of what a stay showed so far: one implementation for the loss, the head and the bedside."""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from batches import EventBatch
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Statistics at given sets
+# ----------------------------------------------------------------------------------------------------------------------
+
+# |last| and |mean|: values are standardised, so these are distances from the usual, and risk rises on both sides of it.
+HISTORY_STATISTICS = ("last", "first", "mean", "max", "min", "std", "slope", "log count", "|last|", "|mean|")
+FUTURE_STATISTICS = ("mean", "max", "min")
+
+
+class Statistics(NamedTuple):
+    """What the stays showed of n variables up to Q sets of each, that set included, and will show after it."""
+
+    past: torch.Tensor         # [B, Q, 10, n] in the order of HISTORY_STATISTICS, 0: there is none; slope a day
+    past_exists: torch.Tensor  # [B, Q, 10, n] bool: the count once the variable was seen, others once it had a value
+    future: torch.Tensor | None = None         # [B, Q, 3, n] in the order of FUTURE_STATISTICS
+    future_exists: torch.Tensor | None = None  # [B, Q, 3, n] bool
+
+
+def statistics_of_sums(sums, seen, latest, high, low, first) -> Statistics:
+    """The statistics of the past by what composes over time, all [B, Q, n]: sums of 1, x, x^2, t, t^2 and t x of the
+    measurements so far, x relative to the `first` value; events seen; latest, highest and lowest x."""
+    exists, (x, xx, t, tt, tx) = sums[0] > 0, (s / sums[0].clamp(min=1) for s in sums[1:])
+    mean, latest, high, low = (first + of for of in (x, latest, high, low))
+    std = (xx - x.square()).clamp(min=1e-12).sqrt()
+    # Least-squares slope over the times of measurement, ridge of (0.1 day)^2: two close together say little.
+    slope = (tx - t * x) / ((tt - t.square()).clamp(min=0) + 0.01)
+    past = torch.stack([latest, first.expand_as(mean), mean, high, low, std, slope, seen.log1p(), latest.abs(),
+                        mean.abs()], dim=-2)
+    counts = torch.tensor([name == "log count" for name in HISTORY_STATISTICS], device=seen.device)[:, None]  # [10, 1]
+    exists = exists[..., None, :] | counts & (seen > 0)[..., None, :]
+    return Statistics(past.masked_fill(~exists, 0), exists)
+
+
+def interval_of(slots: torch.Tensor, length: int) -> torch.Tensor:
+    """slots [B, Q], ascending positions (padding: `length`) -> [B, length], the place in `slots` of the first one at or
+    after each position, Q where there is none: the interval between asked sets in which a set lies."""
+    position = torch.arange(length, device=slots.device).expand(len(slots), length).contiguous()
+    return torch.searchsorted(slots.contiguous(), position)
+
+
+def row_of_cells(batch: EventBatch, slots, column, width: int) -> torch.Tensor:
+    """[C] where each of the batch's measurements counts: (stay * (Q + 1) + interval between asked sets) * width +
+    variable; B (Q + 1) width: left out. The arguments are those of `statistics_at`."""
+    (stays, length), asked = batch.minute.shape, slots.shape[1]
+    column, interval = column.flatten()[batch.cell_pair], interval_of(slots, length).flatten()[batch.cell_slot]
+    row = (batch.cell_slot // length * (asked + 1) + interval) * width + column
+    return torch.where(column < width, row, stays * (asked + 1) * width)
+
+
+def statistics_at(batch: EventBatch, slots, column, width: int) -> Statistics:
+    """The exact statistics of the stays' measurements, by sums over the intervals between asked sets, which compose:
+    O(C + B Q width). slots [B, Q]: positions of sets, ascending, L where padding; column [B, D]: the place among
+    `width` variables of each of the stay's variables, `width` where it is left out."""
+    stays, asked = slots.shape
+    size = stays * (asked + 1) * width
+    first = batch.first_value.new_zeros(stays, width + 1)
+    first = first.scatter(1, column, batch.first_value)[:, :width]
+    value = batch.cell_value - batch.first_value.flatten()[batch.cell_pair]                           # [C]
+    day, row = batch.cell_day, row_of_cells(batch, slots, column, width)  # ascending in time in a stay's variable
+    valued_row = torch.where(batch.cell_valued, row, size)
+
+    def total(x, rows=valued_row):
+        return x.new_zeros(size + 1).index_add(0, rows, x)[:size].view(stays, asked + 1, width)
+
+    def extreme(x, how, start):
+        return x.new_full((size + 1,), start).scatter_reduce(0, valued_row, x, how)[:size].view(stays, asked + 1, width)
+
+    n, x, xx, t, tt, tx = map(total, (torch.ones_like(value), value, value.square(), day, day.square(), day * value))
+    largest, smallest = extreme(value, "amax", -math.inf), extreme(value, "amin", math.inf)
+    events = total(batch.cell_count, row)
+    index = torch.arange(len(value), device=value.device)
+    last = extreme(index, "amax", -1)[:, :asked].cummax(1).values                                  # [B, Q, n], -1: none
+
+    origin = first[:, None]                                                                           # [B, 1, n]
+    past, past_exists, *_ = statistics_of_sums(
+        [s[:, :asked].cumsum(1) for s in (n, x, xx, t, tt, tx)], events[:, :asked].cumsum(1),
+        F.pad(value, (1, 0))[last + 1], largest[:, :asked].cummax(1).values, smallest[:, :asked].cummin(1).values,
+        origin)
+
+    def later(x, accumulate):
+        return accumulate(x[:, 1:].flip(1)).flip(1)                                      # over the intervals after each
+
+    times, x = later(n, lambda x: x.cumsum(1)), later(x, lambda x: x.cumsum(1))
+    high, low = later(largest, lambda x: x.cummax(1).values), later(smallest, lambda x: x.cummin(1).values)
+    future = torch.stack([origin + x / times.clamp(min=1), origin + high, origin + low], dim=2)
+    future_exists = (times > 0)[:, :, None].expand_as(future)
+    return Statistics(past, past_exists, future.masked_fill(~future_exists, 0), future_exists)
+
+
+def hours_since(batch: EventBatch, slots, column, width: int) -> torch.Tensor:
+    """Hours from the last event of each variable, or where there is none yet from the stay's first set, to the sets
+    `slots`: [B, Q, width]; the arguments are those of `statistics_at`."""
+    (stays, asked), row = slots.shape, row_of_cells(batch, slots, column, width)
+    latest = batch.minute.new_full((stays * (asked + 1) * width + 1,), -math.inf)
+    latest = latest.scatter_reduce(0, row, batch.minute.flatten()[batch.cell_slot], "amax")[:-1]
+    latest = latest.view(stays, asked + 1, width)[:, :asked].cummax(1).values.maximum(batch.minute[:, :1, None])
+    return (at_slots(batch.minute[..., None], slots) - latest).div(60).float().clamp(min=0)  # of padding: negative
+
+
+class RunningStatistics:
+    """The statistics of n variables of one stay, one set after another: those of `statistics_at` at the last."""
+
+    def __init__(self, n: int, device):
+        self.sums, self.seen = torch.zeros(6, 1, 1, n, device=device), torch.zeros(1, 1, n, device=device)
+        self.latest, self.first = torch.zeros(2, 1, 1, n, device=device)
+        self.high, self.low = self.seen - math.inf, self.seen + math.inf
+        self.begin = torch.zeros(1, 1, n, dtype=torch.float64, device=device)  # minute of the first value
+        self.minute = self.begin - math.inf                                    # of the last event
+
+    def add(self, minute: float, value, valued, count) -> None:
+        """value [1, 1, n], valued bool: the set measured it; count of events."""
+        new = valued & (self.sums[0] == 0)
+        self.first, self.begin = torch.where(new, value, self.first), torch.where(new, minute, self.begin)
+        x, day = value - self.first, ((minute - self.begin) / 1440).float()
+        self.sums += torch.stack([torch.ones_like(x), x, x.square(), day, day.square(), day * x]) * valued
+        self.seen += count
+        self.minute = torch.where(count > 0, minute, self.minute)
+        self.latest = torch.where(valued, x, self.latest)
+        self.high = torch.where(valued, x.maximum(self.high), self.high)
+        self.low = torch.where(valued, x.minimum(self.low), self.low)
+
+    def now(self) -> Statistics:
+        return statistics_of_sums(self.sums, self.seen, self.latest, self.high, self.low, self.first)
+
+
+def summaries(exact: Statistics, since, hours) -> torch.Tensor:
+    """What the head is told of n variables at points: their statistics at the last set, whether they were seen, the
+    hours since then (log1p; see `hours_since` [B, Q, n]) and the `hours` [B, Q] since that set: [B, Q, (10 + 2) n + 1].
+    """
+    seen, hours = exact.past_exists[:, :, HISTORY_STATISTICS.index("log count")].float(), hours[..., None]
+    return torch.cat([exact.past.flatten(2), seen, (since + hours).log1p(), hours], dim=-1)
+
+
+def summary_features(n: int) -> int:
+    return (len(HISTORY_STATISTICS) + 2) * n + 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a step asks for
+# ----------------------------------------------------------------------------------------------------------------------
+
+def real_sets(batch: EventBatch) -> torch.Tensor:
+    """[B, L] bool: True where a slot holds a set."""
+    return torch.arange(batch.minute.shape[1], device=batch.minute.device) < batch.lengths[:, None]
+
+
+def variables_of(batch: EventBatch):
+    """The stays' own variables: indices [B, D], and which of them are no padding, [B, D] bool."""
+    own = batch.variables[batch.stay_variables]
+    return own, torch.arange(own.shape[1], device=own.device) < batch.variable_counts[:, None]
+
+
+def at_slots(x, slots):
+    """x [B, L, c] at slots [B, Q] (of padding: the last) -> [B, Q, c]."""
+    return x.gather(1, slots.clamp(max=x.shape[1] - 1)[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def measured_at(batch: EventBatch, slots, column, width: int) -> torch.Tensor:
+    """[B, Q, width] 1 where a set asked for measured a variable, else 0; the arguments are those of `statistics_at`."""
+    (stays, asked), length = slots.shape, batch.minute.shape[1]
+    interval = interval_of(slots, length)                                                             # [B, L]
+    exact = F.pad(slots, (0, 1), value=-1).gather(1, interval) == torch.arange(length, device=slots.device)
+    column, size = column.flatten()[batch.cell_pair], stays * asked * width
+    row = batch.cell_slot // length * asked + interval.flatten()[batch.cell_slot]
+    row = torch.where(exact.flatten()[batch.cell_slot] & (column < width), row * width + column, size)
+    return torch.zeros(size + 1, device=row.device).index_fill(0, row, 1)[:-1].view(stays, asked, width)
+
+
+class Question(NamedTuple):
+    """Which sets and variables of each stay the read-outs of a step are asked for (see `ask`)."""
+
+    slots: torch.Tensor       # [B, Q] positions of sets, ascending; L where padding
+    real: torch.Tensor        # [B, Q] bool, no padding
+    column: torch.Tensor      # [B, D] place among the n variables of each of the stay's own, n where it is left out
+    held: torch.Tensor        # [B, n] bool: the variable is no padding
+    measured: torch.Tensor    # [B, Q, n] 1 where the set measured it
+    absent: torch.Tensor      # [B, o] bool: the stay does not hold this one of the others, asked only whether measured
+    keys: torch.Tensor        # [U, r] of `batch.variables`
+    own_keys: torch.Tensor    # [B, n, r] of the variables
+    other_keys: torch.Tensor  # [o, r] of the others
+
+
+def ask(batch: EventBatch, config, order: torch.Tensor, sample: bool, keys_of) -> Question:
+    """All sets and variables of each stay, or `config`'s numbers of them where it has more: `sample`d at random, or
+    evenly spaced sets and the first variables in the fixed order [V], so that a stay's question does not depend on its
+    batch. Others: all of a vocabulary of at most twice their number. keys_of: indices [n] -> keys [n, r]."""
+    (stays, length), device = batch.minute.shape, batch.minute.device
+    number = min(length, config.asked_sets)
+    position = torch.arange(number, device=device)
+    if sample and number < length:
+        draw = torch.rand(stays, length, device=device).masked_fill(~real_sets(batch), 2)
+        slots = draw.topk(number, largest=False).indices.sort(1).values
+    else:
+        even = (position + 1) * batch.lengths[:, None] // number - 1
+        slots = torch.where(batch.lengths[:, None] <= number, position, even)
+    real = position < batch.lengths[:, None]
+
+    mine, held = variables_of(batch)
+    width = min(mine.shape[1], config.asked_variables)
+    draw = torch.rand(mine.shape, device=device) if sample else order[mine]
+    chosen = draw.masked_fill(~held, math.inf).topk(width, largest=False, sorted=False).indices.sort(1).values
+    column = torch.full_like(mine, width).scatter(1, chosen, torch.arange(width, device=device).expand(stays, -1))
+    column = column.masked_fill(~held, width)
+
+    if config.num_variables <= 2 * config.other_variables:
+        others = torch.arange(config.num_variables, device=device)
+    elif sample:
+        others = torch.randint(config.num_variables, (config.other_variables,), device=device)
+    else:
+        others = order.topk(config.other_variables).indices
+    absent = ~((mine[..., None] == others) & held[..., None]).any(1)
+    slots, keys = torch.where(real, slots, length), keys_of(batch.variables)
+    own_keys = F.embedding(batch.stay_variables.gather(1, chosen), keys)
+    return Question(slots, real, column, held.gather(1, chosen), measured_at(batch, slots, column, width), absent, keys,
+                    own_keys, keys_of(others))

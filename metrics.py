@@ -1,0 +1,208 @@
+"""Figures of probabilities: discrimination, calibration, alarms, with bootstrap intervals. Functions of flat arrays."""
+
+import itertools
+
+import numpy as np
+from sklearn.metrics import (average_precision_score, brier_score_loss, confusion_matrix, f1_score,
+                             precision_recall_curve, roc_auc_score)
+
+import sepsis2019
+from data import Cohort
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Discrimination, calibration, alarms
+# ----------------------------------------------------------------------------------------------------------------------
+
+def ranks(label, p, weight) -> tuple[float, float]:
+    """AUROC and AUPRC as scikit-learn has them, of weighted points [n] in the order of falling p: without its sorting
+    and checking, which would be nearly all of a bootstrap's time."""
+    last = np.append(np.flatnonzero(np.diff(p)), len(p) - 1)                        # of each distinct p
+    tp, alarms = np.cumsum(weight * label)[last], np.cumsum(weight)[last]
+    fp, gained = alarms - tp, np.diff(tp, prepend=0)
+    auroc = (np.diff(fp, prepend=0) * (tp - gained / 2)).sum() / (tp[-1] * fp[-1])
+    return auroc, (gained * tp / np.maximum(alarms, 1e-300)).sum() / tp[-1]
+
+
+def bootstrap(group, label, *probabilities, measures=(ranks,), repeats: int = 1000, seed: int = 0) -> np.ndarray:
+    """[repeats, n, m] the m numbers that `measures` give of n methods on the same resampled groups, such as stays, of
+    points (Efron & Tibshirani 1993): paired between methods. group, label [points]; each measure is a function of
+    label, probability and weight [points], in the order of falling probability, and gives several numbers."""
+    rng = np.random.default_rng(seed)
+    group = np.unique(group, return_inverse=True)[1]
+    orders = [np.argsort(-p, kind="stable") for p in probabilities]
+    methods = [(label[order], p[order], group[order]) for order, p in zip(orders, probabilities)]
+    groups, draws = group.max() + 1, []
+    while len(draws) < repeats:
+        weight = np.bincount(rng.integers(0, groups, groups), minlength=groups)
+        if len(np.unique(label[weight[group] > 0])) == 2:
+            draws.append([[number for measure in measures for number in measure(y, p, weight[of])]
+                          for y, p, of in methods])
+    return np.array(draws)
+
+
+def logit(p, least: float = 1e-12) -> np.ndarray:
+    """Log odds of probabilities, which are kept so far from 0 and 1."""
+    p = np.clip(p, least, 1 - least)
+    return np.log(p / (1 - p))
+
+
+def recalibration(label, p, weight) -> tuple[float, float]:
+    """Slope and intercept of logit P(label) = intercept + slope logit(p) (Cox 1958), by Newton's method: 1 and 0 where
+    p is calibrated, NaN where they are not determined (p constant, or parting the classes). All [n]."""
+    rate = weight @ label / weight.sum()
+    x, slope, intercept = logit(p), 0.0, np.log(rate / (1 - rate))
+    for _ in range(25):
+        q = (1 + np.tanh((slope * x + intercept) / 2)) / 2
+        error, spread = weight * (label - q), weight * q * (1 - q)
+        gx, g1, hxx, hx1, h11 = error @ x, error.sum(), (spread * x) @ x, spread @ x, spread.sum()
+        determinant = hxx * h11 - hx1 ** 2
+        if not determinant > 1e-12 * hxx * h11:
+            break
+        step = (h11 * gx - hx1 * g1) / determinant, (hxx * g1 - hx1 * gx) / determinant
+        slope, intercept = slope + step[0], intercept + step[1]
+        if max(map(abs, step)) < 1e-6:
+            return slope, intercept
+    return np.nan, np.nan
+
+
+def threshold_of(label, probability, sensitivity: float) -> float:
+    """The highest probability from which on an alarm finds this share of the positives."""
+    positives = np.sort(probability[label == 1])[::-1]
+    return float(positives[int(np.ceil(sensitivity * len(positives) - 1e-9)) - 1])
+
+
+def alarm_from(threshold: float):
+    """The measure of an alarm from this probability on: sensitivity, positive predictive value (NaN: no alarm), alarms
+    per 100 points."""
+    def alarm(label, p, weight):
+        raised = p >= threshold
+        alarms, true = weight @ raised, weight @ (raised * label)
+        return true / (weight @ label), true / alarms if alarms else np.nan, 100 * alarms / weight.sum()
+    return alarm
+
+
+THRESHOLDS = np.arange(1, 200) / 200
+
+
+def net_benefit(label, probability) -> dict:
+    """At each of THRESHOLDS t the share of true alarms less t / (1 - t) times that of false ones (Vickers & Elkin
+    2006), of alarms from probability t on and of alarms for all; of no alarm it is 0."""
+    true, false = (len(p) - np.searchsorted(np.sort(p), THRESHOLDS)
+                   for p in (probability[label == 1], probability[label == 0]))
+    odds, prevalence = THRESHOLDS / (1 - THRESHOLDS), label.mean()
+    return {"threshold": THRESHOLDS.tolist(), "net_benefit": ((true - odds * false) / len(label)).tolist(),
+            "alarm_for_all": (prevalence - odds * (1 - prevalence)).tolist()}
+
+
+RESAMPLED_LESS = 20_000  # points, of which a bootstrap draws 200 samples, not 1,000
+FEW = 10              # stays with a positive label, or with a negative one, below which an interval means nothing
+
+
+def few(stays, label) -> str:
+    """What to say where there is too little to give an interval; else nothing. stays, label [points]."""
+    positive, negative = (len(np.unique(stays[label == value])) for value in (1, 0))
+    return (f"stays with a positive label: {positive}, with a negative one: {negative}; below {FEW} of each no "
+            "interval is given, and the figures may be chance" if min(positive, negative) < FEW else "")
+
+
+def with_intervals(stays, label, probability, measures: dict) -> dict:
+    """{name: {"value": .., "interval": 95% by resampling stays, None where they are few}} of these measures, functions
+    as `bootstrap` takes them with the names of the numbers that each gives."""
+    order = np.argsort(-probability, kind="stable")
+    ordered = label[order], probability[order], np.ones(len(order))
+    values = [number for measure in measures for number in measure(*ordered)]
+    intervals = [None] * len(values)
+    if not few(stays, label):
+        draws = bootstrap(stays, label, probability, measures=measures,
+                          repeats=200 if len(label) > RESAMPLED_LESS else 1000)[:, 0]
+        determined = [column[np.isfinite(column)] for column in draws.T]
+        intervals = [np.percentile(column, [2.5, 97.5]).tolist() if len(column) > len(draws) / 2 else None
+                     for column in determined]
+    names = [name for names in measures.values() for name in names]
+    return {name: {"value": float(value) if np.isfinite(value) else None, "interval": interval}
+            for name, value, interval in zip(names, values, intervals)}
+
+
+RANKS = {ranks: ("auroc", "auprc")}
+
+
+def interval(draws: np.ndarray) -> str:
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return f"[{low:.3f}, {high:.3f}]"
+
+
+def calibration_error(label, probability, bins: int = 10) -> float:
+    """Expected calibration error over bins of equal width (Guo et al. 2017, eq. 3)."""
+    which = np.minimum((probability * bins).astype(int), bins - 1)
+    count = np.bincount(which, minlength=bins)
+    gap = np.abs(np.bincount(which, label, bins) - np.bincount(which, probability, bins))
+    return float(gap[count > 0].sum() / len(label))
+
+
+def mean_of_logits(probabilities) -> np.ndarray:
+    """[n] of k of [n]."""
+    return 1 / (1 + np.exp(-logit(probabilities).mean(0)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# All figures of a method
+# ----------------------------------------------------------------------------------------------------------------------
+
+CHECKPOINT = "this checkpoint"
+
+
+def score_figures(stays, label, methods: dict, threshold: float, sensitivity: float = .8, groups: dict = {}) -> dict:
+    """Plain numbers about the probabilities [n] of each method on points of these stays [n] with `label` [n]; the
+    checkpoint's in full, also in groups: {variable: {group: mask [n]}}."""
+    probability, prevalence = methods[CHECKPOINT], label.mean()
+    alarm = threshold_of(label, probability, sensitivity)
+    full = RANKS | {recalibration: ("slope", "intercept"), alarm_from(alarm): ("sensitivity", "ppv", "alarms")}
+    compared = {name: with_intervals(stays, label, p, full if name == CHECKPOINT else RANKS)
+                for name, p in methods.items()}
+    divided = {variable: {key: group_figures(stays[mask], label[mask], probability[mask], full)
+                          for key, mask in masks.items()} for variable, masks in groups.items()}
+    tn, fp, fn, tp = confusion_matrix(label, probability >= threshold).ravel().tolist()
+    return {"stays": len(np.unique(stays)), "points": len(label), "positive": int(label.sum()),
+            "prevalence": float(prevalence), "few": few(stays, label), "methods": compared,
+            "brier": float(brier_score_loss(label, probability)),
+            "brier_of_prevalence": float(prevalence * (1 - prevalence)),
+            "calibration_error": calibration_error(label, probability),
+            "probability": {"mean": float(probability.mean()), "min": float(probability.min()),
+                            "max": float(probability.max()),
+                            "below_0.01": int((probability < .01).sum()), "above_0.99": int((probability > .99).sum())},
+            "alarm": {"sensitivity": sensitivity, "threshold": alarm}, "subgroups": divided,
+            "net_benefit": net_benefit(label, probability),
+            "threshold": threshold, "confusion": {"tp": tp, "fp": fp, "fn": fn, "tn": tn},
+            "f1": float(f1_score(label, probability >= threshold))}
+
+
+def group_figures(stays, label, probability, measures: dict) -> dict:
+    """The size of a group and, where it holds both classes, its measures."""
+    size = {"stays": len(np.unique(stays)), "points": len(label), "positive": int(label.sum())}
+    return size | (with_intervals(stays, label, probability, measures) if 0 < label.sum() < len(label) else {})
+
+
+def ranking(cohort: Cohort, points: np.ndarray, probability: np.ndarray) -> dict:
+    """AUROC and AUPRC of the validation points, and the probability from which one counts as positive: of the best F1,
+    or, where the labels are those of the challenge 2019, of its best utility."""
+    stay, minute, label = cohort.point_stay[points], cohort.point_minute[points], cohort.label[points]
+    precision, recall, thresholds = precision_recall_curve(label, probability)
+    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+    result = {"val_auc": float(roc_auc_score(label, probability)),
+              "val_auprc": float(average_precision_score(label, probability)),
+              "threshold": float(thresholds[f1[:-1].argmax()])}
+    if sepsis2019.of_this_kind(stay, minute, label):
+        since = sepsis2019.hours_since_onset(stay, minute, label)
+        result["threshold"], result["val_utility"] = sepsis2019.best_threshold(stay, since, probability)
+    return result
+
+
+def best_shares(log_odds: np.ndarray, label: np.ndarray, steps: int = 10) -> np.ndarray:
+    """The shares (tenths) of k answers' log odds [k, n] that give the least cross-entropy at these labels [n]; equal
+    ones, where ten of a class are not there to tell: [k]."""
+    if np.bincount(label, minlength=2).min() < 10:
+        return np.full(len(log_odds), 1 / len(log_odds))
+    falling, sign = range(steps, -1, -1), np.where(label == 1, -1, 1)  # of equal ones the first answer's largest share
+    shares = np.array([s for s in itertools.product(falling, repeat=len(log_odds)) if sum(s) == steps]) / steps
+    return min(shares, key=lambda share: np.logaddexp(0, sign * (share @ log_odds)).mean())

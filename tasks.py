@@ -1,0 +1,259 @@
+"""What is asked of the data: the files of labels, splits and subjects beside the events, and the trees that answer."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn as nn
+from sklearn.ensemble import GradientBoostingClassifier
+from sklearn.model_selection import train_test_split
+
+from data import (MINUTE, Cohort, InputError, at_end, labelled_points, ranges, stays_of, subjects_with_label,
+                  with_points)
+from tables import MISSING, TIME, Report, Table, column_names, read_table
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Labels, splits and subjects: what is told of stays that were read, attached after the cache
+# ----------------------------------------------------------------------------------------------------------------------
+
+_IDS = ("stay_id", "ts_id", "RecordID", "subject_id")
+_LABELS = ("label", "boolean_value", "in_hospital_mortality", "In-hospital_death")
+_TIMES = {"minute": TIME, "hour": float, "prediction_time": np.datetime64}
+_SPLIT_WORDS = {"train": 0, "valid": 1, "val": 1, "validation": 1, "dev": 1, "tuning": 1, "test": 2, "held_out": 2,
+                "heldout": 2}
+
+
+def _split_codes(table: Table) -> np.ndarray:
+    """[rows] code of column `split`, None where it is empty."""
+    split = table["split"]
+    codes = np.array([_SPLIT_WORDS.get(word.lower(), -1) for word in split.categories] + [None],
+                     dtype=object)[split.codes]
+    table.refuse("split", codes == -1, "; it is one of train, valid, test (or val, validation, dev, tuning, held_out)")
+    return codes
+
+
+def _plain_ids(ids) -> pd.Index:
+    """Ids by which two tables meet: a whole number that one of them wrote as a float (200001.0) loses its .0."""
+    return pd.Index([text[:-2] if text.endswith(".0") and text[:-2].isdigit() else text for text in map(str, ids)],
+                    dtype=object)
+
+
+def _one_of(path: Path, names: list[str], wanted) -> str:
+    found = [name for name in wanted if name.lower() in names]
+    if not found:
+        raise InputError(f"{path}: no column {' or '.join(wanted)} (it has {', '.join(names[:8])}); rename or add it")
+    return found[0]
+
+
+def _told(table: Table, ids: np.ndarray, column: str, value) -> pd.Series:
+    """What a column says of each id, empty cells aside; two things of one are wrong."""
+    said = pd.DataFrame({"id": ids, "value": value}).dropna()
+    said = said[~said.duplicated()]
+    again = said["id"].duplicated()
+    rows = np.isin(np.arange(len(ids)), said.index[again])
+    table.refuse(column, rows,
+                 f", and another elsewhere for the same stay ({_some(said['id'][again].unique())}); give one")
+    return said[~again].set_index("id")["value"]
+
+
+def _noted(cohort: Cohort, report: Report) -> Cohort:
+    return replace(cohort, notes=cohort.notes | report.counts, examples=cohort.examples | report.examples)
+
+
+def _some(names) -> str:
+    """The first few, and how many more."""
+    return ", ".join(map(str, names[:5])) + f" and {len(names) - 5} more" * (len(names) > 5)
+
+
+def _with_splits(cohort: Cohort, told: pd.Series) -> Cohort:
+    """The cohort with the split of these ids; a stay that is not told of belongs to none."""
+    ids = _plain_ids(cohort.stay_id)
+    split = told.reindex(ids, fill_value=-1).to_numpy(np.int8)
+    return replace(cohort, split=split, notes=cohort.notes | {
+        "stays without a split (neither trained on nor scored)": int((split < 0).sum()),
+        "splits of no stay with a usable event": int((~told.index.isin(ids)).sum())})
+
+
+def _read_splits(files: list[Path]) -> pd.Series:
+    """Split code by stay, of a file with an id and `split`."""
+    id_column = _one_of(files[0], column_names(files[0]), _IDS)
+    table = read_table(files, {id_column: str, "split": str})
+    table.refuse(id_column, table[id_column].codes < 0, "; name the stay or remove the line")
+    told = _told(table, _ids(table[id_column]), "split", _split_codes(table))
+    table.report.settle()
+    return told
+
+
+def _ids(column: pd.Categorical) -> np.ndarray:
+    """[rows] plain ids, None where the cell is empty."""
+    return np.append(_plain_ids(column.categories).to_numpy(object), None)[column.codes]
+
+
+def _labels(table: Table, name: str, positive: str | None) -> np.ndarray:
+    """[rows] float labels, NaN where the cell is empty. positive: the word that is label 1; else they are 0 and 1, or
+    true and false."""
+    words = [word.lower() for word in table[name].categories]
+    known = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}
+    empty = [word.lower() in map(str.lower, MISSING) for word in words]
+    if positive is not None:
+        given = [word for word, none in zip(words, empty) if not none]
+        if positive.lower() not in given or len(given) > 2:
+            raise InputError(f"{table.paths[0]}: --positive {positive}: {name} is one of {_some(given)}; give one of "
+                             "two words")
+        known = {word: word == positive.lower() for word in given}
+    label = np.array([np.nan if none else known.get(word, -1) for word, none in zip(words, empty)] + [np.nan])
+    label = label[table[name].codes]
+    table.refuse(name, label == -1, ", not 0 or 1; mend the line, or say which word is positive with --positive WORD")
+    return label
+
+
+def _with_labels(cohort: Cohort, files: list[Path], positive: str | None = None, points: bool = True) -> Cohort:
+    """The cohort with what its labels' files tell: an id, a label of 0 or 1 (or empty), and perhaps split, subject_id
+    and a time: `minute` or `hour` of the stay or `prediction_time`. With times a row is a prediction point, without one
+    a stay has one at its end.
+
+    positive: the word that is label 1, the other one is 0. points: False takes split and subject alone. Raises
+    InputError for another label, and for two labels of one point.
+    """
+    names = column_names(files[0])
+    id_column, label_column = (_one_of(files[0], names, wanted) for wanted in (_IDS, _LABELS))
+    timed = next((name for name in _TIMES if name in names), None)
+    if not timed and "time" in names:
+        raise InputError(f"{files[0]}: its column time has no unit; name it minute or hour")
+    columns = {id_column: str, label_column: str} | ({timed: _TIMES[timed]} if timed else {})
+    table = read_table(files, columns, {name: str for name in ("split", "subject_id") if name not in columns})
+    table.refuse(id_column, table[id_column].codes < 0, "; name the stay or remove the line")
+    ids, stays, label = _ids(table[id_column]), _plain_ids(cohort.stay_id), _labels(table, label_column, positive)
+    subject = _told(table, ids, "subject_id", _ids(table["subject_id"])) if "subject_id" in table else None
+    split = _told(table, ids, "split", _split_codes(table)) if "split" in table else None
+    if timed:
+        table.refuse(timed, ~np.isfinite(table[timed]), "; give the time of the question")
+    table.report.settle()
+    if subject is not None:
+        subject = subject.reindex(stays)
+        cohort = replace(cohort, subject=np.where(subject.isna(), cohort.subject, subject).astype(str))
+    if split is not None:
+        cohort = _with_splits(cohort, split)
+    if not points:
+        return cohort
+
+    rows = pd.DataFrame({"id": ids, "label": np.nan_to_num(label, nan=-1).astype(np.int8), "at": 0})
+    if timed:
+        rows["at"] = table[timed] if timed != "hour" else table[timed] * 60
+    again = rows.duplicated().to_numpy()
+    other = rows.duplicated(["id", "at"]).to_numpy() & ~again
+    table.refuse(id_column, other,
+                 f", labelled twice and not alike ({_some(rows['id'][other].unique())}); keep one line of each")
+    table.report.settle()
+    table.note("labels given more than once", again)
+    table.note("outcomes of no stay with a usable event", ~again & ~rows["id"].isin(stays).to_numpy())
+    rows = rows[~again].sort_values(["id", "at"])
+    asked, first, count = np.unique(rows["id"].to_numpy(str), return_index=True, return_counts=True)
+    place = pd.Index(asked).get_indexer(stays)                             # [P] of each stay in `asked`, -1: nowhere
+    count = np.append(count, 0)[place]                                     # [P]
+    row = ranges(np.append(first, 0)[place], count)                        # [Q]
+    stay, label, at = np.repeat(np.arange(len(cohort)),
+                                count), rows["label"].to_numpy()[row], rows["at"].to_numpy()[row]
+    if not timed:
+        labels = np.full(len(cohort), -1)
+        labels[stay] = label
+        table.report.counts["stays without an outcome (unlabelled)"] = int((labels < 0).sum())
+        return at_end(_noted(cohort, table.report), labels)
+    table.report.counts["stays without a question"] = int((count == 0).sum())
+    if at.dtype.kind == "M":
+        origin = np.array(cohort.origin)
+        if np.isnat(origin).all():
+            raise InputError(f"{files[0]}: {timed} is a clock time, which these data do not know; give minute or hour "
+                             "of the stay")
+        # A stay of static events alone knows no clock: its first question sets it.
+        unknown = np.isnat(origin) & (count > 0)
+        origin[unknown] = at[np.searchsorted(stay, np.flatnonzero(unknown))].astype("datetime64[m]")
+        cohort = replace(cohort, origin=origin)
+        since = at.astype("datetime64[us]").astype(np.int64) - origin[stay].astype(np.int64)
+        at = since // MINUTE + since % MINUTE / MINUTE
+    return with_points(_noted(cohort, table.report), count, at, label)
+
+
+def need_both_classes(cohort: Cohort, split: dict[str, list[str]]) -> None:
+    """Raises InputError where the labels of one of these parts do not hold both classes."""
+    for name, ids in split.items():
+        if len(np.unique(label := cohort.label[labelled_points(cohort, stays_of(cohort, ids))])) < 2:
+            hold = f"one class only ({(label == 1).sum():,} of {len(label):,} labels are 1)" * bool(len(label))
+            raise InputError(f"{cohort.reader}: the labelled {name} stays hold {hold or 'no label at all'}, where both "
+                             "classes are needed; check the label file, give more labels or a --split")
+
+
+def label_subset(cohort: Cohort, stays: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """The stays of a stratified, seeded share of the subjects of labelled stays, as if only these had a label."""
+    if fraction == 1:
+        return stays
+    subject, label = subjects_with_label(cohort, stays)
+    try:
+        part, _ = train_test_split(np.arange(len(label)), train_size=fraction, stratify=label, random_state=seed)
+    except ValueError as error:
+        raise InputError(f"--label_fraction {fraction}: no such share of {len(label)} subjects keeps both classes "
+                         f"({error}); give a larger one") from None
+    return stays[np.isin(subject, part)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Boosted trees
+# ----------------------------------------------------------------------------------------------------------------------
+
+def trees_of(classifier):
+    """Yield left and right child (of a leaf: -1), feature, threshold and value (in log odds, with the shrinkage) of the
+    nodes of each tree of a fitted (Hist)GradientBoostingClassifier."""
+    if isinstance(classifier, GradientBoostingClassifier):
+        for tree in (estimator.tree_ for estimator in classifier.estimators_[:, 0]):
+            value = classifier.learning_rate * tree.value[:, 0, 0]
+            yield tree.children_left, tree.children_right, tree.feature, tree.threshold, value
+    else:
+        for (predictor,) in classifier._predictors:
+            nodes, leaf = predictor.nodes, predictor.nodes["is_leaf"].astype(bool)
+            left, right = (np.where(leaf, -1, nodes[side].astype(np.int64)) for side in ("left", "right"))
+            yield left, right, nodes["feature_idx"].astype(np.int64), nodes["num_threshold"], nodes["value"]
+
+
+class BoostedTrees(nn.Module):
+    """Gradient-boosted trees for two classes (Friedman 2001), fitted by scikit-learn and kept as tensors: each a
+    complete binary tree, whose node n has the children 2n + 1 and 2n + 2. They see what a linear head cannot, such as a
+    variable that matters beyond a threshold."""
+
+    def __init__(self, trees: int, depth: int):
+        super().__init__()
+        self.depth = depth
+        self.register_buffer("feature", torch.zeros(trees, 2**depth - 1, dtype=torch.int64))
+        self.register_buffer("threshold", torch.full((trees, 2**depth - 1), math.inf))
+        self.register_buffer("value", torch.zeros(trees, 2**depth))  # of the leaves, in log odds
+        self.register_buffer("prior", torch.zeros(()))
+
+    def fit(self, x, label, weight, classifier) -> None:
+        """x [n, F], label [n], weight [n]; classifier: a (Hist)GradientBoostingClassifier of as many trees,
+        no deeper."""
+        classifier.fit(x.cpu().numpy(), label.cpu().numpy(), sample_weight=weight.cpu().numpy())
+        self.prior.copy_(((weight * label).sum() / weight.sum()).logit())
+        for i, (left, right, feature, cut, value) in enumerate(trees_of(classifier)):
+            node = np.zeros(1, dtype=np.int64)
+            for level in range(self.depth):  # where a tree ends early, all go left, down to the same leaf
+                leaf, at = left[node] < 0, slice(2**level - 1, 2**(level + 1) - 1)
+                threshold = cut[node].astype(np.float32)
+                below = np.nextafter(threshold, np.float32(-np.inf))
+                threshold = np.where(threshold > cut[node], below, threshold)  # so that every x keeps its side
+                self.feature[i, at] = torch.from_numpy(np.where(leaf, 0, feature[node]))
+                self.threshold[i, at] = torch.from_numpy(np.where(leaf, np.float32(np.inf), threshold))
+                node = np.stack([np.where(leaf, node, child[node]) for child in (left, right)], axis=1).ravel()
+            self.value[i] = torch.from_numpy(value[node].astype(np.float32))
+
+    def forward(self, x):
+        """x [..., F] -> logits [..., 2]."""
+        shape, x = x.shape, x.flatten(0, -2)
+        tree = torch.arange(len(self.value), device=x.device)
+        node = torch.zeros(len(x), len(tree), dtype=torch.int64, device=x.device)                     # [n, trees]
+        for _ in range(self.depth):
+            node = 2 * node + 1 + (x.gather(1, self.feature[tree, node]) > self.threshold[tree, node])
+        odds = self.prior + self.value[tree, node - self.feature.shape[1]].sum(1)
+        return torch.stack([-odds / 2, odds / 2], dim=-1).view(*shape[:-1], 2)
