@@ -548,7 +548,7 @@ class SetVAE(nn.Module):
         """Cross-entropy of whether each variable of the question was measured in each of its sets,
         the plain mean: [B]."""
         query, held = self.decoder.measured(at_slots(code, question.slots)).float(), question.held[:, None]  # [B, Q, r]
-        with torch.autocast(query.device.type, enabled=False):
+        with torch.autocast("cuda" if query.is_cuda else "cpu", enabled=False):
             own, other = query @ question.own_keys.mT, query @ question.other_keys.T              # [B, Q, n], [B, Q, o]
         loss = (F.binary_cross_entropy_with_logits(own, question.measured, reduction="none") * held).sum(-1)
         loss = loss + (F.softplus(other) * question.absent[:, None]).sum(-1)
