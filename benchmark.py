@@ -29,7 +29,7 @@ from runs import CHECKPOINTS, keep_freed_memory
 from settings import data_options
 from tables import write_atomically
 from tests.plain_loop import close, plain_features, plain_pass
-from train import head_epoch, prepare_head, update
+from train import clip_and_step, head_epoch, prepare_head
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -121,7 +121,8 @@ def pretrain_work(how, config, batches, dataset, device):
         for batch in batches:
             with torch.amp.autocast(device.type, torch.bfloat16, enabled=how == "bf16"):
                 losses = model(batch, config.max_beta)
-            update(model, losses["loss"], optimizer, scaler, clip)
+            losses["loss"].backward()
+            clip_and_step(model, optimizer, scaler, clip)
     return plain if how == PLAIN_LOOP else batched
 
 
@@ -423,7 +424,8 @@ def training_time(cohort, steps: int | None = None, batch_size: int = train.Pret
         *parts, last = split_batch(sizes, batch, 1)
         for part in parts:
             (model(dataset[part], 0.0)["loss"] * len(part) / len(batch)).backward()
-        update(model, model(dataset[last], 0.0)["loss"] * len(last) / len(batch), optimizer, scaler, settings.clip)
+        (model(dataset[last], 0.0)["loss"] * len(last) / len(batch)).backward()
+        clip_and_step(model, optimizer, scaler, settings.clip)
     return time.perf_counter() - began, sum(map(len, batches))
 
 

@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import platform
-import random
 import shlex
 import signal
 import sys
@@ -448,13 +447,12 @@ def new_folder(arguments) -> Path:
 
 def random_states(device: torch.device) -> dict:
     """Of this process and its own device."""
-    states = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    states = {"torch": torch.get_rng_state()}
     return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
 def restore_random_states(states: dict, device: torch.device) -> None:
     torch.set_rng_state(states["torch"].cpu())
-    random.setstate((states["python"][0], tuple(states["python"][1]), states["python"][2]))
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"].cpu(), device)
 

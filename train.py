@@ -17,13 +17,12 @@ import json
 import math
 import os
 import platform
-import random
 import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 import torch
@@ -290,38 +289,26 @@ def refuse_changes(before, after, folder: str) -> None:
 # The optimisation that pretraining and full training share
 # ----------------------------------------------------------------------------------------------------------------------
 
-@dataclass
 class Training:
-    """Epochs of optimisation steps. `objective(model, batch, step)` gives a batch's loss and the terms to report, means
-    over its stays; `rate(step)` the learning rate. Steps are counted from the first epoch's first."""
+    """What the loops of pretraining and full training share: each step's batch, in parts that fit into memory and are
+    spread over the ranks; autocast and scaler; sums of the reported terms; the end of a run that is asked to stop."""
 
-    run: Run
-    data: Callable  # of an epoch: its dataset, and its stays [n]
-    objective: Callable
-    rate: Callable
-    optimizer: torch.optim.Optimizer
-    batch_size: int
-    clip: float
-    seed: int
-    device: torch.device
-    dtype: torch.dtype
+    def __init__(self, run: Run, optimizer, batch_size: int, seed: int, device: torch.device, dtype: torch.dtype):
+        self.run, self.batch_size, self.seed, self.device = run, batch_size, seed, device
+        self.autocast = partial(torch.amp.autocast, device.type, dtype, enabled=dtype != torch.float32)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.parallel = data_parallel(run.model, seed)  # the model to call
+        self.norm = None                                # of the gradient of the last step
+        run.restore(device, optimizer=optimizer, scaler=self.scaler)
 
-    def __post_init__(self):
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.parallel = data_parallel(self.run.model, self.seed)
-        self.every = 1 if self.device.type == "cpu" else 50  # on an accelerator every look costs a synchronisation
-        self.run.restore(self.device, optimizer=self.optimizer, scaler=self.scaler)
-
-    def epoch(self) -> dict[str, float]:
-        """The run's next epoch, or what is left of it: the means of the reported terms over its stays. A signal is
-        obeyed at the end of the step."""
-        run, cohort = self.run, self.run.dataset.cohort
+    def steps(self, dataset: StayDataset, stays: np.ndarray):
+        """Yield the steps that are left of the run's next epoch over these stays [n]: a step's number, counted from the
+        first epoch's first, and its `parts`. A signal is obeyed at the end of a step."""
+        run, every = self.run, 1 if self.device.type == "cpu" else 50  # on an accelerator a look is a synchronisation
         Signals.held = True
-        dataset, stays = self.data(run.epoch)
         run.model.train()
         sizes = dataset.sizes(stays)
         batches = epoch_batches(sizes.sets, self.batch_size, self.seed, run.epoch)
-        first = run.epoch * len(batches)
         left = batches[run.done:]
         parts = [split_batch(sizes, batch, runs.WORLD)[runs.RANK::runs.WORLD] for batch in left]
         # A part without a stay takes the batch's first one, which counts nothing: other ranks wait for its gradient.
@@ -329,40 +316,38 @@ class Training:
         stream = loader(dataset, own, self.device)
         bar = progress(zip(left, parts), len(left), f"epoch {run.epoch + 1}")
         for batch, some in bar:
-            step = first + run.done
-            norm, terms = self.step(itertools.islice(stream, len(some)), [len(part) for part in some], len(batch), step)
+            step = run.epoch * len(batches) + run.done
+            self.terms = {}
+            yield step, self.parts(itertools.islice(stream, len(some)), [len(part) for part in some], len(batch))
+            terms = dict(zip(self.terms, summed(torch.stack([*self.terms.values()]))))
             stopping = any(gathered(Signals.asked is not None))  # all leave at the same step
             run.done += 1
-            if step % self.every == 0 or stopping or run.done == len(batches):
-                finite_or_stop(norm, step, cohort.stay_id[stays[batch]], self.scaler, self.every)
+            if step % every == 0 or stopping or run.done == len(batches):
+                finite_or_stop(self.norm, step, dataset.cohort.stay_id[stays[batch]], self.scaler, every)
                 bar.set_postfix(loss=f"{terms['loss'].item() / len(batch):.3f}", refresh=False)
             if self.scaler.is_enabled():
-                terms["skipped_steps"] = ~torch.isfinite(norm) * len(stays)  # a count, where the others are means
-            run.totals = {name: run.totals[name] + term if run.totals else term for name, term in terms.items()}
+                terms["skipped_steps"] = ~torch.isfinite(self.norm) * len(stays)  # a count, where the others are means
+            run.totals = {name: run.totals.get(name, 0) + term for name, term in terms.items()}
             if stopping:
                 run.save_last(run.best)
                 raise KeyboardInterrupt(Signals.farewell)
         run.save_last(run.best)
         Signals.held = False  # evaluating can be left at any moment
         gathered(None)
-        return {name: total.item() / len(stays) for name, total in run.totals.items()}
+        self.means = {name: total.item() / len(stays) for name, total in run.totals.items()}
 
-    def step(self, micro_batches, counts: list[int], stays: int, step: int) -> tuple[torch.Tensor, dict]:
-        """One step of the optimizer on the mean loss of `stays` stays, of which this rank has `counts` in its
-        micro-batches: the gradient's norm, and the terms summed over all stays."""
-        set_rate(self.run, self.optimizer, self.rate(step))
-        sums = 0
-        for i, (batch, count) in enumerate(zip(micro_batches, counts)):
+    def parts(self, batches, counts: list[int], stays: int):
+        """Yield this rank's parts of a step's batch of `stays` stays, and the factor of each part's loss: the mean over
+        ranks of their sums is then the mean over all stays. The last part averages the gradient over ranks."""
+        for i, (batch, self.count) in enumerate(zip(batches, counts)):
             last = i + 1 == len(counts)
-            with nullcontext() if last or runs.WORLD == 1 else self.parallel.no_sync():  # the last averages over ranks
-                with torch.amp.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                    loss, terms = self.objective(self.parallel, batch, step)
-                loss = loss * (runs.WORLD * count / stays)  # the mean over ranks is then the mean over all stays
-                if not last:
-                    self.scaler.scale(loss).backward()
-            sums = sums + torch.stack(list(terms.values())).detach() * count
-        norm = update(self.run.model, loss, self.optimizer, self.scaler, self.clip)
-        return norm, dict(zip(terms, summed(sums)))
+            with nullcontext() if last or runs.WORLD == 1 else self.parallel.no_sync():
+                yield batch, runs.WORLD * self.count / stays
+
+    def report(self, terms: dict[str, torch.Tensor]) -> None:
+        """Add the terms of a part, means over its stays, to what the epoch reports."""
+        for name, term in terms.items():
+            self.terms[name] = self.terms.get(name, 0) + term.detach() * self.count
 
 
 def set_rate(run: Run, optimizer, rate: float) -> None:
@@ -377,12 +362,12 @@ def set_rate(run: Run, optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
-def update(model, loss, optimizer, scaler, clip: float) -> torch.Tensor:
-    """One step of the optimizer on `loss`; the norm of the gradient before it is clipped."""
-    scaler.scale(loss).backward()
+def clip_and_step(model, optimizer, scaler, clip: float) -> torch.Tensor:
+    """Clip the gradient's norm, step, and return the norm before it was clipped."""
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-    scaler.step(optimizer), scaler.update()
+    scaler.step(optimizer)
+    scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return norm
 
@@ -429,7 +414,7 @@ def pretrain(arguments) -> Path:
     if dataset.unknown_variables:
         print(f"{dataset.describe_known()}, as no training stay holds them")
 
-    torch.manual_seed(arguments.seed), random.seed(arguments.seed)
+    torch.manual_seed(arguments.seed)
     model_config = (ModelConfig.original if arguments.objective == "original" else ModelConfig)(len(known))
     model_config = replace(model_config, input_dim=cohort.vectors.shape[1] or model_config.input_dim)
     model_config = changed(model_config, arguments.changes)
@@ -449,21 +434,26 @@ def pretrain(arguments) -> Path:
         warm = config.learning_rate * min(1, (step + 1) / config.warmup_steps)
         return warm * (0.01 + 0.99 * cosine(1, step, steps))
 
-    def objective(model, batch, step):
-        losses = model(batch, model_config.max_beta * min(1, step / config.beta_warmup_steps))
-        return losses["loss"], {name: term for name, term in losses.items() if name != "mu"}
-
     decayed, plain = ([p for p in model.parameters() if (p.dim() > 1) == matrix] for matrix in (True, False))
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
-    training = Training(run, lambda epoch: (dataset, train), objective, rate, optimizer, config.batch_size, config.clip,
-                        arguments.seed, device, dtype)
+    training = Training(run, optimizer, config.batch_size, arguments.seed, device, dtype)
     for epoch in run.epochs(epochs):
         if epoch - run.best["epoch"] > config.patience:
             print(f"early stop: val_loss has not improved for {epoch - run.best['epoch']} epochs")
             break
         began = time.time()
-        row = {"epoch": epoch + 1, **training.epoch(), **evaluate_pretraining(model, dataset, valid, device, dtype),
+        for step, parts in training.steps(dataset, train):
+            set_rate(run, optimizer, rate(step))
+            beta = model_config.max_beta * min(1, step / config.beta_warmup_steps)
+            for batch, share in parts:
+                with training.autocast():
+                    losses = training.parallel(batch, beta)
+                training.scaler.scale(losses["loss"] * share).backward()
+                del losses["mu"]
+                training.report(losses)
+            training.norm = clip_and_step(model, optimizer, training.scaler, config.clip)
+        row = {"epoch": epoch + 1, **training.means, **evaluate_pretraining(model, dataset, valid, device, dtype),
                "learning_rate": optimizer.param_groups[0]["lr"]}
         improved = row["val_loss"] < run.best["val_loss"]
         run.end_of_epoch(row, improved)
@@ -542,7 +532,7 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
     else:
         print(dataset.describe_known())
 
-    torch.manual_seed(arguments.seed), random.seed(arguments.seed)
+    torch.manual_seed(arguments.seed)
     learned, _ = training_points(cohort, train, config, arguments.seed, 0)
     listed = common_variables(cohort, dataset, stays_of(cohort, split["train"]), config.most_variables)
     model = new_classifier(arguments, config, content, dataset, listed, len(learned)).to(device)
@@ -565,8 +555,11 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
           f"{' of the checkpoint' if split is kept else '' if told else f' (seed {split_seed})'}; run folder "
           f"{run.folder}")
 
-    trainer = train_everything if full else train_head
-    trainer(arguments, config, run, train, labelled_points(cohort, valid), device, dtype)
+    asked = labelled_points(cohort, valid)
+    if full:
+        train_everything(arguments, config, run, train, asked, device, dtype)
+    else:
+        train_head(config, run, train, asked, arguments.seed, device)
     weighed = "" if model.trees is None else ", on stays that also set the trees' share"
     return run.finish(f"validation AUROC {run.best['val_auc']:.4f}, AUPRC {run.best['val_auprc']:.4f}{weighed}",
                       ["test_suite.py", "--checkpoint"])
@@ -687,9 +680,9 @@ class HeadTraining:
         return head_epoch(self.run.model, self.features, self.label, self.weight, self.optimizer, self.config, bar)
 
 
-def train_head(arguments, config: FinetuneConfig, run: Run, train, valid, device, dtype) -> None:
-    """Frozen backbone: the head alone."""
-    head = HeadTraining(run, train, config, arguments.seed, device)
+def train_head(config: FinetuneConfig, run: Run, train, valid, seed: int, device) -> None:
+    """Train the head alone on a frozen backbone."""
+    head = HeadTraining(run, train, config, seed, device)
     val_features = encode_points(run.model, run.dataset, valid, device)
     run.restore(device, optimizer=head.optimizer)
     for epoch in run.epochs(head.epochs):
@@ -700,7 +693,7 @@ def train_head(arguments, config: FinetuneConfig, run: Run, train, valid, device
         if not math.isfinite(loss):
             raise InputError(f"epoch {epoch + 1}: the loss is not finite; give a lower rate, for instance "
                              f"--set learning_rate={config.learning_rate / 10:g}")
-        finetuning_epoch(run, {"epoch": epoch + 1, "loss": loss}, valid, val_features, keep_last=not config.patience)
+        evaluate_and_save(run, {"epoch": epoch + 1, "loss": loss}, valid, val_features, keep_last=not config.patience)
 
 
 def train_everything(arguments, config: FinetuneConfig, run: Run, train, valid, device, dtype) -> None:
@@ -715,33 +708,35 @@ def train_everything(arguments, config: FinetuneConfig, run: Run, train, valid, 
             head.epoch(epoch)
         del head
 
-    def data(epoch):
+    highest = config.random_learning_rate if arguments.random_init else config.full_learning_rate
+    optimizer = full_optimizer(model, config)
+    training = Training(run, optimizer, config.full_batch_size, arguments.seed, device, dtype)
+    for epoch in run.epochs(epochs):
         points, weight = training_points(cohort, train, config, arguments.seed, epoch)
         stays = stays_with(cohort, points)
         weight = weight * (len(stays) / weight.sum())  # 1 a stay, on average
         if config.full_before and len(labels) == len(train):  # one label a stay
-            return run.dataset.of(*at_every_set(cohort, points, weight, config.full_before)), stays
-        return run.dataset.asking(points, weight), stays
+            asked = run.dataset.of(*at_every_set(cohort, points, weight, config.full_before))
+        else:
+            asked = run.dataset.asking(points, weight)
+        for step, parts in training.steps(asked, stays):
+            set_rate(run, optimizer, cosine(highest, step, steps))
+            for batch, share in parts:
+                with training.autocast():
+                    terms = training.parallel(batch, losses=True)
+                    logits = terms.pop("logits")
+                    classification = classification_loss(logits, batch.label, config, batch.weight, total=len(batch))
+                    unlabelled = terms["reconstruction"] + model.config.max_beta * terms["kl"]
+                    loss = (classification + head_penalty(model, config, len(learned))
+                            + config.reconstruction_weight * unlabelled)
+                training.scaler.scale(loss * share).backward()
+                training.report({"loss": classification, **terms})
+            training.norm = clip_and_step(model, optimizer, training.scaler, config.clip)
+        row = {"epoch": epoch + 1, **training.means}
+        evaluate_and_save(run, row, valid, encode_points(model, run.dataset, valid, device), keep_last=False)
 
-    def rate(step):
-        highest = config.random_learning_rate if arguments.random_init else config.full_learning_rate
-        return cosine(highest, step, steps)
 
-    def objective(parallel, batch, step):
-        losses = parallel(batch, losses=True)
-        classification = classification_loss(losses["logits"], batch.label, config, batch.weight, total=len(batch))
-        rest = losses["reconstruction"] + model.config.max_beta * losses["kl"]
-        loss = classification + head_penalty(model, config, len(learned)) + config.reconstruction_weight * rest
-        return loss, {"loss": classification, "reconstruction": losses["reconstruction"], "kl": losses["kl"]}
-
-    training = Training(run, data, objective, rate, full_optimizer(model, config), config.full_batch_size, config.clip,
-                        arguments.seed, device, dtype)
-    for epoch in run.epochs(epochs):
-        row = {"epoch": epoch + 1, **training.epoch()}
-        finetuning_epoch(run, row, valid, encode_points(model, run.dataset, valid, device), keep_last=False)
-
-
-def finetuning_epoch(run: Run, row: dict, valid, val_features, keep_last: bool) -> None:
+def evaluate_and_save(run: Run, row: dict, valid, val_features, keep_last: bool) -> None:
     """The end of an epoch: rank the validation points [n] by their features [n, F]; best.pt is the epoch of the best
     AUROC (`keep_last`: the last)."""
     weigh_trees(run.model, val_features, run.dataset.cohort.label[valid])

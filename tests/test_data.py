@@ -20,7 +20,7 @@ from model import SeqSetVAE, SeqSetVAEPretrain
 from readers import load_cohort, synthetic_cohort
 from tests.plain_loop import close, plain_grid
 from tests.tiny import NAMES, PLAIN, PRETRAIN, as_lists, batch_of, build, cohort_of, random_stays, tiny
-from train import update
+from train import clip_and_step
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Batches: nothing forgotten, nothing twice, padding never counts
@@ -180,7 +180,9 @@ def test_a_training_step_asks_the_device_for_no_value(mode, decoder):
         model = build(SeqSetVAE, config).to("meta").train()
         losses = model(batch, losses=True)
         loss = losses["reconstruction"] + classification_loss(losses["logits"], batch.label, FinetuneConfig())
-    norm = update(model, loss, torch.optim.AdamW(model.parameters()), torch.amp.GradScaler("cpu", enabled=False), 1.0)
+    loss.backward()
+    optimizer = torch.optim.AdamW(model.parameters())
+    norm = clip_and_step(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), 1.0)
     assert norm.device.type == "meta"
 
 

@@ -666,8 +666,8 @@ def test_a_gradient_that_is_not_finite_keeps_the_last_good_checkpoint(tmp_path, 
     command = [*PRETRAIN, "--max_epochs", "2", "--batch_size", "3"]
     assert train.main([*command, "--run_dir", str(tmp_path / "whole")]) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(train, "update", lambda *a, update=train.update, steps=itertools.count(): update(*a)
-                      * (np.nan if next(steps) == 7 else 1))
+        patch.setattr(train, "clip_and_step", lambda *a, step=train.clip_and_step, steps=itertools.count():
+                      step(*a) * (np.nan if next(steps) == 7 else 1))
         capsys.readouterr()
         one_error_line(capsys, train.main([*command, "--run_dir", str(tmp_path / "cut")]),
                        "step 7: the loss or its gradient is not finite (stays synthetic-")
@@ -683,7 +683,8 @@ def test_an_overflow_of_fp16_is_skipped_and_stops_the_run_when_it_persists(facto
     optimizer, overflows = torch.optim.SGD(model.parameters(), lr=1.0), 0
     try:
         for step in range(steps):
-            norm = train.update(model, model(torch.ones(1, 2)).sum() * factor, optimizer, scaler, 1.0)
+            scaler.scale(model(torch.ones(1, 2)).sum() * factor).backward()
+            norm = train.clip_and_step(model, optimizer, scaler, 1.0)
             overflows += not norm.isfinite()
             train.finite_or_stop(norm, step, ["a stay"], scaler)
             assert norm.isfinite() != torch.equal(model.weight, before)  # a step that overflows changes nothing

@@ -177,7 +177,7 @@ def small_rank(home: str, command: list, deterministic: bool = True, interrupted
             return function(*a)
         return call
     batches._MOST_EVENTS = 60
-    train.update = interrupting(itertools.count(), train.update)
+    train.clip_and_step = interrupting(itertools.count(), train.clip_and_step)
     train.ranking = interrupting(itertools.count(), train.ranking)
     if deterministic:
         F.dropout = lambda x, *_: x
@@ -326,14 +326,14 @@ def test_each_machine_parses_its_data_once_and_the_run_lies_on_one(ranks_home, e
 def machine_rank(home: str, command: list, ended_at: str):
     """What a rank of a torchrun agent does whose machine has the folder `home`: in step `ended_at` (or never) rank 1's
     agent is ended, and with it, a moment later, the rank."""
-    steps, update = itertools.count(), train.update
+    steps, step = itertools.count(), train.clip_and_step
 
     def ended(*a):
         if str(next(steps)) == ended_at and runs.RANK == 1:
             os.kill(os.getppid(), signal.SIGTERM)
             time.sleep(2)
-        return update(*a)
-    train.update = ended
+        return step(*a)
+    train.clip_and_step = ended
     small_rank(home, command)
 
 
