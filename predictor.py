@@ -12,12 +12,12 @@ import pandas as pd
 import torch
 
 import runs
-import sepsis2019
 from batches import StayDataset
 from checkpoint import (checkpoint_config, classifier_of, data_of, dataset_of, original_classifier,
                         read_checkpoint, recognised)
 from data import (InputError, Normalizer, build_cohort, make_splits, point_slots, stay_event_index, stays_of,
                   stays_with, variable_vectors, with_points)
+from metrics import AHEAD, of_challenge_2019
 from model import SeqSetVAE
 from readers import load_cohort, read_map
 from runs import (choose_device, evaluation_batches, from_rank_0, gathered, loader, printable, progress,
@@ -180,10 +180,10 @@ def risk_over_time(model, dataset, stay: int, device=CPU, most: int = 40) -> dic
     dataset = dataset.of(with_points(cohort, count, minute, np.full(len(minute), -1)))
     risk = probability_at(model, dataset, np.arange(len(minute)), device)
     highest = minute[risk.argmax()]
-    septic = (label == 1).any() and sepsis2019.of_this_kind(np.zeros(len(label)), asked, label)
+    septic = (label == 1).any() and of_challenge_2019(np.zeros(len(label)), asked, label)
     return {"stay": str(cohort.stay_id[stay]), "label": int(cohort.stay_label[stay]), "minute": minute.tolist(),
             "events": events.astype(int).tolist(), "risk": risk.tolist(), "admission": float(cohort.admission[stay]),
-            "onset": float(asked[label == 1][0] + 60 * sepsis2019.AHEAD) if septic else None,
+            "onset": float(asked[label == 1][0] + 60 * AHEAD) if septic else None,
             "labelled": asked[label == 1].tolist() if len(label) > 1 else [],
             "highest": float(highest), "without": risk_without(model, dataset, stay, highest, most, device)}
 

@@ -20,13 +20,13 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
-import sepsis2019
 from batches import common_variables
 from checkpoint import label_digest, read_checkpoint, recorded
 from data import InputError, labelled_points, make_splits, search_after, stay_event_index, stays_of
 from finetune_config import MANY_POINTS, FinetuneConfig, tree_sizes
 from history_statistics import summary_features
-from metrics import best_shares, bootstrap, interval, logit
+from metrics import (best_shares, best_utility_threshold, bootstrap, hours_since_onset, interval, logit,
+                     normalised_utility, of_challenge_2019, stay_utilities, utility_draws)
 from model import ModelConfig, SeqSetVAE
 from predictor import CPU, encode_points, open_checkpoint, open_classifier, probability_at
 from runs import choose_device, read_cohort
@@ -335,12 +335,11 @@ def scores(table: pd.DataFrame, hourly: bool, repeats: int = 200) -> Scores:
     value = [roc_auc_score(label, probability), average_precision_score(label, probability)]
     draws = bootstrap(stay, label, probability, repeats=repeats)[:, 0]
     if hourly:
-        since = sepsis2019.hours_since_onset(*valid[:3])
-        threshold, _ = sepsis2019.best_threshold(valid[0], since, valid[3])
-        utility = sepsis2019.stay_utilities(stay, sepsis2019.hours_since_onset(stay, minute, label),
-                                            probability >= threshold)
-        value.append(sepsis2019.normalised(utility.sum(0)))
-        draws = np.column_stack([draws, sepsis2019.resampled(utility, repeats)])
+        since = hours_since_onset(*valid[:3])
+        threshold, _ = best_utility_threshold(valid[0], since, valid[3])
+        utility = stay_utilities(stay, hours_since_onset(stay, minute, label), probability >= threshold)
+        value.append(normalised_utility(utility.sum(0)))
+        draws = np.column_stack([draws, utility_draws(utility, repeats)])
     return Scores(np.array(value), draws)
 
 
@@ -361,7 +360,7 @@ def print_protocol(folder: Path) -> None:
             tables[AVERAGE] = {turn: table for turn, (table, _) in told.items()}
             mean = np.mean([weights for _, weights in told.values()], axis=0)
             print(f"\n{AVERAGE}, in the mean: " + ", ".join(f"{w:.2f} {name}" for w, name in zip(mean, members)))
-        hourly = all(sepsis2019.of_this_kind(*part[:3])
+        hourly = all(of_challenge_2019(*part[:3])
                      for turns in tables.values() for table in turns.values() for part in parts(table))
         rows = {method: {turn: scores(table, hourly) for turn, table in turns.items()}
                 for method, turns in tables.items()}

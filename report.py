@@ -9,11 +9,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-import sepsis2019
 from checkpoint import known_part, label_digest
 from data import InputError, labelled_points, make_splits, point_slots, stay_event_index, stays_of, stays_with
 from history_statistics import at_slots, real_sets
-from metrics import CHECKPOINT, FEW, mean_of_logits, ranking, score_figures
+from metrics import (CHECKPOINT, FEW, mean_of_logits, of_challenge_2019, ranking, score_figures,
+                     sepsis_figures)
 from plots import (LABEL_NAMES, picture_folder, plot_calibration, plot_curves, plot_decision, plot_features,
                    plot_ranking, plot_trajectory)
 from predictor import (answered_points, encode_points, find_stay, influence, open_classifier, probability_at,
@@ -166,9 +166,9 @@ def performance(arguments, baselines=None) -> None:
         if groups:
             print_subgroups(figures)
         hours = stays, cohort.point_minute[points], label
-        if sepsis2019.of_this_kind(*hours):
-            figures["sepsis"] = {name: sepsis2019.figures(*hours, p, thresholds[name]) for name, p in methods.items()}
-            sepsis2019.print_figures(figures["sepsis"])
+        if of_challenge_2019(*hours):
+            figures["sepsis"] = {name: sepsis_figures(*hours, p, thresholds[name]) for name, p in methods.items()}
+            print_sepsis(figures["sepsis"])
     if stay is not None:
         figures["trajectory"] = risk_over_time(model, dataset, stay, device)
         print_trajectory(figures["trajectory"])
@@ -279,6 +279,32 @@ def print_subgroups(figures: dict) -> None:
         cells = "".join(f"{cell(group[measure]) if measure in group else '':22}" for measure in GROUP_COLUMNS)
         print(f"{name:28} {group['stays']:6,}  {group['positive']:8,}  {cells}".rstrip())
     print(f"(no interval below {FEW} stays with a positive or with a negative label, no figure of one class alone)")
+
+
+def print_sepsis(methods: dict) -> None:
+    """The report of `sepsis_figures` by method: the first in full."""
+    first = next(iter(methods.values()))
+    lead = "none" if first["lead_hours"] is None else f"median {first['lead_hours']:.1f} hours"
+    print("\nAs the PhysioNet/CinC Challenge 2019 scores (the onset is six hours after the first label 1)")
+    print("Utility              {value:.4f}  95% [{0:.3f}, {1:.3f}]".format(*first["utility"]["interval"],
+                                                                            value=first["utility"]["value"])
+          + f"  (no alarm: 0, the best possible: 1; alarm from {first['threshold']:.4f} on)")
+    for key, name in (("all_hours", "All hours"), ("until_the_onset", "Up to the onset")):
+        print(f"{name:20} AUROC {{auroc:.4f}}, AUPRC {{auprc:.4f}}  ({{hours:,}} hours)".format(**first[key]))
+    print("Septic stays warned  {share_warned:.1%}  "
+          "({warned:,} of {septic_stays:,} have an alarm in the 12 hours before the onset)".format(**first))
+    print(f"Lead time            {lead}  "
+          "({lead_stays:,} stays; {labelled_from_the_first_hour:,} labelled from the first hour aside)".format(**first))
+    print("False alarms         {false_alarms_a_day:.2f} a patient-day  "
+          "({false_alarms:,} in {patient_days:,.0f} days)".format(**first))
+    if len(methods) > 1:
+        print(f"\n{'':32}  utility  95% interval     AUROC   AUPRC   warned  lead  false alarms a day")
+        for name, told in methods.items():
+            low, high = told["utility"]["interval"]
+            lead = "-" if told["lead_hours"] is None else f"{told['lead_hours']:.1f}"
+            print(f"{name:32}  {told['utility']['value']:7.4f}  [{low:.3f}, {high:.3f}]  "
+                  "{auroc:.4f}  {auprc:.4f}  ".format(**told["all_hours"])
+                  + f"{told['share_warned']:6.1%}  {lead:>4}  {told['false_alarms_a_day']:.2f}")
 
 
 def write_table(path, table: pd.DataFrame) -> None:

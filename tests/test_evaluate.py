@@ -25,15 +25,14 @@ import data
 import plots
 import protocol
 import readers
-import sepsis2019
 import test_suite
 import train
 from batches import StayDataset
 from benchmark import PLAIN_LOOP, asked_at_the_end, assert_plain_loop_agrees
 from checkpoint import load_checkpoint_weights
 from data import InputError, with_points
-from metrics import (CHECKPOINT, alarm_from, bootstrap, logit, net_benefit, ranks, recalibration,
-                     score_figures, threshold_of)
+from metrics import (CHECKPOINT, alarm_from, best_utility_threshold, bootstrap, hours_since_onset, logit, net_benefit,
+                     ranks, recalibration, score_figures, sepsis_figures, threshold_of)
 from model import ModelConfig, SeqSetVAE
 from predictor import (CPU, encode_points, followed_event, influence, open_classifier, predict,
                        probability_at, probability_of, risk_over_time, risk_without)
@@ -726,8 +725,8 @@ def test_the_protocol_scores_utility_where_labels_are_the_challenges(tmp_path, c
         arrays = {part: [rows[name].to_numpy() for name in ("stay_id", "minute", "label", "probability")]
                   for part, rows in table.groupby("split")}
         stay, minute, label, p = arrays["valid"]
-        threshold, _ = sepsis2019.best_threshold(stay, sepsis2019.hours_since_onset(stay, minute, label), p)
-        utility.append(sepsis2019.figures(*arrays["test"], threshold)["utility"]["value"])
+        threshold, _ = best_utility_threshold(stay, hours_since_onset(stay, minute, label), p)
+        utility.append(sepsis_figures(*arrays["test"], threshold)["utility"]["value"])
     assert frozen[4].startswith(f"{np.mean(utility):.3f} ±") and frozen[7].startswith("+")
 
 

@@ -15,7 +15,6 @@ from sklearn.metrics import f1_score
 
 import metrics
 import runs
-import sepsis2019
 import train
 from batches import common_variables
 from data import Normalizer, make_splits, stays_of, variable_vectors
@@ -161,10 +160,10 @@ def test_an_interval_leaves_out_a_fortieth_of_the_draws_on_either_side(monkeypat
     label = np.arange(40) % 2
     told = metrics.with_intervals(np.arange(40), label, label / 2, metrics.RANKS)
     assert [measure["interval"] for measure in told.values()] == [[25, 975]] * 2
-    monkeypatch.setattr(sepsis2019, "resampled", lambda *_: draws)
+    monkeypatch.setattr(metrics, "utility_draws", lambda *_: draws)
     stay, minute = np.repeat([0, 1], 20), 60.0 * np.tile(np.arange(20), 2)
     label = ((stay == 0) & (minute >= 600)).astype(int)
-    assert sepsis2019.figures(stay, minute, label, label / 2, .4)["utility"]["interval"] == [25, 975]
+    assert metrics.sepsis_figures(stay, minute, label, label / 2, .4)["utility"]["interval"] == [25, 975]
 
 
 def test_an_interval_of_a_mean_is_as_wide_as_statistics_says():

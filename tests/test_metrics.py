@@ -1,4 +1,4 @@
-"""Tests of sepsis2019.py: the challenge's utility, and what a ward would ask."""
+"""Tests of metrics.py: the challenge's utility, and what a ward would ask."""
 
 import json
 
@@ -7,10 +7,9 @@ import pandas as pd
 import pytest
 
 import train
-from metrics import CHECKPOINT
+from metrics import (CHECKPOINT, best_utility_threshold, hours_since_onset, normalised_utility, of_challenge_2019,
+                     sepsis_figures, stay_utilities, utilities, ward_figures)
 from predictor import open_classifier
-from sepsis2019 import (bedside, best_threshold, figures, hours_since_onset, normalised, of_this_kind,
-                        stay_utilities, utilities)
 from test_suite import main
 from tests.tiny import FINETUNE, PRETRAIN, SHARED, write
 
@@ -32,18 +31,18 @@ def flat(stays, *names):
 
 def test_the_utility_is_the_official_scorers(official):
     stay, minute, label, prediction = flat(official["stays"], "label", "prediction")
-    assert of_this_kind(stay, minute, label)
+    assert of_challenge_2019(stay, minute, label)
     utility = stay_utilities(stay, hours_since_onset(stay, minute, label), prediction == 1)
     expected = [[s["utility"], s["inaction"], s["best"]] for s in official["stays"]]
     np.testing.assert_allclose(utility, expected, rtol=0, atol=1e-9)
-    assert abs(normalised(utility.sum(0)) - official["normalised_utility"]) < 1e-9
+    assert abs(normalised_utility(utility.sum(0)) - official["normalised_utility"]) < 1e-9
 
 
 def test_the_figures_of_hours_are_the_official_scorers(official):
     stay, minute, label, probability, prediction = flat(official["stays"], "label", "probability", "prediction")
     threshold = probability[prediction == 1].min()
     assert ((probability >= threshold) == prediction).all()
-    told = figures(stay, minute, label, probability, threshold)
+    told = sepsis_figures(stay, minute, label, probability, threshold)
     assert abs(told["all_hours"]["auroc"] - official["auroc"]) < 1e-9
     assert abs(told["utility"]["value"] - official["normalised_utility"]) < 1e-9
     low, high = told["utility"]["interval"]
@@ -67,16 +66,16 @@ def random_hours(seed, stays=40):
 def test_the_threshold_is_the_best_of_all(seed):
     stay, minute, label, probability = random_hours(seed)
     since = hours_since_onset(stay, minute, label)
-    values = {cut: normalised(stay_utilities(stay, since, probability >= cut).sum(0))
+    values = {cut: normalised_utility(stay_utilities(stay, since, probability >= cut).sum(0))
               for cut in (*np.unique(probability), 9)}
-    threshold, utility = best_threshold(stay, since, probability)
+    threshold, utility = best_utility_threshold(stay, since, probability)
     assert utility == max(values.values()) == values[threshold]
 
 
 def test_where_no_alarm_pays_there_is_none():
     stay, minute = np.repeat([0, 1], [9, 91]), 60.0 * np.append(np.arange(9), np.arange(91))
     label = (np.arange(100) == 99).astype(int)
-    threshold, utility = best_threshold(stay, hours_since_onset(stay, minute, label), 1 - label * .5)
+    threshold, utility = best_utility_threshold(stay, hours_since_onset(stay, minute, label), 1 - label * .5)
     assert threshold > 1 and utility == 0
 
 
@@ -97,7 +96,7 @@ def test_what_a_ward_would_ask():
     alarm[[2, 3, 5, 16, 17]] = True  # hours of the first stay
     alarm[[24, 30, 31]] = True       # 0, 6, 7 of the second
     alarm[50] = True                 # 2 of the third, whose onset is at hour 6
-    told = bedside(stay, hours_since_onset(stay, minute, label), alarm)
+    told = ward_figures(stay, hours_since_onset(stay, minute, label), alarm)
     assert told["septic_stays"] == told["warned"] == 2 and told["share_warned"] == 1
     assert told["lead_hours"] == 4 and told["lead_stays"] == told["labelled_from_the_first_hour"] == 1
     assert told["false_alarms"] == 4 and told["false_alarms_a_day"] == pytest.approx(4 / (54 / 24))
@@ -105,11 +104,11 @@ def test_what_a_ward_would_ask():
 
 def test_other_labels_are_not_taken_for_the_challenges():
     stay, minute, label, _ = random_hours(0)
-    assert of_this_kind(stay, minute, label)
-    assert not of_this_kind(stay, minute * 2, label)                             # not hourly
-    assert not of_this_kind(stay, minute, 1 - label)                             # falls
-    assert not of_this_kind(np.arange(9), 60.0 * np.arange(9), np.arange(9) % 2)  # one question a stay
-    assert not of_this_kind(np.zeros(60), 60.0 * np.arange(60), (np.arange(60) > 20).astype(int))  # 39 hours of label 1
+    assert of_challenge_2019(stay, minute, label)
+    assert not of_challenge_2019(stay, minute * 2, label)                             # not hourly
+    assert not of_challenge_2019(stay, minute, 1 - label)                             # falls
+    assert not of_challenge_2019(np.arange(9), 60.0 * np.arange(9), np.arange(9) % 2)  # one question a stay
+    assert not of_challenge_2019(np.zeros(60), 60.0 * np.arange(60), (np.arange(60) > 20).astype(int))  # 39 hours of label 1
 
 
 def test_hourly_sepsis_labels_are_scored_as_the_challenge_does(tmp_path, capsys, small_models):
@@ -135,8 +134,8 @@ def test_hourly_sepsis_labels_are_scored_as_the_challenge_does(tmp_path, capsys,
         stay = pd.factorize(rows["stay_id"])[0]
         since = hours_since_onset(stay, rows["minute"].to_numpy(), rows["label"].to_numpy())
         probability = rows["probability"].to_numpy()
-        utility = normalised(stay_utilities(stay, since, probability >= told["threshold"] - 1e-6).sum(0))
+        utility = normalised_utility(stay_utilities(stay, since, probability >= told["threshold"] - 1e-6).sum(0))
         assert utility == pytest.approx(expected, abs=1e-9)
         if part == "valid":
-            found = best_threshold(stay, since, probability)[0]
+            found = best_utility_threshold(stay, since, probability)[0]
             assert found == pytest.approx(content["metrics"]["threshold"], abs=1e-5)
