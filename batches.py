@@ -70,8 +70,8 @@ class EventBatch(EventSets):
     point: torch.Tensor            # [B, Q] int64, index in the cohort (-1: padding)
     point_slot: torch.Tensor       # [B, Q] int64, position of the last set not after the point (0 in padding)
     point_hours: torch.Tensor      # [B, Q] float32, hours from that set to the point
-    label: torch.Tensor            # [B, Q] int64, -1: none, or padding
-    weight: torch.Tensor           # [B, Q] float32, of the point in the loss; 0 without a label
+    answer: torch.Tensor           # [B, Q, A] float32, NaN: none, or padding
+    weight: torch.Tensor           # [B, Q] float32, of the point in the loss; 0 without an answer
     stay: torch.Tensor             # [B] int64, index in the cohort
 
     def __len__(self) -> int:
@@ -125,7 +125,7 @@ class StayDataset(torch.utils.data.Dataset):
         loss (None: 1): a batch's `point` is then the place of each in `points`."""
         cohort = self.cohort
         return self.of(replace(cohort, point_start=np.searchsorted(points, cohort.point_start),
-                               label=cohort.label[points], point_minute=cohort.point_minute[points]), weight)
+                               answers=cohort.answers[points], point_minute=cohort.point_minute[points]), weight)
 
     def of(self, cohort: Cohort, weight: np.ndarray | None = None) -> "StayDataset":
         """The same stays, asked at the points of another cohort."""
@@ -236,7 +236,7 @@ class StayDataset(torch.utils.data.Dataset):
         )
 
     def _points(self, stays: np.ndarray) -> dict[str, np.ndarray]:
-        """The answerable prediction points of these stays, [B, Q] each."""
+        """The answerable prediction points of these stays, [B, Q] each; `answer` is [B, Q, A]."""
         cohort = self.cohort
         index, slot = point_slots(cohort, stays) if self.points else np.zeros((2, 0), dtype=np.int64)
         counts = np.diff(cohort.point_start)[stays] if self.points else np.zeros(len(stays), dtype=np.int64)
@@ -245,14 +245,17 @@ class StayDataset(torch.utils.data.Dataset):
         counts = np.bincount(stay, minlength=len(stays))
         width = round_up(max(1, counts.max())) if self.points else 0
         place = stay * width + ranges(np.zeros(len(stays), dtype=np.int64), counts)
-        point, point_slot, label = np.zeros((3, len(stays) * width), dtype=np.int64)
+        point, point_slot = np.zeros((2, len(stays) * width), dtype=np.int64)
         hours, weight = np.zeros((2, len(stays) * width), dtype=np.float32)
-        point[:], label[:] = -1, -1
-        point[place], point_slot[place], label[place] = index, slot, cohort.label[index]
+        answer = np.full((len(stays) * width, cohort.answers.shape[1]), np.nan, dtype=np.float32)
+        point[:] = -1
+        point[place] = index
+        point_slot[place] = slot
+        answer[place] = cohort.answers[index]
         hours[place] = (cohort.point_minute[index] - cohort.set_minute[cohort.stay_start[stays][stay] + slot]) / 60
-        weight[place] = (label[place] >= 0) * (1 if self.weight is None else self.weight[index])
-        grids = dict(point=point, point_slot=point_slot, point_hours=hours, label=label, weight=weight)
-        return {name: array.reshape(len(stays), width) for name, array in grids.items()}
+        weight[place] = cohort.labelled[index] * (1 if self.weight is None else self.weight[index])
+        grids = dict(point=point, point_slot=point_slot, point_hours=hours, answer=answer, weight=weight)
+        return {name: array.reshape(len(stays), width, *array.shape[1:]) for name, array in grids.items()}
 
 
 def round_up(n: int) -> int:

@@ -53,7 +53,7 @@ MATMUL, PRODUCTS = 3072, 8
 
 def asked_at_the_end(cohort, normalizer) -> StayDataset:
     """One question a stay, at its end, whatever the data ask: the plain loop knows no other."""
-    return StayDataset(at_end(cohort, np.full(len(cohort), -1)), normalizer, points=True)
+    return StayDataset(at_end(cohort), normalizer, points=True)
 
 
 def spread(items, n: int) -> list:
@@ -131,7 +131,8 @@ def classifier_work(task, epochs, how, config, batches, dataset, device):
     at each."""
     (model, settings), stays = new_classifier(config, dataset), np.concatenate(batches)
     optimizer = head_optimizer(model.to(device), settings)
-    label = torch.arange(len(stays), device=device) % 2  # any labels take the same time, and some data have none
+    # Any answers take the same time, and some data have none.
+    answer = (torch.arange(len(stays), device=device) % 2).float()[:, None]
     weight = torch.ones(len(stays), device=device)
     lists = plain_stays(dataset, stays) if how == PLAIN_LOOP else None
 
@@ -149,10 +150,10 @@ def classifier_work(task, epochs, how, config, batches, dataset, device):
 
     def finetuning():
         features = encode()
-        prepare_head(model, features, label, weight, settings, seed=0)
+        prepare_head(model, features, answer, weight, settings, seed=0)
         for epoch in range(1 if how == PLAIN_LOOP else epochs):
             batches = epoch_batches(np.ones(len(stays)), settings.batch_size, 0, epoch)
-            head_epoch(model, features, label, weight, optimizer, settings, batches)
+            head_epoch(model, features, answer, weight, optimizer, settings, batches)
     return inference if task == INFERENCE else finetuning
 
 
@@ -297,7 +298,7 @@ def cost_of_questions(dataset, questions: int = 40, stays: int = 64) -> list:
     cohort = dataset.cohort
     first, last = (cohort.set_minute[cohort.stay_start[i:len(cohort) + i] - i] for i in (0, 1))
     minute = first[:, None] + (last - first)[:, None] * np.arange(1, questions + 1) / questions              # [P, 40]
-    often = with_points(cohort, np.full(len(cohort), questions), minute.ravel(), np.full(minute.size, -1))
+    often = with_points(cohort, np.full(len(cohort), questions), minute.ravel())
     model = new_classifier(ModelConfig(len(dataset.normalizer.variables)), dataset)[0].eval()
     seconds = []
     for asked in (dataset, dataset.of(often)):

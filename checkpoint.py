@@ -340,9 +340,9 @@ def recorded(data: dict) -> dict:
 
 
 def label_digest(cohort: Cohort) -> str:
-    """Of what is asked of the data: the prediction points and their labels."""
+    """Of what is asked of the data: the prediction points and their answers."""
     digest = hashlib.sha256()
-    for array in (cohort.point_start, cohort.point_minute, cohort.label):
+    for array in (cohort.point_start, cohort.point_minute, cohort.answers):
         digest.update(np.ascontiguousarray(array))
     return digest.hexdigest()[:16]
 

@@ -16,7 +16,7 @@ import torch
 from sklearn.model_selection import train_test_split
 
 
-READER_VERSION = 5  # raise it when a reader's output changes: older caches are then rebuilt
+READER_VERSION = 6  # raise it when a reader's output changes: older caches are then rebuilt
 SPLITS = ("train", "valid", "test")  # codes 0, 1, 2 in `Cohort.split`; -1 is unassigned
 MINUTE = 60_000_000  # microseconds
 
@@ -52,7 +52,7 @@ class Cohort:
     split: np.ndarray           # [P] int8, index into SPLITS, -1: unassigned
     point_start: np.ndarray     # [P+1] int64, in points
     point_minute: np.ndarray    # [Q] float64, rising within a stay
-    label: np.ndarray           # [Q] int8, -1: none
+    answers: np.ndarray         # [Q, A] float32, NaN: none; what they mean is the Task's, see tasks.py
     statistics: np.ndarray      # [V, 2] float32, mean and standard deviation given with the data, NaN: none
     vectors: np.ndarray         # [V, D] float32, vectors given with the data, NaN: none; D is 0: no variable has one
     notes: dict = field(default_factory=dict)     # what the reader skipped or met: reason -> count
@@ -61,10 +61,20 @@ class Cohort:
 
     STAYS = ("event_variable", "event_value", "event_offset", "set_start", "set_minute", "stay_start", "stay_id",
              "subject", "origin", "split")
-    ARRAYS = STAYS + ("point_start", "point_minute", "label", "statistics", "vectors")
+    ARRAYS = STAYS + ("point_start", "point_minute", "answers", "statistics", "vectors")
 
     def __len__(self) -> int:
         return len(self.stay_id)
+
+    @property
+    def labelled(self) -> np.ndarray:
+        """[Q] bool: the point has an answer in some column."""
+        return ~np.isnan(self.answers).all(1)
+
+    @property
+    def label(self) -> np.ndarray:
+        """[Q] int8, the first answer as a class; -1 where there is none."""
+        return np.nan_to_num(self.answers[:, 0], nan=-1).astype(np.int8)
 
     @property
     def stay_label(self) -> np.ndarray:
@@ -111,24 +121,23 @@ class Cohort:
 
     def describe(self) -> str:
         """The lines a command prints about what it read."""
-        labelled = self.label >= 0
         lines = [f"data: {self.reader}: {len(self):,} stays, {len(self.set_minute):,} sets, "
                  f"{len(self.event_value):,} events, "
-                 f"{len(self.variables)} variables, {labelled.sum():,} labelled ({(self.label == 1).sum():,} positive)"]
+                 f"{len(self.variables)} variables, {self.labelled.sum():,} labelled ({(self.label == 1).sum():,} positive)"]
         first, last = self.admission, self.set_minute[self.stay_start[1:] - 1]
         hours, sets = np.median(last - first) / 60, np.median(np.diff(self.stay_start))
         lines.append(f"data: minutes {first.min():,.0f} to {last.max():,.0f}; a median stay lasts {hours:,.1f} hours "
                      f"and has {sets:,.0f} sets, {np.median(self.stay_events):,.0f} events")
-        if len(self.label) != len(self):
+        if len(self.answers) != len(self):
             asked = (np.diff(self.point_start) > 0).sum()
-            lines.append(f"data: {len(self.label):,} prediction points in {asked:,} stays")
+            lines.append(f"data: {len(self.answers):,} prediction points in {asked:,} stays")
         lines += [f"data: {count:,} {reason}"
                   + (f", the first: {self.examples[reason]}" if reason in self.examples else "")
                   for reason, count in self.notes.items() if count]
         return "\n".join(lines)
 
 
-def build_cohort(reader, variables, stay, minute, variable, value, stay_id, label=None, split=None, notes=None,
+def build_cohort(reader, variables, stay, minute, variable, value, stay_id, answers=None, split=None, notes=None,
                  set_key=None, statistics=None, vectors=None, subject=None, origin=None, offset=None,
                  whole=False) -> Cohort:
     """Sort flat events into a `Cohort`. A set is all events of one stay at one minute; duplicates are kept (a set is a
@@ -137,8 +146,8 @@ def build_cohort(reader, variables, stay, minute, variable, value, stay_id, labe
     Args:
         variables: [V] names; stay, minute, variable, value: [E] stay index, minutes, variable index, raw value of each
             event.
-        stay_id, label, split, subject, origin: [P]; None: no label, unassigned, each stay a subject of its own, clock
-            time unknown.
+        stay_id, split, subject, origin: [P]; None: unassigned, each stay a subject of its own, clock time unknown.
+        answers: of each stay, see `answer_columns`.
         offset: [E] microseconds since the minute, -1 for static events, which come first (None: none).
         set_key: [E] number by which the source tells sets of one minute apart (None: it does not).
         statistics, vectors: what the data give for variables, as DataFrames indexed by name (None: nothing).
@@ -193,7 +202,7 @@ def build_cohort(reader, variables, stay, minute, variable, value, stay_id, labe
         split=split[used].astype(np.int8),
         point_start=np.arange(len(used) + 1),
         point_minute=minute[set_first][stay_start[1:] - 1].astype(np.float64),
-        label=(np.full(len(stay_id), -1) if label is None else np.asarray(label))[used].astype(np.int8),
+        answers=answer_columns(answers, len(stay_id))[used],
         statistics=(pd.DataFrame(columns=["mean", "std"]) if statistics is None else statistics)
         .reindex(names).to_numpy(np.float32),
         vectors=(pd.DataFrame() if vectors is None else vectors).reindex(names).to_numpy(np.float32),
@@ -201,6 +210,12 @@ def build_cohort(reader, variables, stay, minute, variable, value, stay_id, labe
     )
     cohort.fingerprint = cohort.digest()
     return cohort
+
+
+def answer_columns(answers, points: int) -> np.ndarray:
+    """[Q, A] float32 from the answers of Q points: [Q], [Q, A], or None where no point has an answer."""
+    answers = np.full(points, np.nan) if answers is None else np.asarray(answers)
+    return (answers if answers.ndim == 2 else answers[:, None]).astype(np.float32)
 
 
 def search_after(values: np.ndarray, key: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
@@ -214,19 +229,20 @@ def search_after(values: np.ndarray, key: np.ndarray, low: np.ndarray, high: np.
     return low
 
 
-def at_end(cohort: Cohort, label: np.ndarray) -> Cohort:
-    """The cohort with one point a stay, at the minute of its last set: label [P]."""
+def at_end(cohort: Cohort, answers=None) -> Cohort:
+    """The cohort with one point a stay, at the minute of its last set; answers: see `answer_columns`."""
     return replace(cohort, point_start=np.arange(len(cohort) + 1),
                    point_minute=np.array(cohort.set_minute[cohort.stay_start[1:] - 1]),
-                   label=np.asarray(label, dtype=np.int8))
+                   answers=answer_columns(answers, len(cohort)))
 
 
-def with_points(cohort: Cohort, count: np.ndarray, minute: np.ndarray, label: np.ndarray) -> Cohort:
-    """The cohort asked at these points: count [P] of each stay, minute and label [Q], rising within a stay. A set never
-    straddles a point: where the source knows events more finely than by the minute, those after the point become a set
-    at the exact time of their first."""
+def with_points(cohort: Cohort, count: np.ndarray, minute: np.ndarray, answers=None) -> Cohort:
+    """The cohort asked at these points: count [P] of each stay, minute [Q], rising within a stay, and their answers (see
+    `answer_columns`). A set never straddles a point: where the source knows events more finely than by the minute, those
+    after the point become a set at the exact time of their first."""
     start = np.append(0, np.cumsum(count)).astype(np.int64)
-    cohort = replace(cohort, point_start=start, point_minute=minute.astype(np.float64), label=label.astype(np.int8))
+    cohort = replace(cohort, point_start=start, point_minute=minute.astype(np.float64),
+                     answers=answer_columns(answers, len(minute)))
     stay = cohort.point_stay
     first = cohort.stay_start[stay]
     last = search_after(cohort.set_minute, minute, first, cohort.stay_start[stay + 1]) - 1
@@ -264,7 +280,7 @@ def pieces(parts: Iterable[Cohort]):
             rows = {name: x[name.endswith("_start"):] for name, x in rows.items()
                     if name not in ("statistics", "vectors")}
         yield part, rows
-        sets, events, points = sets + len(part.set_minute), events + len(part.event_value), points + len(part.label)
+        sets, events, points = sets + len(part.set_minute), events + len(part.event_value), points + len(part.answers)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -517,7 +533,7 @@ def point_slots(cohort: Cohort, stays: np.ndarray) -> tuple[np.ndarray, np.ndarr
 def labelled_points(cohort: Cohort, stays: np.ndarray) -> np.ndarray:
     """Indices [n] of the points of these stays that have a label and an answer: a set at or before them."""
     index, slot = point_slots(cohort, stays)
-    return index[(slot >= 0) & (cohort.label[index] >= 0)]
+    return index[(slot >= 0) & cohort.labelled[index]]
 
 
 def at_every_set(cohort: Cohort, points: np.ndarray, weight: np.ndarray, before: float) -> tuple[Cohort, np.ndarray]:
@@ -536,7 +552,7 @@ def at_every_set(cohort: Cohort, points: np.ndarray, weight: np.ndarray, before:
     share = np.where(total > 0, before * since / np.maximum(total, 1e-9), 0)
     share[own] = np.where(total[own] > 0, 1 - before, 1)
     asked = replace(cohort, point_start=np.append(0, np.cumsum(count)), point_minute=minute,
-                    label=np.repeat(cohort.label[points], number))
+                    answers=np.repeat(cohort.answers[points], number, axis=0))
     return asked, (share * np.repeat(weight, number)).astype(np.float32)
 
 

@@ -86,11 +86,11 @@ def epochs_of_steps(steps: int, stays: int, batch_size: int, most: int) -> int:
     return min(most, math.ceil(steps / math.ceil(stays / batch_size)))
 
 
-def classification_loss(logits, label, config: FinetuneConfig, weight=None, total=None) -> torch.Tensor:
-    """Focal loss (Lin et al. 2017, eq. 5) or label-smoothed cross-entropy: logits [..., classes], label [...],
-    weight [...] (None: 1 where there is a label, which is not -1) -> [], the mean over points: their sum over `total`
-    (None: that of the weights)."""
-    logits, label = logits.float().flatten(0, -2), label.flatten()
+def classification_loss(logits, answer, config: FinetuneConfig, weight=None, total=None) -> torch.Tensor:
+    """Focal loss (Lin et al. 2017, eq. 5) or label-smoothed cross-entropy: logits [..., classes], answer [..., 1] (NaN:
+    none), weight [...] (None: 1 where there is an answer) -> [], the mean over points: their sum over `total` (None:
+    that of the weights)."""
+    logits, label = logits.float().flatten(0, -2), answer.nan_to_num(nan=-1).long().flatten()
     weight = (label >= 0).float() if weight is None else weight.flatten()
     if config.loss == "cross_entropy":
         loss = F.cross_entropy(logits, label, label_smoothing=config.label_smoothing, ignore_index=-1, reduction="none")

@@ -177,7 +177,7 @@ def risk_over_time(model, dataset, stay: int, device=CPU, most: int = 40) -> dic
     minute = np.union1d(cohort.set_minute[sets], asked[asked >= cohort.set_minute[sets][0]])
     events = np.bincount(np.searchsorted(minute, cohort.set_minute[sets]), np.diff(cohort.set_start)[sets], len(minute))
     count = np.where(np.arange(len(cohort)) == stay, len(minute), 0)
-    dataset = dataset.of(with_points(cohort, count, minute, np.full(len(minute), -1)))
+    dataset = dataset.of(with_points(cohort, count, minute))
     risk = probability_at(model, dataset, np.arange(len(minute)), device)
     highest = minute[risk.argmax()]
     septic = (label == 1).any() and of_challenge_2019(np.zeros(len(label)), asked, label)
@@ -206,7 +206,7 @@ def risk_without(model, dataset, stay: int, minute: float, most: int, device) ->
                           cohort.event_variable[events[event]], cohort.event_value[events[event]], names,
                           set_key=sets[event], whole=True)
     ones = np.ones(len(copies), dtype=int)
-    dataset = dataset.of(with_points(copies, ones, minute * ones, -ones))
+    dataset = dataset.of(with_points(copies, ones, minute * ones))
     risk = probability_at(model, dataset, np.arange(len(copies)), device)
     return dict.fromkeys(names) | dict(zip(copies.stay_id.tolist(), risk.tolist()))
 

@@ -139,7 +139,7 @@ def _synthetic_block(ids: list[str], rng: np.random.Generator) -> Cohort:
                 z = baseline[s[kept], v] + organs[s[kept], hour[kept]] @ np.array(loading) + error
                 add(s[kept], at[kept], v, np.maximum(mean + sd * z, mean * .05 if mean > 0 else -np.inf))
     return build_cohort("embedded synthetic cohort", names,
-                        *(np.concatenate(x) for x in (stay, minute, variable, value)), stay_id=ids, label=label)
+                        *(np.concatenate(x) for x in (stay, minute, variable, value)), stay_id=ids, answers=label)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ class Events(NamedTuple):
     skip: np.ndarray | bool = False        # [e] left out, and counted already
     set_key: np.ndarray | None = None      # [e] number that tells sets apart (None: their minutes do)
     subject: pd.Categorical | None = None  # [e] whose stay it is
-    points: tuple | None = None            # codes of `stay`, minutes and labels [q] of prediction points
+    points: tuple | None = None            # codes of `stay`, minutes and answers [q] of prediction points
 
 
 class Source(NamedTuple):
@@ -280,9 +280,9 @@ class _Spool:
         split = np.array([source.split.get(name, -1) for name in stays[used]], dtype=np.int8)
         points = None
         if self.points:
-            stay, minute, label = map(np.concatenate, zip(*self.points))
+            stay, minute, answer = map(np.concatenate, zip(*self.points))
             by_stay = np.argsort(rank[stay], kind="stable")
-            points = rank[stay][by_stay], minute[by_stay], label[by_stay]
+            points = rank[stay][by_stay], minute[by_stay], answer[by_stay]
 
         stretch = np.argsort(rank[self.stretch_stay], kind="stable")
         stretch_rank, length = rank[self.stretch_stay[stretch]], self.stretch_length[stretch]
@@ -637,14 +637,14 @@ def read_physionet2019(folder: Path, report: Report) -> Source:
     """training_setA/*.psv or training_setA.tar.gz, and training_setB (Reyna et al. 2019): a stay a file, a row an hour
     (minute 60 * row), NaN = not measured.
 
-    An hour is a prediction point, SepsisLabel its label (-1 where no file has the column), never an input. A
+    An hour is a prediction point, SepsisLabel its answer (NaN where no file has the column), never an input. A
     descriptor, repeated every hour, enters once, where it is first recorded (ICULOS then says how long the stay had
     lasted when the record begins; later hours are the minutes themselves).
     """
     def events(known={}):
         for table in tables(_record_files(_physionet2019_sets(folder), ".psv"), {}, {"SepsisLabel": float}, rest=VALUE,
                             report=report):
-            file, sepsis = table.file, np.full(table.rows.sum(), -1.0)
+            file, sepsis = table.file, np.full(table.rows.sum(), np.nan)
             if "SepsisLabel" in table:
                 sepsis = table["SepsisLabel"]
                 table.refuse("SepsisLabel", (sepsis != 0) & (sepsis != 1), ", not 0 or 1; mend the line")
@@ -658,7 +658,7 @@ def read_physionet2019(folder: Path, report: Report) -> Source:
             minute = 60.0 * ranges(np.zeros(len(table.rows), dtype=np.int64), table.rows)
             yield Events(table, stay[row], minute[row], pd.Categorical.from_codes(variable, names),
                          cells[row, variable], row, repeated,
-                         points=(file, minute, np.nan_to_num(sepsis, nan=-1)))
+                         points=(file, minute, sepsis))
     return Source("PhysioNet 2019", events())
 
 
@@ -784,10 +784,10 @@ def load_cohort(data_dir: str | None = None, synthetic_stays: int = 1000, cache_
             raise InputError(f"--label_file {label_file}: a folder without CSV or Parquet files; name the labels' file")
         cohort = _with_labels(cohort, files, positive)
     if hours:
-        if not np.array_equal(cohort.point_minute, at_end(cohort, np.zeros(len(cohort))).point_minute):
+        if not np.array_equal(cohort.point_minute, at_end(cohort).point_minute):
             raise InputError(f"--hours {hours:g}: these labels have times of their own; leave the option out")
         minute = np.minimum(cohort.admission + 60 * hours, cohort.point_minute)
-        cohort = with_points(cohort, np.ones(len(cohort), dtype=np.int64), minute, cohort.label)
+        cohort = with_points(cohort, np.ones(len(cohort), dtype=np.int64), minute, cohort.answers)
     if split_file:
         cohort = _with_splits(cohort, told := _read_splits([options["split_file"]]))
         if (cohort.split < 0).all():

@@ -322,14 +322,14 @@ def write_predictions(path, content, dataset, points, probability) -> None:
     """A row a prediction point of the data: its probability (empty: no answer),
     label (empty: none) and the split that the checkpoint knows its stay from."""
     cohort = dataset.cohort
-    split, answers = np.full(len(cohort), "", dtype=object), np.full(len(cohort.label), np.nan)
+    split, answers = np.full(len(cohort), "", dtype=object), np.full(len(cohort.answers), np.nan)
     for name, ids in content["split"].items():
         split[stays_of(cohort, ids)] = name
     answers[points] = probability
     stay = cohort.point_stay
     table = pd.DataFrame({"stay_id": cohort.stay_id[stay], "minute": cohort.point_minute, "probability": answers,
                           "split": split[stay],
-                          "label": pd.array(np.where(cohort.label >= 0, cohort.label, np.nan), dtype="Int64")})
+                          "label": pd.array(cohort.answers[:, 0], dtype="Int64")})
     write_table(path, table)
     print(f"predictions: {len(table):,} points of {len(np.unique(stay)):,} stays written to {path}")
     empty = table[table["probability"].isna()]
@@ -350,7 +350,7 @@ def write_meds_predictions(path, cohort, points, probability, threshold: float, 
         "predicted_boolean_value": probability[mine] >= threshold,
         "predicted_boolean_probability": probability[mine].astype(np.float32)})
     write_table(path, table)
-    others = len(cohort.label) - len(points)
+    others = len(cohort.answers) - len(points)
     print(f"predictions: {len(table):,} points of {len(np.unique(stay)):,} subjects written to {path}; left out: "
           f"{(~mine).sum():,} of subjects that are not to be scored, {others:,} without an answer")
 

@@ -522,7 +522,7 @@ def write_cache(folder: Path, parts: Iterable[Cohort]) -> None:
                             headers[name] = np.lib.format.header_data_from_array_1_0(array)
                             np.lib.format.write_array_header_1_0(files[name], headers[name])
                         else:
-                            headers[name]["shape"] = (headers[name]["shape"][0] + len(array),)
+                            headers[name]["shape"] = (headers[name]["shape"][0] + len(array), *array.shape[1:])
                         array.tofile(files[name])
                 for name, header in headers.items():  # NumPy leaves room in a header for the rows to grow
                     files[name].seek(0)

@@ -141,7 +141,7 @@ def _with_labels(cohort: Cohort, files: list[Path], positive: str | None = None,
     if not points:
         return cohort
 
-    rows = pd.DataFrame({"id": ids, "label": np.nan_to_num(label, nan=-1).astype(np.int8), "at": 0})
+    rows = pd.DataFrame({"id": ids, "label": label, "at": 0})
     if timed:
         rows["at"] = table[timed] if timed != "hour" else table[timed] * 60
     again = rows.duplicated().to_numpy()
@@ -159,10 +159,10 @@ def _with_labels(cohort: Cohort, files: list[Path], positive: str | None = None,
     stay, label, at = np.repeat(np.arange(len(cohort)),
                                 count), rows["label"].to_numpy()[row], rows["at"].to_numpy()[row]
     if not timed:
-        labels = np.full(len(cohort), -1)
-        labels[stay] = label
-        table.report.counts["stays without an outcome (unlabelled)"] = int((labels < 0).sum())
-        return at_end(_noted(cohort, table.report), labels)
+        answers = np.full(len(cohort), np.nan)
+        answers[stay] = label
+        table.report.counts["stays without an outcome (unlabelled)"] = int(np.isnan(answers).sum())
+        return at_end(_noted(cohort, table.report), answers)
     table.report.counts["stays without a question"] = int((count == 0).sum())
     if at.dtype.kind == "M":
         origin = np.array(cohort.origin)

@@ -612,9 +612,10 @@ def training_points(cohort: Cohort, stays: np.ndarray, config: FinetuneConfig, s
 
 
 @torch.no_grad()
-def prepare_head(model: SeqSetVAE, features, label, weight, config: FinetuneConfig, seed: int) -> None:
+def prepare_head(model: SeqSetVAE, features, answer, weight, config: FinetuneConfig, seed: int) -> None:
     """Standardise the head's untrained input with the training points' statistics, start its bias at the log prior of
-    the classes, and fit the trees beside it; features [n, F], label, weight [n]."""
+    the classes, and fit the trees beside it; features [n, F], answer [n, 1], weight [n]."""
+    label = answer[:, 0].long()
     untrained = features[:, features.shape[1] - len(model.feature_mean):]
     model.feature_mean.copy_(untrained.mean(0))
     model.feature_std.copy_(untrained.std(0).clamp(min=1e-6))
@@ -638,20 +639,20 @@ def weigh_trees(model: SeqSetVAE, features, label: np.ndarray) -> None:
     model.trees_share.fill_(best_shares(np.stack(log_odds), label)[1])
 
 
-def head_epoch(model, features, label, weight, optimizer, config: FinetuneConfig, batches) -> float:
-    """One epoch of the head on cached features [n, F], label, weight [n]: the mean loss."""
+def head_epoch(model, features, answer, weight, optimizer, config: FinetuneConfig, batches) -> float:
+    """One epoch of the head on cached features [n, F], answer [n, A], weight [n]: the mean loss."""
     model.train()
     total = torch.zeros((), device=features.device)
     for i, batch in enumerate(batches):
         batch = torch.from_numpy(batch).to(features.device)
-        loss = classification_loss(model.classify(features[batch]), label[batch], config, weight[batch])
-        ((loss + head_penalty(model, config, len(label))) / config.accumulation).backward()
+        loss = classification_loss(model.classify(features[batch]), answer[batch], config, weight[batch])
+        ((loss + head_penalty(model, config, len(answer))) / config.accumulation).backward()
         total += loss.detach() * len(batch)
         if (i + 1) % config.accumulation == 0 or i + 1 == len(batches):
             torch.nn.utils.clip_grad_norm_(model.cls_head.parameters(), config.clip)
             optimizer.step()
             model.zero_grad(set_to_none=True)  # not the optimizer's alone: full training goes on with all
-    return total.item() / len(label)
+    return total.item() / len(answer)
 
 
 class HeadTraining:
@@ -665,19 +666,19 @@ class HeadTraining:
         cohort = run.dataset.cohort
         points, weight = training_points(cohort, train, config, seed, 0)
         self.features = encode_points(run.model, run.dataset, points, device)
-        self.label = torch.from_numpy(cohort.label[points].astype(np.int64)).to(device)
+        self.answer = torch.from_numpy(cohort.answers[points]).to(device)
         self.weight = torch.from_numpy(weight).to(device)
         if not run.last:
-            prepare_head(run.model, self.features, self.label, self.weight, config, seed)
+            prepare_head(run.model, self.features, self.answer, self.weight, config, seed)
         self.optimizer, self.epochs = head_optimizer(run.model, config), config.epochs(len(points))
 
     def epoch(self, epoch: int) -> float:
         """The mean loss of an epoch, before which several ranks may leave."""
         gathered(None)
         set_rate(self.run, self.optimizer, cosine(self.config.learning_rate, epoch, self.epochs))
-        batches = epoch_batches(np.ones(len(self.label)), self.config.batch_size, self.seed, epoch)
+        batches = epoch_batches(np.ones(len(self.answer)), self.config.batch_size, self.seed, epoch)
         bar = progress(batches, len(batches), f"epoch {epoch + 1}")
-        return head_epoch(self.run.model, self.features, self.label, self.weight, self.optimizer, self.config, bar)
+        return head_epoch(self.run.model, self.features, self.answer, self.weight, self.optimizer, self.config, bar)
 
 
 def train_head(config: FinetuneConfig, run: Run, train, valid, seed: int, device) -> None:
@@ -725,7 +726,8 @@ def train_everything(arguments, config: FinetuneConfig, run: Run, train, valid, 
                 with training.autocast():
                     terms = training.parallel(batch, losses=True)
                     logits = terms.pop("logits")
-                    classification = classification_loss(logits, batch.label, config, batch.weight, total=len(batch))
+                    classification = classification_loss(logits, batch.answer, config, batch.weight,
+                                                         total=len(batch))
                     unlabelled = terms["reconstruction"] + model.config.max_beta * terms["kl"]
                     loss = (classification + head_penalty(model, config, len(learned))
                             + config.reconstruction_weight * unlabelled)

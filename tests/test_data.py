@@ -54,7 +54,7 @@ def test_measurements_equal_a_plain_loop():
 def test_the_label_of_a_stays_one_point_is_asked_for_at_every_set_before_it_too():
     events = [(0, 1.)]
     cohort = cohort_of([[(0, events), (60, events), (180, events), (300, events)], [(5, events)], [(7, events)]])
-    cohort = with_points(cohort, np.array([1, 1, 1]), np.array([240., 5., 7.]), np.array([1, 0, -1]))
+    cohort = with_points(cohort, np.array([1, 1, 1]), np.array([240., 5., 7.]), np.array([1, 0, np.nan]))
     asked, weight = at_every_set(cohort, np.arange(2), np.array([1., 2.]), .6)
     assert asked.point_start.tolist() == [0, 3, 4, 4] and asked.label.tolist() == [1, 1, 1, 0]
     assert asked.point_minute.tolist() == [0, 60, 240, 5]
@@ -67,12 +67,13 @@ def test_a_point_sees_the_last_set_not_after_it_and_a_stay_ends_with_its_last_po
     cohort = cohort_of([[(m, [(0, 1.0), (1, m)]) for m in (0, 10, 20, 30)], [(m, [(2, 1.0)]) for m in (5, 6)],
                         [(7, [(3, 0.0)])]])
     cohort = replace(cohort, point_start=np.array([0, 3, 6, 6]), point_minute=np.array([-1, 10, 25.5, 5, 5.5, 9]),
-                     label=np.array([0, 0, 1, -1, 0, 1], dtype=np.int8))
+                     answers=np.array([[0], [0], [1], [np.nan], [0], [1]], dtype=np.float32))
     dataset = StayDataset(cohort, PLAIN, points=True)
     assert [x.tolist() for x in dataset.sizes(np.arange(3))] == [[3, 2, 0], [6, 2, 0], [2, 3, 0]]
     batch = dataset[np.array([1, 0])]
     assert batch.lengths.tolist() == [2, 3] and batch.minute[:, :3].tolist() == [[5, 6, 0], [0, 10, 20]]
-    assert batch.point.tolist() == [[3, 4, 5], [1, 2, -1]] and batch.label.tolist() == [[-1, 0, 1], [0, 1, -1]]
+    assert batch.point.tolist() == [[3, 4, 5], [1, 2, -1]] and batch.weight.tolist() == [[0, 1, 1], [1, 1, 0]]
+    np.testing.assert_array_equal(batch.answer[..., 0], [[np.nan, 0, 1], [0, 1, np.nan]])
     assert batch.point_slot.tolist() == [[0, 0, 1], [1, 2, 0]]
     close(batch.point_hours, torch.tensor([[0, .5 / 60, 3 / 60], [0, 5.5 / 60, 0]]))
     assert len(batch.event_value) == 8 and batch.variables[:3].tolist() == [0, 1, 2]
@@ -179,7 +180,7 @@ def test_a_training_step_asks_the_device_for_no_value(mode, decoder):
     else:
         model = build(SeqSetVAE, config).to("meta").train()
         losses = model(batch, losses=True)
-        loss = losses["reconstruction"] + classification_loss(losses["logits"], batch.label, FinetuneConfig())
+        loss = losses["reconstruction"] + classification_loss(losses["logits"], batch.answer, FinetuneConfig())
     loss.backward()
     optimizer = torch.optim.AdamW(model.parameters())
     norm = clip_and_step(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), 1.0)
@@ -227,7 +228,7 @@ def test_cohort_sorts_events_into_sets():
     # stay 1 has none
     events = [(2, 30, 1, 5.0), (0, 9, 2, 1.0), (2, 30, 0, 6.0), (0, 3, 2, 2.0), (2, 30, 1, 5.0), (0, 9, 1, 3.0)]
     cohort = build_cohort("handmade", ["z", "b", "a", "never"], *map(np.array, zip(*events)), stay_id=["p", "q", "r"],
-                          label=[1, 0, -1])
+                          answers=[1, 0, np.nan])
     assert as_lists(cohort) == {"p": [(3, [("a", 2)]), (9, [("a", 1), ("b", 3)])],
                                 "r": [(30, [("b", 5), ("z", 6), ("b", 5)])]}
     assert cohort.variables == ["a", "b", "z"] and cohort.label.tolist() == [1, -1]
@@ -237,7 +238,7 @@ def test_cohort_sorts_events_into_sets():
 def test_a_stay_id_that_occurs_twice_is_refused():
     with pytest.raises(InputError, match="stay p occurs more than once"):
         build_cohort("x", ["a"], np.array([0, 1]), np.array([0, 0]), np.array([0, 0]), np.array([1, 1]),
-                     stay_id=["p", "p"], label=[0, 0])
+                     stay_id=["p", "p"], answers=[0, 0])
 
 
 def test_normalizer_is_fitted_on_training_stays_only():
@@ -325,8 +326,8 @@ def test_the_stays_of_a_subject_stay_in_one_part():
 
 
 @pytest.mark.parametrize("label, positive", [
-    ([1] + [0] * 59, [1, 0, 0]), ([0] * 57 + [1, 1, -1], [1, 1, 0]), ([1, 1, 1, 0, 0, 0], [1, 1, 1]),
-    ([1, 0, 0], [1, 0, 0]), ([-1] + [1, 0] * 10, None)])
+    ([1] + [0] * 59, [1, 0, 0]), ([0] * 57 + [1, 1, np.nan], [1, 1, 0]), ([1, 1, 1, 0, 0, 0], [1, 1, 1]),
+    ([1, 0, 0], [1, 0, 0]), ([np.nan] + [1, 0] * 10, None)])
 def test_a_split_that_cannot_be_stratified_is_drawn_all_the_same(label, positive):
     for seed in range(20):
         split = make_splits(stays_with(label), seed)

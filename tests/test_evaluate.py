@@ -607,7 +607,7 @@ def test_a_variable_moves_the_risk_by_what_the_risk_is_without_it():
     for v, name in enumerate(NAMES):
         rest = [(m, kept) for m, events in stay if (kept := [e for e in events if e[0] != v])]
         other = cohort_of([rest, [(5, [(u, 0.) for u in range(7)])]])
-        other = with_points(other, np.array([1, 0]), np.array([last]), np.array([-1]))
+        other = with_points(other, np.array([1, 0]), np.array([last]))
         expected = probability_at(model, StayDataset(other, PLAIN, points=True), np.arange(1), CPU)[0]
         assert without[name] == pytest.approx(expected, abs=1e-5)
     told = risk_over_time(model, dataset, 0)

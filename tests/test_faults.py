@@ -713,7 +713,7 @@ def test_test_stays_change_nothing_that_is_learned_or_chosen(tmp_path, monkeypat
     split[np.flatnonzero(cohort.label == 1)[:3]] = 0, 1, 2  # both classes in each part
     cohort = replace(cohort, split=split.astype(np.int8))
     test = np.flatnonzero(split == 2)
-    other = replace(cohort, event_value=cohort.event_value.copy(), label=cohort.label.copy(),
+    other = replace(cohort, event_value=cohort.event_value.copy(), answers=cohort.answers.copy(),
                     set_minute=cohort.set_minute.copy(), variables=[*cohort.variables, "unseen"],
                     event_variable=cohort.event_variable.copy(), vectors=np.zeros((45, 0), np.float32),
                     statistics=np.full((45, 2), np.nan, np.float32))
@@ -721,7 +721,7 @@ def test_test_stays_change_nothing_that_is_learned_or_chosen(tmp_path, monkeypat
     other.event_value[tested] *= -7
     other.event_variable[tested] = np.where(np.arange(len(tested)) % 2, cohort.variables.index("Weight"), 44)
     other.set_minute[ranges(cohort.stay_start[test], np.diff(cohort.stay_start)[test])] += 99
-    other.label[test] = 1 - other.label[test]
+    other.answers[test] = 1 - other.answers[test]
     for name, data_set in (("a", cohort), ("b", other)):
         monkeypatch.setattr(runs, "load_cohort", lambda *_, data_set=data_set, **__: data_set)
         assert train.main([*PRETRAIN, "--max_epochs", "2", "--run_dir", str(tmp_path / name)]) == 0
@@ -736,8 +736,8 @@ def test_test_stays_change_nothing_that_is_learned_or_chosen(tmp_path, monkeypat
 
 def test_labels_never_reach_pretraining(tmp_path, monkeypatch, small_models):
     cohort = replace(synthetic_cohort(24), split=(np.arange(24) % 3).astype(np.int8))
-    for name, label in (("a", cohort.label), ("b", 1 - cohort.label), ("c", np.full_like(cohort.label, -1))):
-        monkeypatch.setattr(runs, "load_cohort", lambda *_, label=label, **__: replace(cohort, label=label))
+    for name, answers in (("a", cohort.answers), ("b", 1 - cohort.answers), ("c", cohort.answers * np.nan)):
+        monkeypatch.setattr(runs, "load_cohort", lambda *_, answers=answers, **__: replace(cohort, answers=answers))
         assert train.main([*PRETRAIN, "--run_dir", str(tmp_path / name)]) == 0
     same_run(tmp_path / "a", tmp_path / "b"), same_run(tmp_path / "a", tmp_path / "c")
 

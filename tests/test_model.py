@@ -202,7 +202,7 @@ def test_gradients_reach_every_parameter_in_full_training(decoder):
     # a seed with a living ReLU among the gate's 4
     model = build(SeqSetVAE, tiny(classification_only=False, decoder=decoder), seed=3).train()
     losses = model.losses(batch := batch_of(random_stays((4, 6, 9, 5))))
-    (classification_loss(losses["logits"], batch.label, FinetuneConfig()) + losses["reconstruction"]
+    (classification_loss(losses["logits"], batch.answer, FinetuneConfig()) + losses["reconstruction"]
      + losses["kl"]).backward()
     assert without_gradient(model) == set()
 
@@ -212,7 +212,7 @@ def test_frozen_backbone_stays_in_evaluation_mode_and_only_the_head_trains():
     assert model.cls_head.training and not any(m.training for m in [*model.setvae.modules(), *model.history.modules()])
     assert all(p.requires_grad == name.startswith("cls_head.") for name, p in model.named_parameters())
     batch = batch_of(random_stays())
-    classification_loss(model(batch), batch.label, FinetuneConfig()).backward()
+    classification_loss(model(batch), batch.answer, FinetuneConfig()).backward()
     assert without_gradient(model) == set()
     assert all(p.grad is None for name, p in model.named_parameters() if not name.startswith("cls_head."))
 
@@ -310,8 +310,8 @@ def test_focal_loss_equals_its_formula():
     p = np.exp(logits.double().numpy()) / np.exp(logits.double().numpy()).sum(1, keepdims=True)
     p = p[np.arange(6), label]
     expected = -np.where(label == 1, 0.25, 0.75) * (1 - p) ** 2 * np.log(p)  # Lin et al. 2017, eq. 5
-    close(classification_loss(logits, label, FinetuneConfig(loss="focal", focal_alpha=0.25, focal_gamma=2.0)).double(),
-          torch.tensor(expected.mean()))
+    focal = FinetuneConfig(loss="focal", focal_alpha=0.25, focal_gamma=2.0)
+    close(classification_loss(logits, label[:, None].float(), focal).double(), torch.tensor(expected.mean()))
 
 
 def test_every_hidden_layer_of_the_head_that_is_asked_for_is_built():
@@ -444,7 +444,7 @@ def test_set_after_set_equals_the_whole_pass(config):
     asked = np.append((minute[:-1] + minute[1:]) / 2, minute[-1] + 500)
     cohort = replace(cohort_of([stay]), set_minute=minute)
     six = Normalizer(NAMES[:6], PLAIN.mean[:6], PLAIN.std[:6], PLAIN.log_scale[:6])
-    batch = StayDataset(with_points(cohort, np.array([23]), asked, np.full(23, -1)), six, points=True)[np.arange(1)]
+    batch = StayDataset(with_points(cohort, np.array([23]), asked), six, points=True)[np.arange(1)]
     with torch.no_grad():
         (_, _, z, h), features, logits = model.encode(batch), model.features(batch), model(batch)
 

@@ -263,9 +263,9 @@ def test_a_backbone_written_anew_since_is_not_mixed_with_the_old(tmp_path, comma
 def test_labels_that_changed_since_are_not_learned_by_a_resumed_run(tmp_path, command, capsys, monkeypatch):
     cohort = synthetic_cohort(24)
     assert train.main([*command["head"], "--run_dir", str(tmp_path / "run")]) == 0
-    label = cohort.label.copy()
-    label[np.flatnonzero(label == 0)[0]] = 1
-    monkeypatch.setattr(runs, "load_cohort", lambda *_, **__: replace(cohort, label=label))
+    answers = cohort.answers.copy()
+    answers[np.flatnonzero(cohort.label == 0)[0]] = 1
+    monkeypatch.setattr(runs, "load_cohort", lambda *_, **__: replace(cohort, answers=answers))
     capsys.readouterr()
     one_error_line(capsys, train.main(["--resume", str(tmp_path / "run"), "--max_epochs", "2"]), "holds other labels")
 

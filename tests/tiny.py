@@ -48,7 +48,7 @@ def random_stays(lengths=(1, 4, 9, 6), seed=0, valueless=0.0):
 def cohort_of(stays) -> Cohort:
     events = [(p, minute, v, x) for p, stay in enumerate(stays) for minute, events in stay for v, x in events]
     return build_cohort("handmade", NAMES, *map(np.array, zip(*events)),
-                        stay_id=[f"stay{p}" for p in range(len(stays))], label=np.arange(len(stays)) % 2)
+                        stay_id=[f"stay{p}" for p in range(len(stays))], answers=np.arange(len(stays)) % 2)
 
 
 def batch_of(stays, max_groups=6) -> EventBatch:
