@@ -1,5 +1,5 @@
-"""A checkpoint: a model with its vocabulary, normalizer, split, settings and source; opened, checked and exported here.
-Files of the original implementation are read here too."""
+"""A checkpoint: a model with its vocabulary, normalizer, split, settings and source; opened, checked, saved and exported
+here. A file of the original implementation becomes the same object."""
 
 import hashlib
 import io
@@ -7,54 +7,48 @@ import secrets
 import shutil
 import subprocess
 import zipfile
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn as nn
 
 from batches import StayDataset
-from data import SPLITS, Cohort, InputError, Normalizer, make_splits
+from data import SPLITS, Cohort, InputError, Normalizer, make_splits, variable_vectors
 from model import ModelConfig, SeqSetVAE
 from settings import PATHS
 from tables import write_atomically
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Reading, name mapping, the weight report
+# The file: plain types and tensors, every entry checked
 # ----------------------------------------------------------------------------------------------------------------------
 
-CHECKPOINT_FORMAT = 2
-_CHECKPOINT_TYPES = {"mode": str, "model_config": dict, "model": dict, "vocabulary": torch.Tensor, "normalizer": dict,
-                     "split": dict, "subjects": dict, "source": dict, "metrics": dict}  # see train.model_content
-_CHECKPOINT_ENTRIES = {"normalizer": ("variables", "mean", "std", "log_scale", "clip"), "split": SPLITS,
-                       "subjects": SPLITS, "metrics": ("epoch",),
-                       "source": ("data", "fingerprint", "seed", "command", "versions")}
-_WRAPPERS = ("module.", "_orig_mod.", "model.")  # DDP, torch.compile, a LightningModule's attribute
+FORMAT = 3  # 2 had none of the optional entries
+_REQUIRED = {"mode": str, "model_config": dict, "model": dict, "vocabulary": torch.Tensor, "normalizer": dict,
+             "split": dict, "subjects": dict, "source": dict, "metrics": dict}
+_OPTIONAL = {"run": dict, "task": dict, "maps": dict, "asked_at": float, "calibration": dict, "sites": list,
+             "trainer": dict}
+_ENTRIES = {"normalizer": ("variables", "mean", "std", "log_scale", "clip"), "split": SPLITS, "subjects": SPLITS,
+            "metrics": ("epoch",), "source": ("data", "fingerprint", "seed", "command", "versions")}
+_DATA = {"data_dir": (str, type(None)), "synthetic_stays": int, "hours": (int, float),
+               **dict.fromkeys(("params_map", "variables_map", "label_file", "task", "positive", "split_file"), str)}
+_SOURCE = {"data": dict, "fingerprint": str, "command": str, "versions": dict, "seed": int}
+_FORGED = "it is damaged or forged: make it again"
 
 
-# Prefix in the original implementation -> ours.
-_ORIGINAL_NAMES = {
-    "setvae.setvae.": "setvae.", "set_encoder.": "setvae.", "decoder.": "setvae.decoder.", "transformer.": "history.",
-    "post_transformer_norm.": "history.norm.", "rel_time_bucket_embed.": "history.gap_embedding.",
-    "alibi_slope": "history.slope", "time_tau": "history.tau",
-}
-
-
-# No weights of the backbone: the head, what only pretraining and full training use, and the original's second decoder,
-# which never reached a loss.
-_SKIPPED = ("cls_head.", "trees.", "feature_", "vae_feature_fusion.", "mask_token", "setvae.decoder_layers.",
-            "setvae.out.")
-
-
-def read_checkpoint(path, device="cpu") -> dict:
-    """The checkpoint's content: plain types and tensors only, nothing in it is executed.
-    Raises InputError where it cannot be used."""
+def _read(path) -> dict:
+    """The content of a file that torch.save wrote; nothing in it is executed. Raises InputError where it cannot be
+    used. What is read takes no more memory than the file has bytes: nothing in it may be packed or overlap."""
     try:
-        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch.load takes a flipped bit for a weight
-            raise zipfile.BadZipFile("checksum")
-        content = torch.load(path, map_location=device, weights_only=True)
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            if any(member.compress_type != zipfile.ZIP_STORED for member in members) or (
+                    sum(member.file_size for member in members) > Path(path).stat().st_size):
+                raise zipfile.BadZipFile("packed")
+            if archive.testzip():  # torch.load takes a flipped bit for a weight
+                raise zipfile.BadZipFile("checksum")
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint; give the path that train.py printed") from None
     except IsADirectoryError:
@@ -64,107 +58,108 @@ def read_checkpoint(path, device="cpu") -> dict:
                          "it may be truncated or of another program: make it again") from None
     if not isinstance(content, dict) or not content:
         raise InputError(f"{path}: holds {type(content).__name__}, not a checkpoint; give a file that train.py wrote")
-    if content.get("format", CHECKPOINT_FORMAT) != CHECKPOINT_FORMAT:
-        mend = "commit 42f6991 reads it" if content["format"] == 1 else "use the version that wrote it"
-        raise InputError(f"{path}: checkpoint format {content['format']}, this version reads {CHECKPOINT_FORMAT}; "
-                         f"{mend}, or make it again")
-    lacking = [name for name, kind in _CHECKPOINT_TYPES.items() if not isinstance(content.get(name), kind)]
-    lacking = lacking or [f"{name}[{entry}]" for name, entries in _CHECKPOINT_ENTRIES.items() for entry in entries
-                          if entry not in content[name]]
-    if "format" in content and lacking:
-        raise InputError(f"{path}: a checkpoint without {', '.join(lacking)}; it was not written by train.py: "
-                         "make it again")
     return content
 
 
-def checkpoint_state(content: dict, path) -> dict[str, torch.Tensor]:
-    """State dict under our names, from our checkpoints, the original's (Lightning) or a bare state dict,
-    behind any wrapper's prefix."""
-    state = content["model"] if "format" in content else content.get("state_dict", content)
-    if not isinstance(state, dict) or not state or not all(torch.is_tensor(t) for t in state.values()):
+def _check(content: dict, path) -> None:
+    """Raises InputError where the content is of another format, or was not written by train.py."""
+    version = content["format"]
+    if version not in (2, FORMAT):
+        mend = "commit 42f6991 reads it" if version == 1 else "use the version that wrote it"
+        raise InputError(f"{path}: checkpoint format {version}, this version reads {FORMAT}; {mend}, or make it again")
+    if version == 2 and "trainer" in content:
+        raise InputError(f"{path}: the last.pt of an earlier version; commit 96d43df resumes it (its best.pt is read)")
+    lacking = [name for name, kind in _REQUIRED.items() if not isinstance(content.get(name), kind)]
+    lacking = lacking or [f"{name}[{entry}]" for name, entries in _ENTRIES.items() for entry in entries
+                          if entry not in content[name]]
+    lacking += [name for name, kind in _OPTIONAL.items() if not isinstance(content.get(name), (kind, type(None)))]
+    if lacking:
+        raise InputError(f"{path}: a checkpoint without {', '.join(lacking)}; it was not written by train.py: "
+                         "make it again")
+    source = content["source"]
+    threshold = content["metrics"].get("threshold", 0.5)
+    texts = {f"{name} of {part}": ids for name in ("split", "subjects") for part, ids in content[name].items()}
+    strange = [name for name, ids in texts.items()
+               if not isinstance(ids, list) or not all(isinstance(text, str) for text in ids)]
+    strange += [f"{name} of the source" for name, kind in _SOURCE.items() if not isinstance(source[name], kind)]
+    if isinstance(source["data"], dict):
+        strange += [f"{str(name)[:40]!r} of the source's data" for name, value in source["data"].items()
+                    if type(value) is bool or not isinstance(value, _DATA.get(name, ()))]
+    if type(threshold) is not float or not 0 <= threshold <= 1:
+        strange.append("the threshold")
+    if strange:
+        raise InputError(f"{path}: {strange[0]} is nothing that train.py writes; {_FORGED}")
+
+
+def _config(content: dict, path) -> ModelConfig:
+    """The model config that the file records. Raises InputError where it is none, or is that of other tensors."""
+    sizes, vocabulary = content["model_config"], content["vocabulary"]
+    if content["mode"] == "pretrain":  # finetuning chooses the features; earlier versions knew others
+        sizes = {name: value for name, value in sizes.items() if name != "features"}
+    unknown = sorted(set(sizes) - {f.name for f in fields(ModelConfig)} | {"num_variables"} - set(sizes), key=str)
+    if unknown:
+        raise InputError(f"{path}: unknown or missing entry {unknown[0]!r} in its model config; "
+                         "use the version that wrote it")
+    try:
+        config = ModelConfig(**sizes)
+    except InputError as error:
+        raise InputError(f"{path}: {error}; it is damaged, or of another version") from None
+    variables = len(content["normalizer"]["variables"])
+    if not tuple(vocabulary.shape) == (config.num_variables, config.input_dim) == (variables, config.input_dim) or (
+            vocabulary.dtype != torch.float32):
+        raise InputError(f"{path}: its vocabulary {list(vocabulary.shape)}, its normalizer of {variables} variables and "
+                         f"its model config of {config.num_variables} x {config.input_dim} disagree; {_FORGED}")
+    return config
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Weights
+# ----------------------------------------------------------------------------------------------------------------------
+
+_WRAPPERS = ("module.", "_orig_mod.", "model.")  # DDP, torch.compile, a LightningModule's attribute
+# Prefix in the original implementation -> ours.
+_ORIGINAL_NAMES = {
+    "setvae.setvae.": "setvae.", "set_encoder.": "setvae.", "decoder.": "setvae.decoder.", "transformer.": "history.",
+    "post_transformer_norm.": "history.norm.", "rel_time_bucket_embed.": "history.gap_embedding.",
+    "alibi_slope": "history.slope", "time_tau": "history.tau",
+}
+# No weights of the backbone: the head, what only pretraining and full training use, and the original's second decoder,
+# which never reached a loss.
+_SKIPPED = ("cls_head.", "trees.", "feature_", "vae_feature_fusion.", "mask_token", "setvae.decoder_layers.",
+            "setvae.out.")
+
+
+def _weights(state, path, original: bool) -> dict[str, torch.Tensor]:
+    """A state dict under our names, behind any wrapper's prefix. Raises InputError where it is none."""
+    if not isinstance(state, dict) or not state or not all(
+            torch.is_tensor(t) and t.layout == torch.strided for t in state.values()):
         raise InputError(f"{path}: no state dict in it; give a checkpoint that train.py or the original implementation "
                          "wrote")
     ours = {}
     for name, tensor in state.items():
         while (prefix := next((p for p in _WRAPPERS if name.startswith(p)), None)):
             name = name[len(prefix):]
-        original = None if "format" in content else next((p for p in _ORIGINAL_NAMES if name.startswith(p)), None)
-        if original == "alibi_slope":
+        if original and (prefix := next((p for p in _ORIGINAL_NAMES if name.startswith(p)), None)):
             # The original's sign error kept its bias at zero for the whole past: slope 0 reproduces its outputs.
-            tensor = torch.zeros_like(tensor)
-        ours[_ORIGINAL_NAMES[original] + name[len(original):] if original else name] = tensor
+            tensor = torch.zeros_like(tensor) if prefix == "alibi_slope" else tensor
+            name = _ORIGINAL_NAMES[prefix] + name[len(prefix):]
+        ours[name] = tensor
     return ours
 
 
-def load_checkpoint_weights(path, device="cpu") -> dict[str, torch.Tensor]:
-    """State dict under our names of the checkpoint at `path` (see `read_checkpoint`, `checkpoint_state`)."""
-    return checkpoint_state(read_checkpoint(path, device), path)
-
-
-def checkpoint_config(content: dict, num_variables: int, path, set_heads: int | None = None,
-                      transformer_heads: int | None = None) -> ModelConfig:
-    """The model config of a checkpoint: recorded in ours. Of an original one, V is the data's, every size is read off
-    the weights' shapes, and the numbers of heads, which leave no trace in a shape, come from its hyper_parameters or,
-    in a bare state dict, are given."""
-    if "format" in content:
-        sizes = content["model_config"]
-        if content.get("mode") == "pretrain":  # finetuning chooses the features; earlier versions knew others
-            sizes = {name: value for name, value in sizes.items() if name != "features"}
-        unknown = sorted(set(sizes) - {f.name for f in fields(ModelConfig)} | {"num_variables"} - set(sizes), key=str)
-        if unknown:
-            raise InputError(f"{path}: unknown or missing entry {unknown[0]!r} in its model config; "
-                             "use the version that wrote it")
-        make = ModelConfig
-    else:
-        state = checkpoint_state(content, path)
-        names = {"reduced": "setvae.dim_reducer.weight", "embed": "setvae.embed.0.weight",
-                 "inducing": "setvae.encoder_layers.0.inducing", "ff": "history.layers.0.linear1.weight",
-                 "decoder": "setvae.decoder.out.weight"}
-        if (lacking := [name for name in names.values() if name not in state]):
-            raise InputError(f"{path}: no {lacking[0]} in its state dict; give a checkpoint of train.py, or the whole "
-                             "model of the original implementation")
-        shape = {size: state[name].shape for size, name in names.items()}
-        given = content.get("hyper_parameters")
-        given = given if isinstance(given, dict) else {}
-        heads = {"set_heads": set_heads or given.get("heads"),
-                 "heads": transformer_heads or given.get("transformer_heads")}
-        for (name, number), option in zip(heads.items(), ("--set_heads", "--transformer_heads")):
-            if not number:
-                raise InputError(f"{path}: a bare state dict does not tell its numbers of attention heads; "
-                                 f"give {option} (the original's default: {getattr(ModelConfig.original(1), name)})")
-            if shape["embed"][0] % number:
-                raise InputError(f"{path}: {number} heads do not divide its width of {shape['embed'][0]}; "
-                                 f"correct {option}")
-        levels, layers = (len({name[len(prefix):].split(".")[0] for name in state if name.startswith(prefix)})
-                          for prefix in ("setvae.encoder_layers.", "history.layers."))
-        make = ModelConfig.original
-        sizes = dict(num_variables=num_variables, **heads, input_dim=shape["reduced"][1],
-                     reduced_dim=shape["reduced"][0], set_dim=shape["embed"][0], latent_dim=shape["embed"][0],
-                     inducing=shape["inducing"][0], ff_dim=shape["ff"][0], levels=levels, layers=layers)
-    try:
-        config = make(**sizes)
-    except InputError as error:
-        raise InputError(f"{path}: {error}; it is damaged, or of another version") from None
-    held = tuple(content["vocabulary"].shape) if "format" in content else (num_variables, config.input_dim)
-    if not held == (config.num_variables, config.input_dim) == (num_variables, config.input_dim):
-        raise InputError(f"{path}: its vocabulary {list(held)}, its normalizer of {num_variables} variables and its "
-                         f"model config of {config.num_variables} x {config.input_dim} disagree; "
-                         "it is damaged or forged")
-    return config
-
-
-def load_weights(model: nn.Module, state: dict[str, torch.Tensor], path) -> None:
+def load_weights(model: SeqSetVAE, state: dict[str, torch.Tensor], path) -> None:
     """Copy every weight of a checkpoint into the model of its config. Raises InputError where they disagree."""
     own = model.state_dict()
     wrong = sorted(own.keys() ^ state.keys()) + [name for name in own.keys() & state.keys()
-                                                 if own[name].shape != getattr(state[name], "shape", None)]
+                                                 if own[name].shape != state[name].shape
+                                                 or own[name].dtype != state[name].dtype]
     if wrong:
-        raise InputError(f"{path}: weight {wrong[0]} is missing, unknown or of another shape than its model config "
-                         "says; use the version that wrote it")
+        raise InputError(f"{path}: weight {wrong[0]} is missing, unknown or of another shape or type than its model "
+                         "config says; use the version that wrote it")
     model.load_state_dict(state)
     trees = getattr(model, "trees", None)
     if trees is not None and not 0 <= trees.feature.min() <= trees.feature.max() < model.feature_sizes()["summaries"]:
-        raise InputError(f"{path}: its trees ask for features that the model does not have; it is damaged or forged")
+        raise InputError(f"{path}: its trees ask for features that the model does not have; {_FORGED}")
 
 
 @dataclass
@@ -190,107 +185,221 @@ class WeightReport:
         return "\n".join(lines)
 
 
-def load_backbone(model: SeqSetVAE, state: dict[str, torch.Tensor]) -> WeightReport:
-    """Copy every backbone weight of `state` (our names) into `model`, and account for each."""
-    own = {name: p for name, p in model.state_dict().items() if name.startswith(SeqSetVAE.BACKBONE)}
-    absent = [name for name in own if name not in state and name != "mask_token"]  # a backbone that hid no set has none
-    report = WeightReport([], [], absent, [], [])
-    for name, tensor in state.items():
-        if name not in own:
-            (report.skipped if name.startswith(_SKIPPED) else report.unexpected).append(name)
-        elif own[name].shape != tensor.shape:
-            report.mismatched.append(name)
-        else:
-            own[name].copy_(tensor)
-            report.loaded.append(name)
-    return report
-
-
-def original_classifier(content: dict, config: ModelConfig, vocabulary: torch.Tensor, path) -> SeqSetVAE:
-    """The classifier of a checkpoint that the original implementation finetuned,
-    in its classification-only mode: stable features, one head."""
-    state = checkpoint_state(content, path)
-    head = {name.removeprefix("cls_head."): tensor for name, tensor in state.items() if name.startswith("cls_head.")}
-    if not head:
-        raise InputError(f"{path}: not a finetuned checkpoint; make one with: "
-                         f"python train.py --mode finetune --pretrained_ckpt {path}")
-    model = SeqSetVAE(config, vocabulary)
-    report = load_backbone(model, state)
-    wrong = report.missing + report.mismatched
-    wrong += [f"cls_head.{name}" for name, own in model.cls_head.state_dict().items()
-              if name not in head or head[name].shape != own.shape]
-    if wrong:
-        raise InputError(f"{path}: {', '.join(wrong[:3])} missing or of another shape than in the original "
-                         "implementation; give its whole checkpoint")
-    model.cls_head.load_state_dict(head)
-    return model.eval()
-
-
-def classifier_of(path, content: dict) -> SeqSetVAE:
-    """The model of a finetuned checkpoint with this content, in evaluation mode."""
-    if content.get("mode") != "finetune":
-        raise InputError(f"{path}: not a finetuned checkpoint; make one with: "
-                         f"python train.py --mode finetune --pretrained_ckpt {path}")
-    variables = len(content["normalizer"]["variables"])
-    model = SeqSetVAE(checkpoint_config(content, variables, path), content["vocabulary"])
-    load_weights(model, content["model"], path)
-    return model.eval()
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# Whom a checkpoint knows, and with which data it goes
+# The checkpoint
 # ----------------------------------------------------------------------------------------------------------------------
 
 HASHED = "sha256:"
 
 
+@dataclass
+class Checkpoint:
+    """All that a file of train.py holds. One of the original implementation has weights alone until `completed`."""
+
+    path: str | Path
+    mode: str                               # pretrain or finetune
+    config: ModelConfig | None
+    weights: dict[str, torch.Tensor]        # under our names
+    vocabulary: torch.Tensor | None         # [V, input_dim]
+    normalizer: Normalizer | None
+    split: dict[str, list[str]]             # stay ids (or hashes, see `salted`) of train, valid and test
+    subjects: dict[str, list[str]]          # the same of subjects
+    source: dict                            # see `runs.source_of`
+    metrics: dict                           # of the epoch; of a finetuned one with its threshold
+    run: dict | None = None                 # options and settings of the run; an export has none
+    task: dict | None = None                # what was asked, see tasks.py
+    maps: dict | None = None                # "variables": {source: (name, factor, offset)}, "positive": word
+    asked_at: float | None = None           # hours after admission, where all training questions share one time
+    calibration: dict | None = None
+    sites: list | None = None
+    trainer: dict | None = None             # of a last.pt, see `runs.Run`
+    original: bool = False
+
+    @classmethod
+    def open(cls, path) -> "Checkpoint":
+        """The checkpoint in a file. Raises InputError where it cannot be used."""
+        content = _read(path)
+        if "format" not in content:
+            return cls._of_original(content, path)
+        _check(content, path)
+        rest = {name: content[name] for name in ("mode", "split", "subjects", "source", "metrics", *_OPTIONAL)
+                if name in content}
+        return cls(path, config=_config(content, path), weights=_weights(content["model"], path, original=False),
+                   vocabulary=content["vocabulary"], normalizer=Normalizer.from_state(content["normalizer"], path),
+                   **rest)
+
+    @classmethod
+    def _of_original(cls, content: dict, path) -> "Checkpoint":
+        weights = _weights(content.get("state_dict", content), path, original=True)
+        finetuned = any(name.startswith("cls_head.") for name in weights)
+        given = content.get("hyper_parameters")
+        given = given if isinstance(given, dict) else {}
+        source = {"command": "the original implementation", "fingerprint": "", "data": {},
+                  "heads": (given.get("heads"), given.get("transformer_heads")),
+                  "versions": {"pytorch-lightning": str(content.get("pytorch-lightning_version", "unknown"))}}
+        return cls(path, "finetune" if finetuned else "pretrain", None, weights, None, None, {}, {}, source,
+                   {"epoch": content.get("epoch"), "threshold": 0.5}, original=True)
+
+    def completed(self, cohort: Cohort, stays: np.ndarray, set_heads=None, transformer_heads=None) -> "Checkpoint":
+        """One of the original implementation with what its data give: the variables' vectors, and their statistics in
+        these stays. Every size is read off the weights' shapes. The numbers of heads leave no trace in a shape: they
+        are given, or come from its hyper_parameters. Another checkpoint is returned as it is."""
+        if not self.original:
+            return self
+        names = {"reduced": "setvae.dim_reducer.weight", "embed": "setvae.embed.0.weight",
+                 "inducing": "setvae.encoder_layers.0.inducing", "ff": "history.layers.0.linear1.weight",
+                 "decoder": "setvae.decoder.out.weight"}
+        if lacking := [name for name in names.values() if name not in self.weights or self.weights[name].dim() != 2]:
+            raise InputError(f"{self.path}: no {lacking[0]} in its state dict; give a checkpoint of train.py, or the "
+                             "whole model of the original implementation")
+        shape = {size: self.weights[name].shape for size, name in names.items()}
+        heads = {"set_heads": set_heads or self.source["heads"][0],
+                 "heads": transformer_heads or self.source["heads"][1]}
+        for (name, number), option in zip(heads.items(), ("--set_heads", "--transformer_heads")):
+            if type(number) is not int or number < 1:
+                raise InputError(f"{self.path}: a bare state dict does not tell its numbers of attention heads; "
+                                 f"give {option} (the original's default: {getattr(ModelConfig.original(1), name)})")
+            if shape["embed"][0] % number:
+                raise InputError(f"{self.path}: {number} heads do not divide its width of {shape['embed'][0]}; "
+                                 f"correct {option}")
+        levels, layers = (len({name[len(prefix):].split(".")[0] for name in self.weights if name.startswith(prefix)})
+                          for prefix in ("setvae.encoder_layers.", "history.layers."))
+        sizes = dict(input_dim=shape["reduced"][1], reduced_dim=shape["reduced"][0], set_dim=shape["embed"][0],
+                     latent_dim=shape["embed"][0], inducing=shape["inducing"][0], ff_dim=shape["ff"][0], levels=levels,
+                     layers=layers)
+        try:
+            config = ModelConfig.original(len(cohort.variables), **heads, **sizes)
+        except InputError as error:
+            raise InputError(f"{self.path}: {error}; it is damaged, or of another version") from None
+        return replace(self, config=config, normalizer=Normalizer.fit(cohort, stays),
+                       vocabulary=variable_vectors(cohort.variables, config.input_dim, cohort.vectors),
+                       source=self.source | {"fingerprint": cohort.fingerprint})
+
+    # ---- the model ---------------------------------------------------------------------------------------------------
+
+    def classifier(self) -> SeqSetVAE:
+        """The finetuned model, in evaluation mode. Raises InputError where it is not finetuned, or its weights are
+        others than its config says."""
+        if self.mode != "finetune":
+            raise InputError(f"{self.path}: not a finetuned checkpoint; make one with: "
+                             f"python train.py --mode finetune --pretrained_ckpt {self.path}")
+        with torch.random.fork_rng(devices=[]):  # the weights that a module draws are overwritten
+            model = SeqSetVAE(self.config, self.vocabulary)
+        weights = self.weights
+        if self.original:  # its second decoder and what only training used are left out; a buffer keeps its value
+            expected = model.state_dict()
+            kept = {name: tensor.float() for name, tensor in weights.items() if name in expected}
+            weights = {name: tensor for name, tensor in expected.items()
+                       if not name.startswith((*SeqSetVAE.BACKBONE, "cls_head."))} | kept
+        load_weights(model, weights, self.path)
+        return model.eval()
+
+    def backbone_into(self, model: SeqSetVAE) -> WeightReport:
+        """Copy every weight of the backbone into `model`, and account for each."""
+        own = {name: p for name, p in model.state_dict().items() if name.startswith(SeqSetVAE.BACKBONE)}
+        # A backbone that hid no set has no mask token.
+        absent = [name for name in own if name not in self.weights and name != "mask_token"]
+        report = WeightReport([], [], absent, [], [])
+        for name, tensor in self.weights.items():
+            if name not in own:
+                (report.skipped if name.startswith(_SKIPPED) else report.unexpected).append(name)
+            elif own[name].shape != tensor.shape:
+                report.mismatched.append(name)
+            else:
+                own[name].copy_(tensor)
+                report.loaded.append(name)
+        return report
+
+    # ---- the data ----------------------------------------------------------------------------------------------------
+
+    def data_settings(self, given: dict) -> dict:
+        """The options with which its data are read: those given, else its own; of other data than its own only its
+        question (hours) is. Labels that are given replace its own."""
+        own = self.source["data"]
+        if "data_dir" in given:
+            own = {"hours": own["hours"]} if "hours" in own else {}
+        elif {"label_file", "task"} & set(given):
+            own = {name: value for name, value in own.items() if name not in ("label_file", "task", "positive")}
+        data = own | given
+        if data.get("data_dir", "") is None:
+            raise InputError(f"{self.path}: an exported checkpoint, which does not tell where its data lie; give "
+                             "--data_dir")
+        return data
+
+    def is_new(self, cohort: Cohort) -> bool:
+        """Whether the cohort is not the one that it was trained on (by content)."""
+        return cohort.fingerprint != self.source["fingerprint"]
+
+    def recognising(self, cohort: Cohort) -> "Checkpoint":
+        """The same with the cohort's ids in place of their hashes; an id without a match is kept as it is."""
+        salts = {name.split(":")[1] for parts in (self.split, self.subjects) for ids in parts.values() for name in ids
+                 if name.startswith(HASHED)}
+        ids = np.union1d(cohort.subject, cohort.stay_id).tolist() if salts else []
+        known = {salted(salt, name): name for salt in salts for name in ids}
+        split, subjects = ({part: [known.get(name, name) for name in ids] for part, ids in parts.items()}
+                           for parts in (self.split, self.subjects))
+        return replace(self, split=split, subjects=subjects)
+
+    def dataset(self, cohort: Cohort) -> StayDataset:
+        """A cohort with its vocabulary and normalisation. Raises InputError where they share no variable."""
+        dataset = StayDataset(cohort, self.normalizer, points=True)
+        if len(dataset.unknown_variables) == len(cohort.variables):
+            named = ", ".join(cohort.variables[:5])
+            raise InputError(f"{self.path}: its vocabulary holds none of the data's variables ({named} ...); pretrain "
+                             "on this data, or rename its variables")
+        return dataset
+
+    def known_part(self, cohort: Cohort, new: bool) -> np.ndarray:
+        """[P] code of the part in which it knows each stay, -1 where it does not. By the subject's name, by the stay's
+        where it or the data name no patients, and in its own data (not `new`), where labels may name patients that
+        were not known then. All stays of a subject are in the first of train, valid, test."""
+        part, nameless = np.full(len(cohort), -1, dtype=np.int8), cohort.subject == cohort.stay_id
+        for code, name in reversed([*enumerate(SPLITS)]):
+            subjects = self.subjects.get(name, [])
+            mine = np.isin(cohort.subject, subjects) | np.isin(cohort.stay_id, subjects)
+            mine |= (nameless | (not new)) & np.isin(cohort.stay_id, self.split.get(name, []))
+            part[np.isin(cohort.subject, cohort.subject[mine])] = code
+        return part
+
+    # ---- the file ----------------------------------------------------------------------------------------------------
+
+    @property
+    def record(self) -> dict:
+        """What the config.json beside it says too."""
+        return {"mode": self.mode, "run": self.run, "model_config": asdict(self.config), "source": self.source}
+
+    def save(self, path) -> None:
+        """Write it to a file, whole or not at all."""
+        content = {name: value for name in _OPTIONAL if (value := getattr(self, name)) is not None}
+        content |= {"format": FORMAT, "mode": self.mode, "model_config": asdict(self.config), "model": self.weights,
+                    "vocabulary": self.vocabulary, "normalizer": self.normalizer.state_dict(), "split": self.split,
+                    "subjects": self.subjects, "source": self.source, "metrics": self.metrics}
+        buffer = io.BytesIO()  # given a path, torch.save would record its name, and not say what went wrong
+        torch.save(content, buffer)
+        write_atomically(path, lambda out: out.write_bytes(buffer.getbuffer()))
+
+    def export(self, path) -> None:
+        """Write a checkpoint of equal predictions that names no stay, subject, path, command or machine. What stands
+        for ids (see `salted`) still tells whom of other data it was trained on, and of its own data the test split."""
+        if self.original:
+            raise InputError(f"{self.path}: of the original implementation, which records no ids and paths; give it as "
+                             "it is")
+        salt, source = secrets.token_hex(8), self.source
+        data = {name: source["data"][name] for name in ("hours", "synthetic_stays") if name in source["data"]}
+        kept = {name: source.get(name) for name in ("seed", "fingerprint", "commit", "versions", "precision")} | {
+            "command": "a command that an exported checkpoint does not tell",
+            "data": data | ({"data_dir": None} if source["data"].get("data_dir", "") != "" else {})}
+        split, subjects = ({part: sorted(text if text.startswith(HASHED) else salted(salt, text) for text in ids)
+                            for part, ids in parts.items()} for parts in (self.split, self.subjects))
+        replace(self, source=kept, split=split, subjects=subjects, run=None, trainer=None).save(path)
+        print(f"exported: {path}, without paths and commands; salted hashes stand for the ids of "
+              f"{sum(map(len, split.values())):,} stays, names and statistics of the variables are in it")
+
+
 def salted(salt: str, name: str) -> str:
-    """What stands for an id in a checkpoint that shall not hold it (see `export`). It cannot be read off, but
-    whoever has a list of ids, or can guess them, can tell which are meant."""
+    """What stands for an id in a checkpoint that shall not hold it (see `Checkpoint.export`). It cannot be read off,
+    but whoever has a list of ids, or can guess them, can tell which are meant."""
     return f"{HASHED}{salt}:{hashlib.sha256((salt + name).encode()).hexdigest()[:16]}"
-
-
-def recognised(parts: dict[str, list[str]], ids: np.ndarray) -> dict[str, list[str]]:
-    """A split with these ids in place of what stands for them; what stands for none of them stays."""
-    salts = {name.split(":")[1] for names in parts.values() for name in names if name.startswith(HASHED)}
-    known = {salted(salt, name): name for salt in salts for name in ids.tolist()}
-    return {part: [known.get(name, name) for name in names] for part, names in parts.items()}
-
-
-def data_of(content: dict, given: dict) -> dict:
-    """The options with which a checkpoint's data are read: those given, else its own; of other data than its own only
-    its question (hours) is. Labels that are given replace its own."""
-    own = content["source"]["data"] if "format" in content else {}
-    if "data_dir" in given:
-        own = {"hours": own["hours"]} if "hours" in own else {}
-    elif {"label_file", "task"} & set(given):
-        own = {name: value for name, value in own.items() if name not in ("label_file", "task", "positive")}
-    return own | given
-
-
-def dataset_of(path, content: dict, cohort: Cohort) -> StayDataset:
-    """A cohort with the vocabulary and normalisation of a checkpoint. Raises InputError where they share no
-    variable."""
-    dataset = StayDataset(cohort, Normalizer.from_state(content["normalizer"], path), points=True)
-    if len(dataset.unknown_variables) == len(cohort.variables):
-        named = ", ".join(cohort.variables[:5])
-        raise InputError(f"{path}: its vocabulary holds none of the data's variables ({named} ...); pretrain on this "
-                         "data, or rename its variables")
-    return dataset
-
-
-def known_part(content: dict, split: dict, cohort: Cohort, new: bool) -> np.ndarray:
-    """[P] code of the part in which a checkpoint, trained by this split, knows each stay, -1 where it does not. By the
-    subject's name, by the stay's where the checkpoint or the data name no patients, and in the checkpoint's own data
-    (not `new`), where labels may name patients that were not known then. All stays of a subject are in the first of
-    train, valid, test."""
-    part, nameless = np.full(len(cohort), -1, dtype=np.int8), cohort.subject == cohort.stay_id
-    for code, name in reversed([*enumerate(SPLITS)]):
-        told = content.get("subjects", {}).get(name, [])
-        mine = np.isin(cohort.subject, told) | np.isin(cohort.stay_id, told)
-        mine |= (nameless | (not new)) & np.isin(cohort.stay_id, split.get(name, []))
-        part[np.isin(cohort.subject, cohort.subject[mine])] = code
-    return part
 
 
 def splits_beside(known: np.ndarray, cohort: Cohort, seed: int) -> dict[str, list[str]]:
@@ -300,33 +409,6 @@ def splits_beside(known: np.ndarray, cohort: Cohort, seed: int) -> dict[str, lis
     for code, ids in enumerate(make_splits(cohort, seed).values()):
         part[np.isin(cohort.stay_id, ids) & (part < 0)] = code
     return {name: cohort.stay_id[part == code].tolist() for code, name in enumerate(SPLITS)}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# A checkpoint to give away
-# ----------------------------------------------------------------------------------------------------------------------
-
-def export(path, out) -> None:
-    """Write a checkpoint of equal predictions that names no stay, subject, path, command or machine. What stands for
-    ids (see `data.salted`) still tells whom of other data it was trained on, and of its own data the test split."""
-    content = read_checkpoint(path)
-    if "format" not in content:
-        raise InputError(f"{path}: of the original implementation, which records no ids and paths; give it as it is")
-    salt, source = secrets.token_hex(8), content["source"]
-    data = {name: source["data"][name] for name in ("hours", "synthetic_stays") if name in source["data"]}
-    kept = {name: content[name] for name in ("format", "mode", "model_config", "model", "vocabulary", "normalizer",
-                                             "metrics")}
-    kept["source"] = {name: source.get(name) for name in ("seed", "fingerprint", "commit", "versions", "precision")} | {
-        "command": "a command that an exported checkpoint does not tell",
-        "data": data | ({"data_dir": None} if source["data"].get("data_dir", "") != "" else {})}
-    for name in ("split", "subjects"):
-        kept[name] = {part: sorted(text if text.startswith(HASHED) else salted(salt, text) for text in ids)
-                      for part, ids in content[name].items()}
-    buffer = io.BytesIO()  # given a path, torch.save would record its name
-    torch.save(kept, buffer)
-    write_atomically(out, lambda file: file.write_bytes(buffer.getbuffer()))
-    print(f"exported: {out}, without paths and commands; salted hashes stand for the ids of "
-          f"{sum(map(len, kept['split'].values())):,} stays, names and statistics of the variables are in it")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import io
 import sys
 import tempfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,9 @@ import torch
 
 import runs
 from batches import StayDataset
-from checkpoint import (checkpoint_config, classifier_of, data_of, dataset_of, original_classifier,
-                        read_checkpoint, recognised)
-from data import (InputError, Normalizer, build_cohort, make_splits, point_slots, stay_event_index, stays_of,
-                  stays_with, variable_vectors, with_points)
+from checkpoint import Checkpoint
+from data import (Cohort, InputError, Normalizer, build_cohort, make_splits, point_slots, stay_event_index, stays_of,
+                  stays_with, with_points)
 from metrics import AHEAD, of_challenge_2019
 from model import SeqSetVAE
 from readers import load_cohort, read_map
@@ -33,53 +33,44 @@ from tables import BEYOND, MISSING, TRUTH
 CPU = torch.device("cpu")
 
 
-def open_checkpoint(path, given: dict = {}):
-    """A checkpoint and its data, or the data given (options, see DATA): (content, cohort, dataset, split, new).
-
-    `new`: the cohort is not the one that the checkpoint was trained on (by content). An original checkpoint holds no
-    vocabulary, normalizer or split: they are then the data's own.
-    """
-    content = from_rank_0(lambda: read_checkpoint(path))
-    data = data_of(content, given)
-    if data.get("data_dir", "") is None:
-        raise InputError(f"{path}: an exported checkpoint, which does not tell where its data lie; give --data_dir")
+def open_checkpoint(path, given: dict = {}) -> tuple[Checkpoint, Cohort]:
+    """A checkpoint, which recognises the ids of its data, and these data, or those given (options, see DATA). The split
+    of an original checkpoint is that of the data's folder, whatever --split says; without one it is empty."""
+    checkpoint = from_rank_0(lambda: Checkpoint.open(path))
+    data = checkpoint.data_settings(given)
     cohort = read_cohort(data)
-    if "format" not in content:
+    if checkpoint.original:
         apart = ("split_file", "label_file", "task", "positive")
         own = read_cohort({name: value for name, value in data.items() if name not in apart})
-        told = (own.split >= 0).any()  # by its folder: so it was trained, whatever --split says
-        return content, cohort, None, make_splits(own, 0) if told else {}, True
-    content |= {"split": recognised(content["split"], cohort.stay_id),
-                "subjects": recognised(content["subjects"], np.union1d(cohort.subject, cohort.stay_id))}
-    dataset = dataset_of(path, content, cohort)
-    return content, cohort, dataset, content["split"], cohort.fingerprint != content["source"]["fingerprint"]
+        if (own.split >= 0).any():
+            checkpoint = replace(checkpoint, split=make_splits(own, 0))
+    return checkpoint.recognising(cohort), cohort
 
 
-def open_classifier(path, given: dict = {}, set_heads=None, transformer_heads=None):
-    """A finetuned checkpoint ready to score: (model, content, cohort, dataset, new); see `train.open_checkpoint`."""
-    content, cohort, dataset, split, new = open_checkpoint(path, given)
-    if "format" not in content:
-        return open_original(path, content, split, cohort, set_heads, transformer_heads)
-    return classifier_of(path, content), content, cohort, dataset, new
+class Predictor:
+    """A finetuned checkpoint that answers, opened once."""
 
+    def __init__(self, checkpoint: Checkpoint | str | Path, device: str = "auto"):
+        self.device = choose_device(device, "fp32")[0]
+        self.checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
+        self.model = self.checkpoint.classifier().to(self.device)
 
-def open_original(path, content, split, cohort, set_heads, transformer_heads):
-    """The same of a checkpoint that the original implementation finetuned. It holds weights alone: the variables'
-    vectors, their statistics and the split (empty: to be drawn) are the data's, and no threshold was chosen."""
-    config = checkpoint_config(content, len(cohort.variables), path, set_heads, transformer_heads)
-    for what, given, mend in (("vectors", cohort.vectors, "put its cached.csv beside patient_ehr"),
-                              ("statistics", cohort.statistics, "give its --params_map")):
-        if np.isnan(given).all():
-            raise InputError(f"{path}: an original checkpoint, made with {what} of the variables "
-                             f"that it does not hold; {mend}")
-    model = original_classifier(content, config, variable_vectors(cohort.variables, config.input_dim, cohort.vectors),
-                                path)
-    split = split or make_splits(cohort, 0)
-    dataset = StayDataset(cohort, Normalizer.fit(cohort, stays_of(cohort, split["train"])), points=True)
-    source = {"command": "the original implementation", "fingerprint": cohort.fingerprint,
-              "versions": {"pytorch-lightning": str(content.get("pytorch-lightning_version", "unknown"))}}
-    metrics = {"epoch": content.get("epoch"), "threshold": 0.5}
-    return model, content | {"source": source, "split": split, "metrics": metrics}, cohort, dataset, False
+    @classmethod
+    def with_data(cls, path, given: dict = {}, device: str = "auto", set_heads=None, transformer_heads=None
+                  ) -> tuple["Predictor", StayDataset]:
+        """A predictor and the data that its checkpoint names, or those given; see `open_checkpoint`."""
+        checkpoint, cohort = open_checkpoint(path, given)
+        if checkpoint.original and checkpoint.mode == "finetune":
+            for what, known, mend in (("vectors", cohort.vectors, "put its cached.csv beside patient_ehr"),
+                                      ("statistics", cohort.statistics, "give its --params_map")):
+                if np.isnan(known).all():
+                    raise InputError(f"{path}: an original checkpoint, made with {what} of the variables "
+                                     f"that it does not hold; {mend}")
+            checkpoint = replace(checkpoint, split=checkpoint.split or make_splits(cohort, 0))
+            train = stays_of(cohort, checkpoint.split["train"])
+            checkpoint = checkpoint.completed(cohort, train, set_heads, transformer_heads)
+        predictor = cls(checkpoint, device)
+        return predictor, checkpoint.dataset(cohort)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -94,14 +85,13 @@ def predict(checkpoint, events: pd.DataFrame, device: str = "auto") -> pd.DataFr
     stay in the order of the ids; NaN where the checkpoint knows nothing of a stay's events. Raises InputError as
     train.py.
     """
-    content = read_checkpoint(checkpoint)
-    model, device = classifier_of(checkpoint, content), choose_device(device, "fp32")[0]
+    predictor = Predictor(checkpoint, device)
     with tempfile.TemporaryDirectory() as folder:
         events.to_csv(Path(folder) / "events.csv", index=False)
-        cohort = load_cohort(**data_of(content, {"data_dir": folder}), cache_dir=Path(folder) / "cache")
-        dataset = dataset_of(checkpoint, content, cohort)
+        cohort = load_cohort(**predictor.checkpoint.data_settings({"data_dir": folder}), cache_dir=Path(folder) / "cache")
+        dataset = predictor.checkpoint.dataset(cohort)
         points, probability = answered_points(dataset), np.full(len(cohort), np.nan)
-        probability[cohort.point_stay[points]] = probability_at(model.to(device), dataset, points, device)
+        probability[cohort.point_stay[points]] = probability_at(predictor.model, dataset, points, predictor.device)
         return pd.DataFrame({"stay_id": cohort.stay_id, "probability": probability})
 
 
@@ -304,17 +294,15 @@ def follow(arguments) -> None:
     each set a printed line stay_id,minute,risk (no risk: so far the checkpoint knows none of the stay's variables). A
     set ends with a later minute of its stay, an empty line or the input. What cannot be used is counted on standard
     error."""
-    (path,), device = arguments.checkpoint, choose_device(arguments.device, "fp32")[0]
-    content = read_checkpoint(path)
-    if "format" in content:  # its data need not be at hand
-        normalizer = Normalizer.from_state(content["normalizer"], path)
-        model = classifier_of(path, content)
-    else:
-        model, _, _, dataset, _ = open_classifier(path, data_options(arguments), arguments.set_heads,
-                                                  arguments.transformer_heads)
-        normalizer = dataset.normalizer
+    (path,) = arguments.checkpoint
+    checkpoint = Checkpoint.open(path)
+    if checkpoint.original:
+        predictor, _ = Predictor.with_data(path, data_options(arguments), arguments.device, arguments.set_heads,
+                                           arguments.transformer_heads)
+    else:  # its data need not be at hand
+        predictor = Predictor(checkpoint, arguments.device)
     rename = read_map(Path(arguments.variables_map)) if arguments.variables_map else {}
-    ward = Ward(model.to(device), normalizer)
+    ward = Ward(predictor.model, predictor.checkpoint.normalizer)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # what is no text is a malformed line or an unknown variable
     try:

@@ -5,6 +5,7 @@ import contextlib
 import io
 import itertools
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -21,14 +22,14 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
 from batches import common_variables
-from checkpoint import label_digest, read_checkpoint, recorded
+from checkpoint import Checkpoint, label_digest, recorded
 from data import InputError, labelled_points, make_splits, search_after, stay_event_index, stays_of
 from finetune_config import MANY_POINTS, FinetuneConfig, tree_sizes
 from history_statistics import summary_features
 from metrics import (best_shares, best_utility_threshold, bootstrap, hours_since_onset, interval, logit,
                      normalised_utility, of_challenge_2019, stay_utilities, utility_draws)
 from model import ModelConfig, SeqSetVAE
-from predictor import CPU, encode_points, open_checkpoint, open_classifier, probability_at
+from predictor import CPU, Predictor, encode_points, open_checkpoint, probability_at
 from runs import choose_device, read_cohort
 from settings import changed, data_options
 from tables import clear_write_error, write_atomically
@@ -164,21 +165,23 @@ def without_backbone(dataset, train, valid, test, seed: int, device=CPU,
             | {BASELINES[2]: summaries_alone(dataset, variables, train, valid, test, seed, device, config)})
 
 
-def baselines(arguments, content, cohort, dataset, points, new) -> dict[str, np.ndarray]:
+def baselines(arguments, checkpoint: Checkpoint, dataset, points) -> dict[str, np.ndarray]:
     """Probabilities at the scored points by BASELINES and by an untrained backbone of the checkpoint's config, under a
     frozen head of its settings; all learn from the labels that the checkpoint learned from."""
-    if new or "run" not in content:
+    cohort = dataset.cohort
+    new = checkpoint.is_new(cohort)
+    if new or not checkpoint.run:
         raise InputError(f"{arguments.checkpoint[0]}: --baselines are fitted on the data that train.py made the "
                          f"checkpoint with, as it recorded; leave {'--data_dir' if new else '--baselines'} out")
-    config, seed = changed(FinetuneConfig(), content["run"]["settings"]), content["source"]["seed"]
-    share, device = content["run"]["options"]["label_fraction"], choose_device(arguments.device, "fp32")[0]
-    train = label_subset(cohort, labelled(cohort, content["split"]["train"]), share, seed)
-    valid = labelled_points(cohort, stays_of(cohort, content["split"]["valid"]))
+    config, seed = changed(FinetuneConfig(), checkpoint.run["settings"]), checkpoint.source["seed"]
+    share, device = checkpoint.run["options"]["label_fraction"], choose_device(arguments.device, "fp32")[0]
+    train = label_subset(cohort, labelled(cohort, checkpoint.split["train"]), share, seed)
+    valid = labelled_points(cohort, stays_of(cohort, checkpoint.split["valid"]))
     methods = without_backbone(dataset, train, valid, points, seed, device, config)
     with tempfile.TemporaryDirectory() as folder:
         pretrained = Path(folder) / "untrained.pt"
-        torch.save(content | {"mode": "pretrain"}, pretrained)
-        parts = [(stay, part) for part in ("train", "valid") for stay in content["split"][part]]
+        replace(checkpoint, mode="pretrain").save(pretrained)
+        parts = [(stay, part) for part in ("train", "valid") for stay in checkpoint.split[part]]
         pd.DataFrame(parts, columns=["stay_id", "split"]).to_csv(f"{folder}/split.csv", index=False)
         data = data_options(arguments) | {"split_file": f"{folder}/split.csv"}
         given = [f"--{name}={value}" for name, value in data.items()]
@@ -186,8 +189,8 @@ def baselines(arguments, content, cohort, dataset, points, new) -> dict[str, np.
                    f"--label_fraction={share}", "--run_dir", f"{folder}/run", "--device", arguments.device, *given]
         with contextlib.redirect_stdout(io.StringIO()):  # its log would stand in the middle of the report
             path = finetune(parse_arguments(command), config)
-        model = open_classifier(path, data_options(arguments))[0]
-        return methods | {"untrained backbone, same head": probability_at(model.to(device), dataset, points, device)}
+        model = Predictor(path, arguments.device).model
+        return methods | {"untrained backbone, same head": probability_at(model, dataset, points, device)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -223,10 +226,10 @@ def protocol(given: dict, splits: list, seeds: list, methods: list, fractions: l
         cohort = read_cohort(data)
         need_both_classes(cohort, split := make_splits(cohort, seed))
         if (checkpoint := home / "pretrain" / "best.pt").exists():
-            content = read_checkpoint(checkpoint)
-            then, now = content["source"], {"data": recorded(data), "fingerprint": cohort.fingerprint,
+            kept = Checkpoint.open(checkpoint)
+            then, now = kept.source, {"data": recorded(data), "fingerprint": cohort.fingerprint,
                                             "labels": label_digest(cohort)}
-            if content["split"] != split or any(then[name] != value for name, value in now.items()):
+            if kept.split != split or any(then[name] != value for name, value in now.items()):
                 raise InputError(f"{home}: holds what was measured on other data, labels or splits, or asked otherwise "
                                  f"({then['data']}); give another --protocol FOLDER")
     for (method, fraction), (home, data, seed) in itertools.product(plan, turns):
@@ -242,9 +245,10 @@ def protocol(given: dict, splits: list, seeds: list, methods: list, fractions: l
             if partial:
                 best = finetune(parse_arguments(["--mode", "finetune", "--pretrained_ckpt", str(checkpoint), *common,
                                                  "--label_fraction", str(fraction), *CELLS[method], *kept_in(partial)]))
-                model, content, cohort, dataset, _ = open_classifier(best, data)
-                points = scored_points(cohort, content["split"])
-                save_predictions(partial, cohort, content["split"], points, probability_at(model, dataset, points, CPU))
+                predictor, dataset = Predictor.with_data(best, data, "cpu")
+                cohort, split = dataset.cohort, predictor.checkpoint.split
+                points = scored_points(cohort, split)
+                save_predictions(partial, cohort, split, points, probability_at(predictor.model, dataset, points, CPU))
                 (partial / "last.pt").unlink()
     print_protocol(folder)
 
@@ -288,7 +292,8 @@ def predict_baselines(checkpoint: Path, home: Path, seed: int, fraction: float, 
     """Every one of BASELINES that can be had."""
     if folder_of(home, BASELINES[-1], fraction).exists():
         return
-    _, cohort, dataset, split, _ = open_checkpoint(checkpoint, given)
+    opened, cohort = open_checkpoint(checkpoint, given)
+    dataset, split = opened.dataset(cohort), opened.split
     train, points = label_subset(cohort, labelled(cohort, split["train"]), fraction, seed), scored_points(cohort, split)
     valid = labelled_points(cohort, stays_of(cohort, split["valid"]))
     for method, probability in without_backbone(dataset, train, valid, points, seed).items():

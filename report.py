@@ -9,16 +9,16 @@ import numpy as np
 import pandas as pd
 import torch
 
-from checkpoint import known_part, label_digest
+from checkpoint import Checkpoint, label_digest
 from data import InputError, labelled_points, make_splits, point_slots, stay_event_index, stays_of, stays_with
 from history_statistics import at_slots, real_sets
 from metrics import (CHECKPOINT, FEW, mean_of_logits, of_challenge_2019, ranking, score_figures,
                      sepsis_figures)
 from plots import (LABEL_NAMES, picture_folder, plot_calibration, plot_curves, plot_decision, plot_features,
                    plot_ranking, plot_trajectory)
-from predictor import (answered_points, encode_points, find_stay, influence, open_classifier, probability_at,
+from predictor import (Predictor, answered_points, encode_points, find_stay, influence, probability_at,
                        risk_over_time)
-from runs import choose_device, evaluation_loader
+from runs import evaluation_loader
 from settings import data_options
 from tables import write_atomically
 
@@ -27,18 +27,19 @@ from tables import write_atomically
 # Performance analysis of a checkpoint
 # ----------------------------------------------------------------------------------------------------------------------
 
-def scored_stays(content, cohort, new, split_file=None) -> tuple[np.ndarray, str]:
+def scored_stays(checkpoint: Checkpoint, cohort, split_file=None) -> tuple[np.ndarray, str]:
     """The stays that may be scored, and what they are: those that --split tests, or else the recorded split; of other
     data all. Subjects that were trained or selected on are left out."""
+    new = checkpoint.is_new(cohort)
     if split_file:
         stays, what = stays_of(cohort, make_splits(cohort, 0)["test"]), f"the test part of {split_file}"
     elif new:
         stays, what = np.arange(len(cohort)), "all labelled stays of other data than the checkpoint's"
     else:
-        recorded_by = "checkpoint" if "format" in content else "data"
-        stays = stays_of(cohort, content["split"]["test"])
+        recorded_by = "data" if checkpoint.original else "checkpoint"
+        stays = stays_of(cohort, checkpoint.split["test"])
         what = f"the test split that the {recorded_by} recorded"
-    seen = np.isin(known_part(content, content["split"], cohort, new)[stays], (0, 1))
+    seen = np.isin(checkpoint.known_part(cohort, new)[stays], (0, 1))
     if seen.any():
         what += f"; {seen.sum():,} stays left out of subjects that the checkpoint was trained or selected on"
     return stays[~seen], what
@@ -89,15 +90,15 @@ def subgroups(cohort, points, name: str) -> dict[str, np.ndarray]:
 def performance(arguments, baselines=None) -> None:
     """Print the analysis of a finetuned checkpoint on the stays it may be scored on (see `scored_stays`), and write
     what is asked for; of several the mean of their logits is scored, on stays that all may be scored on."""
-    (path, *others), device = arguments.checkpoint, choose_device(arguments.device, "fp32")[0]
+    path, *others = arguments.checkpoint
     folder = arguments.plots and picture_folder(arguments.plots)
-    opened = [open_classifier(path, data_options(arguments), arguments.set_heads, arguments.transformer_heads)
-              for path in arguments.checkpoint]
-    model, content, cohort, dataset, new = opened[0]
-    refuse_together(arguments, opened)
-    model.to(device)
-    source = content["source"]
-    figures = {"checkpoint": ", ".join(map(str, arguments.checkpoint)), "epoch": content["metrics"]["epoch"],
+    opened = [Predictor.with_data(path, data_options(arguments), arguments.device, arguments.set_heads,
+                                  arguments.transformer_heads) for path in arguments.checkpoint]
+    predictor, dataset = opened[0]
+    model, checkpoint, device, cohort = predictor.model, predictor.checkpoint, predictor.device, dataset.cohort
+    refuse_together(arguments, [data.cohort for _, data in opened])
+    source, split = checkpoint.source, checkpoint.split
+    figures = {"checkpoint": ", ".join(map(str, arguments.checkpoint)), "epoch": checkpoint.metrics["epoch"],
                "command": source["command"], "seed": source.get("seed"),
                "data": source["fingerprint"], "versions": source["versions"], "reader": cohort.reader, "scored": None}
     print(cohort.describe())
@@ -106,15 +107,15 @@ def performance(arguments, baselines=None) -> None:
     versions = ", ".join(f"{name} {version}" for name, version in source["versions"].items())
     print(f"checkpoint: seed {source.get('seed', 'unknown')}, data {source['fingerprint']}, {versions}")
     stay = find_stay(dataset, arguments.trajectory)
-    unseen, what = scored_stays(content, cohort, new, arguments.split_file)
+    unseen, what = scored_stays(checkpoint, cohort, arguments.split_file)
     answered = answered_points(dataset)
-    for _, other, _, also, is_new in opened[1:]:
-        unseen = np.intersect1d(unseen, scored_stays(other, cohort, is_new, arguments.split_file)[0])
+    for other, also in opened[1:]:
+        unseen = np.intersect1d(unseen, scored_stays(other.checkpoint, cohort, arguments.split_file)[0])
         what = "those that each of the checkpoints may be scored on"
-        content = content | {"split": parts_of_all(content["split"], other["split"])}
+        split = parts_of_all(split, other.checkpoint.split)
         answered = np.intersect1d(answered, answered_points(also))
     points = labelled_points(cohort, unseen)
-    own = [each["metrics"]["threshold"] for _, each, *_ in opened]
+    own = [each.checkpoint.metrics["threshold"] for each, _ in opened]
     threshold = float(mean_of_logits(own)) if others else own[0]
     if len(strange := points[~np.isin(points, answered)]):
         named = cohort.stay_id[cohort.point_stay[strange[0]]]
@@ -132,13 +133,13 @@ def performance(arguments, baselines=None) -> None:
     if not len(rows) and (arguments.predictions or arguments.embeddings):
         raise InputError(f"{cohort.reader}: no question has an answer, as nothing that the checkpoint knows lies "
                          "before any; give these stays' events, or their names by --variables")
-    told = [probability_at(each.to(device), data, rows, device) for each, _, _, data, _ in opened]
+    told = [probability_at(each.model, data, rows, device) for each, data in opened]
     probability = mean_of_logits(told) if others else told[0]
     if arguments.predictions:
         if cohort.reader.startswith("MEDS") and Path(arguments.predictions).suffix == ".parquet":
             write_meds_predictions(arguments.predictions, cohort, rows, probability, threshold, unseen)
         else:
-            write_predictions(arguments.predictions, content, dataset, rows, probability)
+            write_predictions(arguments.predictions, split, dataset, rows, probability)
     if arguments.embeddings:
         write_embeddings(arguments.embeddings, model, dataset, rows, device)
     scored = np.searchsorted(rows, points)
@@ -151,18 +152,18 @@ def performance(arguments, baselines=None) -> None:
     else:
         thresholds = {CHECKPOINT: threshold} | dict(zip(arguments.checkpoint, own))
         if baselines:
-            valid = labelled_points(cohort, stays_of(cohort, content["split"]["valid"]))
+            valid = labelled_points(cohort, stays_of(cohort, split["valid"]))
             asked = np.union1d(valid, points)
-            told = baselines(arguments, content, cohort, dataset, asked, new)
+            told = baselines(arguments, checkpoint, dataset, asked)
             methods |= {name: p[np.searchsorted(asked, points)] for name, p in told.items()}
             thresholds |= {name: ranking(cohort, valid, p[np.searchsorted(asked, valid)])["threshold"]
                            for name, p in told.items()}
         figures |= {"scored": what, **score_figures(stays, label, methods, threshold, arguments.sensitivity, groups)}
         if not others:
             figures["model"] = model_figures(model, dataset, np.unique(stays), device)
-        best = f"best {'utility' if 'val_utility' in content['metrics'] else 'F1'} of the validation split"
+        best = f"best {'utility' if 'val_utility' in checkpoint.metrics else 'F1'} of the validation split"
         best = "the mean of their thresholds" if others else best
-        print_figures(figures, best if "format" in content else "no threshold was recorded")
+        print_figures(figures, "no threshold was recorded" if checkpoint.original else best)
         if groups:
             print_subgroups(figures)
         hours = stays, cohort.point_minute[points], label
@@ -195,15 +196,15 @@ def parts_of_all(split: dict, other: dict) -> dict[str, list[str]]:
     return {part: [stay for stay, of in part_of.items() if of == part] for part in split}
 
 
-def refuse_together(arguments, opened: list) -> None:
+def refuse_together(arguments, cohorts: list) -> None:
     """Raises InputError where several checkpoints cannot be scored as one."""
-    for path, (_, _, cohort, _, _) in zip(arguments.checkpoint, opened):
-        if (cohort.fingerprint, label_digest(cohort)) != (opened[0][2].fingerprint, label_digest(opened[0][2])):
+    for path, cohort in zip(arguments.checkpoint, cohorts):
+        if (cohort.fingerprint, label_digest(cohort)) != (cohorts[0].fingerprint, label_digest(cohorts[0])):
             raise InputError(f"{path}: was trained on other data or labels than {arguments.checkpoint[0]}; give both "
                              "the same by --data_dir, or score them apart")
     for name in ("baselines", "embeddings", "trajectory", "plots"):
-        if len(opened) > 1 and getattr(arguments, name):
-            raise InputError(f"--{name}: of one checkpoint, where {len(opened)} are given; leave it or the others out")
+        if len(cohorts) > 1 and getattr(arguments, name):
+            raise InputError(f"--{name}: of one checkpoint, where {len(cohorts)} are given; leave it or the others out")
 
 
 MOST_SHOWN = 5000  # points in the picture of the features
@@ -318,12 +319,12 @@ def write_table(path, table: pd.DataFrame) -> None:
     write_atomically(path, lambda out: table.to_parquet(out, index=False))
 
 
-def write_predictions(path, content, dataset, points, probability) -> None:
+def write_predictions(path, parts: dict, dataset, points, probability) -> None:
     """A row a prediction point of the data: its probability (empty: no answer),
     label (empty: none) and the split that the checkpoint knows its stay from."""
     cohort = dataset.cohort
     split, answers = np.full(len(cohort), "", dtype=object), np.full(len(cohort.answers), np.nan)
-    for name, ids in content["split"].items():
+    for name, ids in parts.items():
         split[stays_of(cohort, ids)] = name
     answers[points] = probability
     stay = cohort.point_stay

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from batches import StayDataset, sorted_batches
-from checkpoint import CHECKPOINT_FORMAT, difference, git_commit, label_digest, load_weights, recorded
+from checkpoint import Checkpoint, difference, git_commit, label_digest, load_weights, recorded
 from data import Cohort, InputError, subjects_of
 from readers import load_cohort
 from tables import write_atomically
@@ -309,20 +309,20 @@ class Run:
         last = arguments.last
         if last:
             self._refuse_other_data(Path(arguments.resume) / "last.pt", last)
-        self.last = last if last and "model" in last else None  # killed before its first save, a run starts afresh
+        self.last = last if last and last.trainer else None  # killed before its first save, a run starts afresh
         if arguments.origin and (differing := difference(arguments.origin, source)):
             print(f"{'resume' if last else 'config'}: not as it was then: {differing}: the figures may differ")
         self.folder = from_rank_0(lambda: self._take_folder(arguments))
         if not self.last:
-            self.save("last.pt", self.record)
+            self.save("last.pt", self.checkpoint(best))
         if RANK == 0:
             text = json.dumps(self.record, indent=1)
             write_atomically(self.folder / "config.json", lambda path: path.write_text(text))
         again = [*launcher(), "train.py", "--mode", self.record["mode"], "--resume", str(self.folder)]
         Signals.farewell = f"saved; go on with: {shlex.join(again)}"
 
-    def _refuse_other_data(self, path: Path, last: dict) -> None:
-        source, then = self.record["source"], last["source"]
+    def _refuse_other_data(self, path: Path, last: Checkpoint) -> None:
+        source, then = self.record["source"], last.source
         where = source["data"].get("data_dir") or source["reader"]
         if source["fingerprint"] != then["fingerprint"]:
             raise InputError(f"{path}: {where} holds other stays than this run was started with; give the folder where "
@@ -331,7 +331,7 @@ class Run:
             raise InputError(f"{path}: {source['pretrained_ckpt']} was written anew since this run was started from "
                              "it; restore it, or start a new run")
         relabelled = self.record["mode"] == "finetune" and source["labels"] != then["labels"]
-        if relabelled or last.get("split", self.split) != self.split:
+        if relabelled or last.split != self.split:
             raise InputError(f"{path}: {where} holds other labels, or another split, than this run was started with; "
                              "restore them, or start a new run")
 
@@ -378,7 +378,7 @@ class Run:
         self.log(row)
         if improved:
             self.best = {name: row[name] for name in self.best}
-            self.save("best.pt", self.content(row))
+            self.save("best.pt", self.checkpoint(row))
         self.epoch, self.done, self.totals = row["epoch"], 0, {}
         self.save_last(row)
 
@@ -390,35 +390,33 @@ class Run:
             write_atomically(self.folder / "metrics.csv", lambda path: table.to_csv(path, index=False))
         gathered(None)
 
-    def content(self, metrics: dict) -> dict:
-        """What every checkpoint holds: enough to score new data, and to know which stays it has seen."""
+    def checkpoint(self, metrics: dict, trainer: dict | None = None) -> Checkpoint:
+        """The run as it stands: enough to score new data, and to know which stays it has seen."""
         subjects = subjects_of(self.dataset.cohort, self.split)
         subjects |= {part: sorted({*subjects[part], *self.seen.get(part, [])}) for part in ("train", "valid")}
-        return {"format": CHECKPOINT_FORMAT, **self.record, "model": self.model.state_dict(),
-                "vocabulary": self.model.setvae.vocabulary, "normalizer": self.dataset.normalizer.state_dict(),
-                "split": self.split, "subjects": subjects, "metrics": metrics}
+        return Checkpoint(self.folder, self.record["mode"], self.model.config, self.model.state_dict(),
+                          self.model.setvae.vocabulary, self.dataset.normalizer, self.split, subjects,
+                          self.record["source"], metrics, self.record["run"], trainer=trainer)
 
-    def save(self, name: str, content: dict) -> None:
+    def save(self, name: str, checkpoint: Checkpoint) -> None:
         if RANK == 0:
-            buffer = io.BytesIO()  # torch.save tells nothing of what went wrong with a file
-            torch.save(content, buffer)
-            write_atomically(self.folder / name, lambda path: path.write_bytes(buffer.getbuffer()))
+            checkpoint.save(self.folder / name)
         gathered(None)
 
     def save_last(self, metrics: dict) -> None:
         """Write last.pt: a checkpoint, and all that `restore` needs."""
-        self.save("last.pt", self.content(metrics) | {"trainer": {
+        self.save("last.pt", self.checkpoint(metrics, trainer={
             "best": self.best, "position": [self.epoch, self.done], "totals": self.totals, "rows": self.rows,
             "random": gathered(random_states(self.device)),
-            "parts": {name: part.state_dict() for name, part in self.parts.items()}}})
+            "parts": {name: part.state_dict() for name, part in self.parts.items()}}))
 
     def restore(self, device: torch.device, **parts) -> None:
         """Go on where last.pt was written, if it was; parts: what else has a state_dict, and is saved from now on."""
         self.device, self.parts = device, parts
         if not self.last:
             return
-        state = self.last["trainer"]
-        load_weights(self.model, self.last["model"], self.folder / "last.pt")
+        state = self.last.trainer
+        load_weights(self.model, self.last.weights, self.folder / "last.pt")
         for name, part in parts.items():
             if state["parts"][name]:  # a scaler is empty where the precision needs none
                 part.load_state_dict(state["parts"][name])

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from benchmark import benchmark, scale
-from checkpoint import export
+from checkpoint import Checkpoint
 from data import InputError
 from predictor import follow
 from protocol import METHODS, baselines, protocol
@@ -105,7 +105,7 @@ def run(arguments, given: bool) -> int | None:
     elif len(arguments.checkpoint or []) > 1 and (arguments.export or arguments.follow):
         raise InputError("--export and --follow take one --checkpoint")
     elif arguments.checkpoint and arguments.export:
-        export(arguments.checkpoint[0], arguments.export)
+        Checkpoint.open(arguments.checkpoint[0]).export(arguments.export)
     elif arguments.checkpoint and arguments.follow:
         follow(arguments)
     elif arguments.checkpoint:

@@ -30,8 +30,7 @@ from tqdm import tqdm
 
 import runs
 from batches import StayDataset, common_variables, epoch_batches, split_batch
-from checkpoint import (checkpoint_config, checkpoint_state, data_of, known_part, load_backbone,
-                        read_checkpoint, splits_beside)
+from checkpoint import Checkpoint, splits_beside
 from data import (Cohort, InputError, Normalizer, at_every_set, labelled_points, make_splits, stays_of,
                   stays_with, variable_vectors, variables_of)
 from finetune_config import (FinetuneConfig, boosted_trees, classification_loss, cosine, epochs_of_steps,
@@ -166,8 +165,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     given = parser.parse_args(argv)
     folder = folder_to_resume(given)
     last = folder and from_rank_0(lambda: read_last(folder, given.mode))
-    config = given.config and read_config(given.config, given.mode or last and last["mode"])
-    recorded = [command_line_of(record) for record in (last, config) if record]
+    config = given.config and read_config(given.config, given.mode or last and last.mode)
+    recorded = [command_line_of(record) for record in (last and last.record, config) if record]
     arguments = parser.parse_args([*itertools.chain(*recorded), *argv])
     if not arguments.mode:
         parser.error("--mode pretrain or --mode finetune is needed")
@@ -180,7 +179,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     if last:
         refuse_changes(parser.parse_args(recorded[0]), arguments, folder)
         arguments.resume = folder
-    arguments.last, arguments.origin = last, (last or config or {}).get("source")
+    arguments.last = last
+    arguments.origin = last.source if last else config["source"] if config else None
     return arguments
 
 
@@ -251,14 +251,14 @@ def folder_to_resume(given) -> str | None:
     return given.run_dir if holders else None
 
 
-def read_last(folder: str, mode: str | None) -> dict:
+def read_last(folder: str, mode: str | None) -> Checkpoint:
     """The last.pt of a run. Raises InputError where it is none, or of another mode."""
     path = Path(folder) / "last.pt"
-    content = read_checkpoint(path)
-    if "run" not in content or mode not in (None, content["mode"]):
+    last = Checkpoint.open(path)
+    if not last.run or mode not in (None, last.mode):
         raise InputError(f"{path}: not the last.pt of a run with --mode {mode or 'pretrain or finetune'}; resume it "
                          "with its own mode, and with the version that started it")
-    return content
+    return last
 
 
 def read_config(path: str, mode: str | None) -> dict:
@@ -352,8 +352,8 @@ class Training:
 
 def set_rate(run: Run, optimizer, rate: float) -> None:
     """Set the learning rate of the next step. Say it at the first step of a run resumed with other epochs."""
-    if run.last and [run.epoch, run.done] == run.last["trainer"]["position"]:
-        then, now = (record["run"]["settings"] for record in (run.last, run.record))
+    if run.last and [run.epoch, run.done] == run.last.trainer["position"]:
+        then, now = (record["run"]["settings"] for record in (run.last.record, run.record))
         if then != now:
             before = optimizer.param_groups[0]["lr"]
             tqdm.write(f"resume: the learning rate goes from {before:.3g} to {rate:.3g}: its cosine ends with the "
@@ -506,14 +506,15 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
     config, full = changed(config, arguments.changes), arguments.full_training
     device, dtype = choose_device(arguments.device, arguments.precision)
     given = data_options(arguments)
-    content, cohort, dataset, split, new = open_checkpoint(arguments.pretrained_ckpt, given)
-    if content.get("mode", "pretrain") != "pretrain":
-        raise InputError(f"{arguments.pretrained_ckpt}: a checkpoint of --mode {content['mode']}; --pretrained_ckpt "
+    checkpoint, cohort = open_checkpoint(arguments.pretrained_ckpt, given)
+    if checkpoint.mode != "pretrain" and not checkpoint.original:
+        raise InputError(f"{arguments.pretrained_ckpt}: a checkpoint of --mode {checkpoint.mode}; --pretrained_ckpt "
                          "takes one of --mode pretrain")
     print(cohort.describe())
     split_seed = arguments.seed if arguments.split_seed is None else arguments.split_seed
     # The checkpoint's split is kept, unless the data are others, or tell one that it did not know.
-    known, kept = known_part(content, split, cohort, new), split
+    new, split = checkpoint.is_new(cohort), checkpoint.split
+    known, kept = checkpoint.known_part(cohort, new), split
     told = make_splits(cohort, split_seed) if (cohort.split >= 0).any() else None
     if told and (new or {"split_file", "label_file"} & given.keys() or set(told["test"]) != set(kept["test"])):
         split = told
@@ -527,28 +528,29 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
     need_both_classes(cohort, {name: split[name] for name in ("train", "valid")})
     train, valid = labelled(cohort, split["train"]), labelled(cohort, split["valid"])
     train = label_subset(cohort, train, arguments.label_fraction, arguments.seed)
-    if dataset is None:
-        dataset = StayDataset(cohort, Normalizer.fit(cohort, train), points=True)
-    else:
-        print(dataset.describe_known())
+    checkpoint = checkpoint.completed(cohort, train, arguments.set_heads, arguments.transformer_heads)
+    if checkpoint.original and not cohort.vectors.shape[1]:
+        print("warning: no cached.csv lies in the data: the original checkpoint was trained on other variable vectors "
+              "than the hashed names used now")
+    dataset = checkpoint.dataset(cohort)
+    print(dataset.describe_known())
 
     torch.manual_seed(arguments.seed)
     learned, _ = training_points(cohort, train, config, arguments.seed, 0)
     listed = common_variables(cohort, dataset, stays_of(cohort, split["train"]), config.most_variables)
-    model = new_classifier(arguments, config, content, dataset, listed, len(learned)).to(device)
+    model = new_classifier(arguments, config, checkpoint, listed, len(learned)).to(device)
     trainable, total = parameter_counts(model)
     print(f"model: SeqSetVAE, {'full training' if full else 'frozen backbone'}, {trainable:,} of {total:,} parameters "
           f"trainable ({trainable / total:.2%}); {device}, {dtype}".replace("torch.", ""))
     if not full and trainable > config.max_trainable_ratio * total:
         raise InputError(f"finetune_config.py: the head is {trainable / total:.1%} of all parameters; "
                          f"narrow head_widths below {config.max_trainable_ratio:.0%}")
-    source = source_of(arguments, data_of(content, given), cohort, device, dtype)
+    source = source_of(arguments, checkpoint.data_settings(given), cohort, device, dtype)
     source["pretrained_ckpt"] = str(arguments.pretrained_ckpt)
     source["pretrained"] = from_rank_0(
         lambda: hashlib.sha256(Path(arguments.pretrained_ckpt).read_bytes()).hexdigest()[:16])
     untrained = {"val_auc": -1.0, "val_auprc": -1.0, "epoch": 0, "threshold": 0.5}
-    run = Run(arguments, config, model, dataset, split, source, best=untrained,
-              seen=content.get("subjects", {}))
+    run = Run(arguments, config, model, dataset, split, source, best=untrained, seen=checkpoint.subjects)
     counts = [f"{len(stays):,} {name} ({(cohort.stay_label[stays] == 1).sum():,} positive)"
               for name, stays in (("train", train), ("valid", valid))]
     print(f"split: {', '.join(counts)}, {len(split['test']):,} test stays"
@@ -565,34 +567,24 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
                       ["test_suite.py", "--checkpoint"])
 
 
-def new_classifier(arguments, config: FinetuneConfig, content: dict, dataset: StayDataset, listed: np.ndarray,
+def new_classifier(arguments, config: FinetuneConfig, checkpoint: Checkpoint, listed: np.ndarray,
                    points: int) -> SeqSetVAE:
     """The model to be finetuned, with the checkpoint's backbone or an untrained one of its sizes; listed [K]: the
     variables of which its head is told; points: from how many it learns. Raises InputError where weights of the
     backbone are missing."""
-    path, full, cohort = arguments.pretrained_ckpt, arguments.full_training, dataset.cohort
-    backbone = checkpoint_config(content, len(dataset.normalizer.variables), path, arguments.set_heads,
-                                 arguments.transformer_heads)
     head = {name: value for name, value in asdict(config).items() if name in MODEL_FIELDS}
-    head |= {"classification_only": not full, "head_variables": len(listed), "drop_events": config.full_drop_events}
-    head |= tree_sizes(config, points)
-    model_config = replace(changed(backbone, arguments.changes), **head)
-    vocabulary = content.get("vocabulary")
-    if vocabulary is None:
-        vocabulary = variable_vectors(cohort.variables, backbone.input_dim, cohort.vectors)
-        if not cohort.vectors.shape[1]:
-            print("warning: no cached.csv lies in the data: the original checkpoint was trained on other variable "
-                  "vectors than the hashed names used now")
-    model = SeqSetVAE(model_config, vocabulary)
+    head |= {"classification_only": not arguments.full_training, "head_variables": len(listed),
+             "drop_events": config.full_drop_events, **tree_sizes(config, points)}
+    model = SeqSetVAE(replace(changed(checkpoint.config, arguments.changes), **head), checkpoint.vocabulary)
     model.head_variables.copy_(torch.from_numpy(listed))
     if arguments.random_init:
         print("backbone: untrained (--random_init)")
         return model
-    report = load_backbone(model, checkpoint_state(content, path))
+    report = checkpoint.backbone_into(model)
     if not report.complete and not arguments.allow_partial:
         named = ", ".join((report.missing + report.mismatched)[:3])
-        raise InputError(f"{path}: {len(report.missing)} backbone weights missing, {len(report.mismatched)} of another "
-                         f"shape ({named} ...); give a matching checkpoint, or --allow_partial")
+        raise InputError(f"{checkpoint.path}: {len(report.missing)} backbone weights missing, {len(report.mismatched)} "
+                         f"of another shape ({named} ...); give a matching checkpoint, or --allow_partial")
     print(f"✅ Loaded pretrained weights: {len(report.loaded)} tensors\n{report}")
     return model
 

@@ -1,32 +1,37 @@
-"""Tests of checkpoint loading in model.py: ours, the original implementation's, under any prefix, never half loaded."""
+"""Tests of checkpoint.py: files are opened, checked, upgraded, saved, exported; ours, the original implementation's, under any prefix, never half loaded."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 import train
 from batches import StayDataset
-from checkpoint import (_CHECKPOINT_ENTRIES, _CHECKPOINT_TYPES, checkpoint_config, checkpoint_state,
-                        load_backbone, load_checkpoint_weights, read_checkpoint)
+from checkpoint import Checkpoint
 from data import Normalizer, build_cohort
 from model import SeqSetVAE, SeqSetVAEPretrain
 from tests.plain_loop import close
-from tests.tiny import FINETUNE, SHARED, build, one_error_line, tiny
+from tests.tiny import FINETUNE, PLAIN, SHARED, build, one_error_line, tiny
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoints: any wrapper, nothing missing in silence, the original's outputs
 # ----------------------------------------------------------------------------------------------------------------------
+
+EMPTY = {"train": [], "valid": [], "test": []}
+SOURCE = {"data": {}, "fingerprint": "", "command": "", "versions": {}, "seed": 0}
+
 
 @pytest.mark.parametrize("container", ["ours", "bare", "state_dict"])
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "model.", "module._orig_mod."])
 def test_a_pretrained_backbone_loads_whole_behind_any_prefix(tmp_path, prefix, container):
     model, classifier = build(SeqSetVAEPretrain, tiny()), build(SeqSetVAE, tiny(), seed=2)
     state = {prefix + name: tensor for name, tensor in model.state_dict().items()}
-    rest = {name: dict.fromkeys(_CHECKPOINT_ENTRIES.get(name, ())) if kind is dict else kind()
-            for name, kind in _CHECKPOINT_TYPES.items()}
-    torch.save({"ours": rest | {"format": 2, "model": state}, "bare": state,
-                "state_dict": {"state_dict": state}}[container], tmp_path / "some.pt")
-    report = load_backbone(classifier, load_checkpoint_weights(tmp_path / "some.pt"))
+    if container == "ours":
+        Checkpoint(None, "pretrain", model.config, state, model.setvae.vocabulary, PLAIN, EMPTY, EMPTY, SOURCE,
+                   {"epoch": 1}).save(tmp_path / "some.pt")
+    else:
+        torch.save(state if container == "bare" else {"state_dict": state}, tmp_path / "some.pt")
+    report = Checkpoint.open(tmp_path / "some.pt").backbone_into(classifier)
     assert report.complete and not report.unexpected and report.skipped == ["mask_token"]
     for name, tensor in classifier.state_dict().items():
         if name.startswith(SeqSetVAE.BACKBONE):
@@ -48,8 +53,8 @@ def test_a_missing_backbone_tensor_stops_finetuning_unless_allowed(tmp_path, cap
 
 
 def fixture_of_the_original(name):
-    """(content of a checkpoint of the original implementation, its expected outputs, its five sets as a batch, their
-    vectors, the path). Every event is a variable of its own, because the original takes a vector an event."""
+    """A checkpoint of the original implementation on the data of its expected outputs, these outputs, and its five
+    sets as a batch. Every event is a variable of its own, because the original takes a vector an event."""
     path = SHARED / "fixtures" / f"{name}.ckpt"
     if not path.exists():
         pytest.skip(f"{path} is absent: compatibility with the original implementation was not tried")
@@ -59,16 +64,17 @@ def fixture_of_the_original(name):
     names = [f"event {i:05d}" for i in range(len(values))]
     sizes = [len(expected[f"val_{i}"]) for i in range(5)]
     cohort = build_cohort("fixture", names, np.zeros(len(values), int), np.repeat(minutes, sizes),
-                          np.arange(len(values)), values, ["stay"], [0])
+                          np.arange(len(values)), values, ["stay"], [0],
+                          vectors=pd.DataFrame(vectors.numpy(), index=names))
     plain = Normalizer(names, *(np.full(len(values), x, np.float32) for x in (0, 1, 0)), clip=np.inf)
     batch = StayDataset(cohort, plain, points=True)[np.array([0])]
-    return read_checkpoint(path), expected, batch, vectors, path
+    return Checkpoint.open(path).completed(cohort, np.array([0])), expected, batch
 
 
 def test_an_original_pretraining_checkpoint_gives_its_outputs():
-    content, expected, batch, vectors, path = fixture_of_the_original("original_small")
-    model = SeqSetVAE(checkpoint_config(content, len(vectors), path), vectors).eval()
-    report = load_backbone(model, checkpoint_state(content, path))
+    checkpoint, expected, batch = fixture_of_the_original("original_small")
+    model = SeqSetVAE(checkpoint.config, checkpoint.vocabulary).eval()
+    report = checkpoint.backbone_into(model)
     assert report.complete and not report.unexpected
     with torch.no_grad():
         mu, logvar = model.setvae.encode(batch)
@@ -78,13 +84,8 @@ def test_an_original_pretraining_checkpoint_gives_its_outputs():
 
 
 def test_an_original_finetuned_checkpoint_gives_its_features_and_logits():
-    content, expected, batch, vectors, path = fixture_of_the_original("original_finetuned_small")
-    model = SeqSetVAE(checkpoint_config(content, len(vectors), path), vectors).eval()
-    state = checkpoint_state(content, path)
-    report = load_backbone(model, state)
-    assert report.complete and not report.unexpected
-    model.cls_head.load_state_dict({name.removeprefix("cls_head."): x
-                                    for name, x in state.items() if name.startswith("cls_head.")})
+    checkpoint, expected, batch = fixture_of_the_original("original_finetuned_small")
+    model = checkpoint.classifier()
     with torch.no_grad():
         close(model.features(batch)[0, 0], expected["features"].squeeze())
         close(model(batch)[0, 0], expected["logits"].squeeze())

@@ -29,13 +29,13 @@ import test_suite
 import train
 from batches import StayDataset
 from benchmark import PLAIN_LOOP, asked_at_the_end, assert_plain_loop_agrees
-from checkpoint import load_checkpoint_weights
+from checkpoint import Checkpoint
 from data import InputError, with_points
 from metrics import (CHECKPOINT, alarm_from, best_utility_threshold, bootstrap, hours_since_onset, logit, net_benefit,
                      ranks, recalibration, score_figures, sepsis_figures, threshold_of)
 from model import ModelConfig, SeqSetVAE
-from predictor import (CPU, encode_points, followed_event, influence, open_classifier, predict,
-                       probability_at, probability_of, risk_over_time, risk_without)
+from predictor import (CPU, Predictor, encode_points, followed_event, influence, predict, probability_at,
+                       probability_of, risk_over_time, risk_without)
 from protocol import (AVERAGE, BASELINES, STATISTICS, averaged, hand_made_baselines, print_protocol,
                       summaries_alone, summary_table)
 from readers import synthetic_cohort, write_long_table
@@ -89,7 +89,7 @@ def test_an_original_checkpoint_is_finetuned_and_scored(tmp_path, capsys, origin
     assert train.main([*command, *HEADS]) == 0
     runs = [torch.load(tmp_path / run / "best.pt", weights_only=True) for run in ("whole", "bare")]
     assert runs[0]["model_config"] == runs[1]["model_config"]
-    original = load_checkpoint_weights(path)
+    original = Checkpoint.open(path).weights
     for name, tensor in runs[0]["model"].items():
         assert tensor.equal(runs[1]["model"][name]), name
         assert not name.startswith(SeqSetVAE.BACKBONE) or tensor.equal(original[name]), name
@@ -110,7 +110,8 @@ def test_an_original_finetuned_checkpoint_is_scored_with_its_data(tmp_path, caps
 
     # The probabilities are those of its weights on the data's values, vectors and statistics.
     options = dict(zip(("data_dir", "params_map", "label_file"), original_data[1::2]))
-    model, _, cohort, dataset, _ = open_classifier(whole, options)
+    predictor, dataset = Predictor.with_data(whole, options)
+    model, cohort = predictor.model, dataset.cohort
     assert model.config.features == "stable" and model.config.head_widths is None and model.trees is None
     assert model.config.classification_only
     assert dataset.normalizer.mean.tolist() == [5] * 7
@@ -172,7 +173,8 @@ def lines_of(cohort, stay: int, name: str) -> list[tuple[float, str]]:
 
 
 def test_following_two_stays_gives_the_risks_of_their_trajectories(finetuned, capsys, monkeypatch):
-    model, _, cohort, dataset, _ = open_classifier(finetuned)
+    predictor, dataset = Predictor.with_data(finetuned)
+    model, cohort = predictor.model, dataset.cohort
     events = sorted(lines_of(cohort, 3, '"a, b"') + lines_of(cohort, 5, "c"), key=lambda event: event[0])  # stable
     lines = ["stay_id,minute,variable,value\n", "d,7,Nothing Known,1\n", *(line for _, line in events)]
     lines[9:9] = ["c,soon,HR,80\n", "c,-5,HR,80\n", "c,9,HR\n", "c,1,HR,1e39\n", ",1,HR,80\n"]
@@ -339,7 +341,8 @@ def model_figures_of():
 
 def test_the_analysis_writes_what_is_asked_for_with_or_without_labels(tmp_path, capsys, finetuned):
     pytest.importorskip("matplotlib")
-    model, content, cohort, dataset, _ = open_classifier(finetuned)
+    predictor, dataset = Predictor.with_data(finetuned)
+    cohort = dataset.cohort
     names = ("predictions", "embeddings", "json", "plots")
     options = [text for name in names for text in (f"--{name}", str(tmp_path / name))]
     options += ["--trajectory", cohort.stay_id[3], "--subgroups", "Gender,Age", "--sensitivity", ".5"]

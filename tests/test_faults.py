@@ -34,10 +34,10 @@ import runs
 import tables
 import train
 from batches import StayDataset
-from checkpoint import read_checkpoint
+from checkpoint import Checkpoint
 from data import InputError, Normalizer, ranges, stay_event_index
 from model import ModelConfig
-from predictor import open_classifier
+from predictor import Predictor
 from readers import load_cohort, synthetic_cohort
 from tables import write_atomically
 from test_suite import main
@@ -303,7 +303,7 @@ def test_a_full_file_system_is_one_line(tmp_path, capsys, small_models):
     try:
         one_error_line(capsys, train.main([*PRETRAIN, "--run_dir", str(disk / "run")]),
                        "last.pt: cannot be written (No space left on device)")
-        assert read_checkpoint(disk / "run" / "last.pt")
+        assert Checkpoint.open(disk / "run" / "last.pt")
     finally:
         os.system(f"umount -l {disk}")
 
@@ -454,7 +454,7 @@ FORGED = {  # of a finetuned checkpoint: its content, or its bytes
     "no source": lambda good: forged(good, source={}),
     "no split": lambda good: forged(good, split={}),
     "no metrics": lambda good: forged(good, metrics={}),
-    "another version": lambda good: forged(good, format=3), "an earlier version": lambda good: forged(good, format=1),
+    "another version": lambda good: forged(good, format=4), "an earlier version": lambda good: forged(good, format=1),
 }
 
 
@@ -643,7 +643,7 @@ def test_a_randomly_damaged_input_works_or_is_refused(tmp_path, small_finetuned)
         try:
             if kind == "checkpoint":
                 write(folder / "c.pt", damaged(rng, small_finetuned.read_bytes()))
-                open_classifier(folder / "c.pt")
+                Predictor.with_data(folder / "c.pt")
             else:
                 works(folder, (damaged_table if kind == "table" else damaged_physionet)(rng, folder))
             ended[f"{kind} works"] += 1

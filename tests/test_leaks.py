@@ -19,7 +19,7 @@ import train
 from batches import common_variables
 from data import Normalizer, make_splits, stays_of, variable_vectors
 from model import ModelConfig, SeqSetVAEPretrain
-from predictor import open_classifier
+from predictor import Predictor
 from readers import load_cohort
 from test_suite import main
 from tests.tiny import FINETUNE, build, make_small, tiny, write
@@ -125,7 +125,7 @@ def test_the_scales_under_an_original_checkpoint_are_those_of_training_stays(shi
 def test_the_heads_variables_are_the_most_common_of_training_stays(shifted):
     chosen = [KNOWN[v] for v in shifted.finetuned["model"]["head_variables"]]
     assert chosen == ["lab0", "lab1"]
-    dataset = open_classifier(shifted.home / "finetune" / "best.pt")[3]
+    _, dataset = Predictor.with_data(shifted.home / "finetune" / "best.pt")
     everyone = common_variables(shifted.cohort, dataset, np.arange(len(shifted.cohort)), 2)
     assert [KNOWN[v] for v in everyone] == ["lab0", "rare"]
 

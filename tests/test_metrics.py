@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 
 import train
+from checkpoint import Checkpoint
 from metrics import (CHECKPOINT, best_utility_threshold, hours_since_onset, normalised_utility, of_challenge_2019,
                      sepsis_figures, stay_utilities, utilities, ward_figures)
-from predictor import open_classifier
 from test_suite import main
 from tests.tiny import FINETUNE, PRETRAIN, SHARED, write
 
@@ -123,13 +123,13 @@ def test_hourly_sepsis_labels_are_scored_as_the_challenge_does(tmp_path, capsys,
     assert train.main([*FINETUNE, str(tmp_path / "pre" / "best.pt"), "--set", "trees=20", "--run_dir",
                        str(tmp_path / "fine")]) == 0
     assert "utility" in capsys.readouterr().out
-    content = open_classifier(tmp_path / "fine" / "best.pt")[1]
+    metrics = Checkpoint.open(tmp_path / "fine" / "best.pt").metrics
     assert main(["--checkpoint", str(tmp_path / "fine" / "best.pt"), "--predictions", str(tmp_path / "p.csv"), "--json",
                  str(tmp_path / "json")]) == 0
     printed, told = capsys.readouterr().out, json.loads((tmp_path / "json").read_text())["sepsis"][CHECKPOINT]
     assert "best utility of the validation split" in printed and "a patient-day" in printed
     table = pd.read_csv(tmp_path / "p.csv")
-    for part, expected in (("valid", content["metrics"]["val_utility"]), ("test", told["utility"]["value"])):
+    for part, expected in (("valid", metrics["val_utility"]), ("test", told["utility"]["value"])):
         rows = table[table["split"] == part]
         stay = pd.factorize(rows["stay_id"])[0]
         since = hours_since_onset(stay, rows["minute"].to_numpy(), rows["label"].to_numpy())
@@ -138,4 +138,4 @@ def test_hourly_sepsis_labels_are_scored_as_the_challenge_does(tmp_path, capsys,
         assert utility == pytest.approx(expected, abs=1e-9)
         if part == "valid":
             found = best_utility_threshold(stay, since, probability)[0]
-            assert found == pytest.approx(content["metrics"]["threshold"], abs=1e-5)
+            assert found == pytest.approx(metrics["threshold"], abs=1e-5)

@@ -226,11 +226,10 @@ def test_frozen_finetuning_leaves_the_backbone_bit_equal(pretrained, finetuned):
 
 
 def test_cached_features_equal_uncached_ones(finetuned):
-    content, cohort, dataset, split, new = train.open_checkpoint(finetuned)
-    assert not new
-    model = SeqSetVAE(ModelConfig(**content["model_config"]), content["vocabulary"])
-    model.load_state_dict(content["model"])
-    stays = stays_of(cohort, split["train"])
+    checkpoint, cohort = train.open_checkpoint(finetuned)
+    assert not checkpoint.is_new(cohort)
+    model, dataset = checkpoint.classifier(), checkpoint.dataset(cohort)
+    stays = stays_of(cohort, checkpoint.split["train"])
     cached = train.encode_points(model, dataset, labelled_points(cohort, stays), CPU)
     model.train()
     with torch.no_grad():

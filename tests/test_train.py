@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -20,6 +21,7 @@ import readers
 import runs
 import train
 from batches import balanced_parts
+from checkpoint import Checkpoint
 from data import make_splits
 from readers import synthetic_cohort, write_long_table
 from tests.plain_loop import close
@@ -97,10 +99,13 @@ def test_a_stay_that_the_checkpoint_knows_keeps_its_part_in_other_data():
     cohort = synthetic_cohort(60)
     known = {"train": cohort.stay_id[:30].tolist(), "valid": cohort.stay_id[30:34].tolist(),
              "test": cohort.stay_id[34:40].tolist()}
-    split = train.splits_beside(train.known_part({"subjects": known}, {}, cohort, new=True), cohort, seed=3)
+
+    def known_part(subjects):
+        return Checkpoint.known_part(SimpleNamespace(subjects=subjects, split={}), cohort, new=True)
+    split = train.splits_beside(known_part(known), cohort, seed=3)
     assert all(set(ids) <= set(split[part]) for part, ids in known.items())
     assert sorted(sum(split.values(), [])) == sorted(cohort.stay_id)
-    assert train.splits_beside(train.known_part({}, {}, cohort, new=True), cohort, 3) == make_splits(cohort, 3)
+    assert train.splits_beside(known_part({}), cohort, 3) == make_splits(cohort, 3)
 
 
 @pytest.mark.parametrize("precision, full_training", [("fp32", False), ("fp32", True), ("bf16", True)])
