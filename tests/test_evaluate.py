@@ -342,7 +342,7 @@ def model_figures_of():
 def test_the_analysis_writes_what_is_asked_for_with_or_without_labels(tmp_path, capsys, finetuned):
     pytest.importorskip("matplotlib")
     predictor, dataset = Predictor.with_data(finetuned)
-    cohort = dataset.cohort
+    model, cohort = predictor.model, dataset.cohort
     names = ("predictions", "embeddings", "json", "plots")
     options = [text for name in names for text in (f"--{name}", str(tmp_path / name))]
     options += ["--trajectory", cohort.stay_id[3], "--subgroups", "Gender,Age", "--sensitivity", ".5"]
