@@ -1,11 +1,17 @@
-"""Against what the model is measured: hand-made baselines, an untrained backbone, and the protocol that runs every
-method on several splits, or published ones, with one command (`test_suite.py --protocol`)."""
+"""What the model is compared with: hand-made baselines and an untrained backbone, on several splits with one command
+(`test_suite.py --protocol`); and in speed and memory a plain loop (`test_suite.py --benchmark`)."""
 
 import contextlib
 import io
 import itertools
+import multiprocessing
+import platform
+import re
+import sys
 import tempfile
+import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -21,20 +27,23 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
-from batches import common_variables
+from batches import StayDataset, common_variables, epoch_batches, sorted_batches
 from checkpoint import Checkpoint, label_digest, recorded
-from data import InputError, labelled_points, make_splits, search_after, stay_event_index, stays_of
-from finetune_config import MANY_POINTS, FinetuneConfig, tree_sizes
+from data import (InputError, Normalizer, at_end, build_cohort, labelled_points, make_splits, search_after,
+                  stay_event_index, stays_of, variable_vectors, with_points)
+from finetune_config import MANY_POINTS, FinetuneConfig, head_optimizer, tree_sizes
 from history_statistics import summary_features
 from metrics import (best_shares, best_utility_threshold, bootstrap, hours_since_onset, interval, logit,
                      normalised_utility, of_challenge_2019, stay_utilities, utility_draws)
-from model import ModelConfig, SeqSetVAE
-from predictor import CPU, Predictor, encode_points, open_checkpoint, probability_at
-from runs import choose_device, read_cohort
+from model import ModelConfig, SeqSetVAE, SeqSetVAEPretrain
+from predictor import CPU, Predictor, encode_points, open_checkpoint, probability_at, probability_of
+from readers import load_cohort
+from runs import CHECKPOINTS, choose_device, keep_freed_memory, read_cohort
 from settings import changed, data_options
 from tables import clear_write_error, write_atomically
 from tasks import label_subset, need_both_classes
-from train import HeadTraining, finetune, labelled, parse_arguments, pretrain, training_points, weigh_trees
+from train import (HeadTraining, PretrainConfig, clip_and_step, finetune, head_epoch, labelled, parse_arguments,
+                   prepare_head, pretrain, training_points, weigh_trees)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -387,3 +396,300 @@ def print_protocol(folder: Path) -> None:
                 draws = draws[np.isfinite(draws).all(1)]
                 cells += [f"{d:+.3f} {interval(draws[:, i])}" for i, d in enumerate(difference)]
             print(f"| {method} | {len(values)} | {' | '.join(cells)} |")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Speed and memory, beside a plain loop over single sets (`test_suite.py --benchmark`)
+# ----------------------------------------------------------------------------------------------------------------------
+
+PLAIN_LOOP, PRETRAIN_STEP, FINETUNING, INFERENCE = "plain loop", "pretrain step", "finetuning", "inference"
+# Sizes: config of a number of variables, batches of pretraining, of evaluation, epochs of finetuning, ways to run it.
+SIZES = {"original's sizes": (ModelConfig.original, 4, 3, 15, (PLAIN_LOOP, "float32", "bf16")),
+         "our default": (ModelConfig, 16, 6, 20, ("float32", "bf16"))}
+ROUNDS, LOOPED = 3, 8  # passes timed; stays of the plain loop
+VOCABULARIES, ZIPF_STAYS = (100, 1000, 5000, 20_000), 300
+
+
+def asked_at_the_end(cohort) -> StayDataset:
+    """One question a stay, at its end, whatever the data ask: the plain loop knows no other."""
+    unlabelled = at_end(cohort, np.full(len(cohort), -1))
+    return StayDataset(unlabelled, Normalizer.fit(cohort, np.arange(len(cohort))), points=True)
+
+
+def spread(items, n: int) -> list:
+    """n of the items at even distances, or all."""
+    return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, n + 2)[1:-1].round().astype(int))]
+
+
+def plain_stays(dataset, stays) -> list:
+    """Stays as the plain loop takes them: lists of (minute, events), an event being (variable, normalised value)."""
+    cohort, lists = dataset.cohort, []
+    for p in stays:
+        lists.append([])
+        for t in range(cohort.stay_start[p], cohort.stay_start[p + 1]):
+            events = slice(cohort.set_start[t], cohort.set_start[t + 1])
+            variable = dataset.variable[cohort.event_variable[events]]
+            value = dataset.normalizer(variable, cohort.event_value[events])
+            lists[-1].append((float(cohort.set_minute[t]), list(zip(variable.tolist(), value.tolist()))))
+    return lists
+
+
+def new_models(config, dataset) -> tuple[SeqSetVAEPretrain, SeqSetVAE, FinetuneConfig]:
+    """A model to pretrain, a classifier of its sizes and the settings of its head: the default ones, or, with the
+    original's decoder, the original's features, widths and loss."""
+    d, settings = config.latent_dim, FinetuneConfig()
+    if config.decoder == "slots":
+        settings = FinetuneConfig(features="stable", summaries=False, head_widths=(d, d // 2, d // 4), trees=None,
+                                  loss="focal")
+    vectors = variable_vectors(dataset.normalizer.variables, config.input_dim)
+    head = {name: getattr(settings, name) for name in ("fuse", "features", "summaries", "head_widths")}
+    head |= tree_sizes(settings, 0) | {"head_variables": min(config.num_variables, settings.most_variables)}
+    return SeqSetVAEPretrain(config, vectors), SeqSetVAE(replace(config, **head), vectors), settings
+
+
+def assert_plain_loop_agrees(config, dataset, stays) -> None:
+    """The plain loop's losses and features are the batched model's, to 1e-5 (with learned seeds, as noise is never
+    drawn alike)."""
+    from tests.plain_loop import close, plain_features, plain_pass
+    model, head, _ = new_models(replace(config, learned_seeds=True), dataset)
+    lists = plain_stays(dataset, stays)
+    with torch.no_grad():
+        losses, (_, plain) = model.eval()(dataset[stays], beta=1.0), plain_pass(model, lists)
+        close(torch.stack([losses["reconstruction"], losses["kl"]]), torch.stack(plain))
+        close(head.eval().features(dataset[stays])[:, 0], torch.stack([plain_features(head, stay) for stay in lists]))
+
+
+def pretraining_pass(how, config, batches, dataset, device):
+    """Make, forward, backward and optimizer step of every batch. The plain loop goes backward after each stay, so it
+    holds one stay in memory."""
+    from tests.plain_loop import plain_pass
+    model = new_models(config, dataset)[0].to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    scaler, clip = torch.amp.GradScaler(device.type, enabled=False), PretrainConfig().clip
+
+    def run():
+        for stays in batches:
+            if how == PLAIN_LOOP:
+                for stay in plain_stays(dataset, stays):
+                    _, (reconstruction, kl) = plain_pass(model, [stay])
+                    ((reconstruction + config.max_beta * kl) / len(stays)).backward()
+            else:
+                with torch.amp.autocast(device.type, torch.bfloat16, enabled=how == "bf16"):
+                    loss = model(dataset[stays].to(device), config.max_beta)["loss"]
+                loss.backward()
+            clip_and_step(model, optimizer, scaler, clip)
+    return run
+
+
+def classifier_pass(task, epochs, how, config, batches, dataset, device):
+    """Inference, or a finetuning on the frozen backbone, of which the plain loop runs one epoch: it encodes every stay
+    at each."""
+    from tests.plain_loop import plain_features
+    _, model, settings = new_models(config, dataset)
+    stays = np.sort(np.concatenate(batches))
+    optimizer = head_optimizer(model.to(device), settings)
+    label = torch.arange(len(stays), device=device) % 2  # any labels take the same time, and some data have none
+    weight = torch.ones(len(stays), device=device)
+
+    @torch.no_grad()
+    def run():
+        if how == PLAIN_LOOP:
+            features = torch.stack([plain_features(model.eval(), stay) for stay in plain_stays(dataset, stays)])
+        else:
+            with torch.amp.autocast(device.type, torch.bfloat16, enabled=how == "bf16"):
+                features = encode_points(model, dataset, stays, device)  # a stay's one point has the stay's number
+        if task == INFERENCE:
+            return probability_of(model.classify(features))
+        prepare_head(model, features, label, weight, settings, seed=0)
+        for epoch in range(1 if how == PLAIN_LOOP else epochs):
+            order = epoch_batches(np.ones(len(stays)), settings.batch_size, 0, epoch)
+            with torch.enable_grad():
+                head_epoch(model, features, label, weight, optimizer, settings, order)
+    return run
+
+
+def peak_memory(device) -> float:
+    """MB: of PyTorch's tensors on a GPU, else of this process. The latter never falls, so each work has a process of
+    its own."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        raise InputError("--benchmark measures memory by Python's module resource, which this system lacks; run it on "
+                         "Linux or macOS") from None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def timed_process(pipe, threads: int, device, work) -> None:
+    """Get ready; then at every message run a pass, and send its seconds and the peak memory."""
+    keep_freed_memory()
+    torch.set_num_threads(threads)
+    wait, run = torch.cuda.synchronize if device.type == "cuda" else lambda: None, work()
+    with contextlib.suppress(EOFError):  # the other end was closed
+        while pipe.recv():
+            wait()
+            began = time.perf_counter()
+            run()
+            wait()
+            pipe.send((time.perf_counter() - began, peak_memory(device)))
+
+
+def take_turns(works: dict, device, rounds: int) -> dict:
+    """For each work, which makes a pass in a process of its own: seconds of the fastest pass, peak memory in MB. The
+    passes take turns, so that whatever else the machine does slows all alike."""
+    context, pipes, passes = multiprocessing.get_context("forkserver"), {}, {name: [] for name in works}
+    context.set_forkserver_preload([Path(__file__).stem, "torch._dynamo"])  # which every optimizer imports
+    with contextlib.ExitStack() as stack:
+        for name, work in works.items():
+            mine, theirs = context.Pipe()
+            pipes[name] = stack.enter_context(mine)
+            context.Process(target=timed_process, args=(theirs, torch.get_num_threads(), device, work)).start()
+            theirs.close()
+        for _, (name, pipe) in itertools.product(range(rounds), pipes.items()):
+            try:
+                pipe.send("run")
+                passes[name].append(pipe.recv())
+            except (EOFError, BrokenPipeError):
+                raise InputError(f"--benchmark: the process that measured {name} ended early; see above") from None
+    return {name: (min(done)[0], done[-1][1]) for name, done in passes.items()}
+
+
+def benchmark(arguments) -> None:
+    """Print how long the batched model takes beside the plain loop, and append the table to checkpoints/benchmark.csv.
+    """
+    if arguments.cache_dir:
+        raise InputError(f"--cache_dir {arguments.cache_dir}: --benchmark measures reading, into a temporary folder of "
+                         "its own; leave the option out")
+    device, rows = torch.device("cuda" if torch.cuda.is_available() else "cpu"), {}
+    peak_memory(device)
+    on_cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else on_cpu
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
+        options = data_options(arguments) | {"cache_dir": Path(cache)}
+        for what in ("parsed" if arguments.data_dir else "generated", "from the cache"):
+            began, cohort = time.perf_counter(), load_cohort(**options)
+            print(f"data, {what}: {time.perf_counter() - began:.3g} s")
+    print(cohort.describe())
+    dataset, lengths = asked_at_the_end(cohort), np.diff(cohort.stay_start)
+    for sizes, (make_config, steps, passes, epochs, hows) in SIZES.items():
+        config = make_config(len(dataset.normalizer.variables))
+        trained = epoch_batches(lengths, PretrainConfig().batch_size, 0, 0)[:steps]
+        scored = spread(sorted_batches(dataset.sizes(np.arange(len(cohort)))), passes)
+        if PLAIN_LOOP in hows:
+            assert_plain_loop_agrees(config, dataset, scored[-1][:2])
+        for task, make_pass, batches in ((PRETRAIN_STEP, pretraining_pass, trained),
+                                         (FINETUNING, partial(classifier_pass, FINETUNING, epochs), scored),
+                                         (INFERENCE, partial(classifier_pass, INFERENCE, epochs), scored)):
+            print(f"measuring: {sizes}, {task}", flush=True)
+            stays = np.concatenate(batches)
+            looped = spread(stays[np.argsort(lengths[stays])], LOOPED)
+            used = {how: [looped] if how == PLAIN_LOOP else batches for how in hows if bf16 or how != "bf16"}
+            works = {how: partial(make_pass, how, config, mine, dataset, device) for how, mine in used.items()}
+            for how, (seconds, memory) in take_turns(works, device, ROUNDS).items():
+                seconds *= epochs if (task, how) == (FINETUNING, PLAIN_LOOP) else 1
+                mine = np.concatenate(used[how])
+                rows[sizes, task, how] = {"ms a stay": 1e3 * seconds / len(mine),
+                                          "ms a set": 1e3 * seconds / lengths[mine].sum(), "MB": memory}
+    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis(["sizes", "work", "how"])
+    plain = table["ms a set"].xs(PLAIN_LOOP, level="how")
+    table["x plain"] = plain.reindex(table.index.droplevel("how")).to_numpy() / table["ms a set"]
+    machine = {"machine": f"{machine_name(device)}, {torch.get_num_threads()} threads", "torch": str(torch.__version__),
+               "data": f"{cohort.reader}, {len(cohort)} stays"}
+    memory = "the tensors" if device.type == "cuda" else "a process that does this alone"
+    print(f"\n{', '.join(map(str, machine.values()))}\n"
+          f"Times: the fastest of {ROUNDS} passes, taken in turns. MB: peak memory of {memory}.\n"
+          f"The plain loop runs {LOOPED} of the stays, and of a finetuning one epoch, whose time is multiplied.\n"
+          "x plain: how many times faster a set is done.\n")
+    print(table.to_string(float_format=lambda x: f"{x:,.0f}" if x >= 100 else f"{x:.3g}", na_rep=""))
+    for what, value in (bedside_latency(dataset) | cost_of_questions(dataset)).items():
+        print(f"{what}: {value:.3g}")
+    path = CHECKPOINTS / "benchmark.csv"
+    table = table.reset_index().assign(date=time.strftime("%Y-%m-%d %H:%M"), **machine)
+    if path.exists():
+        table = pd.concat([pd.read_csv(path), table])
+    write_atomically(path, lambda out: table.to_csv(out, index=False))
+    print(f"{len(rows)} rows appended to {path}")
+
+
+def machine_name(device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return named[1] if named else platform.processor() or platform.machine()
+
+
+def bedside_latency(dataset, sets: int = 200, events: int = 6, timed: int = 100) -> dict:
+    """The median times of our default classifier, on one thread of the CPU: of appending a set of some events to a
+    stay of some sets, and of asking for the risk after it."""
+    variables, rng, times = len(dataset.normalizer.variables), np.random.default_rng(0), np.zeros((sets + timed, 2))
+    model, threads = new_models(ModelConfig(variables), dataset)[1].eval(), torch.get_num_threads()
+    state = model.start()
+    torch.set_num_threads(1)
+    for i in range(sets + timed):
+        pairs = list(zip(rng.integers(0, variables, events).tolist(), rng.normal(size=events).tolist()))
+        began = time.perf_counter()
+        model.step(state, 20.0 * i, pairs)
+        stepped = time.perf_counter()
+        model.ask(state, 20.0 * i)
+        times[i] = stepped - began, time.perf_counter() - stepped
+    torch.set_num_threads(threads)
+    return {f"bedside, {what} after {sets} sets, one thread, ms": ms
+            for what, ms in zip((f"a set of {events} events", "a question"), 1e3 * np.median(times[sets:], axis=0))}
+
+
+@torch.no_grad()
+def cost_of_questions(dataset, questions: int = 40, stays: int = 64) -> dict:
+    """How many times as long a pass takes that answers some questions spread over each stay as one that answers a
+    single one."""
+    cohort = dataset.cohort
+    first, last = (cohort.set_minute[cohort.stay_start[i:len(cohort) + i] - i] for i in (0, 1))
+    minute = first[:, None] + (last - first)[:, None] * np.arange(1, questions + 1) / questions              # [P, 40]
+    often = with_points(cohort, np.full(len(cohort), questions), minute.ravel(), np.full(minute.size, -1))
+    model = new_models(ModelConfig(len(dataset.normalizer.variables)), dataset)[1].eval()
+    seconds = []
+    for asked in (dataset, dataset.of(often)):
+        stays_asked = asked.sizes(np.arange(min(stays, len(cohort))))
+        batches = [asked[part] for part in spread(sorted_batches(stays_asked), 4)]
+        times = []
+        for _ in range(ROUNDS):
+            began = time.perf_counter()
+            for batch in batches:
+                model(batch)
+            times.append((time.perf_counter() - began) / sum(map(len, batches)))
+        seconds.append(min(times))
+    return {f"a pass that answers {questions} questions a stay, to one that answers one": seconds[1] / seconds[0]}
+
+
+# ---- scale: the cost follows the events, not the vocabulary ----------------------------------------------------------
+
+def zipf(rng, size, variables: int) -> np.ndarray:
+    """Indices of variables, drawn by Zipf's law with exponent 1."""
+    chance = np.cumsum(1 / np.arange(1, variables + 1))
+    return np.searchsorted(chance, rng.random(size) * chance[-1])
+
+
+def zipf_cohort(variables: int, stays: int, sets: int = 150, events: int = 4):
+    """Stays of the same number of sets and events, whatever the vocabulary."""
+    rng, n = np.random.default_rng(0), stays * sets * events
+    stay, minute = np.repeat(np.arange(stays), sets * events), np.tile(np.repeat(20.0 * np.arange(sets), events), stays)
+    return build_cohort("Zipf", [f"v{i:05d}" for i in range(variables)], stay, minute, zipf(rng, n, variables),
+                        rng.normal(size=n), np.arange(stays).astype(str))
+
+
+def pretraining_of(variables: int, stays: int):
+    """A pass of an epoch of pretraining with the defaults."""
+    dataset, config = asked_at_the_end(zipf_cohort(variables, stays)), ModelConfig(variables)
+    batches = epoch_batches(np.diff(dataset.cohort.stay_start), PretrainConfig().batch_size, 0, 0)
+    return pretraining_pass("float32", config, batches, dataset, CPU)
+
+
+def scale() -> None:
+    """Print how time and memory grow with the vocabulary at the same events."""
+    print(f"{machine_name(CPU)}, {torch.get_num_threads()} threads, torch {torch.__version__}\n"
+          f"one epoch of pretraining, {ZIPF_STAYS} stays x 150 sets x 4 events of V variables (Zipf), the fastest of "
+          f"{ROUNDS} turns")
+    works = {variables: partial(pretraining_of, variables, ZIPF_STAYS) for variables in VOCABULARIES}
+    table = pd.DataFrame(take_turns(works, CPU, ROUNDS), index=["seconds", "peak MB"]).T.rename_axis("V")
+    print(table.assign(**{"x first": table["seconds"] / table["seconds"].iloc[0]}).round(2).to_string())

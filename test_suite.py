@@ -13,13 +13,10 @@ import os
 import sys
 from pathlib import Path
 
-import pytest
-
-from benchmark import benchmark, scale
 from checkpoint import Checkpoint
 from data import InputError
 from predictor import follow
-from protocol import METHODS, baselines, protocol
+from protocol import METHODS, baselines, benchmark, protocol, scale
 from report import performance
 from runs import CHECKPOINTS, exit_code
 from settings import add_data_options, add_head_options, data_options, fraction, seed
@@ -80,8 +77,8 @@ def main(argv=None) -> int:
         help="shares of the training labels (default: 1 0.1 0.03)")
     add = parser.add_argument_group("benchmark").add_argument
     add("--benchmark", nargs="?", const="speed", choices=("speed", "scale"),
-        help="speed and memory on --data_dir or the embedded cohort; scale: how both grow with the vocabulary and the "
-             "number of subjects (OMP_NUM_THREADS sets the threads)")
+        help="speed and memory on --data_dir or the embedded cohort; scale: how both grow with the vocabulary "
+             "(OMP_NUM_THREADS sets the threads)")
 
     add = parser.add_argument_group("tests").add_argument
     add("--soak", action="store_true",
@@ -90,18 +87,26 @@ def main(argv=None) -> int:
     return exit_code(lambda: run(arguments, bool(sys.argv[1:] if argv is None else argv)))
 
 
+def run_tests(*options: str) -> int:
+    """The exit code of pytest, which a checkpoint is scored without."""
+    import pytest
+    return pytest.main([TESTS, "-q", *options])
+
+
 def run(arguments, given: bool) -> int | None:
     """What the command line asks for; given: it has any option. The exit code of the tests."""
     if arguments.soak:
         os.environ["SEQSETVAE_SOAK"] = "1"
-        return pytest.main([TESTS, "-q", "-s", "-k", "random"])
+        return run_tests("-s", "-k", "random")
     if arguments.protocol:
         if not arguments.data_dir:
             raise InputError("--protocol needs --data_dir, for instance ../shared/data/physionet2012")
         protocol(data_options(arguments), arguments.splits, arguments.seeds, arguments.methods,
                  arguments.fractions, Path(arguments.protocol))
+    elif arguments.benchmark == "scale":
+        scale()
     elif arguments.benchmark:
-        scale() if arguments.benchmark == "scale" else benchmark(arguments)
+        benchmark(arguments)
     elif len(arguments.checkpoint or []) > 1 and (arguments.export or arguments.follow):
         raise InputError("--export and --follow take one --checkpoint")
     elif arguments.checkpoint and arguments.export:
@@ -114,7 +119,7 @@ def run(arguments, given: bool) -> int | None:
         raise InputError("these options need --checkpoint (or --protocol, --benchmark); "
                          "the tests run without any option")
     else:
-        return pytest.main([TESTS, "-q"])
+        return run_tests()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The model once more, written as the original implementation works: one stay, one set, one event at a time.
 
-tests/test_model.py compares the batched model's numbers with these, and benchmark.py its speed.
+tests/test_model.py compares the batched model's numbers with these, and `--benchmark` its speed.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""Tests of report.py, predictor.py, plots.py, metrics.py, protocol.py, benchmark.py and of README.md: what users run with a checkpoint."""
+"""Tests of report.py, predictor.py, plots.py, metrics.py, protocol.py and of README.md: what users run with a checkpoint."""
 
 import io
 import itertools
@@ -19,7 +19,6 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-import benchmark
 import checkpoint
 import data
 import plots
@@ -28,7 +27,6 @@ import readers
 import test_suite
 import train
 from batches import StayDataset
-from benchmark import PLAIN_LOOP, asked_at_the_end, assert_plain_loop_agrees
 from checkpoint import Checkpoint
 from data import InputError, with_points
 from metrics import (CHECKPOINT, alarm_from, best_utility_threshold, bootstrap, hours_since_onset, logit, net_benefit,
@@ -36,8 +34,8 @@ from metrics import (CHECKPOINT, alarm_from, best_utility_threshold, bootstrap, 
 from model import ModelConfig, SeqSetVAE
 from predictor import (CPU, Predictor, encode_points, followed_event, influence, predict, probability_at,
                        probability_of, risk_over_time, risk_without)
-from protocol import (AVERAGE, BASELINES, STATISTICS, averaged, hand_made_baselines, print_protocol,
-                      summaries_alone, summary_table)
+from protocol import (AVERAGE, BASELINES, PLAIN_LOOP, STATISTICS, asked_at_the_end, assert_plain_loop_agrees, averaged,
+                      hand_made_baselines, print_protocol, summaries_alone, summary_table)
 from readers import synthetic_cohort, write_long_table
 from report import print_figures, print_subgroups, subgroups, write_meds_predictions
 from test_suite import main
@@ -804,24 +802,39 @@ def test_several_checkpoints_are_scored_as_the_mean_of_their_logits(tmp_path, ca
 def test_the_benchmarks_plain_loop_agrees_with_the_batched_model():
     config = ModelConfig.original(7, input_dim=12, reduced_dim=8, latent_dim=16, inducing=3, layers=2, heads=2,
                                   ff_dim=24)
-    assert_plain_loop_agrees(config, asked_at_the_end(cohort_of(random_stays()), PLAIN), np.arange(4))
+    assert_plain_loop_agrees(config, asked_at_the_end(cohort_of(random_stays())), np.arange(4))
 
 
 def test_the_benchmark_prints_a_table_and_appends_to_its_csv(tmp_path, capsys, monkeypatch, processes):
     sizes = dict(input_dim=12, reduced_dim=8, latent_dim=16, inducing=3, layers=2, heads=2, ff_dim=24)
-    for name, value in {"BENCHMARK": {"tiny": (partial(ModelConfig.original, **sizes), 1, 1, 3,
-                                               (PLAIN_LOOP, "float32"))}, "ROUNDS": 1, "LOOPED": 2,
-                        "MATMUL": 64, "CHECKPOINTS": tmp_path}.items():
-        monkeypatch.setattr(benchmark, name, value)
+    tiny_sizes = {"tiny": (partial(ModelConfig.original, **sizes), 1, 1, 3, (PLAIN_LOOP, "float32"))}
+    for name, value in {"SIZES": tiny_sizes, "ROUNDS": 1, "LOOPED": 2, "CHECKPOINTS": tmp_path}.items():
+        monkeypatch.setattr(protocol, name, value)
     folder = write_long_table(tmp_path / "table", synthetic_cohort(24), labels=False)
     for runs in (1, 2):
         assert main(["--benchmark", "--data_dir", str(folder)]) == 0
         out, written = capsys.readouterr().out, pd.read_csv(tmp_path / "benchmark.csv")
-        assert all(word in out
-                   for word in ("pretrain step", "3-epoch finetune", "inference", "plain loop", "x plain", "% of peak"))
-        assert (written.groupby(["what", "unit"]).size() == runs).all() and (written["value"] > 0).sum() > 40 * runs
-    faster = written[written["what"].eq("tiny, pretrain step, float32") & written["unit"].eq("x plain")]["value"]
+        assert all(word in out for word in ("data, parsed", "x plain", "bedside", "answers 40 questions"))
+        assert (written.groupby(["sizes", "work", "how"]).size() == runs).all() and len(written) == 6 * runs
+        assert (written[["ms a stay", "ms a set", "MB", "x plain"]] > 0).all(axis=None)
+    faster = written.loc[written["work"].eq("pretrain step") & written["how"].eq("float32"), "x plain"]
     assert len(faster) == 2 and (faster > 1).all()  # else the batches are worth nothing
+
+
+def test_the_benchmark_of_scale_prints_a_row_a_vocabulary(capsys, monkeypatch, processes):
+    monkeypatch.setattr(protocol, "ROUNDS", 1)
+    monkeypatch.setattr(protocol, "VOCABULARIES", (20, 300))
+    monkeypatch.setattr(protocol, "ZIPF_STAYS", 2)
+    assert main(["--benchmark", "scale"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-2:]]
+    assert [row[0] for row in rows] == ["20", "300"] and all(float(x) > 0 for row in rows for x in row)
+
+
+def test_a_checkpoint_is_scored_without_pytest_and_without_the_tests(small_finetuned):
+    code = ("import sys, test_suite; assert test_suite.main(sys.argv[1:]) == 0; "
+            "assert not {'pytest', 'tests'} & sys.modules.keys()")
+    subprocess.run([sys.executable, "-c", code, "--checkpoint", str(small_finetuned), "--device", "cpu"], check=True,
+                   cwd=Path(train.__file__).parent, stdout=subprocess.DEVNULL)
 
 
 def readme_blocks(marker: str) -> list[tuple[str, str]]:
