@@ -412,8 +412,7 @@ VOCABULARIES, ZIPF_STAYS = (100, 1000, 5000, 20_000), 300
 
 def asked_at_the_end(cohort) -> StayDataset:
     """One question a stay, at its end, whatever the data ask: the plain loop knows no other."""
-    unlabelled = at_end(cohort, np.full(len(cohort), -1))
-    return StayDataset(unlabelled, Normalizer.fit(cohort, np.arange(len(cohort))), points=True)
+    return StayDataset(at_end(cohort), Normalizer.fit(cohort, np.arange(len(cohort))), points=True)
 
 
 def spread(items, n: int) -> list:
@@ -488,7 +487,8 @@ def classifier_pass(task, epochs, how, config, batches, dataset, device):
     _, model, settings = new_models(config, dataset)
     stays = np.sort(np.concatenate(batches))
     optimizer = head_optimizer(model.to(device), settings)
-    label = torch.arange(len(stays), device=device) % 2  # any labels take the same time, and some data have none
+    # Any answers take the same time, and some data have none.
+    answer = (torch.arange(len(stays), device=device) % 2).float()[:, None]
     weight = torch.ones(len(stays), device=device)
 
     @torch.no_grad()
@@ -500,11 +500,11 @@ def classifier_pass(task, epochs, how, config, batches, dataset, device):
                 features = encode_points(model, dataset, stays, device)  # a stay's one point has the stay's number
         if task == INFERENCE:
             return probability_of(model.classify(features))
-        prepare_head(model, features, label, weight, settings, seed=0)
+        prepare_head(model, features, answer, weight, settings, seed=0)
         for epoch in range(1 if how == PLAIN_LOOP else epochs):
             order = epoch_batches(np.ones(len(stays)), settings.batch_size, 0, epoch)
             with torch.enable_grad():
-                head_epoch(model, features, label, weight, optimizer, settings, order)
+                head_epoch(model, features, answer, weight, optimizer, settings, order)
     return run
 
 
@@ -646,7 +646,7 @@ def cost_of_questions(dataset, questions: int = 40, stays: int = 64) -> dict:
     cohort = dataset.cohort
     first, last = (cohort.set_minute[cohort.stay_start[i:len(cohort) + i] - i] for i in (0, 1))
     minute = first[:, None] + (last - first)[:, None] * np.arange(1, questions + 1) / questions              # [P, 40]
-    often = with_points(cohort, np.full(len(cohort), questions), minute.ravel(), np.full(minute.size, -1))
+    often = with_points(cohort, np.full(len(cohort), questions), minute.ravel())
     model = new_models(ModelConfig(len(dataset.normalizer.variables)), dataset)[1].eval()
     seconds = []
     for asked in (dataset, dataset.of(often)):
@@ -680,7 +680,8 @@ def zipf_cohort(variables: int, stays: int, sets: int = 150, events: int = 4):
 
 def pretraining_of(variables: int, stays: int):
     """A pass of an epoch of pretraining with the defaults."""
-    dataset, config = asked_at_the_end(zipf_cohort(variables, stays)), ModelConfig(variables)
+    dataset = asked_at_the_end(zipf_cohort(variables, stays))
+    config = ModelConfig(len(dataset.cohort.variables))
     batches = epoch_batches(np.diff(dataset.cohort.stay_start), PretrainConfig().batch_size, 0, 0)
     return pretraining_pass("float32", config, batches, dataset, CPU)
 
