@@ -439,8 +439,10 @@ class HistoryReadout(nn.Linear):
         """h [B, L, d] -> name -> [B], means over the sets asked for."""
         keys = question.own_keys
         true = statistics_at(batch, question.slots, question.column, keys.shape[1])
-        asked = self(at_slots(h, question.slots)).unflatten(-1, (-1, keys.shape[-1]))                 # [B, Q, 13, r]
-        past, future = (asked @ keys.mT[:, None]).split((len(HISTORY_STATISTICS), len(FUTURE_STATISTICS)), dim=2)
+        asked = self(at_slots(h, question.slots)).float().unflatten(-1, (-1, keys.shape[-1]))         # [B, Q, 13, r]
+        with torch.autocast("cuda" if h.is_cuda else "cpu", enabled=False):
+            answered = asked @ keys.mT[:, None]                                                       # [B, Q, 13, n]
+        past, future = answered.split((len(HISTORY_STATISTICS), len(FUTURE_STATISTICS)), dim=2)
         losses = {"history": statistics_loss(past, true.past, true.past_exists),
                   "future": statistics_loss(future, true.future, true.future_exists)}
         return {name: masked_mean(loss, question.real) for name, loss in losses.items()}
@@ -562,15 +564,6 @@ class SetVAE(nn.Module):
             mu, logvar = self._posterior(pooled, batch)
             z_list.append((self.sample(mu, logvar) if self.training else mu, mu, logvar))
         return self.decode(z_list[-1][0], batch), z_list
-
-    def elbo_loss(self, batch: EventBatch, beta: float = 1.0) -> dict[str, torch.Tensor]:
-        """Negative evidence lower bound of the sets alone, without history (mean over sets, then stays)."""
-        mu, logvar = self.encode(batch)
-        code = self.sample(mu, logvar) if self.training else mu
-        question = self.ask(batch) if self.config.decoder == "readout" else None
-        reconstruction = sum(self.reconstruction_losses(code, batch, question).values()).mean()
-        kl = self.kl(mu, logvar, batch)
-        return {"loss": reconstruction + beta * kl, "reconstruction": reconstruction, "kl": kl}
 
     def kl(self, mu, logvar, batch: EventBatch):
         """The KL term: mean over sets, then stays, []."""

@@ -16,8 +16,8 @@ from checkpoint import load_weights
 from data import InputError, Normalizer, labelled_points, stays_of, with_points
 from finetune_config import (MANY_POINTS, FinetuneConfig, boosted_trees, classification_loss, head_penalty,
                              tree_sizes)
-from history_statistics import statistics_at
-from model import History, ModelConfig, SeqSetVAE, SeqSetVAEPretrain, SetVAE
+from history_statistics import real_sets, statistics_at
+from model import History, ModelConfig, SeqSetVAE, SeqSetVAEPretrain, SetVAE, masked_mean
 from predictor import CPU
 from tasks import BoostedTrees
 from tests.plain_loop import close, plain_future, plain_pass, plain_statistics
@@ -51,9 +51,11 @@ def test_a_batch_equals_a_plain_loop_over_single_sets(decoder, mab_residual, pre
 def test_the_set_vae_stands_alone(decoder):
     model, batch = build(SetVAE, tiny(decoder=decoder, levels=2)), batch_of(random_stays())
     with torch.no_grad():
-        (mu, logvar), (decoded, z_list), losses = model.encode(batch), model(batch), model.elbo_loss(batch, beta=0.5)
-        close(losses["loss"], losses["reconstruction"] + 0.5 * losses["kl"])
+        (mu, logvar), (decoded, z_list) = model.encode(batch), model(batch)
         close(decoded, model.decode(mu, batch))
+        normal = torch.distributions.Normal
+        kl = torch.distributions.kl_divergence(normal(mu, (0.5 * logvar).exp()), normal(0, 1)).sum(-1)
+        close(model.kl(mu, logvar, batch), masked_mean(kl, real_sets(batch)).mean())
         assert len(z_list) == 2 and torch.equal(z_list[-1][1], mu) and torch.equal(z_list[-1][2], logvar)
         assert all(torch.equal(z, mean) for z, mean, _ in z_list)                    # evaluation: z is mu
         assert all(not torch.equal(z, mean) for z, mean, _ in model.train()(batch)[1])  # training: z is sampled
@@ -513,3 +515,16 @@ def test_the_loss_of_measured_or_not_is_float32_under_autocast():
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         low = setvae._measured_loss(code, question)
     assert torch.equal(low, setvae._measured_loss(code, question))
+
+
+def test_the_losses_of_history_and_future_are_float32_under_autocast():
+    model, batch = build(SeqSetVAEPretrain, tiny()), batch_of(random_stays())
+    question, readout = model.setvae.ask(batch), model.history_readout
+    told = torch.randn(*question.slots.shape, readout.out_features)
+    readout.forward = lambda h: told  # else bf16 itself
+    h = torch.randn(*batch.minute.shape, readout.in_features)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        low = readout.losses(h, batch, question)
+    full = readout.losses(h, batch, question)
+    assert low.keys() == {"history", "future"} and all(torch.equal(low[name], full[name]) for name in low)
+
