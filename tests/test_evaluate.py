@@ -1,4 +1,4 @@
-"""Tests of report.py, predictor.py, plots.py, metrics.py, protocol.py and of README.md: what users run with a checkpoint."""
+"""Tests of predictor.py, protocol.py and README.md: what users run with a checkpoint."""
 
 import io
 import itertools
@@ -16,12 +16,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import roc_auc_score
 
 import checkpoint
 import data
-import plots
 import protocol
 import readers
 import test_suite
@@ -29,17 +27,14 @@ import train
 from batches import StayDataset
 from checkpoint import Checkpoint
 from data import InputError, with_points
-from metrics import (CHECKPOINT, alarm_from, best_utility_threshold, bootstrap, hours_since_onset, logit, net_benefit,
-                     ranks, recalibration, score_figures, sepsis_figures, threshold_of)
+from metrics import best_utility_threshold, hours_since_onset, sepsis_figures
 from model import ModelConfig, SeqSetVAE
 from predictor import (CPU, Predictor, encode_points, followed_event, influence, predict, probability_at,
-                       probability_of, risk_over_time, risk_without)
+                       risk_over_time, risk_without)
 from protocol import (AVERAGE, BASELINES, PLAIN_LOOP, STATISTICS, asked_at_the_end, assert_plain_loop_agrees, averaged,
                       hand_made_baselines, print_protocol, summaries_alone, summary_table)
 from readers import synthetic_cohort, write_long_table
-from report import print_figures, print_subgroups, subgroups, write_meds_predictions
 from test_suite import main
-from tests.test_readers import meds
 from tests.tiny import (FINETUNE, NAMES, PLAIN, PRETRAIN, SHARED, build, cohort_of, labels_of,
                         one_error_line, random_stays, tiny, write)
 
@@ -229,169 +224,6 @@ def test_a_followed_risk_is_printed_before_more_is_read(small_finetuned):
     assert process.returncode == 0 and rest == b"" and b"2 risks of 1 stays" in error and b"1 malformed" in error
 
 
-def test_intervals_resample_stays_not_points():
-    rng = np.random.default_rng(0)
-    label = rng.integers(0, 2, 40)
-    p = label + rng.normal(size=40)
-    once = bootstrap(np.arange(40), label, p, repeats=300)
-    many = bootstrap(np.repeat(np.arange(40), 25), np.repeat(label, 25), np.repeat(p, 25), repeats=300)
-    assert np.allclose(once[..., 0], many[..., 0])  # the same points again are no more evidence
-    fresh = bootstrap(np.arange(1000), np.repeat(label, 25), np.repeat(p, 25), repeats=300)
-    assert fresh.std(0)[0, 0] < .4 * once.std(0)[0, 0]
-
-
-def test_a_bootstraps_measures_are_those_of_scikit_learn():
-    rng = np.random.default_rng(0)
-    for n in (5, 30, 2000):
-        label, weight = rng.permutation(np.arange(n) % 3 == 0).astype(int), rng.poisson(1, n)
-        weight[:np.flatnonzero(np.diff(label))[0] + 2] += 1  # both classes
-        p = np.round(rng.random(n) / 2 + label / 4, 2)  # with ties
-        order = np.argsort(-p)
-        np.testing.assert_allclose(ranks(label[order], p[order], weight[order]),
-                                   [measure(label, p, sample_weight=weight)
-                                    for measure in (roc_auc_score, average_precision_score)], atol=1e-12)
-
-
-def test_fewer_than_ten_positives_or_negatives_have_no_interval(capsys):
-    rng = np.random.default_rng(0)
-    few = "stays with a positive label: 9, with a negative one: 31; below 10 of each no interval is given"
-    for positives, said in ((9, few), (10, "")):
-        label = (np.arange(40) < positives).astype(int)
-        methods = {CHECKPOINT: (label / 4 + rng.random(40)) / 2, "another": rng.random(40)}
-        figures = score_figures(np.arange(40), label, methods, .5)
-        intervals = [measure["interval"] for measures in figures["methods"].values() for measure in measures.values()]
-        assert figures["few"].startswith(said) and all((i is None) == bool(said) for i in intervals)
-        print_figures(figures | {"scored": "these", "model": model_figures_of()}, "best F1")
-        assert ("95% [" in capsys.readouterr().out) != bool(said)
-    # many points of few stays are no more evidence
-    assert score_figures(np.repeat(np.arange(9), 99), np.tile([0, 1, 1], 297), {CHECKPOINT: rng.random(891)}, .5)["few"]
-
-
-def test_recalibration_is_unpenalised_logistic_regression_on_the_logit():
-    rng = np.random.default_rng(0)
-    for scale, shift in ((1, 0), (3, 1), (.2, -4)):
-        logit = rng.normal(size=500) * 2 - 1
-        label = (rng.random(500) < 1 / (1 + np.exp(-logit))).astype(int)
-        weight, p = rng.poisson(1, 500), 1 / (1 + np.exp(-(scale * logit + shift)))
-        fitted = LogisticRegression(C=np.inf, tol=1e-9).fit(np.log(p / (1 - p))[:, None], label, sample_weight=weight)
-        np.testing.assert_allclose(recalibration(label, p, weight), (fitted.coef_[0, 0], fitted.intercept_[0]),
-                                   atol=1e-4)
-    for p in (np.full(500, .3), np.where(label == 1, .9, .1), np.where(label == 1, 1., 0.)):
-        assert np.isnan(recalibration(label, p, np.ones(500))).all()
-
-
-def test_alarms_at_a_fixed_sensitivity_and_net_benefit_are_what_counting_gives():
-    label, p = np.array([1, 0, 1, 1, 0, 0, 0, 1, 0, 0]), np.array([.9, .8, .7, .7, .6, .5, .4, .3, .2, .1])
-    assert [threshold_of(label, p, share) for share in (.25, .5, .75, .76, 1)] == [.9, .7, .7, .3, .3]
-    assert alarm_from(.7)(label, p, np.ones(10)) == (3 / 4, 3 / 4, 40)
-    assert np.isnan(alarm_from(.95)(label, p, np.ones(10))[1])
-    curve = net_benefit(label, p)
-    for t, found, everyone in zip(*curve.values()):
-        true, false = ((p >= t) & (label == 1)).sum(), ((p >= t) & (label == 0)).sum()
-        assert found == pytest.approx(true / 10 - false / 10 * t / (1 - t))
-        assert everyone == pytest.approx(.4 - .6 * t / (1 - t))
-
-
-def test_a_planted_miscalibration_shows_in_its_group_and_nowhere_else(capsys):
-    rng, n = np.random.default_rng(1), 4000
-    logit, sex, unit = rng.normal(size=n) * 1.5 - 1, rng.integers(0, 2, n), rng.integers(0, 2, n)
-    label = (rng.random(n) < 1 / (1 + np.exp(-logit))).astype(int)
-    told = np.where((sex == 1) & (unit == 0), 2 * logit + 1, logit)  # overconfident, and too high
-    groups = {"unit and sex": {f"{u}{s}": (unit == u) & (sex == s) for u in (0, 1) for s in (0, 1)}}
-    figures = score_figures(np.arange(n), label, {CHECKPOINT: 1 / (1 + np.exp(-told))}, .5, groups=groups)
-    for name, group in figures["subgroups"]["unit and sex"].items():
-        (a, b), (c, d) = group["slope"]["interval"], group["intercept"]["interval"]
-        assert (a < 1 < b, c < 0 < d) == ((False, False) if name == "01" else (True, True)), (name, group)
-        assert group["stays"] == groups["unit and sex"][name].sum()
-        assert group["sensitivity"]["interval"][0] < group["sensitivity"]["value"] < group["sensitivity"]["interval"][1]
-    assert figures["methods"][CHECKPOINT]["sensitivity"]["value"] == pytest.approx(.8, abs=.001)
-    print_subgroups(figures)
-    rows = capsys.readouterr().out.splitlines()
-    assert [row[:28].split()[-1] for row in rows[2:-1]] == ["all", "00", "01", "10", "11"]
-    assert all(row.count("[") == 5 for row in rows[2:-1])
-
-
-def test_subgroups_are_first_values_categories_quartiles_and_numbers_of_events(tmp_path, load):
-    rows = [f"{i},{m},{v},{x}" for i in range(9) for m, v, x in
-            ((5, "Age", 30 + i), (0, "Sex", i % 2), (9, "Sex", 7), (1, f"Unit={i % 3}", 1),
-             (2, f"RACE//{'AB'[i % 2]}", ""))
-            if not (i == 8 and v != "Age")]
-    write(tmp_path / "events.csv", "\n".join(["stay_id,minute,variable,value", *rows]) + "\n")
-    cohort = load(tmp_path)
-    found = {name: {key: np.flatnonzero(mask).tolist() for key, mask in subgroups(cohort, np.arange(9), name).items()}
-             for name in ("Sex", "Unit", "RACE", "Age", "events")}
-    assert found == {"Sex": {"0": [0, 2, 4, 6], "1": [1, 3, 5, 7], "not recorded": [8]},
-                     "Unit": {"0": [0, 3, 6], "1": [1, 4, 7], "2": [2, 5], "not recorded": [8]},
-                     "RACE": {"A": [0, 2, 4, 6], "B": [1, 3, 5, 7], "not recorded": [8]},
-                     "Age": {"30 to 31": [0, 1], "32 to 33": [2, 3], "34 to 35": [4, 5], "36 to 38": [6, 7, 8]},
-                     "events": {"1": [8], "5": list(range(8))}}
-    with pytest.raises(InputError, match="--subgroups unit: no variable of the data; near: Unit, events; give"):
-        subgroups(cohort, np.arange(9), "unit")
-    early = with_points(cohort, np.array([1, 2, *[1] * 7]), np.array([0, 1, 2, *[5] * 7]), np.zeros(10))
-    found = {key: np.flatnonzero(mask).tolist() for key, mask in subgroups(early, np.arange(10), "events").items()}
-    assert found == {"1": [0, 9], "3": [1, 2], "4": [3, 4, 5, 6, 7, 8]}  # by the stay's last point, for all of its own
-
-
-def model_figures_of():
-    weights = dict.fromkeys(("mean", "std", "min", "max"), 0)
-    return dict(head_parameters=1, parameters=2, head_weights=weights, active_units=3, latent_dim=4)
-
-
-def test_the_analysis_writes_what_is_asked_for_with_or_without_labels(tmp_path, capsys, finetuned):
-    pytest.importorskip("matplotlib")
-    predictor, dataset = Predictor.with_data(finetuned)
-    model, cohort = predictor.model, dataset.cohort
-    names = ("predictions", "embeddings", "json", "plots")
-    options = [text for name in names for text in (f"--{name}", str(tmp_path / name))]
-    options += ["--trajectory", cohort.stay_id[3], "--subgroups", "Gender,Age", "--sensitivity", ".5"]
-    capsys.readouterr()
-    assert main(["--checkpoint", str(finetuned), *options]) == 0
-    printed, figures = capsys.readouterr().out, json.loads((tmp_path / "json").read_text())
-    auroc = figures["methods"][CHECKPOINT]["auroc"]
-    assert auroc["interval"] is None and f"AUROC                {auroc['value']:.4f}\n" in printed
-    assert "Few                  stays with a positive label: 1, with a negative one: 4; below 10 of each" in printed
-    table, arrays = pd.read_csv(tmp_path / "predictions"), np.load(tmp_path / "embeddings")
-    assert table["stay_id"].tolist() == arrays["stay_id"].tolist() == cohort.stay_id.tolist()
-    assert table["label"].tolist() == cohort.label.tolist()
-    test = table[table["split"] == "test"]
-    assert auroc["value"] == roc_auc_score(test["label"], test["probability"]) and figures["stays"] == len(test)
-    assert list(table) == ["stay_id", "minute", "probability", "split", "label"]
-    logits = model.classify(torch.from_numpy(arrays["features"]))
-    np.testing.assert_allclose(probability_of(logits.detach()), table["probability"], atol=1e-6)
-    assert arrays["h"].shape == (24, model.config.latent_dim)
-    trajectory = figures["trajectory"]
-    assert trajectory["stay"] == cohort.stay_id[3]
-    assert trajectory["risk"][-1] == pytest.approx(table["probability"][3], abs=1e-6)
-    assert f"{trajectory['risk'][0]:.4f}" in printed
-    assert set(figures["subgroups"]) == {"Gender", "Age"} and figures["alarm"]["sensitivity"] == .5
-    assert sum(group["stays"] for group in figures["subgroups"]["Gender"].values()) == figures["stays"]
-    pictures = [f"{name}.png" for name in ("calibration", "curves", "decision", "features", "ranking", "trajectory")]
-    assert sorted(file.name for file in (tmp_path / "plots").iterdir()) == pictures
-
-    unlabelled = ["--checkpoint", str(finetuned), "--data_dir",
-                  str(write_long_table(tmp_path / "unlabelled", cohort, labels=False))]
-    assert main([*unlabelled, "--predictions", str(tmp_path / "new.csv")]) == 0
-    assert "nothing to score" in capsys.readouterr().out
-    again = pd.read_csv(tmp_path / "new.csv")
-    np.testing.assert_allclose(again["probability"], table["probability"], atol=1e-5)
-    assert again["label"].isna().all() and again["split"].tolist() == table["split"].tolist()
-    one_error_line(capsys, main(unlabelled), "--predictions needs no label")
-    one_error_line(capsys, main([*unlabelled, "--trajectory", "nobody"]), "nobody")
-
-
-def test_the_bootstrap_scores_as_scikit_learn_does():
-    rng = np.random.default_rng(0)
-    label, group, p = rng.integers(0, 2, 90), rng.integers(0, 30, 90), rng.random(90).round(1)  # with ties
-    draws, rng = bootstrap(group, label, p, 1 - p, repeats=20), np.random.default_rng(0)
-    groups = len(np.unique(group))
-    for scored in draws:
-        drawn = np.bincount(rng.integers(0, groups, groups), minlength=groups)
-        weight = drawn[np.unique(group, return_inverse=True)[1]]
-        for q, (auroc, auprc) in zip((p, 1 - p), scored):
-            assert auroc == pytest.approx(roc_auc_score(label, q, sample_weight=weight), abs=1e-12)
-            assert auprc == pytest.approx(average_precision_score(label, q, sample_weight=weight), abs=1e-12)
-
-
 def test_predict_gives_what_predictions_writes_for_the_same_table(tmp_path, finetuned):
     cohort = synthetic_cohort(6, seed=5)
     folder = write_long_table(tmp_path / "new", cohort, labels=False)
@@ -423,13 +255,6 @@ def test_the_released_weights_score_a_table_in_their_units_and_name_nobody():
     content = torch.load(released, weights_only=True)
     assert all(stay.startswith(checkpoint.HASHED) for ids in content["split"].values() for stay in ids)
     assert content["source"]["data"] == {"data_dir": None} and released.stat().st_size < 2**24
-
-
-def test_scoring_needs_neither_pytest_nor_the_tests():
-    loaded = "import sys, report; print([name for name in sys.modules if name.split('.')[0] in ('pytest', 'tests')])"
-    home = Path(train.__file__).parent
-    ended = subprocess.run([sys.executable, "-c", loaded], cwd=home, capture_output=True, text=True)
-    assert ended.stdout == "[]\n", ended.stderr
 
 
 def test_the_log_of_the_untrained_backbone_does_not_stand_in_the_report(capsys, monkeypatch, finetuned):
@@ -528,75 +353,6 @@ def test_an_exported_checkpoint_names_nobody_and_predicts_and_guards_alike(tmp_p
     assert f"\nScored: {len(never)} stays" in capsys.readouterr().out
 
 
-def test_a_stay_without_a_known_variable_has_no_probability_and_no_part_in_the_score(tmp_path, capsys, small_finetuned):
-    cohort = synthetic_cohort(24)
-    folder = write_long_table(tmp_path / "d", replace(cohort, stay_id=np.array([f"new-{i}" for i in range(24)]),
-                                                      subject=np.array([f"new-{i}" for i in range(24)])))
-    write(folder / "events.csv", (folder / "events.csv").read_text() + "X,0,their HR,80\nY,0,their HR,70\nY,9,HR,80\n")
-    write(folder / "labels.csv", (folder / "labels.csv").read_text() + "X,1\n")
-    options = ["--checkpoint", str(small_finetuned), "--data_dir", str(folder)]
-    assert main([*options, "--predictions", str(tmp_path / "p.csv")]) == 0
-    out, table = capsys.readouterr().out, pd.read_csv(tmp_path / "p.csv").set_index("stay_id")["probability"]
-    assert table.isna().sum() == 1 and np.isnan(table["X"]) and 0 < table["Y"] < 1
-    assert "not scored: 1 labelled points, as nothing that the checkpoint knows lies before them (stay X at" in out
-    assert "Scored: 24 stays, 5 positive" in out
-    assert "predictions: 1 without a probability, as nothing that the checkpoint knows lies before them (stay X" in out
-    one_error_line(capsys, main([*options, "--trajectory", "X"]), "the checkpoint knows none of its variables")
-
-
-@pytest.fixture
-def meds_answers(tmp_path, load, capsys):
-    """Of 28 of 30 subjects of MEDS data, each asked twice, made-up answers: the cohort, probabilities [60], the file
-    that holds them, what was printed when it was written, and the times that were asked."""
-    rng = np.random.default_rng(0)
-    times = pd.Timestamp("2020-02-03 10:00:00.000001") + pd.to_timedelta(rng.integers(10**11, size=60), "us")
-    subject = np.repeat(np.arange(1, 31), 2)
-    meds(tmp_path / "meds", "data/0.parquet", subject_id=np.arange(1, 31), time=[times.min()] * 30, code=["HR"] * 30)
-    meds(tmp_path / "meds", "labels/0.parquet", subject_id=subject, prediction_time=times,
-         boolean_value=rng.random(60) < .4)
-    cohort, probability = load(tmp_path / "meds"), rng.random(60)
-    path = tmp_path / "answers.parquet"
-    write_meds_predictions(path, cohort, np.arange(60), probability, .5, np.arange(2, 30))
-    asked = pd.DataFrame({"subject_id": subject, "prediction_time": times})
-    return cohort, probability, path, capsys.readouterr().out, asked
-
-
-def test_predictions_of_meds_data_are_what_meds_evaluation_takes(meds_answers):
-    from pyarrow import parquet
-    cohort, probability, path, printed, asked = meds_answers
-    assert {field.name: str(field.type) for field in parquet.read_schema(path)} == {
-        "subject_id": "int64", "prediction_time": "timestamp[us]", "boolean_value": "bool",
-        "predicted_boolean_value": "bool", "predicted_boolean_probability": "float"}
-    table, of = pd.read_parquet(path), np.isin(cohort.point_stay, np.arange(2, 30))
-    keys = ["subject_id", "prediction_time"]
-    asked = asked[asked["subject_id"].isin(cohort.stay_id[2:].astype(int))].sort_values(keys)
-    order = table.sort_values(keys)
-    assert order["prediction_time"].tolist() == asked["prediction_time"].tolist()  # to the microsecond
-    assert order["subject_id"].tolist() == asked["subject_id"].tolist()
-    assert table["boolean_value"].tolist() == (cohort.label[of] == 1).tolist()
-    assert table["predicted_boolean_value"].tolist() == (probability[of] >= .5).tolist()
-    assert table["predicted_boolean_probability"].tolist() == probability[of].astype(np.float32).tolist()
-    assert "56 points of 28 subjects" in printed and "4 of subjects that" in printed
-
-
-def test_meds_evaluation_finds_our_auroc(meds_answers):
-    evaluation = pytest.importorskip("meds_evaluation.evaluate")
-    polars = pytest.importorskip("polars")
-    cohort, probability, path, *_ = meds_answers
-    told = evaluation.evaluate_binary_classification(polars.read_parquet(path))["samples_equally_weighted"]
-    of = np.isin(cohort.point_stay, np.arange(2, 30))
-    assert told["roc_auc_score"] == pytest.approx(roc_auc_score(cohort.label[of], probability[of].astype(np.float32)))
-
-
-def test_predictions_as_parquet_have_the_columns_of_the_csv(tmp_path, finetuned):
-    pytest.importorskip("pyarrow")
-    for end in ("csv", "parquet"):
-        assert main(["--checkpoint", str(finetuned), "--predictions", str(tmp_path / f"p.{end}")]) == 0
-    csv, table = pd.read_csv(tmp_path / "p.csv", dtype={"stay_id": str}), pd.read_parquet(tmp_path / "p.parquet")
-    assert list(csv) == list(table) and table["stay_id"].tolist() == csv["stay_id"].tolist()
-    np.testing.assert_allclose(table["probability"], csv["probability"], rtol=1e-12)
-
-
 def test_a_variable_moves_the_risk_by_what_the_risk_is_without_it():
     """Against a cohort built without the variable; a stay of one variable has no risk without it."""
     stay = random_stays([12])[0]
@@ -617,15 +373,6 @@ def test_a_variable_moves_the_risk_by_what_the_risk_is_without_it():
     assert risk_over_time(model, dataset, 1)["without"] == {"lab3": None}
     moved = influence({"risk": [.2, .5], "without": {"a": .4, "b": None, "c": .9}})
     assert list(moved) == ["c", "a"] and moved["c"] == pytest.approx(-.4)
-
-
-def test_analysis_options_need_a_checkpoint_and_plots_need_matplotlib(capsys, monkeypatch, finetuned):
-    one_error_line(capsys, main(["--plots", "x"]), "--checkpoint")
-    one_error_line(capsys, main(["--checkpoint", str(finetuned), "--device", "cuda:99"]), "--device cuda:99")
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    one_error_line(capsys, main(["--checkpoint", str(finetuned), "--plots", "x"]), "pip install matplotlib")
-    with pytest.raises(SystemExit, match="2"):
-        main(["--checkpoint", str(finetuned), "--unknown"])
 
 
 def test_the_hand_made_features_are_those_of_each_points_past():
@@ -783,22 +530,6 @@ def test_the_protocol_keeps_what_is_finished_and_goes_on(tmp_path, monkeypatch, 
     assert sorted(path.name for path in Path("kept/seed3").iterdir()) == ["frozen 100%", "pretrain"]
 
 
-def test_several_checkpoints_are_scored_as_the_mean_of_their_logits(tmp_path, capsys, small_finetuned):
-    content = torch.load(small_finetuned, weights_only=True)
-    content["model"]["cls_head.0.weight"] = -content["model"]["cls_head.0.weight"] + .01
-    torch.save(content, tmp_path / "other.pt")
-    ways, logits = {"a": [small_finetuned], "b": [tmp_path / "other.pt"],
-                    "both": [small_finetuned, tmp_path / "other.pt"]}, {}
-    for name, paths in ways.items():
-        assert main(["--checkpoint", *map(str, paths), "--predictions", str(tmp_path / name), "--device", "cpu"]) == 0
-        logits[name] = logit(pd.read_csv(tmp_path / name)["probability"], least=1e-7)
-    np.testing.assert_allclose(logits["both"], (logits["a"] + logits["b"]) / 2, atol=1e-5)
-    assert not np.allclose(logits["a"], logits["b"])
-    capsys.readouterr()
-    one_error_line(capsys, main(["--checkpoint", *map(str, ways["both"]), "--trajectory", "x"]),
-                   "--trajectory: of one checkpoint, where 2 are given")
-
-
 def test_the_benchmarks_plain_loop_agrees_with_the_batched_model():
     config = ModelConfig.original(7, input_dim=12, reduced_dim=8, latent_dim=16, inducing=3, layers=2, heads=2,
                                   ff_dim=24)
@@ -863,17 +594,6 @@ def test_the_readmes_examples_of_data_are_read(tmp_path, load, monkeypatch, fold
     cohort = load(tmp_path / folder, **{name: str(tmp_path / folder / file) for name, file in options.items()})
     assert cohort.reader.startswith(reader) and labels_of(cohort) == {stay: label}
     assert not np.isnan(cohort.statistics).any() and not np.isnan(cohort.vectors).any() if options else True
-
-
-def test_a_dollar_in_a_name_is_no_formula(tmp_path):
-    pytest.importorskip("matplotlib")
-    figure, (ax,) = plots.new_figure(1)
-    ax.plot([0, 1], label="$\\a {$")
-    ax.set_yticks([0, 1], ["cost $", "$\\frac$"])
-    ax.set_title("Stay $x_$")
-    ax.legend()
-    plots.save_figure(figure, tmp_path / "x.png")  # which raises at a formula that is none
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["cost $", "$\\frac$"]
 
 
 def test_the_readmes_commands_for_ones_own_table(tmp_path, capsys, monkeypatch):

@@ -1,17 +1,81 @@
-"""Tests of metrics.py: the challenge's utility, and what a ward would ask."""
+"""Tests of metrics.py: discrimination, calibration, alarms, intervals; the utility of the challenge 2019."""
 
 import json
 
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 import train
 from checkpoint import Checkpoint
-from metrics import (CHECKPOINT, best_utility_threshold, hours_since_onset, normalised_utility, of_challenge_2019,
-                     sepsis_figures, stay_utilities, utilities, ward_figures)
+from metrics import (CHECKPOINT, alarm_from, best_utility_threshold, bootstrap, hours_since_onset, net_benefit,
+                     normalised_utility, of_challenge_2019, ranks, recalibration, sepsis_figures, stay_utilities,
+                     threshold_of, utilities, ward_figures)
 from test_suite import main
 from tests.tiny import FINETUNE, PRETRAIN, SHARED, write
+
+
+def test_intervals_resample_stays_not_points():
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, 2, 40)
+    p = label + rng.normal(size=40)
+    once = bootstrap(np.arange(40), label, p, repeats=300)
+    many = bootstrap(np.repeat(np.arange(40), 25), np.repeat(label, 25), np.repeat(p, 25), repeats=300)
+    assert np.allclose(once[..., 0], many[..., 0])  # the same points again are no more evidence
+    fresh = bootstrap(np.arange(1000), np.repeat(label, 25), np.repeat(p, 25), repeats=300)
+    assert fresh.std(0)[0, 0] < .4 * once.std(0)[0, 0]
+
+
+def test_a_bootstraps_measures_are_those_of_scikit_learn():
+    rng = np.random.default_rng(0)
+    for n in (5, 30, 2000):
+        label, weight = rng.permutation(np.arange(n) % 3 == 0).astype(int), rng.poisson(1, n)
+        weight[:np.flatnonzero(np.diff(label))[0] + 2] += 1  # both classes
+        p = np.round(rng.random(n) / 2 + label / 4, 2)  # with ties
+        order = np.argsort(-p)
+        np.testing.assert_allclose(ranks(label[order], p[order], weight[order]),
+                                   [measure(label, p, sample_weight=weight)
+                                    for measure in (roc_auc_score, average_precision_score)], atol=1e-12)
+
+
+def test_recalibration_is_unpenalised_logistic_regression_on_the_logit():
+    rng = np.random.default_rng(0)
+    for scale, shift in ((1, 0), (3, 1), (.2, -4)):
+        logit = rng.normal(size=500) * 2 - 1
+        label = (rng.random(500) < 1 / (1 + np.exp(-logit))).astype(int)
+        weight, p = rng.poisson(1, 500), 1 / (1 + np.exp(-(scale * logit + shift)))
+        fitted = LogisticRegression(C=np.inf, tol=1e-9).fit(np.log(p / (1 - p))[:, None], label, sample_weight=weight)
+        np.testing.assert_allclose(recalibration(label, p, weight), (fitted.coef_[0, 0], fitted.intercept_[0]),
+                                   atol=1e-4)
+    for p in (np.full(500, .3), np.where(label == 1, .9, .1), np.where(label == 1, 1., 0.)):
+        assert np.isnan(recalibration(label, p, np.ones(500))).all()
+
+
+def test_alarms_at_a_fixed_sensitivity_and_net_benefit_are_what_counting_gives():
+    label, p = np.array([1, 0, 1, 1, 0, 0, 0, 1, 0, 0]), np.array([.9, .8, .7, .7, .6, .5, .4, .3, .2, .1])
+    assert [threshold_of(label, p, share) for share in (.25, .5, .75, .76, 1)] == [.9, .7, .7, .3, .3]
+    assert alarm_from(.7)(label, p, np.ones(10)) == (3 / 4, 3 / 4, 40)
+    assert np.isnan(alarm_from(.95)(label, p, np.ones(10))[1])
+    curve = net_benefit(label, p)
+    for t, found, everyone in zip(*curve.values()):
+        true, false = ((p >= t) & (label == 1)).sum(), ((p >= t) & (label == 0)).sum()
+        assert found == pytest.approx(true / 10 - false / 10 * t / (1 - t))
+        assert everyone == pytest.approx(.4 - .6 * t / (1 - t))
+
+
+def test_the_bootstrap_scores_as_scikit_learn_does():
+    rng = np.random.default_rng(0)
+    label, group, p = rng.integers(0, 2, 90), rng.integers(0, 30, 90), rng.random(90).round(1)  # with ties
+    draws, rng = bootstrap(group, label, p, 1 - p, repeats=20), np.random.default_rng(0)
+    groups = len(np.unique(group))
+    for scored in draws:
+        drawn = np.bincount(rng.integers(0, groups, groups), minlength=groups)
+        weight = drawn[np.unique(group, return_inverse=True)[1]]
+        for q, (auroc, auprc) in zip((p, 1 - p), scored):
+            assert auroc == pytest.approx(roc_auc_score(label, q, sample_weight=weight), abs=1e-12)
+            assert auprc == pytest.approx(average_precision_score(label, q, sample_weight=weight), abs=1e-12)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,238 @@
+"""Tests of report.py and plots.py: what is printed of a checkpoint, the files and pictures that it writes."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+
+import plots
+import train
+from data import InputError, with_points
+from metrics import CHECKPOINT, logit, score_figures
+from predictor import Predictor, probability_of
+from readers import synthetic_cohort, write_long_table
+from report import print_figures, print_subgroups, subgroups, write_meds_predictions
+from test_suite import main
+from tests.test_readers import meds
+from tests.tiny import one_error_line, write
+
+
+def test_fewer_than_ten_positives_or_negatives_have_no_interval(capsys):
+    rng = np.random.default_rng(0)
+    few = "stays with a positive label: 9, with a negative one: 31; below 10 of each no interval is given"
+    for positives, said in ((9, few), (10, "")):
+        label = (np.arange(40) < positives).astype(int)
+        methods = {CHECKPOINT: (label / 4 + rng.random(40)) / 2, "another": rng.random(40)}
+        figures = score_figures(np.arange(40), label, methods, .5)
+        intervals = [measure["interval"] for measures in figures["methods"].values() for measure in measures.values()]
+        assert figures["few"].startswith(said) and all((i is None) == bool(said) for i in intervals)
+        print_figures(figures | {"scored": "these", "model": model_figures_of()}, "best F1")
+        assert ("95% [" in capsys.readouterr().out) != bool(said)
+    # many points of few stays are no more evidence
+    assert score_figures(np.repeat(np.arange(9), 99), np.tile([0, 1, 1], 297), {CHECKPOINT: rng.random(891)}, .5)["few"]
+
+
+def test_a_planted_miscalibration_shows_in_its_group_and_nowhere_else(capsys):
+    rng, n = np.random.default_rng(1), 4000
+    logit, sex, unit = rng.normal(size=n) * 1.5 - 1, rng.integers(0, 2, n), rng.integers(0, 2, n)
+    label = (rng.random(n) < 1 / (1 + np.exp(-logit))).astype(int)
+    told = np.where((sex == 1) & (unit == 0), 2 * logit + 1, logit)  # overconfident, and too high
+    groups = {"unit and sex": {f"{u}{s}": (unit == u) & (sex == s) for u in (0, 1) for s in (0, 1)}}
+    figures = score_figures(np.arange(n), label, {CHECKPOINT: 1 / (1 + np.exp(-told))}, .5, groups=groups)
+    for name, group in figures["subgroups"]["unit and sex"].items():
+        (a, b), (c, d) = group["slope"]["interval"], group["intercept"]["interval"]
+        assert (a < 1 < b, c < 0 < d) == ((False, False) if name == "01" else (True, True)), (name, group)
+        assert group["stays"] == groups["unit and sex"][name].sum()
+        assert group["sensitivity"]["interval"][0] < group["sensitivity"]["value"] < group["sensitivity"]["interval"][1]
+    assert figures["methods"][CHECKPOINT]["sensitivity"]["value"] == pytest.approx(.8, abs=.001)
+    print_subgroups(figures)
+    rows = capsys.readouterr().out.splitlines()
+    assert [row[:28].split()[-1] for row in rows[2:-1]] == ["all", "00", "01", "10", "11"]
+    assert all(row.count("[") == 5 for row in rows[2:-1])
+
+
+def test_subgroups_are_first_values_categories_quartiles_and_numbers_of_events(tmp_path, load):
+    rows = [f"{i},{m},{v},{x}" for i in range(9) for m, v, x in
+            ((5, "Age", 30 + i), (0, "Sex", i % 2), (9, "Sex", 7), (1, f"Unit={i % 3}", 1),
+             (2, f"RACE//{'AB'[i % 2]}", ""))
+            if not (i == 8 and v != "Age")]
+    write(tmp_path / "events.csv", "\n".join(["stay_id,minute,variable,value", *rows]) + "\n")
+    cohort = load(tmp_path)
+    found = {name: {key: np.flatnonzero(mask).tolist() for key, mask in subgroups(cohort, np.arange(9), name).items()}
+             for name in ("Sex", "Unit", "RACE", "Age", "events")}
+    assert found == {"Sex": {"0": [0, 2, 4, 6], "1": [1, 3, 5, 7], "not recorded": [8]},
+                     "Unit": {"0": [0, 3, 6], "1": [1, 4, 7], "2": [2, 5], "not recorded": [8]},
+                     "RACE": {"A": [0, 2, 4, 6], "B": [1, 3, 5, 7], "not recorded": [8]},
+                     "Age": {"30 to 31": [0, 1], "32 to 33": [2, 3], "34 to 35": [4, 5], "36 to 38": [6, 7, 8]},
+                     "events": {"1": [8], "5": list(range(8))}}
+    with pytest.raises(InputError, match="--subgroups unit: no variable of the data; near: Unit, events; give"):
+        subgroups(cohort, np.arange(9), "unit")
+    early = with_points(cohort, np.array([1, 2, *[1] * 7]), np.array([0, 1, 2, *[5] * 7]), np.zeros(10))
+    found = {key: np.flatnonzero(mask).tolist() for key, mask in subgroups(early, np.arange(10), "events").items()}
+    assert found == {"1": [0, 9], "3": [1, 2], "4": [3, 4, 5, 6, 7, 8]}  # by the stay's last point, for all of its own
+
+
+def model_figures_of():
+    weights = dict.fromkeys(("mean", "std", "min", "max"), 0)
+    return dict(head_parameters=1, parameters=2, head_weights=weights, active_units=3, latent_dim=4)
+
+
+def test_the_analysis_writes_what_is_asked_for_with_or_without_labels(tmp_path, capsys, finetuned):
+    pytest.importorskip("matplotlib")
+    predictor, dataset = Predictor.with_data(finetuned)
+    model, cohort = predictor.model, dataset.cohort
+    names = ("predictions", "embeddings", "json", "plots")
+    options = [text for name in names for text in (f"--{name}", str(tmp_path / name))]
+    options += ["--trajectory", cohort.stay_id[3], "--subgroups", "Gender,Age", "--sensitivity", ".5"]
+    capsys.readouterr()
+    assert main(["--checkpoint", str(finetuned), *options]) == 0
+    printed, figures = capsys.readouterr().out, json.loads((tmp_path / "json").read_text())
+    auroc = figures["methods"][CHECKPOINT]["auroc"]
+    assert auroc["interval"] is None and f"AUROC                {auroc['value']:.4f}\n" in printed
+    assert "Few                  stays with a positive label: 1, with a negative one: 4; below 10 of each" in printed
+    table, arrays = pd.read_csv(tmp_path / "predictions"), np.load(tmp_path / "embeddings")
+    assert table["stay_id"].tolist() == arrays["stay_id"].tolist() == cohort.stay_id.tolist()
+    assert table["label"].tolist() == cohort.label.tolist()
+    test = table[table["split"] == "test"]
+    assert auroc["value"] == roc_auc_score(test["label"], test["probability"]) and figures["stays"] == len(test)
+    assert list(table) == ["stay_id", "minute", "probability", "split", "label"]
+    logits = model.classify(torch.from_numpy(arrays["features"]))
+    np.testing.assert_allclose(probability_of(logits.detach()), table["probability"], atol=1e-6)
+    assert arrays["h"].shape == (24, model.config.latent_dim)
+    trajectory = figures["trajectory"]
+    assert trajectory["stay"] == cohort.stay_id[3]
+    assert trajectory["risk"][-1] == pytest.approx(table["probability"][3], abs=1e-6)
+    assert f"{trajectory['risk'][0]:.4f}" in printed
+    assert set(figures["subgroups"]) == {"Gender", "Age"} and figures["alarm"]["sensitivity"] == .5
+    assert sum(group["stays"] for group in figures["subgroups"]["Gender"].values()) == figures["stays"]
+    pictures = [f"{name}.png" for name in ("calibration", "curves", "decision", "features", "ranking", "trajectory")]
+    assert sorted(file.name for file in (tmp_path / "plots").iterdir()) == pictures
+
+    unlabelled = ["--checkpoint", str(finetuned), "--data_dir",
+                  str(write_long_table(tmp_path / "unlabelled", cohort, labels=False))]
+    assert main([*unlabelled, "--predictions", str(tmp_path / "new.csv")]) == 0
+    assert "nothing to score" in capsys.readouterr().out
+    again = pd.read_csv(tmp_path / "new.csv")
+    np.testing.assert_allclose(again["probability"], table["probability"], atol=1e-5)
+    assert again["label"].isna().all() and again["split"].tolist() == table["split"].tolist()
+    one_error_line(capsys, main(unlabelled), "--predictions needs no label")
+    one_error_line(capsys, main([*unlabelled, "--trajectory", "nobody"]), "nobody")
+
+
+def test_scoring_needs_neither_pytest_nor_the_tests():
+    loaded = "import sys, report; print([name for name in sys.modules if name.split('.')[0] in ('pytest', 'tests')])"
+    home = Path(train.__file__).parent
+    ended = subprocess.run([sys.executable, "-c", loaded], cwd=home, capture_output=True, text=True)
+    assert ended.stdout == "[]\n", ended.stderr
+
+
+def test_a_stay_without_a_known_variable_has_no_probability_and_no_part_in_the_score(tmp_path, capsys, small_finetuned):
+    cohort = synthetic_cohort(24)
+    folder = write_long_table(tmp_path / "d", replace(cohort, stay_id=np.array([f"new-{i}" for i in range(24)]),
+                                                      subject=np.array([f"new-{i}" for i in range(24)])))
+    write(folder / "events.csv", (folder / "events.csv").read_text() + "X,0,their HR,80\nY,0,their HR,70\nY,9,HR,80\n")
+    write(folder / "labels.csv", (folder / "labels.csv").read_text() + "X,1\n")
+    options = ["--checkpoint", str(small_finetuned), "--data_dir", str(folder)]
+    assert main([*options, "--predictions", str(tmp_path / "p.csv")]) == 0
+    out, table = capsys.readouterr().out, pd.read_csv(tmp_path / "p.csv").set_index("stay_id")["probability"]
+    assert table.isna().sum() == 1 and np.isnan(table["X"]) and 0 < table["Y"] < 1
+    assert "not scored: 1 labelled points, as nothing that the checkpoint knows lies before them (stay X at" in out
+    assert "Scored: 24 stays, 5 positive" in out
+    assert "predictions: 1 without a probability, as nothing that the checkpoint knows lies before them (stay X" in out
+    one_error_line(capsys, main([*options, "--trajectory", "X"]), "the checkpoint knows none of its variables")
+
+
+@pytest.fixture
+def meds_answers(tmp_path, load, capsys):
+    """Of 28 of 30 subjects of MEDS data, each asked twice, made-up answers: the cohort, probabilities [60], the file
+    that holds them, what was printed when it was written, and the times that were asked."""
+    rng = np.random.default_rng(0)
+    times = pd.Timestamp("2020-02-03 10:00:00.000001") + pd.to_timedelta(rng.integers(10**11, size=60), "us")
+    subject = np.repeat(np.arange(1, 31), 2)
+    meds(tmp_path / "meds", "data/0.parquet", subject_id=np.arange(1, 31), time=[times.min()] * 30, code=["HR"] * 30)
+    meds(tmp_path / "meds", "labels/0.parquet", subject_id=subject, prediction_time=times,
+         boolean_value=rng.random(60) < .4)
+    cohort, probability = load(tmp_path / "meds"), rng.random(60)
+    path = tmp_path / "answers.parquet"
+    write_meds_predictions(path, cohort, np.arange(60), probability, .5, np.arange(2, 30))
+    asked = pd.DataFrame({"subject_id": subject, "prediction_time": times})
+    return cohort, probability, path, capsys.readouterr().out, asked
+
+
+def test_predictions_of_meds_data_are_what_meds_evaluation_takes(meds_answers):
+    from pyarrow import parquet
+    cohort, probability, path, printed, asked = meds_answers
+    assert {field.name: str(field.type) for field in parquet.read_schema(path)} == {
+        "subject_id": "int64", "prediction_time": "timestamp[us]", "boolean_value": "bool",
+        "predicted_boolean_value": "bool", "predicted_boolean_probability": "float"}
+    table, of = pd.read_parquet(path), np.isin(cohort.point_stay, np.arange(2, 30))
+    keys = ["subject_id", "prediction_time"]
+    asked = asked[asked["subject_id"].isin(cohort.stay_id[2:].astype(int))].sort_values(keys)
+    order = table.sort_values(keys)
+    assert order["prediction_time"].tolist() == asked["prediction_time"].tolist()  # to the microsecond
+    assert order["subject_id"].tolist() == asked["subject_id"].tolist()
+    assert table["boolean_value"].tolist() == (cohort.label[of] == 1).tolist()
+    assert table["predicted_boolean_value"].tolist() == (probability[of] >= .5).tolist()
+    assert table["predicted_boolean_probability"].tolist() == probability[of].astype(np.float32).tolist()
+    assert "56 points of 28 subjects" in printed and "4 of subjects that" in printed
+
+
+def test_meds_evaluation_finds_our_auroc(meds_answers):
+    evaluation = pytest.importorskip("meds_evaluation.evaluate")
+    polars = pytest.importorskip("polars")
+    cohort, probability, path, *_ = meds_answers
+    told = evaluation.evaluate_binary_classification(polars.read_parquet(path))["samples_equally_weighted"]
+    of = np.isin(cohort.point_stay, np.arange(2, 30))
+    assert told["roc_auc_score"] == pytest.approx(roc_auc_score(cohort.label[of], probability[of].astype(np.float32)))
+
+
+def test_predictions_as_parquet_have_the_columns_of_the_csv(tmp_path, finetuned):
+    pytest.importorskip("pyarrow")
+    for end in ("csv", "parquet"):
+        assert main(["--checkpoint", str(finetuned), "--predictions", str(tmp_path / f"p.{end}")]) == 0
+    csv, table = pd.read_csv(tmp_path / "p.csv", dtype={"stay_id": str}), pd.read_parquet(tmp_path / "p.parquet")
+    assert list(csv) == list(table) and table["stay_id"].tolist() == csv["stay_id"].tolist()
+    np.testing.assert_allclose(table["probability"], csv["probability"], rtol=1e-12)
+
+
+def test_analysis_options_need_a_checkpoint_and_plots_need_matplotlib(capsys, monkeypatch, finetuned):
+    one_error_line(capsys, main(["--plots", "x"]), "--checkpoint")
+    one_error_line(capsys, main(["--checkpoint", str(finetuned), "--device", "cuda:99"]), "--device cuda:99")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    one_error_line(capsys, main(["--checkpoint", str(finetuned), "--plots", "x"]), "pip install matplotlib")
+    with pytest.raises(SystemExit, match="2"):
+        main(["--checkpoint", str(finetuned), "--unknown"])
+
+
+def test_several_checkpoints_are_scored_as_the_mean_of_their_logits(tmp_path, capsys, small_finetuned):
+    content = torch.load(small_finetuned, weights_only=True)
+    content["model"]["cls_head.0.weight"] = -content["model"]["cls_head.0.weight"] + .01
+    torch.save(content, tmp_path / "other.pt")
+    ways, logits = {"a": [small_finetuned], "b": [tmp_path / "other.pt"],
+                    "both": [small_finetuned, tmp_path / "other.pt"]}, {}
+    for name, paths in ways.items():
+        assert main(["--checkpoint", *map(str, paths), "--predictions", str(tmp_path / name), "--device", "cpu"]) == 0
+        logits[name] = logit(pd.read_csv(tmp_path / name)["probability"], least=1e-7)
+    np.testing.assert_allclose(logits["both"], (logits["a"] + logits["b"]) / 2, atol=1e-5)
+    assert not np.allclose(logits["a"], logits["b"])
+    capsys.readouterr()
+    one_error_line(capsys, main(["--checkpoint", *map(str, ways["both"]), "--trajectory", "x"]),
+                   "--trajectory: of one checkpoint, where 2 are given")
+
+
+def test_a_dollar_in_a_name_is_no_formula(tmp_path):
+    pytest.importorskip("matplotlib")
+    figure, (ax,) = plots.new_figure(1)
+    ax.plot([0, 1], label="$\\a {$")
+    ax.set_yticks([0, 1], ["cost $", "$\\frac$"])
+    ax.set_title("Stay $x_$")
+    ax.legend()
+    plots.save_figure(figure, tmp_path / "x.png")  # which raises at a formula that is none
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["cost $", "$\\frac$"]
