@@ -21,24 +21,37 @@ FUTURE_STATISTICS = ("mean", "max", "min")
 class Statistics(NamedTuple):
     """What the stays showed of n variables up to Q sets of each, that set included, and will show after it."""
 
-    past: torch.Tensor         # [B, Q, 10, n] in the order of HISTORY_STATISTICS, 0: there is none; slope a day
+    past: torch.Tensor         # [B, Q, 10, n] in the order of HISTORY_STATISTICS, 0: none; slope a day
     past_exists: torch.Tensor  # [B, Q, 10, n] bool: the count once the variable was seen, others once it had a value
     future: torch.Tensor | None = None         # [B, Q, 3, n] in the order of FUTURE_STATISTICS
     future_exists: torch.Tensor | None = None  # [B, Q, 3, n] bool
 
 
-def statistics_of_sums(sums, seen, latest, high, low, first) -> Statistics:
-    """The statistics of the past by what composes over time, all [B, Q, n]: sums of 1, x, x^2, t, t^2 and t x of the
-    measurements so far, x relative to the `first` value; events seen; latest, highest and lowest x."""
-    exists, (x, xx, t, tt, tx) = sums[0] > 0, (s / sums[0].clamp(min=1) for s in sums[1:])
-    mean, latest, high, low = (first + of for of in (x, latest, high, low))
+def summands(x, day, valued, count) -> torch.Tensor:
+    """What a measurement adds to the sums from which all statistics come, [7, ...]: 1, x, x^2, t, t^2 and t x if it
+    has a value, and its number of events. x is relative to the variable's first value, t in days since then."""
+    terms = torch.stack([torch.ones_like(x), x, x.square(), day, day.square(), day * x]) * valued
+    return torch.cat([terms, count.to(x.dtype).expand_as(x)[None]])
+
+
+def extremes(x, valued) -> torch.Tensor:
+    """[2, ...]: x and -x of a measurement with a value, else -inf, of which the largest are kept."""
+    return torch.stack([x, -x]).masked_fill(~valued, -math.inf)
+
+
+def past_statistics(sums, largest, latest, first) -> Statistics:
+    """The statistics of the past, from the sums of `summands` [7, B, Q, n] and the maxima of `extremes` [2, B, Q, n]
+    so far, the latest x and the variables' first values, [B, Q, n]."""
+    number, seen = sums[0], sums[6]
+    x, xx, t, tt, tx = (s / number.clamp(min=1) for s in sums[1:6])
     std = (xx - x.square()).clamp(min=1e-12).sqrt()
     # Least-squares slope over the times of measurement, ridge of (0.1 day)^2: two close together say little.
     slope = (tx - t * x) / ((tt - t.square()).clamp(min=0) + 0.01)
-    past = torch.stack([latest, first.expand_as(mean), mean, high, low, std, slope, seen.log1p(), latest.abs(),
-                        mean.abs()], dim=-2)
+    last, mean, high, low = first + latest, first + x, first + largest[0], first - largest[1]
+    past = torch.stack([last, first.expand_as(mean), mean, high, low, std, slope, seen.log1p(), last.abs(), mean.abs()],
+                       dim=-2)
     counts = torch.tensor([name == "log count" for name in HISTORY_STATISTICS], device=seen.device)[:, None]  # [10, 1]
-    exists = exists[..., None, :] | counts & (seen > 0)[..., None, :]
+    exists = (number > 0)[..., None, :] | counts & (seen > 0)[..., None, :]
     return Statistics(past.masked_fill(~exists, 0), exists)
 
 
@@ -65,37 +78,31 @@ def statistics_at(batch: EventBatch, slots, column, width: int) -> Statistics:
     stays, asked = slots.shape
     size = stays * (asked + 1) * width
     first = batch.first_value.new_zeros(stays, width + 1)
-    first = first.scatter(1, column, batch.first_value)[:, :width]
-    value = batch.cell_value - batch.first_value.flatten()[batch.cell_pair]                           # [C]
-    day, row = batch.cell_day, row_of_cells(batch, slots, column, width)  # ascending in time in a stay's variable
-    valued_row = torch.where(batch.cell_valued, row, size)
+    first = first.scatter(1, column, batch.first_value)[:, None, :width]                              # [B, 1, n]
+    x, valued = batch.cell_value - batch.first_value.flatten()[batch.cell_pair], batch.cell_valued    # [C]
+    row = row_of_cells(batch, slots, column, width)        # of a stay's variable: ascending in time
 
-    def total(x, rows=valued_row):
-        return x.new_zeros(size + 1).index_add(0, rows, x)[:size].view(stays, asked + 1, width)
+    def by_interval(cells, start, reduce):
+        """cells [k, C] -> [k, B, Q + 1, n], those of each interval reduced by `reduce`."""
+        k = len(cells)
+        rows = (row + (size + 1) * torch.arange(k, device=row.device)[:, None]).flatten()
+        reduced = cells.new_full((k * (size + 1),), start)
+        reduced = reduced.index_add(0, rows, cells.flatten()) if reduce == "sum" else \
+            reduced.scatter_reduce(0, rows, cells.flatten(), reduce)
+        return reduced.view(k, size + 1)[:, :size].view(k, stays, asked + 1, width)
 
-    def extreme(x, how, start):
-        return x.new_full((size + 1,), start).scatter_reduce(0, valued_row, x, how)[:size].view(stays, asked + 1, width)
+    sums = by_interval(summands(x, batch.cell_day, valued, batch.cell_count), 0, "sum")
+    largest = by_interval(extremes(x, valued), -math.inf, "amax")
+    index = torch.where(valued, torch.arange(len(x), device=x.device), -1)
+    last = by_interval(index[None], -1, "amax")[0, :, :asked].cummax(1).values                        # [B, Q, n]
+    past = past_statistics(sums[:, :, :asked].cumsum(2), largest[:, :, :asked].cummax(2).values,
+                           F.pad(x, (1, 0))[last + 1], first)
 
-    n, x, xx, t, tt, tx = map(total, (torch.ones_like(value), value, value.square(), day, day.square(), day * value))
-    largest, smallest = extreme(value, "amax", -math.inf), extreme(value, "amin", math.inf)
-    events = total(batch.cell_count, row)
-    index = torch.arange(len(value), device=value.device)
-    last = extreme(index, "amax", -1)[:, :asked].cummax(1).values                                  # [B, Q, n], -1: none
-
-    origin = first[:, None]                                                                           # [B, 1, n]
-    past, past_exists, *_ = statistics_of_sums(
-        [s[:, :asked].cumsum(1) for s in (n, x, xx, t, tt, tx)], events[:, :asked].cumsum(1),
-        F.pad(value, (1, 0))[last + 1], largest[:, :asked].cummax(1).values, smallest[:, :asked].cummin(1).values,
-        origin)
-
-    def later(x, accumulate):
-        return accumulate(x[:, 1:].flip(1)).flip(1)                                      # over the intervals after each
-
-    times, x = later(n, lambda x: x.cumsum(1)), later(x, lambda x: x.cumsum(1))
-    high, low = later(largest, lambda x: x.cummax(1).values), later(smallest, lambda x: x.cummin(1).values)
-    future = torch.stack([origin + x / times.clamp(min=1), origin + high, origin + low], dim=2)
-    future_exists = (times > 0)[:, :, None].expand_as(future)
-    return Statistics(past, past_exists, future.masked_fill(~future_exists, 0), future_exists)
+    times, total = sums[:2, :, 1:].flip(2).cumsum(2).flip(2)       # over the intervals after each asked set
+    high, low = largest[:, :, 1:].flip(2).cummax(2).values.flip(2)
+    future = torch.stack([first + total / times.clamp(min=1), first + high, first - low], dim=2)
+    exists = (times > 0)[:, :, None].expand_as(future)
+    return Statistics(past.past, past.past_exists, future.masked_fill(~exists, 0), exists)
 
 
 def hours_since(batch: EventBatch, slots, column, width: int) -> torch.Tensor:
@@ -112,26 +119,24 @@ class RunningStatistics:
     """The statistics of n variables of one stay, one set after another: those of `statistics_at` at the last."""
 
     def __init__(self, n: int, device):
-        self.sums, self.seen = torch.zeros(6, 1, 1, n, device=device), torch.zeros(1, 1, n, device=device)
         self.latest, self.first = torch.zeros(2, 1, 1, n, device=device)
-        self.high, self.low = self.seen - math.inf, self.seen + math.inf
+        self.sums = torch.zeros(7, 1, 1, n, device=device)
+        self.largest = torch.full((2, 1, 1, n), -math.inf, device=device)
         self.begin = torch.zeros(1, 1, n, dtype=torch.float64, device=device)  # minute of the first value
         self.minute = self.begin - math.inf                                    # of the last event
 
     def add(self, minute: float, value, valued, count) -> None:
-        """value [1, 1, n], valued bool: the set measured it; count of events."""
+        """value [n], valued [n] bool: the set measured it; count [n] of events."""
         new = valued & (self.sums[0] == 0)
         self.first, self.begin = torch.where(new, value, self.first), torch.where(new, minute, self.begin)
-        x, day = value - self.first, ((minute - self.begin) / 1440).float()
-        self.sums += torch.stack([torch.ones_like(x), x, x.square(), day, day.square(), day * x]) * valued
-        self.seen += count
-        self.minute = torch.where(count > 0, minute, self.minute)
+        x, day = value - self.first, ((minute - self.begin) / 1440).float()                           # [1, 1, n]
+        self.sums += summands(x, day, valued, count)
+        self.largest = self.largest.maximum(extremes(x, valued))
         self.latest = torch.where(valued, x, self.latest)
-        self.high = torch.where(valued, x.maximum(self.high), self.high)
-        self.low = torch.where(valued, x.minimum(self.low), self.low)
+        self.minute = torch.where(count > 0, minute, self.minute)
 
     def now(self) -> Statistics:
-        return statistics_of_sums(self.sums, self.seen, self.latest, self.high, self.low, self.first)
+        return past_statistics(self.sums, self.largest, self.latest, self.first)
 
 
 def summaries(exact: Statistics, since, hours) -> torch.Tensor:
