@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from batches import EventBatch, EventSets
 from data import InputError
-from history_statistics import (FUTURE_STATISTICS, HISTORY_STATISTICS, Question, RunningStatistics, ask,
+from history_statistics import (FUTURE_STATISTICS, HISTORY_STATISTICS, Question, ask,
                                 at_slots, hours_since, real_sets, statistics_at, summaries, summary_features,
                                 variables_of)
 from tasks import BoostedTrees
@@ -726,23 +726,6 @@ class AttentionPool(nn.Module):
         return pool.out_proj(pool.attend(pool.project_query(last), key_value, reached[:, None]))
 
 
-@dataclass
-class Bedside:
-    """What `SeqSetVAE.step` keeps of one stay of L sets: nothing of it grows with the vocabulary."""
-
-    minute: Cache               # width 1, float64
-    z: Cache                    # width d
-    h: Cache                    # width d
-    past: list[Cache]           # keys and values of every layer of the history, width 2d
-    pool: Cache                 # keys and values of the learned attention pool, width 2d: in full training
-    exact: RunningStatistics    # of the head's variables
-
-    @property
-    def last(self) -> float:
-        """The minute of the last set, -inf: there is none."""
-        return self.minute.rows[0, -1].item() if self.minute.rows.numel() else -math.inf
-
-
 class SeqSetVAE(nn.Module):
     """Classifier on the set-VAE and its history. `config.classification_only`: the backbone is frozen and stays in
     evaluation mode; otherwise everything trains on classification + reconstruction + KL."""
@@ -797,7 +780,7 @@ class SeqSetVAE(nn.Module):
             self.setvae.eval(), self.history.eval()
         return self
 
-    def _fuse_vae_features(self, mu, logvar):
+    def fused(self, mu, logvar):
         """z that goes to the Transformer, [..., d]. Without parameters (classification only): with w =
         sigmoid(1 - mean(std)), w * mu * (1 + 0.05 tanh(std)) + (1 - w) * mu; in full training the learned gate; mu
         alone where the config says so."""
@@ -829,7 +812,7 @@ class SeqSetVAE(nn.Module):
         """mu, logvar, fused z and h, each [B, L, d]; in full training, as in pretraining, of stays with events dropped
         and sets hidden from the history at random."""
         mu, logvar = self.setvae.encode(batch, self.config.drop_events if self.setvae.training else 0.0)
-        z = shown = self._fuse_vae_features(mu, logvar)
+        z = shown = self.fused(mu, logvar)
         if self.setvae.training and self.config.hide_sets:
             shown = hide_sets(z, self.mask_token, self.config.hide_sets)
         return mu, logvar, z, self.history(shown, batch.minute)
@@ -837,9 +820,9 @@ class SeqSetVAE(nn.Module):
     def _features_of(self, z, h, batch):
         """All that reaches the head at the batch's prediction points, [B, Q, F], not yet standardised."""
         exact = self.exact_summaries(batch) if self.config.summaries else None
-        return self._joined(z.float(), h.float(), batch.point_slot, exact)
+        return self.head_input(z.float(), h.float(), batch.point_slot, exact)
 
-    def _joined(self, z, h, slots, exact, pool=None):
+    def head_input(self, z, h, slots, exact, pool=None):
         """The head input [B, Q, F] at the sets `slots` [B, Q]: what z and h [B, L, d] tell, and there the `summaries`
         of what was measured (None: it is not told); pool: the learned pool's keys and values, see
         `_extract_enhanced_features`."""
@@ -897,55 +880,6 @@ class SeqSetVAE(nn.Module):
         question = self.setvae.ask(batch) if self.config.decoder == "readout" else None
         terms = sequence_losses(self.setvae, getattr(self, "history_readout", None), h, batch, question)
         return {"logits": logits, "reconstruction": sum(terms.values()).mean(), "kl": self.setvae.kl(mu, logvar, batch)}
-
-    # At the bedside, in evaluation mode: equal to the whole pass, one set after another, in a time that grows with the
-    # sets before (O(L d)) and not with the vocabulary.
-
-    def start(self) -> Bedside:
-        """A stay without sets."""
-        like, d, k = self.feature_mean, self.config.latent_dim, self.config.head_variables
-        return Bedside(Cache(1, like.double()), Cache(d, like), Cache(d, like),
-                       [Cache(2 * d, like) for _ in self.history.layers], Cache(2 * d, like),
-                       RunningStatistics(k, like.device))
-
-    @torch.no_grad()
-    def step(self, state: Bedside, minute: float, events) -> None:
-        """Append the set charted at `minute`: pairs of a variable's index and its normalised value (NaN: none), or no
-        pair. Raises ValueError where the stay has a later set."""
-        if not minute >= state.last:
-            raise ValueError(f"a set at minute {minute} after one at minute {state.last}")
-        device = self.feature_mean.device
-        variable = torch.tensor([v for v, _ in events], dtype=torch.int64, device=device)                       # [E]
-        value = torch.tensor([x for _, x in events], dtype=torch.float32, device=device)
-        valued, value = ~value.isnan(), value.nan_to_num()
-        z = self._fuse_vae_features(*self.setvae.encode(EventSets.of_one(variable, value))).float()         # [1, 1, d]
-        minutes = state.minute.append(value.new_tensor([[[minute]]], dtype=torch.float64)).squeeze(-1)      # [1, L]
-        h = self.history(z, minutes, state.past).float()
-        state.z.append(z), state.h.append(h)
-        if not self.config.classification_only:
-            state.pool.append(self.feature_fusion.attention_pool.project_key_value(h))
-        if self.config.summaries:
-            listed = variable[:, None] == self.head_variables                                                   # [E, K]
-            numbers = (listed & valued[:, None]).sum(0)
-            mean = (listed * value.double()[:, None]).sum(0) / numbers.clamp(min=1)
-            state.exact.add(minute, mean.float(), numbers > 0, listed.sum(0))
-
-    def features_at(self, state: Bedside, minute: float) -> torch.Tensor:
-        """What `features` gives at a prediction point at `minute`, [1, 1, F]. Raises ValueError where the stay has no
-        set or a later one."""
-        if not -math.inf < state.last <= minute:
-            raise ValueError(f"asked at minute {minute}, where the last set is at minute {state.last}")
-        z, h, exact = state.z.rows, state.h.rows, None
-        last = torch.tensor([[z.shape[1] - 1]], device=z.device)
-        if self.config.summaries:
-            since = (state.last - state.exact.minute.maximum(state.minute.rows[:, :1])).div(60).float()
-            exact = summaries(state.exact.now(), since, z.new_tensor([[(minute - state.last) / 60]]))
-        return self._joined(z, h, last, exact, state.pool.rows)
-
-    @torch.no_grad()
-    def ask(self, state: Bedside, minute: float) -> float:
-        """The probability of class 1 at `minute`; see `features_at`."""
-        return self.classify(self.features_at(state, minute)).softmax(-1)[0, 0, 1].item()
 
 
 def attention_pool(h, last, slots):

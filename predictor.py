@@ -2,10 +2,11 @@
 
 import csv
 import io
+import math
 import sys
-import tempfile
+import warnings
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +14,18 @@ import pandas as pd
 import torch
 
 import runs
-from batches import StayDataset
+from batches import EventBatch, EventSets, StayDataset
 from checkpoint import Checkpoint
-from data import (Cohort, InputError, Normalizer, build_cohort, make_splits, point_slots, stay_event_index, stays_of,
+from data import (Cohort, InputError, build_cohort, make_splits, point_slots, stay_event_index, stays_of,
                   stays_with, with_points)
+from history_statistics import RunningStatistics, at_slots, summaries
 from metrics import AHEAD, of_challenge_2019
-from model import SeqSetVAE
-from readers import load_cohort, read_map
+from model import Cache, SeqSetVAE
+from readers import cohort_of_frame, read_map
 from runs import (choose_device, evaluation_batches, from_rank_0, gathered, loader, printable, progress,
                   read_cohort, summed)
 from settings import data_options
-from tables import BEYOND, MISSING, TRUTH
+from tables import BEYOND, MISSING, TRUTH, Report
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -48,12 +50,18 @@ def open_checkpoint(path, given: dict = {}) -> tuple[Checkpoint, Cohort]:
 
 
 class Predictor:
-    """A finetuned checkpoint that answers, opened once."""
+    """A finetuned checkpoint that answers, opened once.
+
+    `events` of its methods: a row an event, with the columns stay_id, minute, variable and value of the long table
+    (see README.md), or a Cohort. A DataFrame may hold what a Parquet file may. What cannot be used raises InputError,
+    or is left out and named in a warning."""
 
     def __init__(self, checkpoint: Checkpoint | str | Path, device: str = "auto"):
         self.device = choose_device(device, "fp32")[0]
         self.checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
         self.model = self.checkpoint.classifier().to(self.device)
+        self.index = {name: i for i, name in enumerate(self.checkpoint.normalizer.variables)}
+        self.rename = {}
 
     @classmethod
     def with_data(cls, path, given: dict = {}, device: str = "auto", set_heads=None, transformer_heads=None
@@ -72,27 +80,148 @@ class Predictor:
         predictor = cls(checkpoint, device)
         return predictor, checkpoint.dataset(cohort)
 
+    # ---- whole stays -------------------------------------------------------------------------------------------------
+
+    def predict(self, events: pd.DataFrame | Cohort) -> pd.DataFrame:
+        """The columns stay_id (text), minute and probability: a row a question. A DataFrame is asked once a stay, in
+        the order of the ids: at its last event, or where all training questions were (`Checkpoint.asked_at`). A stay
+        without an answer has NaN."""
+        dataset, ids = self._dataset(events)
+        stays = pd.DataFrame({"stay_id": pd.Series(ids, dtype=str)})
+        if dataset is None:
+            return stays.assign(minute=np.nan, probability=np.nan)
+        cohort, points = dataset.cohort, answered_points(dataset)
+        answers = np.full(len(cohort.point_minute), np.nan)
+        answers[points] = probability_at(self.model, dataset, points, self.device)
+        told = pd.DataFrame({"stay_id": cohort.stay_id[cohort.point_stay], "minute": cohort.point_minute,
+                             "probability": answers})
+        return stays.merge(told, how="left")
+
+    def trajectory(self, events: pd.DataFrame | Cohort, stay_id: str) -> pd.DataFrame:
+        """The risk of a stay at every minute at which something was charted or a risk is asked for: the columns
+        minute, events and risk."""
+        dataset, _ = self._dataset(events)
+        told = risk_over_time(self.model, dataset, find_stay(dataset, stay_id), self.device, most=0)
+        return pd.DataFrame({name: told[name] for name in ("minute", "events", "risk")})
+
+    def embed(self, events: pd.DataFrame | Cohort) -> pd.DataFrame:
+        """h of the last set before each question that has an answer: the columns stay_id, minute, h0, h1, ..."""
+        dataset, _ = self._dataset(events)
+        cohort, points = dataset.cohort, answered_points(dataset)
+        h = encode_points(self.model, dataset, points, self.device, history_at_points).cpu().numpy()
+        where = pd.DataFrame({"stay_id": cohort.stay_id[cohort.point_stay[points]],
+                              "minute": cohort.point_minute[points]})
+        return pd.concat([where, pd.DataFrame(h).add_prefix("h")], axis=1)
+
+    def _dataset(self, events: pd.DataFrame | Cohort) -> tuple[StayDataset | None, np.ndarray]:
+        """The events with the checkpoint's vocabulary (None: none is usable), and the ids of all stays. What is left
+        out is named in one warning."""
+        report = Report()
+        if isinstance(events, Cohort):
+            cohort, ids = events, events.stay_id[np.diff(events.point_start) > 0]
+        else:
+            cohort, ids = cohort_of_frame(events, report, self.rename)
+        lines, dataset = report.lines(), None
+        if cohort is not None:
+            dataset = StayDataset(cohort, self.checkpoint.normalizer, points=True)
+            lines += dataset.describe_known().splitlines()[1:]
+            if bare := valueless(dataset):
+                lines.append(f"{sum(bare.values()):,} rows without a value of variables that had numbers in training "
+                             f"(their presence counts): {named(bare)}")
+        if lines:
+            warnings.warn("\n".join(lines), stacklevel=3)
+        return dataset, ids
+
+    # ---- at the bedside: equal to the whole pass, one set after another, in a time that grows with the sets before
+    # ---- (O(L d)) and not with the vocabulary
+
+    def start(self) -> "Bedside":
+        """A stay without sets."""
+        like, config = self.model.feature_mean, self.model.config
+        d = config.latent_dim
+        return Bedside(Cache(1, like.double()), Cache(d, like), Cache(d, like),
+                       [Cache(2 * d, like) for _ in self.model.history.layers], Cache(2 * d, like),
+                       RunningStatistics(config.head_variables, like.device))
+
+    @torch.no_grad()
+    def step(self, state: "Bedside", minute: float, events) -> None:
+        """Append the set charted at `minute`: pairs of a variable's name and its value (NaN: none), or no pair. Raises
+        ValueError where the stay has a later set."""
+        if not minute >= state.last:
+            raise ValueError(f"a set at minute {minute} after one at minute {state.last}")
+        model, device = self.model, self.device
+        known = [(self.index[name], value) for name, value in events if name in self.index]
+        if len(known) < len(events):
+            unknown = sorted({name for name, _ in events} - self.index.keys())
+            warnings.warn(f"left out: variables unknown to the checkpoint: {', '.join(unknown)}", stacklevel=3)
+        state.known |= bool(known)
+        index, value = np.array(known, dtype=np.float64).reshape(-1, 2).T
+        index = index.astype(np.int64)
+        value = self.checkpoint.normalizer(index, value.astype(np.float32))
+        variable, value = torch.from_numpy(index).to(device), torch.from_numpy(value).to(device)            # [E]
+        valued, value = ~value.isnan(), value.nan_to_num()
+        z = model.fused(*model.setvae.encode(EventSets.of_one(variable, value))).float()                   # [1, 1, d]
+        minutes = state.minute.append(value.new_tensor([[[minute]]], dtype=torch.float64)).squeeze(-1)     # [1, L]
+        h = model.history(z, minutes, state.past).float()
+        state.z.append(z)
+        state.h.append(h)
+        if not model.config.classification_only:
+            state.pool.append(model.feature_fusion.attention_pool.project_key_value(h))
+        if model.config.summaries:
+            listed = variable[:, None] == model.head_variables                                             # [E, K]
+            numbers = (listed & valued[:, None]).sum(0)
+            mean = (listed * value.double()[:, None]).sum(0) / numbers.clamp(min=1)
+            state.exact.add(minute, mean.float(), numbers > 0, listed.sum(0))
+
+    def features_at(self, state: "Bedside", minute: float) -> torch.Tensor:
+        """What `SeqSetVAE.features` gives at a prediction point at `minute`, [1, 1, F]. Raises ValueError where the
+        stay has no set or a later one."""
+        if not -math.inf < state.last <= minute:
+            raise ValueError(f"asked at minute {minute}, where the last set is at minute {state.last}")
+        z, h, exact = state.z.rows, state.h.rows, None
+        last = torch.tensor([[z.shape[1] - 1]], device=z.device)
+        if self.model.config.summaries:
+            since = (state.last - state.exact.minute.maximum(state.minute.rows[:, :1])).div(60).float()
+            exact = summaries(state.exact.now(), since, z.new_tensor([[(minute - state.last) / 60]]))
+        return self.model.head_input(z, h, last, exact, state.pool.rows)
+
+    @torch.no_grad()
+    def ask(self, state: "Bedside", minute: float) -> float:
+        """The probability at `minute`, NaN where the checkpoint knows no variable of the stay so far; see
+        `features_at`."""
+        probability = probability_of(self.model.classify(self.features_at(state, minute))[0])[0]
+        return float(probability) if state.known else math.nan
+
+
+@dataclass
+class Bedside:
+    """What `Predictor.step` keeps of one stay of L sets: nothing of it grows with the vocabulary."""
+
+    minute: Cache               # width 1, float64
+    z: Cache                    # width d
+    h: Cache                    # width d
+    past: list[Cache]           # keys and values of every layer of the history, width 2d
+    pool: Cache                 # keys and values of the learned attention pool, width 2d: in full training
+    exact: RunningStatistics    # of the head's variables
+    known: bool = False         # the checkpoint knows a variable of the stay
+
+    @property
+    def last(self) -> float:
+        """The minute of the last set, -inf: there is none."""
+        return self.minute.rows[0, -1].item() if self.minute.rows.numel() else -math.inf
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Probabilities
 # ----------------------------------------------------------------------------------------------------------------------
 
-def predict(checkpoint, events: pd.DataFrame, device: str = "auto") -> pd.DataFrame:
-    """The probability of every stay of a table of events, as `--predictions` gives it for the same table.
-
-    checkpoint: path of a finetuned checkpoint of train.py. events: a row an event, with the columns stay_id, minute,
-    variable and value of the long table (see README.md). Returns the columns stay_id (text) and probability, a row a
-    stay in the order of the ids; NaN where the checkpoint knows nothing of a stay's events. Raises InputError as
-    train.py.
-    """
-    predictor = Predictor(checkpoint, device)
-    with tempfile.TemporaryDirectory() as folder:
-        events.to_csv(Path(folder) / "events.csv", index=False)
-        cohort = load_cohort(**predictor.checkpoint.data_settings({"data_dir": folder}), cache_dir=Path(folder) / "cache")
-        dataset = predictor.checkpoint.dataset(cohort)
-        points, probability = answered_points(dataset), np.full(len(cohort), np.nan)
-        probability[cohort.point_stay[points]] = probability_at(predictor.model, dataset, points, predictor.device)
-        return pd.DataFrame({"stay_id": cohort.stay_id, "probability": probability})
+def valueless(dataset: StayDataset) -> dict[str, int]:
+    """The number of events without a value of each variable that had numbers in training."""
+    cohort, normalizer = dataset.cohort, dataset.normalizer
+    numbers = (normalizer.mean != 0) | (normalizer.std != 1) | (normalizer.log_scale != 0)              # [V]
+    bare = np.bincount(cohort.event_variable[np.isnan(cohort.event_value)], minlength=len(cohort.variables))
+    bare[(dataset.variable < 0) | ~numbers[dataset.variable]] = 0
+    return {cohort.variables[v]: int(bare[v]) for v in np.flatnonzero(bare)}
 
 
 def answered_points(dataset) -> np.ndarray:
@@ -107,16 +236,18 @@ def answered_points(dataset) -> np.ndarray:
 
 
 @torch.no_grad()
-def encode_points(model: SeqSetVAE, dataset: StayDataset, points: np.ndarray, device, through=None) -> torch.Tensor:
-    """Head input of these prediction points before standardisation, [n, F], or `through` it (a function of [m, F] that
-    gives [m, c]): one pass of the backbone over their stays, in float32 whatever the precision of training, so that a
-    score does not depend on the machine."""
+def encode_points(model: SeqSetVAE, dataset: StayDataset, points: np.ndarray, device, at_points=None,
+                  through=None) -> torch.Tensor:
+    """Head input of these prediction points before standardisation, [n, F], or what another function `at_points` of
+    model and batch gives, [B, Q, F]; or `through` it (a function of [m, F] that gives [m, c]). One pass of the backbone
+    over their stays, in float32 whatever the precision of training, so that a score does not depend on the machine."""
     model.eval()
     dataset, stays = dataset.asking(points), stays_with(dataset.cohort, points)
     batches, result = evaluation_batches(dataset, stays), None
     stream = loader(dataset, [stays[b] for b in batches], device)
     for batch in progress(stream, len(batches), "encoding"):
-        features = model.features(batch)[batch.point >= 0]                                   # [m, F]
+        features = at_points(model, batch) if at_points else model.features(batch)           # [B, Q, F]
+        features = features[batch.point >= 0]                                                # [m, F]
         features = features if through is None else through(features)
         if result is None:
             result = torch.zeros(len(points), features.shape[1], device=device)
@@ -125,6 +256,11 @@ def encode_points(model: SeqSetVAE, dataset: StayDataset, points: np.ndarray, de
         width = max(gathered(0 if result is None else result.shape[1]))
         result = summed(torch.zeros(len(points), width, device=device) if result is None else result)
     return result
+
+
+def history_at_points(model: SeqSetVAE, batch: EventBatch) -> torch.Tensor:
+    """h of the last set before each point, [B, Q, d]."""
+    return at_slots(model.encode(batch)[3], batch.point_slot)
 
 
 def probability_at(model: SeqSetVAE, dataset: StayDataset, points: np.ndarray, device) -> np.ndarray:
@@ -239,54 +375,68 @@ def followed_event(line: str, rename: dict = {}) -> tuple[str, float, str, float
 class Ward:
     """The stays that are followed: their states, their open sets, and counts of what came."""
 
-    def __init__(self, model: SeqSetVAE, normalizer: Normalizer):
-        self.model, self.normalizer = model, normalizer
-        self.index = {name: i for i, name in enumerate(normalizer.variables)}
-        self.states, self.sets, self.known = {}, {}, set()  # of stays; a set: (minute, [(variable, value), ...])
+    RISKS, LATE = "risks", "events of an earlier minute than their stay's last, ignored"
+
+    def __init__(self, predictor: Predictor):
+        self.predictor = predictor
+        self.states, self.sets = {}, {}  # of stays; a set: (minute, [(variable, value), ...])
         self.counts, self.unknown = Counter(), Counter()
         self.out = csv.writer(sys.stdout, lineterminator="\n")
 
     def add(self, stay: str, minute: float, variable: str, value: float) -> None:
-        """Take an event; a later minute than its stay's ends the set before."""
+        """Take an event; a later minute than its stay's ends the set before. What cannot be used is counted, and the
+        first of its kind said at once."""
         if stay not in self.states:
-            self.states[stay] = self.model.start()
+            self.states[stay] = self.predictor.start()
         now = self.sets[stay][0] if stay in self.sets else self.states[stay].last
         if minute < now:
-            self.counts["events of an earlier minute than their stay's last, ignored"] += 1
+            if not self.counts[self.LATE]:
+                say(f"stay {stay}: an event at minute {minute:g} comes after one at minute {now:g} and is ignored, as "
+                    "are all such events")
+            self.counts[self.LATE] += 1
             return
         if stay in self.sets and minute > now:
             self.end_set(stay)
         _, events = self.sets.setdefault(stay, (minute, []))
-        if variable in self.index:
-            events.append((self.index[variable], value))
-            self.known.add(stay)
-        else:
-            self.unknown[variable] += 1
+        if variable in self.predictor.index:
+            events.append((variable, value))
+            return
+        if variable not in self.unknown:
+            say(f"stay {stay}, minute {minute:g}: {variable} is unknown to the checkpoint; its events are left out")
+        self.unknown[variable] += 1
 
     def end_set(self, stay: str) -> None:
         """Print the risk after the stay's open set."""
         (minute, events), state = self.sets.pop(stay), self.states[stay]
-        variable, value = np.array(events, dtype=np.float64).reshape(-1, 2).T
-        variable = variable.astype(np.int64)
-        value = self.normalizer(variable, value.astype(np.float32))
-        self.model.step(state, minute, [*zip(variable.tolist(), value.tolist())])
-        risk = f"{self.model.ask(state, minute):.6f}" if stay in self.known else ""
-        self.out.writerow([stay, int(minute) if minute.is_integer() else minute, risk])
+        self.predictor.step(state, minute, events)
+        risk = self.predictor.ask(state, minute)
+        shown = "" if math.isnan(risk) else f"{risk:.6f}"
+        self.out.writerow([stay, int(minute) if minute.is_integer() else minute, shown])
         sys.stdout.flush()
-        self.counts["risks"] += bool(risk)
+        self.counts[self.RISKS] += bool(shown)
 
     def end_sets(self) -> None:
         for stay in list(self.sets):
             self.end_set(stay)
 
-    def describe(self) -> str:
-        lines = [f"{self.counts.pop('risks', 0):,} risks of {len(self.states):,} stays"]
-        lines += [f"{count:,} {reason}" for reason, count in self.counts.items() if count]
+    def summary(self) -> None:
+        say(f"{self.counts.pop(self.RISKS, 0):,} risks of {len(self.states):,} stays")
+        for reason, count in self.counts.items():
+            if count:
+                say(f"{count:,} {reason}")
         if self.unknown:
-            named = ", ".join(f"{name} ({count:,})" for name, count in self.unknown.most_common(10))
-            lines.append(f"{self.unknown.total():,} events of {len(self.unknown):,} variables unknown to the "
-                         f"checkpoint, left out: {named}{' ...' if len(self.unknown) > 10 else ''}")
-        return "\n".join(f"follow: {line}" for line in lines)
+            say(f"{self.unknown.total():,} events of {len(self.unknown):,} variables unknown to the checkpoint, left "
+                f"out: {named(self.unknown)}")
+
+
+def named(counts: dict, most: int = 10) -> str:
+    """The most frequent names with their counts."""
+    names = [f"{name} ({count:,})" for name, count in Counter(counts).most_common(most)]
+    return ", ".join(names) + " ..." * (len(counts) > most)
+
+
+def say(line: str) -> None:
+    print(f"follow: {printable(line)}", file=sys.stderr)
 
 
 def follow(arguments) -> None:
@@ -302,7 +452,7 @@ def follow(arguments) -> None:
     else:  # its data need not be at hand
         predictor = Predictor(checkpoint, arguments.device)
     rename = read_map(Path(arguments.variables_map)) if arguments.variables_map else {}
-    ward = Ward(predictor.model, predictor.checkpoint.normalizer)
+    ward = Ward(predictor)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # what is no text is a malformed line or an unknown variable
     try:
@@ -317,10 +467,10 @@ def follow(arguments) -> None:
                     event = followed_event(line, rename)
                 except (ValueError, csv.Error) as error:
                     ward.counts["malformed lines, left out"] += 1
-                    print(f"follow: line {number}: {error}: {printable(line.strip())}", file=sys.stderr)
+                    say(f"line {number}: {error}: {line.strip()}")
                 else:
                     ward.add(*event)
         ward.end_sets()
-    except KeyboardInterrupt:  # the usual end of a long-running command
+    except KeyboardInterrupt:  # the usual end of a long-running command, by SIGINT or SIGTERM
         pass
-    print(*map(printable, ward.describe().splitlines()), sep="\n", file=sys.stderr)
+    ward.summary()

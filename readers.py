@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from data import (MINUTE, READER_VERSION, SPLITS, Cohort, InputError, at_end, build_cohort, pieces, ranges,
                   with_points)
-from tables import (CACHE_MEND, TIME, VALUE, Report, Table, cache_home, clear_write_error, named_tables,
+from tables import (CACHE_MEND, TIME, VALUE, Report, Table, cache_home, clear_write_error, frame_tables, named_tables,
                     open_cache, read_table, table_files, tables, write_cache)
 from tasks import _SPLIT_WORDS, _read_splits, _some, _with_labels, _with_splits
 
@@ -76,8 +76,14 @@ _SYNTHETIC_BYTES = 2500  # of a stay in the cache
 
 def synthetic_cohort(stays: int = 1000, seed: int = 2012) -> Cohort:
     """The embedded cohort, whole in memory: deterministic in (stays, seed)."""
-    parts, rows = zip(*pieces(synthetic_parts(stays, seed)))
-    cohort = replace(parts[0], **{name: np.concatenate([r[name] for r in rows if name in r]) for name in Cohort.ARRAYS})
+    return _whole(synthetic_parts(stays, seed))
+
+
+def _whole(parts: Iterable[Cohort]) -> Cohort:
+    """The cohort of these parts, in memory."""
+    parts, rows = zip(*pieces(parts))
+    arrays = {name: np.concatenate([r[name] for r in rows if name in r]) for name in Cohort.ARRAYS}
+    cohort = replace(parts[-1], **arrays)
     cohort.fingerprint = cohort.digest()
     return cohort
 
@@ -183,11 +189,11 @@ def _codes(known: dict, names) -> np.ndarray:
 class _Spool:
     """Events on disk in the order in which they came, 16 bytes each, and the stay of each stretch of them."""
 
-    def __init__(self, source: Source, report: Report, folder: Path, rename: dict):
-        """rename: {variable: (name, factor, offset)}. Raises InputError where no event is usable."""
+    def __init__(self, source: Source, report: Report, folder: Path | None, rename: dict):
+        """folder: None keeps the events in memory; rename: {variable: (name, factor, offset)}."""
         self.folder, self.report, self.rename = folder, report, rename
         self.stays, self.variables, self.subject, self.points = {}, {}, {}, []  # names -> codes
-        self.types, self.seconds = {}, False
+        self.types, self.memory, self.seconds = {}, {}, False
         self.valued = np.zeros((2, 0), dtype=np.int64)  # [2, V] events without and with a value
         stretches = []
         with ExitStack() as stack:
@@ -197,14 +203,16 @@ class _Spool:
                 stay, arrays = self.usable(events, source.empty)
                 bar.update(len(stay))
                 for name, array in arrays.items():
+                    self.types.setdefault(name, array.dtype)
+                    if folder is None:
+                        self.memory[name] = np.append(self.memory.get(name, array[:0]), array)
+                        continue
                     if name not in files:
-                        files[name], self.types[name] = stack.enter_context(open(folder / name, "wb")), array.dtype
+                        files[name] = stack.enter_context(open(folder / name, "wb"))
                     array.tofile(files[name])
                 start = np.flatnonzero(np.diff(stay, prepend=-1))
                 stretches.append((stay[start], np.diff(start, append=len(stay))))
         self.stretch_stay, self.stretch_length = map(np.concatenate, zip(*stretches))
-        if not len(self.stretch_stay):
-            raise InputError(f"{source.name}: no usable event in any stay; check the files' columns and values")
 
     def usable(self, events: Events, empty: bool) -> tuple[np.ndarray, dict]:
         """Stay [n] of the usable events, each stay in one stretch, and the arrays to write; the others are counted."""
@@ -266,7 +274,10 @@ class _Spool:
                          ", and another elsewhere for the same stay; give one")
 
     def parts(self, source: Source) -> Iterator[Cohort]:
-        """The cohort, some stays at a time. What was noted of all lies with the last."""
+        """The cohort, some stays at a time. What was noted of all lies with the last. Raises InputError where no event
+        is usable."""
+        if not len(self.stretch_stay):
+            raise InputError(f"{source.name}: no usable event in any stay; check the files' columns and values")
         stays, variables = (np.array(list(names), dtype=str) for names in (self.stays, self.variables))
         events = np.bincount(self.stretch_stay, self.stretch_length, len(stays)).astype(np.int64)  # [stays]
         used = np.flatnonzero(events)
@@ -292,7 +303,8 @@ class _Spool:
         for a, b in tqdm([*zip(edges, edges[1:])], desc="sorting", disable=None, delay=5):
             some = slice(*np.searchsorted(stretch_rank, (a, b)))
             place = ranges(first[some], length[some])
-            read = {name: np.memmap(self.folder / name, kind, "r")[place] for name, kind in self.types.items()}
+            read = {name: (self.memory[name] if self.memory else np.memmap(self.folder / name, kind, "r"))[place]
+                    for name, kind in self.types.items()}
             stay, offset = np.repeat(stretch_rank[some] - a, length[some]), None
             minute, origin = read["time"], None
             if minute.dtype != np.float64:
@@ -571,15 +583,29 @@ def read_long_table(folder: Path, report: Report) -> Source:
     """The table `events` (see `named_tables`): stay_id, minute, variable, value, and perhaps subject_id. Minutes count
     from admission (in Parquet they may be durations, or clock times, which then count from the stay's first); an event
     without a value says that something happened."""
-    def events():
-        columns = {"stay_id": str, "minute": TIME, "variable": str, "value": VALUE}
-        for table in tables(files, columns, {"subject_id": str}, report=report):
-            table.refuse("stay_id", table["stay_id"].codes < 0, "; name the stay or remove the line")
-            subject = table["subject_id"] if "subject_id" in table else None
-            yield Events(table, table["stay_id"], _minutes(table), table["variable"], table["value"], subject=subject)
     files = named_tables(folder, "events")
-    return Source(f"long table {files[0].name}" + f" and {len(files) - 1} more" * (len(files) > 1), events(),
-                  by_id=True, empty=True)
+    return Source(f"long table {files[0].name}" + f" and {len(files) - 1} more" * (len(files) > 1),
+                  _long_events(tables(files, LONG, {"subject_id": str}, report=report)), by_id=True, empty=True)
+
+
+LONG = {"stay_id": str, "minute": TIME, "variable": str, "value": VALUE}
+
+
+def _long_events(parts: Iterable[Table]) -> Iterator[Events]:
+    for table in parts:
+        table.refuse("stay_id", table["stay_id"].codes < 0, "; name the stay or remove the line")
+        subject = table["subject_id"] if "subject_id" in table else None
+        yield Events(table, table["stay_id"], _minutes(table), table["variable"], table["value"], subject=subject)
+
+
+def cohort_of_frame(events: pd.DataFrame, report: Report, rename: dict = {}) -> tuple[Cohort | None, np.ndarray]:
+    """The cohort of a long table in memory (None: no event is usable), and the ids of all its stays in their order;
+    rename: see `read_map`. Nothing is written. Raises InputError as `load_cohort` does."""
+    source = Source("events", _long_events(frame_tables(events, "events", LONG, {"subject_id": str}, report)),
+                    by_id=True, empty=True)
+    spool = _Spool(source, report, None, rename)
+    ids = np.array(sorted(spool.stays), dtype=str)
+    return _whole(spool.parts(source)) if len(spool.stretch_stay) else None, ids
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -11,12 +11,12 @@ import torch
 
 from checkpoint import Checkpoint, label_digest
 from data import InputError, labelled_points, make_splits, point_slots, stay_event_index, stays_of, stays_with
-from history_statistics import at_slots, real_sets
+from history_statistics import real_sets
 from metrics import (CHECKPOINT, FEW, mean_of_logits, of_challenge_2019, ranking, score_figures,
                      sepsis_figures)
 from plots import (LABEL_NAMES, picture_folder, plot_calibration, plot_curves, plot_decision, plot_features,
                    plot_ranking, plot_trajectory)
-from predictor import (Predictor, answered_points, encode_points, find_stay, influence, probability_at,
+from predictor import (Predictor, answered_points, encode_points, find_stay, history_at_points, influence, probability_at,
                        risk_over_time)
 from runs import evaluation_loader
 from settings import data_options
@@ -360,11 +360,7 @@ def write_meds_predictions(path, cohort, points, probability, threshold: float, 
 def write_embeddings(path, model, dataset, points, device) -> None:
     """Of every point the head input before standardisation [n, F] and h of its set [n, d]."""
     features, cohort = encode_points(model, dataset, points, device), dataset.cohort
-    h = torch.zeros(len(points), model.config.latent_dim, device=device)
-    asking = dataset.asking(points)
-    for batch in evaluation_loader(asking, stays_with(cohort, points), device):
-        real = batch.point >= 0
-        h[batch.point[real]] = at_slots(model.encode(batch)[3], batch.point_slot)[real]
+    h = encode_points(model, dataset, points, device, history_at_points)
 
     def write(out):
         with open(out, "wb") as file:  # given a name, NumPy would append .npz

@@ -52,6 +52,11 @@ class Report:
     def __init__(self):
         self.counts, self.examples, self.problems = Counter(), {}, {}
 
+    def lines(self) -> list[str]:
+        """What was met, a line each, with the place of the first."""
+        return [f"{count:,} {reason}" + (f", the first: {self.examples[reason]}" if reason in self.examples else "")
+                for reason, count in self.counts.items() if count]
+
     def settle(self) -> None:
         """Raise the InputError that says everything that is wrong; pass where nothing is."""
         if self.problems:
@@ -442,6 +447,54 @@ def _parquet_column(path: Path, name: str, column, kind) -> np.ndarray | pd.Cate
     expected = {str: "text or whole numbers", np.datetime64: "timestamps"}.get(kind, "numbers")
     own = own.value_type if types.is_dictionary(own) else own
     raise InputError(f"{path}: column {name} holds {own} where {expected} belong; convert it")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A DataFrame in memory
+# ----------------------------------------------------------------------------------------------------------------------
+
+class FrameTable(Table):
+    """The rows of a DataFrame, counted from 0, as `.iloc` does."""
+
+    def place(self, row: int) -> str:
+        return f"{self.paths[0]} row {row}"
+
+
+def frame_tables(frame: pd.DataFrame, name: str, columns: dict, optional: dict = {},
+                 report: Report | None = None) -> Iterator[Table]:
+    """Yield the rows of a DataFrame, called `name` in messages, as `tables` does those of a file. A column may hold
+    what it may in Parquet, or text as in CSV; the frame is not changed."""
+    path, report = Path(name), report or Report()
+    table = FrameTable(report, [path], [0], np.array([len(frame)]), {})
+    chosen = _choose_columns(path, [str(column) for column in frame.columns], columns, optional, None)
+    for place, column in enumerate(chosen):
+        if column:
+            table.columns[column[0]] = _frame_column(table, *column, frame.iloc[:, place])
+    yield table
+    report.settle()
+
+
+def _frame_column(table: Table, name: str, kind, column: pd.Series) -> np.ndarray | pd.Categorical:
+    if column.dtype == object or isinstance(column.dtype, pd.CategoricalDtype):
+        column = column.astype(object).infer_objects()
+    types = pd.api.types
+    clock = types.is_datetime64_any_dtype(column.dtype)
+    duration = types.is_timedelta64_dtype(column.dtype)
+    if kind in (float, VALUE, TIME) and types.is_numeric_dtype(column.dtype):
+        return column.to_numpy(np.float64, na_value=np.nan)
+    if kind in (np.datetime64, TIME) and clock:
+        column = column.dt.tz_convert("UTC").dt.tz_localize(None) if column.dt.tz else column
+        return column.to_numpy("datetime64[us]")
+    if kind == TIME and duration:
+        time = column.to_numpy("timedelta64[us]")
+        return np.where(np.isnat(time), np.nan, time.astype(np.int64) / MINUTE)
+    if kind is not np.datetime64 and not clock and not duration:
+        if kind is str:
+            return text_column(*pd.factorize(column))
+        text = column.astype(object).where(column.notna(), None).map(str, na_action="ignore")
+        return _numbers(table, name, text, kind, ",")
+    expected = {str: "text or whole numbers", np.datetime64: "timestamps"}.get(kind, "numbers")
+    raise InputError(f"{table.paths[0]}: column {name} holds {column.dtype} where {expected} belong; convert it")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -175,5 +175,5 @@ def plain_pass(model, stays):
 def plain_features(model, stay):
     """The stable head input [d] of one stay, from a frozen backbone."""
     mu, logvar = plain_posterior(model.setvae, stay)
-    h = plain_history(model.history, model._fuse_vae_features(mu, logvar), [minute for minute, _ in stay])
+    h = plain_history(model.history, model.fused(mu, logvar), [minute for minute, _ in stay])
     return 0.7 * h[-1] + 0.3 * (h @ h[-1]).softmax(0) @ h

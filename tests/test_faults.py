@@ -298,12 +298,12 @@ def test_a_full_disk_stops_the_run_which_goes_on_when_there_is_space(tmp_path, c
 
 def test_a_full_file_system_is_one_line(tmp_path, capsys, small_models):
     (disk := tmp_path / "disk").mkdir()
-    if os.system(f"mount -t tmpfs -o size=64k tmpfs {disk} 2> /dev/null"):
+    if os.system(f"mount -t tmpfs -o size=600k tmpfs {disk} 2> /dev/null"):
         pytest.skip("needs the right to mount a tmpfs")
     try:
         one_error_line(capsys, train.main([*PRETRAIN, "--run_dir", str(disk / "run")]),
                        "last.pt: cannot be written (No space left on device)")
-        assert Checkpoint.open(disk / "run" / "last.pt")
+        assert Checkpoint.open(disk / "run" / "last.pt").trainer is None
     finally:
         os.system(f"umount -l {disk}")
 

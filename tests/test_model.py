@@ -294,16 +294,16 @@ def test_fusion_without_parameters_equals_its_formula():
     model, (mu, logvar) = build(SeqSetVAE, tiny()), torch.randn(2, 3, 5, 16)
     m, std = mu.double().numpy(), np.exp(0.5 * logvar.double().numpy())
     w = 1 / (1 + np.exp(-(1 - std.mean(-1, keepdims=True))))
-    close(model._fuse_vae_features(mu, logvar).double(),
+    close(model.fused(mu, logvar).double(),
           torch.from_numpy(w * m * (1 + 0.05 * np.tanh(std)) + (1 - w) * m))
-    assert build(SeqSetVAE, tiny(fuse=False))._fuse_vae_features(mu, logvar) is mu
+    assert build(SeqSetVAE, tiny(fuse=False)).fused(mu, logvar) is mu
 
 
 def test_gated_fusion_starts_near_mu():
     torch.manual_seed(0)
     model = SeqSetVAE(tiny(classification_only=False), torch.zeros(7, 12))
     mu, logvar = torch.randn(2, 50, 16)
-    assert (model._fuse_vae_features(mu, logvar) - mu).norm() < 0.1 * mu.norm()
+    assert (model.fused(mu, logvar) - mu).norm() < 0.1 * mu.norm()
 
 
 def test_focal_loss_equals_its_formula():
