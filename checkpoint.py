@@ -7,7 +7,7 @@ import secrets
 import shutil
 import subprocess
 import zipfile
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -202,10 +202,10 @@ class Checkpoint:
     weights: dict[str, torch.Tensor]        # under our names
     vocabulary: torch.Tensor | None         # [V, input_dim]
     normalizer: Normalizer | None
-    split: dict[str, list[str]]             # stay ids (or hashes, see `salted`) of train, valid and test
-    subjects: dict[str, list[str]]          # the same of subjects
-    source: dict                            # see `runs.source_of`
-    metrics: dict                           # of the epoch; of a finetuned one with its threshold
+    split: dict = field(default_factory=dict)     # stay ids (or hashes, see `salted`) of train, valid and test
+    subjects: dict = field(default_factory=dict)  # the same of subjects
+    source: dict = field(default_factory=dict)    # see `runs.source_of`
+    metrics: dict = field(default_factory=dict)   # of the epoch; of a finetuned one with its threshold
     run: dict | None = None                 # options and settings of the run; an export has none
     task: dict | None = None                # what was asked, see tasks.py
     maps: dict | None = None                # "variables": {source: (name, factor, offset)}, "positive": word
@@ -227,6 +227,11 @@ class Checkpoint:
         return cls(path, config=_config(content, path), weights=_weights(content["model"], path, original=False),
                    vocabulary=content["vocabulary"], normalizer=Normalizer.from_state(content["normalizer"], path),
                    **rest)
+
+    @classmethod
+    def of(cls, model: SeqSetVAE, normalizer: Normalizer) -> "Checkpoint":
+        """One of a finetuned model in memory."""
+        return cls(None, "finetune", model.config, model.state_dict(), model.setvae.vocabulary, normalizer)
 
     @classmethod
     def _of_original(cls, content: dict, path) -> "Checkpoint":

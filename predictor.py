@@ -87,15 +87,16 @@ class Predictor:
         the order of the ids: at its last event, or where all training questions were (`Checkpoint.asked_at`). A stay
         without an answer has NaN."""
         dataset, ids = self._dataset(events)
-        stays = pd.DataFrame({"stay_id": pd.Series(ids, dtype=str)})
+        table = pd.DataFrame({"stay_id": pd.Series(ids, dtype=str), "minute": np.nan, "probability": np.nan})
         if dataset is None:
-            return stays.assign(minute=np.nan, probability=np.nan)
+            return table
         cohort, points = dataset.cohort, answered_points(dataset)
         answers = np.full(len(cohort.point_minute), np.nan)
         answers[points] = probability_at(self.model, dataset, points, self.device)
         told = pd.DataFrame({"stay_id": cohort.stay_id[cohort.point_stay], "minute": cohort.point_minute,
                              "probability": answers})
-        return stays.merge(told, how="left")
+        silent = table[~np.isin(ids, cohort.stay_id)]
+        return pd.concat([told, silent]).sort_values("stay_id", ignore_index=True) if len(silent) else told
 
     def trajectory(self, events: pd.DataFrame | Cohort, stay_id: str) -> pd.DataFrame:
         """The risk of a stay at every minute at which something was charted or a risk is asked for: the columns
@@ -118,7 +119,7 @@ class Predictor:
         out is named in one warning."""
         report = Report()
         if isinstance(events, Cohort):
-            cohort, ids = events, events.stay_id[np.diff(events.point_start) > 0]
+            cohort, ids = events, events.stay_id
         else:
             cohort, ids = cohort_of_frame(events, report, self.rename)
         lines, dataset = report.lines(), None

@@ -624,15 +624,17 @@ def bedside_latency(dataset, sets: int = 200, events: int = 6, timed: int = 100)
     """The median times of our default classifier, on one thread of the CPU: of appending a set of some events to a
     stay of some sets, and of asking for the risk after it."""
     variables, rng, times = len(dataset.normalizer.variables), np.random.default_rng(0), np.zeros((sets + timed, 2))
-    model, threads = new_models(ModelConfig(variables), dataset)[1].eval(), torch.get_num_threads()
-    state = model.start()
+    model, threads = new_models(ModelConfig(variables), dataset)[1], torch.get_num_threads()
+    predictor = Predictor(Checkpoint.of(model, dataset.normalizer), "cpu")
+    state = predictor.start()
     torch.set_num_threads(1)
     for i in range(sets + timed):
-        pairs = list(zip(rng.integers(0, variables, events).tolist(), rng.normal(size=events).tolist()))
+        names = [dataset.normalizer.variables[v] for v in rng.integers(0, variables, events)]
+        pairs = list(zip(names, rng.normal(size=events).tolist()))
         began = time.perf_counter()
-        model.step(state, 20.0 * i, pairs)
+        predictor.step(state, 20.0 * i, pairs)
         stepped = time.perf_counter()
-        model.ask(state, 20.0 * i)
+        predictor.ask(state, 20.0 * i)
         times[i] = stepped - began, time.perf_counter() - stepped
     torch.set_num_threads(threads)
     return {f"bedside, {what} after {sets} sets, one thread, ms": ms

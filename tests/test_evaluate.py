@@ -1,6 +1,5 @@
-"""Tests of predictor.py, protocol.py and README.md: what users run with a checkpoint."""
+"""Tests of originals, exports, protocol.py and README.md: what users run with a checkpoint."""
 
-import io
 import itertools
 import json
 import platform
@@ -18,7 +17,6 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-import checkpoint
 import data
 import protocol
 import readers
@@ -26,17 +24,16 @@ import test_suite
 import train
 from batches import StayDataset
 from checkpoint import Checkpoint
-from data import InputError, with_points
+from data import with_points
 from metrics import best_utility_threshold, hours_since_onset, sepsis_figures
 from model import ModelConfig, SeqSetVAE
-from predictor import (CPU, Predictor, encode_points, followed_event, influence, predict, probability_at,
-                       risk_over_time, risk_without)
+from predictor import Predictor
 from protocol import (AVERAGE, BASELINES, PLAIN_LOOP, STATISTICS, asked_at_the_end, assert_plain_loop_agrees, averaged,
                       hand_made_baselines, print_protocol, summaries_alone, summary_table)
 from readers import synthetic_cohort, write_long_table
 from test_suite import main
-from tests.tiny import (FINETUNE, NAMES, PLAIN, PRETRAIN, SHARED, build, cohort_of, labels_of,
-                        one_error_line, random_stays, tiny, write)
+from tests.tiny import (FINETUNE, PLAIN, PRETRAIN, SHARED, cohort_of, labels_of, one_error_line,
+                        random_stays, write)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What users bring and take away: original checkpoints, predictions, pictures, the commands of the README
@@ -124,137 +121,6 @@ def test_an_original_finetuned_checkpoint_is_scored_with_its_data(tmp_path, caps
     assert main(["--checkpoint", str(whole), *original_data, *asked]) == 0
     left_out = np.isin(np.array(cohort.split), (0, 1)).sum()
     assert f"; {left_out} stays left out of subjects that" in capsys.readouterr().out
-
-
-CONFIGS = [dict(summaries=True, head_variables=5), dict(features="multiscale"), dict(classification_only=False),
-           dict(decoder="slots", summaries=True, head_variables=7)]
-
-
-@pytest.mark.parametrize("config", CONFIGS)
-def test_the_risk_over_time_equals_scoring_the_truncated_stay(config):
-    stay = random_stays([37], valueless=.1)[0]
-    model, cohort = build(SeqSetVAE, tiny(**config)), cohort_of([random_stays([5])[0], stay])
-    trajectory = risk_over_time(model, StayDataset(cohort, PLAIN, points=True), 1)
-    truncated = StayDataset(cohort_of([stay[:end] for end in range(1, 38)]), PLAIN, points=True)
-    # float32, in other batches
-    np.testing.assert_allclose(trajectory["risk"], probability_at(model, truncated, np.arange(37), CPU), atol=1e-5)
-    assert trajectory["minute"] == [minute for minute, _ in stay]
-    assert trajectory["events"] == [len(events) for _, events in stay]
-
-
-@pytest.mark.parametrize("config", CONFIGS)
-def test_what_comes_after_a_stays_last_point_changes_no_bit_of_its_features(config):
-    model, (stay, other) = build(SeqSetVAE, tiny(**config)), random_stays([9, 12])
-    minute = [float(m) for m, _ in stay]
-    features = []
-    for tail in (other, [(m + 1, [(v, x + 7) for v, x in events]) for m, events in other]):
-        whole = stay + [(m + minute[-1] + 30, events) for m, events in tail]
-        asked = np.array([minute[4], minute[-1] + 20])
-        cohort = with_points(cohort_of([whole]), np.array([2]), asked, np.array([0, 1]))
-        features.append(encode_points(model, StayDataset(cohort, PLAIN, points=True), np.arange(2), CPU))
-    assert torch.equal(*features) and (features[0][0] - features[0][1]).abs().max() > 1e-3
-    if config.get("summaries"):
-        assert features[0][:, -1].tolist() == [0, pytest.approx(20 / 60)]  # hours since the last set
-
-
-def lines_of(cohort, stay: int, name: str) -> list[tuple[float, str]]:
-    """(minute, line of --follow) of every event of a stay."""
-    sets = range(cohort.stay_start[stay], cohort.stay_start[stay + 1])
-    return [(cohort.set_minute[t], f"{name},{cohort.set_minute[t]},{cohort.variables[cohort.event_variable[e]]},"
-             + (f"{cohort.event_value[e]}" if cohort.event_value[e] == cohort.event_value[e] else "") + "\n")
-            for t in sets for e in range(cohort.set_start[t], cohort.set_start[t + 1])]
-
-
-def test_following_two_stays_gives_the_risks_of_their_trajectories(finetuned, capsys, monkeypatch):
-    predictor, dataset = Predictor.with_data(finetuned)
-    model, cohort = predictor.model, dataset.cohort
-    events = sorted(lines_of(cohort, 3, '"a, b"') + lines_of(cohort, 5, "c"), key=lambda event: event[0])  # stable
-    lines = ["stay_id,minute,variable,value\n", "d,7,Nothing Known,1\n", *(line for _, line in events)]
-    lines[9:9] = ["c,soon,HR,80\n", "c,-5,HR,80\n", "c,9,HR\n", "c,1,HR,1e39\n", ",1,HR,80\n"]
-    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(lines)))
-    capsys.readouterr()
-    assert main(["--checkpoint", str(finetuned), "--follow"]) == 0
-    out, error = capsys.readouterr()
-    rows = pd.read_csv(io.StringIO(out), names=["stay_id", "minute", "risk"])
-    for stay, name in ((3, "a, b"), (5, "c")):
-        trajectory, mine = risk_over_time(model, dataset, stay), rows[rows["stay_id"] == name]
-        assert mine["minute"].tolist() == trajectory["minute"]
-        np.testing.assert_allclose(mine["risk"], trajectory["risk"], atol=1e-5)
-    assert rows[rows["stay_id"] == "d"].isna()["risk"].tolist() == [True]  # no answer
-    assert f"{len(rows) - 1} risks of 3 stays" in error and "4 malformed lines" in error
-    assert "line 10: could not convert string to float: 'soon': c,soon,HR,80" in error and "line 12: 3 cells" in error
-    assert "1 events of an earlier minute" in error and "1 events of 1 variables unknown" in error
-    assert "Nothing Known (1)" in error
-
-
-def test_follow_renames_and_rescales_as_the_other_readers_do(finetuned, tmp_path, capsys, monkeypatch):
-    (tmp_path / "map.csv").write_text("source,name,factor,offset\nTemp F,Temp,.5556,-17.78\n")
-
-    def risk(line, *words):
-        monkeypatch.setattr(sys, "stdin", io.StringIO(line))
-        assert main(["--checkpoint", str(finetuned), "--follow", *words]) == 0
-        return capsys.readouterr().out
-
-    celsius, words = f"7,30,Temp,{102 * .5556 - 17.78}\n", ["--variables", str(tmp_path / "map.csv")]
-    assert risk("7,30,Temp F,102\n", *words) == risk(celsius) != risk("7,30,Temp F,102\n")
-    one_error_line(capsys, main(["--checkpoint", str(finetuned), "--follow", "--variables", "nope.csv"]), "nope.csv")
-    monkeypatch.setattr(sys, "stdin", io.StringIO("stay_id,variable,minute,value\n7,HR,1,80\n"))
-    one_error_line(capsys, main(["--checkpoint", str(finetuned), "--follow"]), "give stay_id,minute,variable,value")
-
-
-def test_a_line_of_follow_is_read_as_the_long_table_is():
-    assert followed_event('7, 60 ,"Na, serum",>100\n') == ("7", 60, "Na, serum", 100)
-    assert [np.isnan(followed_event(f"7,-1.5,HR,{text}")[3]) for text in ("", "NA", "null")] == [True] * 3
-    assert [followed_event(f"7,1,Ventilated,{text}")[3] for text in ("true", "False")] == [1, 0]
-    for line in ("7,nan,HR,1", "7,1e8,HR,1", "7,1,,1", "7,1,HR,inf", "7,1,HR,high", "7,1,HR,1_000"):
-        with pytest.raises(ValueError):
-            followed_event(line)
-    assert followed_event("7,1,HR,2", {"HR": ("Pulse", 3, -1)})[2:] == ("Pulse", 5)
-    with pytest.raises(ValueError, match="out of range"):
-        followed_event("7,1,HR,3e38", {"HR": ("HR", 2, 0)})
-
-
-def test_a_followed_risk_is_printed_before_more_is_read(small_finetuned):
-    command = [sys.executable, test_suite.__file__, "--checkpoint", str(small_finetuned), "--follow"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        for chunk, minute in ((b"x,1,HR,80\nx,1,Temp,37\nx,2.5,HR,90\n", b"1"), (b"\n", b"2.5")):
-            process.stdin.write(chunk), process.stdin.flush()
-            assert process.stdout.readline().startswith(b"x,%b,0." % minute)
-        rest, error = process.communicate(b"x,2.5,HR,\xff\n")
-    assert process.returncode == 0 and rest == b"" and b"2 risks of 1 stays" in error and b"1 malformed" in error
-
-
-def test_predict_gives_what_predictions_writes_for_the_same_table(tmp_path, finetuned):
-    cohort = synthetic_cohort(6, seed=5)
-    folder = write_long_table(tmp_path / "new", cohort, labels=False)
-    scoring = ["--checkpoint", str(finetuned), "--data_dir", str(folder)]
-    assert main([*scoring, "--predictions", str(tmp_path / "new.csv")]) == 0
-    events = pd.read_csv(folder / "events.csv")
-    stranger = pd.DataFrame({"stay_id": ["stranger"], "minute": [0], "variable": ["unheard of"], "value": [1.0]})
-    table = predict(finetuned, pd.concat([stranger, events.sample(frac=1, random_state=0)]), device="cpu")
-    assert table.columns.tolist() == ["stay_id", "probability"]
-    assert np.isnan(table.set_index("stay_id")["probability"].pop("stranger"))
-    table = table[table["stay_id"] != "stranger"]
-    written = pd.read_csv(tmp_path / "new.csv")
-    assert table["stay_id"].tolist() == written["stay_id"].tolist()
-    np.testing.assert_allclose(table["probability"], written["probability"], rtol=0, atol=1e-6)
-    with pytest.raises(InputError, match="events.csv.* minute"):
-        predict(finetuned, events.assign(minute="soon"))
-
-
-def test_the_released_weights_score_a_table_in_their_units_and_name_nobody():
-    released = Path(train.__file__).with_name("checkpoints") / "physionet2012.pt"
-    well = [(60 * hour, name, value) for hour in range(24) for name, value in
-            (("HR", 80), ("GCS", 15), ("Urine", 100), ("BUN", 15), ("RespRate", 16))]
-    ill = [(60 * hour, name, value) for hour in range(24) for name, value in
-           (("HR", 130), ("GCS", 3), ("Urine", 5), ("BUN", 90), ("RespRate", 35))]
-    table = pd.DataFrame([(stay, *event) for stay, events in (("well", well), ("ill", ill)) for event in events],
-                         columns=["stay_id", "minute", "variable", "value"])
-    risk = predict(released, table, device="cpu").set_index("stay_id")["probability"]
-    assert 0 < risk["well"] < .1 < .4 < risk["ill"] < 1
-    content = torch.load(released, weights_only=True)
-    assert all(stay.startswith(checkpoint.HASHED) for ids in content["split"].values() for stay in ids)
-    assert content["source"]["data"] == {"data_dir": None} and released.stat().st_size < 2**24
 
 
 def test_the_log_of_the_untrained_backbone_does_not_stand_in_the_report(capsys, monkeypatch, finetuned):
@@ -351,28 +217,6 @@ def test_an_exported_checkpoint_names_nobody_and_predicts_and_guards_alike(tmp_p
     never = sorted({*test, *ids[30:]} - {*plain["split"]["train"], *plain["split"]["valid"]} - {*ids[30:]})
     main(["--checkpoint", "b.pt", "--data_dir", "first"])
     assert f"\nScored: {len(never)} stays" in capsys.readouterr().out
-
-
-def test_a_variable_moves_the_risk_by_what_the_risk_is_without_it():
-    """Against a cohort built without the variable; a stay of one variable has no risk without it."""
-    stay = random_stays([12])[0]
-    model, cohort = build(SeqSetVAE, tiny(summaries=True, head_variables=5)), cohort_of([stay, [(5, [(3, 1.)])]])
-    dataset = StayDataset(cohort, PLAIN, points=True)
-    last = stay[-1][0]
-    without = risk_without(model, dataset, 0, last, 40, CPU)
-    assert sorted(without) == NAMES and len(risk_without(model, dataset, 0, last, 3, CPU)) == 3
-    for v, name in enumerate(NAMES):
-        rest = [(m, kept) for m, events in stay if (kept := [e for e in events if e[0] != v])]
-        other = cohort_of([rest, [(5, [(u, 0.) for u in range(7)])]])
-        other = with_points(other, np.array([1, 0]), np.array([last]))
-        expected = probability_at(model, StayDataset(other, PLAIN, points=True), np.arange(1), CPU)[0]
-        assert without[name] == pytest.approx(expected, abs=1e-5)
-    told = risk_over_time(model, dataset, 0)
-    assert told["highest"] == told["minute"][np.argmax(told["risk"])]
-    assert told["without"] == risk_without(model, dataset, 0, told["highest"], 40, CPU)
-    assert risk_over_time(model, dataset, 1)["without"] == {"lab3": None}
-    moved = influence({"risk": [.2, .5], "without": {"a": .4, "b": None, "c": .9}})
-    assert list(moved) == ["c", "a"] and moved["c"] == pytest.approx(-.4)
 
 
 def test_the_hand_made_features_are_those_of_each_points_past():

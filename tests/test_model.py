@@ -13,7 +13,7 @@ from sklearn.metrics import roc_auc_score
 import train
 from batches import StayDataset
 from checkpoint import load_weights
-from data import InputError, Normalizer, labelled_points, stays_of, with_points
+from data import InputError, labelled_points, stays_of, with_points
 from finetune_config import (MANY_POINTS, FinetuneConfig, boosted_trees, classification_loss, head_penalty,
                              tree_sizes)
 from history_statistics import real_sets, statistics_at
@@ -21,7 +21,7 @@ from model import History, ModelConfig, SeqSetVAE, SeqSetVAEPretrain, SetVAE, ma
 from predictor import CPU
 from tasks import BoostedTrees
 from tests.plain_loop import close, plain_future, plain_pass, plain_statistics
-from tests.tiny import NAMES, PLAIN, batch_of, build, cohort_of, encoded, random_stays, tiny
+from tests.tiny import PLAIN, batch_of, build, cohort_of, encoded, random_stays, tiny
 from train import weigh_trees
 
 
@@ -426,53 +426,6 @@ def test_statistics_of_a_nearly_constant_variable_are_exact():
 # ----------------------------------------------------------------------------------------------------------------------
 # At the bedside
 # ----------------------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("config", [
-    dict(summaries=True, head_variables=5, head_widths=(), head_trees=3),
-    dict(features="multiscale", head_variables=4, levels=2, slope_per_head=False),
-    dict(classification_only=False, head_variables=3),
-    dict(classification_only=False, features="multiscale", summaries=True, head_variables=5, fuse=False),
-    dict(decoder="slots", summaries=True, head_variables=5, mab_residual=False, presence=False)])
-def test_set_after_set_equals_the_whole_pass(config):
-    """With events without a value, a set of unknown variables alone, two sets at one minute, questions between sets."""
-    model, (stay,) = build(SeqSetVAE, tiny(**config)), random_stays([23], valueless=.2)
-    model.head_variables.copy_(torch.tensor([5, 0, 2, 4, 3])[:config["head_variables"]])
-    if model.trees:
-        model.trees.feature.random_(40), model.trees.threshold.normal_(), model.trees.value.normal_()
-    stay[7] = stay[7][0], [(6, 1.0)]
-    minute = np.array([float(m) for m, _ in stay])
-    minute[12] = minute[11]
-    asked = np.append((minute[:-1] + minute[1:]) / 2, minute[-1] + 500)
-    cohort = replace(cohort_of([stay]), set_minute=minute)
-    six = Normalizer(NAMES[:6], PLAIN.mean[:6], PLAIN.std[:6], PLAIN.log_scale[:6])
-    batch = StayDataset(with_points(cohort, np.array([23]), asked), six, points=True)[np.arange(1)]
-    with torch.no_grad():
-        (_, _, z, h), features, logits = model.encode(batch), model.features(batch), model(batch)
-
-        state = model.start()
-        for i, (_, events) in enumerate(stay):
-            model.step(state, minute[i], [(v, x) for v, x in events if v != 6])
-            close(state.z.rows, z[:, :i + 1]), close(state.h.rows, h[:, :i + 1])
-            if i != 11:  # a question at the minute of two sets comes after both
-                close(model.features_at(state, asked[i]), features[:, i:i + 1])
-                assert model.ask(state, asked[i]) == pytest.approx(logits.softmax(-1)[0, i, 1].item(), abs=1e-5)
-    assert logits.softmax(-1)[0, :, 1].std() > 1e-3
-
-
-def test_at_the_bedside_time_goes_forward():
-    model = build(SeqSetVAE, tiny())
-    state = model.start()
-    with pytest.raises(ValueError, match="asked at minute 5"):
-        model.ask(state, 5)
-    model.step(state, 10, [(0, 1.0), (3, np.nan)])
-    risk = model.ask(state, 10)
-    for late in (lambda: model.ask(state, 9), lambda: model.step(state, 9, [(0, 1.0)]),
-                 lambda: model.step(state, np.nan, [(0, 1.0)])):
-        with pytest.raises(ValueError, match="is at minute 10|after one at minute 10"):
-            late()
-    assert model.ask(state, 10) == risk  # what was refused left no trace
-    model.step(state, 10, [])
-    assert model.ask(state, 10) != risk
 
 
 def test_the_trees_have_the_share_that_fits_the_validation_points_best():
