@@ -493,10 +493,14 @@ class Normalizer:
     def from_state(cls, state: dict, path) -> "Normalizer":
         """From the checkpoint at `path`. Raises InputError where the state is not that of a normalizer."""
         arrays = [state[name] for name in ("mean", "std", "log_scale")]
-        if not isinstance(state["variables"], list) or not isinstance(state["clip"], float) or not all(
-                torch.is_tensor(x) and x.shape == (len(state["variables"]),) and x.is_floating_point() for x in arrays):
+        names, clip = state["variables"], state["clip"]
+        sound = isinstance(names, list) and all(isinstance(name, str) for name in names) and isinstance(clip, float)
+        sound = sound and clip > 0 and len(set(names)) == len(names) and all(
+            torch.is_tensor(x) and x.shape == (len(names),) and x.dtype == torch.float32 and x.isfinite().all()
+            for x in arrays)
+        if not (sound and (arrays[1] > 0).all() and (arrays[2] >= 0).all()):
             raise InputError(f"{path}: its normalizer is damaged or forged; make the checkpoint again")
-        return cls(state["variables"], *(x.numpy() for x in arrays), state["clip"])
+        return cls(names, *(x.numpy() for x in arrays), clip)
 
 
 def variable_vectors(variables: list[str], dim: int, given: np.ndarray | None = None) -> torch.Tensor:

@@ -5,6 +5,7 @@ A refusal is one line and exit code 2. The tests named `random` are short here a
 
 import collections
 import contextlib
+import copy
 import fcntl
 import gzip
 import io
@@ -20,6 +21,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import zipfile
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -414,6 +416,30 @@ def flipped(good):
     return bytes(body)
 
 
+def packed(good, zeros: int) -> bytes:
+    """The same file, its members deflated; zeros: bytes of one member more."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(good) as source, zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+        target.writestr("archive/data/bomb", bytes(zeros))
+    return out.getvalue()
+
+
+def overlapping(good) -> bytes:
+    """The same file, a hundred further names for its largest member."""
+    out = io.BytesIO(good.read_bytes())
+    with zipfile.ZipFile(out, "a") as archive:
+        largest = max(archive.infolist(), key=lambda member: member.file_size)
+        for i in range(100):
+            again = copy.copy(largest)
+            again.filename = f"{largest.filename}{i}"
+            archive.filelist.append(again)
+            archive.NameToInfo[again.filename] = again
+        archive._didModify = True
+    return out.getvalue()
+
+
 TOO_LARGE = [  # the first: 206 GB
     dict(summaries=True, head_variables=2**20, hidden_width=2**12, classification_only=False), dict(inducing=2**20),
     dict(summaries=True, head_variables=2**18, head_widths=(2**12,)), dict(head_widths=(2**12,) * 100),
@@ -445,6 +471,30 @@ FORGED = {  # of a finetuned checkpoint: its content, or its bytes
     "a weight too many": lambda good: forged(good, model=lambda m: m | {"more": torch.zeros(3)}),
     "a weight that is none": lambda good: forged(good, model=lambda m: m | {"history.tau": "60"}),
     "no weight": lambda good: forged(good, model={}),
+    **{f"weights of {kind}": lambda good, kind=kind: forged(good, model=lambda m: m | {
+        "history.tau": m["history.tau"].to(kind)}) for kind in (torch.float16, torch.float64, torch.complex64, torch.int8)},
+    "a sparse weight": lambda good: forged(good, model=lambda m: m | {
+        "setvae.dim_reducer.weight": m["setvae.dim_reducer.weight"].to_sparse()}),
+    **{f"{name} of {value} in the normalizer": lambda good, name=name, value=value: forged(
+        good, normalizer=lambda n: n | {name: torch.full_like(n[name], value)})
+       for name, value in [("std", 0), ("std", -1), ("std", np.nan), ("mean", np.inf), ("log_scale", -1)]},
+    "a normalizer of numbers for names": lambda good: forged(
+        good, normalizer=lambda n: n | {"variables": [*range(len(n["variables"]))]}),
+    **{f"{name} of {value!r} in the source's data": lambda good, name=name, value=value: forged(
+        good, source=lambda s: s | {"data": {name: value}})
+       for name, value in [("cache_dir", "elsewhere"), ("unheard_of", 1), ("data_dir", 7), ("synthetic_stays", "24"),
+                           ("hours", True), ("label_file", ["a"])]},
+    **{f"{name} of {value!r} in the source": lambda good, name=name, value=value: forged(
+        good, source=lambda s: s | {name: value})
+       for name, value in [("data", []), ("fingerprint", 7), ("command", None), ("versions", "2.0")]},
+    **{f"{name} of {value!r}": lambda good, name=name, value=value: forged(good, **{name: value})
+       for name, value in [("asked_at", "6"), ("maps", []), ("mode", 3), ("run", "options")]},
+    "a split of numbers": lambda good: forged(good, split=lambda s: s | {"test": [1, 2]}),
+    "subjects that are one text": lambda good: forged(good, subjects=lambda s: s | {"test": "1, 2"}),
+    **{f"a threshold of {value!r}": lambda good, value=value: forged(good, metrics=lambda m: m | {"threshold": value})
+       for value in (2.0, "0.5", np.nan)},
+    "packed": lambda good: packed(good, 0), "a bomb": lambda good: packed(good, 2**26),
+    "members that overlap": lambda good: overlapping(good),
     "no model config": lambda good: forged(good, model_config={}),
     "features of an earlier version": lambda good: forged(good, model_config=lambda c: c | {"features": "beliefs"}),
     "a vocabulary of text": lambda good: forged(good, vocabulary="HR"),
