@@ -16,7 +16,6 @@ import torch
 from batches import StayDataset
 from data import SPLITS, Cohort, InputError, Normalizer, make_splits, variable_vectors
 from model import ModelConfig, SeqSetVAE
-from settings import PATHS
 from tables import write_atomically
 
 
@@ -425,12 +424,6 @@ def splits_beside(known: np.ndarray, cohort: Cohort, seed: int) -> dict[str, lis
 # ----------------------------------------------------------------------------------------------------------------------
 # Where a checkpoint comes from
 # ----------------------------------------------------------------------------------------------------------------------
-
-def recorded(data: dict) -> dict:
-    """The options that data were read with, as a checkpoint keeps them: paths whole; not where the cache lies."""
-    return {name: str(Path(value).resolve()) if name in PATHS else value for name, value in data.items()
-            if name != "cache_dir"}
-
 
 def label_digest(cohort: Cohort) -> str:
     """Of what is asked of the data: the prediction points and their answers."""

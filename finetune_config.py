@@ -7,69 +7,60 @@ import torch
 import torch.nn.functional as F
 from sklearn.ensemble import GradientBoostingClassifier, HistGradientBoostingClassifier
 
-from data import InputError
 from model import FEATURES, SeqSetVAE
-from settings import check_settings
+from settings import check_settings, setting
 
 
 @dataclass
 class FinetuneConfig:
-    # Head input and head
-    features: str = "stable"         # of the backbone, or "multiscale"; see ModelConfig
-    fuse: bool = True                # fused mu and logvar, or mu alone
-    summaries: bool = True           # exact per-variable summaries of the stay beside the learned features
-    most_variables: int = 128        # of which they speak, at most: the most common of the training stays
-    head_widths: tuple = ()          # hidden widths of the head: none, it is linear
-    trees: int | None = 400          # boosted trees of the summaries beside it; validation chooses their share
+    # What the head gets, and the head
+    features: str = setting("stable", choices=FEATURES)  # of the backbone; see ModelConfig
+    fuse: bool = True                # mu and logvar fused, or mu alone
+    summaries: bool = True           # exact summaries of the stay, variable by variable, beside the learned features
+    most_variables: int = setting(128, low=0)  # summarised, at most: the most common ones of the training stays
+    head_widths: tuple = setting((), items=(int,))  # hidden widths of the head. By default there are none: the head is linear
+    trees: int | None = 400          # boosted trees of the summaries beside the head; validation chooses their share
     tree_depth: int = 4
     tree_rate: float = 0.03          # shrinkage
-    tree_subsample: float = 0.5      # share of the stays that a tree sees
-    tree_features: float = 0.05      # share of the features that a split may choose from
-    tree_leaf: int = 20              # stays in a leaf, at least
-    # Training of the head, its optimizer and schedule (a cosine to zero)
+    tree_subsample: float = setting(0.5, low=1e-9, high=1)  # share of the stays that a tree sees
+    tree_features: float = setting(0.05, low=1e-9, high=1)  # share of the features that a split chooses from
+    tree_leaf: int = 20              # least number of stays in a leaf
+    # Training of the head. A cosine takes the learning rate to zero
     batch_size: int = 64             # stays a step
-    max_epochs: int | None = None    # None: as many as make 10,000 steps, but 20 at most
+    max_epochs: int | None = None    # None: as many as make 10,000 steps, but at most 20
     accumulation: int = 1            # batches a step of the optimizer
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
-    betas: tuple = (0.9, 0.999)
-    # Times half the squared norm of the weights of the head's first layer, in the sum of all losses
-    learned_prior: float = 300.0     # of what the backbone tells
-    summaries_prior: float = 1000.0  # of the exact summaries
+    betas: tuple = setting((0.9, 0.999), high=0.999999, length=2)
+    # Weights of the penalty on the head's first layer: half the squared norm, beside the sum of all losses
+    learned_prior: float = 300.0     # on the inputs that the backbone learned
+    summaries_prior: float = 1000.0  # on the exact summaries
     clip: float = 0.5                # largest norm of the gradient
-    # Points that are learned from: all with the outcome, and of the others so many for each (another sample an epoch in
-    # full training), but all of a cohort of fewer than `few_points`; what is left out is weighed for
+    # Each point with the outcome is learned from, and for each of them this many others (full training draws another
+    # sample each epoch). A cohort of fewer than `few_points` is learned whole. Weights stand for what is left out
     negatives: float = 10.0
     few_points: int = 65_536
     # Loss
-    loss: str = "cross_entropy"      # or "focal"
-    focal_alpha: float = 0.25
+    loss: str = setting("cross_entropy", choices=("cross_entropy", "focal"))
+    focal_alpha: float = setting(0.25, high=1)
     focal_gamma: float = 2.0
-    label_smoothing: float = 0.0     # of the cross-entropy
-    # Early stopping of the head on the validation AUROC, in epochs. 0: none, the last epoch is kept: on a few hundred
-    # validation stays the best epoch is mostly luck, and the regularised head does not overfit
-    patience: int = 0
-    max_trainable_ratio: float = 0.05  # of all parameters, where the backbone is frozen
-    # Full training: the head is first trained on the frozen backbone, as above (Kumar et al. 2022), then everything
+    label_smoothing: float = setting(0.0, high=1)  # of the cross-entropy
+    # Epochs without a better validation AUROC after which the head stops. 0: it never stops, and the last epoch is kept:
+    # on a few hundred validation stays the best epoch is mostly luck, and the regularised head does not overfit
+    patience: int = setting(0, low=0)
+    max_trainable_ratio: float = setting(0.05, high=1)  # share of all parameters, where the backbone is frozen
+    # Full training. First the head is trained on the frozen backbone, as above (Kumar et al. 2022), then everything
     full_batch_size: int = 16        # stays a step, of all processes together
-    full_max_epochs: int | None = None  # None: as many as make 1,800 steps, but 5 at most
+    full_max_epochs: int | None = None  # None: as many as make 1,800 steps, but at most 5
     full_learning_rate: float = 1e-4  # of a pretrained backbone
     random_learning_rate: float = 5e-4  # of an untrained one
-    reconstruction_weight: float = 1.0  # of the pretraining's own terms, kept in the loss
-    full_drop_events: float = 0.3    # share of the events hidden from the encoder
-    full_before: float = 0.5         # share of a stay's loss that its sets before the point have, if it has one point
+    reconstruction_weight: float = 1.0  # of the terms of pretraining, which stay in the loss
+    full_drop_events: float = setting(0.3, high=1)  # share of the events that are hidden from the encoder
+    # Share of a stay's loss that lies on the sets before its point, where it has one point
+    full_before: float = setting(0.5, high=1)
     hidden_width: int | None = 64    # of a hidden layer beside the linear head
 
-    def __post_init__(self):
-        counts = ("batch_size", "max_epochs", "accumulation", "full_batch_size", "full_max_epochs", "trees",
-                  "tree_depth", "tree_leaf", "few_points", "hidden_width")
-        check_settings(self, dict.fromkeys(counts, (1, 1e9))
-                       | dict.fromkeys(("tree_subsample", "tree_features"), (1e-9, 1))
-                       | dict.fromkeys(("focal_alpha", "label_smoothing", "max_trainable_ratio", "full_before",
-                                        "full_drop_events"), (0, 1)))
-        for name, words in (("loss", ("cross_entropy", "focal")), ("features", FEATURES)):
-            if getattr(self, name) not in words:
-                raise InputError(f"{name} is {getattr(self, name)!r}; it is {' or '.join(words)}")
+    __post_init__ = check_settings
 
     def epochs(self, points: int) -> int:
         """Of the head over so many points."""

@@ -13,7 +13,7 @@ groups of sets; V variables in all, K of the head; d latent_dim, w set_dim, r re
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -26,6 +26,7 @@ from data import InputError
 from history_statistics import (FUTURE_STATISTICS, HISTORY_STATISTICS, Question, ask,
                                 at_slots, hours_since, real_sets, statistics_at, summaries, summary_features,
                                 variables_of)
+from settings import check_settings, setting
 from tasks import BoostedTrees
 
 
@@ -34,69 +35,66 @@ FEATURES = ("stable", "multiscale")  # what the head hears of h and z: one vecto
 
 @dataclass
 class ModelConfig:
-    """Everything that decides the shapes and the objective of a model; travels in its checkpoint."""
+    """Everything that decides the shapes and the objective of a model; travels in its checkpoint.
 
-    num_variables: int              # V, size of the vocabulary
+    Scopes of its settings: "derived" (from the data and other settings: not to be set), "head" (finetuning sets them,
+    see FinetuneConfig), "pretrain" (only pretraining sets it), "loose" (whatever a backbone was pretrained with, it can
+    be finetuned with another value); all others are fixed when the backbone is pretrained."""
+
+    num_variables: int = setting(scope="derived")  # V, size of the vocabulary
     input_dim: int = 64             # width of the vocabulary's (frozen) vectors
     latent_dim: int = 192           # d, of a set's posterior and of the Transformer
     # Set encoder
     reduced_dim: int = 64           # r
     set_dim: int = 128              # w, its width up to the posterior
-    levels: int = 1                 # ISAB levels
+    levels: int = setting(1, high=256)  # ISAB levels
     set_heads: int = 2
-    inducing: int = 4               # m
-    mab_residual: bool = True    # MAB of Lee et al. 2019 (True) or of the original SeqSetVAE, without residuals (False)
+    inducing: int = setting(4, high=256)  # m
+    mab_residual: bool = True       # True: MAB of Lee et al. 2019; False: of the original SeqSetVAE, without residuals
     presence: bool = True           # learned term that says *that* a variable was measured, whatever its value
     # History
-    layers: int = 3
+    layers: int = setting(3, high=256)
     heads: int = 6
     ff_dim: int = 768
-    dropout: float = 0.0
+    dropout: float = setting(0.0, high=1, scope="loose")
     slope_per_head: bool = True     # one slope of the time bias a head, or a single one
-    # Decoder and objective
-    decoder: str = "readout"   # each variable's value, presence and history; "slots": a set of points, Chamfer distance
+    # Decoder and objective. "readout": each variable's value, presence and history; "slots": a set of points, compared
+    # by the Chamfer distance
+    decoder: str = setting("readout", choices=("readout", "slots"))
     key_dim: int = 64               # r, of the key by which a read-out asks for a variable
-    asked_sets: int = 64        # of a stay, at most, whose presence, history and future are asked for; of more a sample
-    asked_variables: int = 96       # of a stay, at most, likewise
-    other_variables: int = 128      # that the stay does not hold, a sample, asked whether they were measured
+    # Of a stay's sets, at most this many are asked for presence, history and future: of more a sample
+    asked_sets: int = setting(64, scope="loose")
+    asked_variables: int = setting(96, scope="loose")  # of a stay, at most, by the same rule
+    # A sample of variables that the stay does not hold, asked whether they were measured
+    other_variables: int = setting(128, high=2**20, scope="loose")
     learned_seeds: bool = True      # slots decoder: learned slot seeds, or pure noise as in the original
-    noise_std: float = 0.3          # noise on learned seeds, in training
+    noise_std: float = setting(0.3, scope="loose")  # noise on learned seeds, in training
     sample_z: bool = True           # readout: each set also decoded from its own sampled z: logvar then has a meaning
-    hide_sets: float = 0.1          # share of sets hidden from the Transformer in pretraining and full training
-    drop_events: float = 0.1        # share of events hidden from the encoder, likewise
-    max_beta: float = 1e-4          # weight of the KL after its warm-up
-    free_bits: float = 0.0          # KL below free_bits * d costs nothing
-    logvar_bonus: float = 0.0       # the original's -0.1 * mean(logvar)
+    # Share of the sets that pretraining and full training hide from the Transformer
+    hide_sets: float = setting(0.1, high=1, scope="loose")
+    drop_events: float = setting(0.1, high=1, scope="pretrain")  # share of the events that are hidden from the encoder
+    max_beta: float = setting(1e-4, scope="loose")  # weight of the KL after its warm-up
+    free_bits: float = setting(0.0, scope="loose")  # KL below free_bits * d costs nothing
+    logvar_bonus: float = setting(0.0, scope="loose")  # the original's -0.1 * mean(logvar)
     # Classifier (SeqSetVAE)
-    classes: int = 2
-    classification_only: bool = True  # frozen backbone; False: full training
-    fuse: bool = True               # mu and logvar fused, or mu alone
-    features: str = "stable"        # one of FEATURES
-    summaries: bool = False         # exact per-variable summaries of the stay beside the learned features
-    head_variables: int = 0         # K, how many variables the summaries speak of
-    head_widths: tuple | None = None  # hidden widths of the head; None: the original's d, d/2, d/4
-    hidden_width: int | None = None   # full training: width of a hidden layer beside the head, whose logits are added
-    head_trees: int | None = None   # boosted trees of the summaries, which have a share of the head's logits
-    tree_depth: int = 4
+    classes: int = setting(2, high=256, scope="derived")
+    classification_only: bool = setting(True, scope="derived")  # frozen backbone; False: full training
+    fuse: bool = setting(True, scope="head")  # mu and logvar fused, or mu alone
+    features: str = setting("stable", choices=FEATURES, scope="head")
+    summaries: bool = setting(False, scope="head")  # exact summaries of the stay beside the learned features
+    head_variables: int = setting(0, low=0, scope="derived")  # K, how many variables the summaries speak of
+    # Hidden widths of the head; None: the original's d, d/2, d/4
+    head_widths: tuple | None = setting(None, items=(int,), low=1, high=2**12, scope="head")
+    # Full training: width of a hidden layer beside the head, whose logits are added
+    hidden_width: int | None = setting(None, high=2**12, scope="head")
+    # Boosted trees of the summaries, which have a share of the head's logits
+    head_trees: int | None = setting(None, high=2**12, scope="derived")
+    tree_depth: int = setting(4, high=8, scope="head")
 
     def __post_init__(self):
-        """Refuse what no model can be, before memory is allocated for it:
-        a config may come from a stranger's checkpoint."""
-        one_of = {"decoder": ("readout", "slots"), "features": FEATURES}
-        fits = {int: lambda x: type(x) is int and 1 <= x <= 2**20,
-                int | None: lambda x: x is None or type(x) is int and 1 <= x <= 2**12,
-                float: lambda x: type(x) in (int, float) and 0 <= x < math.inf, bool: lambda x: type(x) is bool,
-                str: lambda x: x in one_of.get(f.name, ())}
-        most = {"dropout": 1, "hide_sets": 1, "drop_events": 1, "layers": 256, "levels": 256, "tree_depth": 8,
-                "inducing": 256, "classes": 256}  # inducing: activations of every set
-        for f in fields(self):
-            value = getattr(self, f.name)
-            zero = f.name == "head_variables" and value == 0 and type(value) is int
-            if not (zero or fits.get(f.type, lambda x: True)(value)) or f.name in most and value > most[f.name]:
-                raise InputError(f"model config: {f.name} is {str(value)[:40]!r}, which no model can have")
-        widths = self.head_widths
-        if not (widths is None or isinstance(widths, tuple) and all(type(w) is int and 0 < w <= 2**12 for w in widths)):
-            raise InputError(f"model config: head_widths is {str(widths)[:40]!r}, which is no tuple of hidden widths")
+        """Refuse what no model can be, before memory is allocated for it: a config may come from a stranger's
+        checkpoint."""
+        check_settings(self)
         if (self.latent_dim % (2 * self.heads) or self.set_dim % self.set_heads
                 or self.decoder == "slots" and self.latent_dim % self.set_heads):
             raise InputError(f"model config: latent_dim {self.latent_dim} is odd or no multiple of heads {self.heads}, "
@@ -105,7 +103,7 @@ class ModelConfig:
         weights = (d * (self.layers * (4 * d + 2 * self.ff_dim) + 16 * self.key_dim + self.reduced_dim)
                    + self.levels * widest * (40 * widest + 2 * self.inducing)
                    + self.input_dim * (2 * self.reduced_dim + self.key_dim + v) + v * self.key_dim)
-        head = (10 * d + summary_features(self.head_variables), *(widths or ()), self.classes)
+        head = (10 * d + summary_features(self.head_variables), *(self.head_widths or ()), self.classes)
         weights += head[0] * (self.hidden_width or d) + sum(n * m for n, m in zip(head, head[1:]))
         if weights > 2**30:
             raise InputError(f"model config: sizes of about {weights:.0e} weights; 1e9 is the most")

@@ -28,7 +28,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
 from batches import StayDataset, common_variables, epoch_batches, sorted_batches
-from checkpoint import Checkpoint, label_digest, recorded
+from checkpoint import Checkpoint, label_digest
 from data import (InputError, Normalizer, at_end, build_cohort, labelled_points, make_splits, search_after,
                   stay_event_index, stays_of, variable_vectors, with_points)
 from finetune_config import MANY_POINTS, FinetuneConfig, head_optimizer, tree_sizes
@@ -39,11 +39,11 @@ from model import ModelConfig, SeqSetVAE, SeqSetVAEPretrain
 from predictor import CPU, Predictor, encode_points, open_checkpoint, probability_at, probability_of
 from readers import load_cohort
 from runs import CHECKPOINTS, choose_device, keep_freed_memory, read_cohort
-from settings import changed, data_options
+from settings import DataSettings, changed, data_options, recorded
 from tables import clear_write_error, write_atomically
 from tasks import label_subset, need_both_classes
-from train import (HeadTraining, PretrainConfig, clip_and_step, finetune, head_epoch, labelled, parse_arguments,
-                   prepare_head, pretrain, training_points, weigh_trees)
+from train import (HeadTraining, PretrainConfig, clip_and_step, finetune, head_epoch, labelled, prepare_head, pretrain,
+                   run_settings, training_points, weigh_trees)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -193,11 +193,10 @@ def baselines(arguments, checkpoint: Checkpoint, dataset, points) -> dict[str, n
         parts = [(stay, part) for part in ("train", "valid") for stay in checkpoint.split[part]]
         pd.DataFrame(parts, columns=["stay_id", "split"]).to_csv(f"{folder}/split.csv", index=False)
         data = data_options(arguments) | {"split_file": f"{folder}/split.csv"}
-        given = [f"--{name}={value}" for name, value in data.items()]
-        command = ["--mode", "finetune", "--pretrained_ckpt", str(pretrained), "--random_init", f"--seed={seed}",
-                   f"--label_fraction={share}", "--run_dir", f"{folder}/run", "--device", arguments.device, *given]
+        settings = run_settings(mode="finetune", pretrained_ckpt=str(pretrained), random_init=True, seed=seed,
+                                label_fraction=share, run_dir=f"{folder}/run", device=arguments.device, **data)
         with contextlib.redirect_stdout(io.StringIO()):  # its log would stand in the middle of the report
-            path = finetune(parse_arguments(command), config)
+            path = finetune(settings, config)
         model = Predictor(path, arguments.device).model
         return methods | {"untrained backbone, same head": probability_at(model, dataset, points, device)}
 
@@ -206,15 +205,11 @@ def baselines(arguments, checkpoint: Checkpoint, dataset, points) -> dict[str, n
 # The protocol: several splits, every method, one command
 # ----------------------------------------------------------------------------------------------------------------------
 
-# The words that train.py takes for each way to finetune a pretrained backbone.
-CELLS = {
-    "frozen": [], "untrained": ["--random_init"], "full": ["--full_training"],
-    "scratch": ["--full_training", "--random_init"],
-    "frozen, learned features only": ["--set", "summaries=false"],
-    "untrained, learned features only": ["--random_init", "--set", "summaries=false"],
-    "full, learned features only": ["--full_training", "--set", "summaries=false"],
-    "scratch, learned features only": ["--full_training", "--random_init", "--set", "summaries=false"],
-    "frozen, mu alone": ["--set", "fuse=false"]}
+# The options of train.py for each way to finetune a pretrained backbone.
+CELLS = {"frozen": {}, "untrained": {"random_init": True}, "full": {"full_training": True},
+         "scratch": {"full_training": True, "random_init": True}}
+CELLS |= {f"{name}, learned features only": cell | {"changes": {"summaries": False}} for name, cell in CELLS.items()}
+CELLS["frozen, mu alone"] = {"changes": {"fuse": False}}
 METHODS = ("baselines", *CELLS)
 FEW_LABELS = METHODS[:5]  # what is measured with fewer labels too
 AVERAGED, AVERAGE = ("frozen", "full", *BASELINES), "average, weights from validation"
@@ -224,6 +219,9 @@ def protocol(given: dict, splits: list, seeds: list, methods: list, fractions: l
     """For every split (a file, or None: drawn by the seed) and seed: pretrain on the training part without labels,
     finetune every cell, fit the baselines, score validation and test part once. What is finished lies in `folder` and
     is kept: stop and go on at will. given: the data's options, see `data_options`."""
+    for split in filter(None, splits):
+        if not Path(split).is_file():
+            raise InputError(f"--splits {split}: no such file; correct the path")
     if len({Path(split or "").stem for split in splits}) < len(splits):
         raise InputError("--splits: two files of one name, by which what is finished is kept; rename one")
     turns = [(folder / f"{Path(split).stem}-seed{seed}" if split else folder / f"seed{seed}",
@@ -236,24 +234,24 @@ def protocol(given: dict, splits: list, seeds: list, methods: list, fractions: l
         need_both_classes(cohort, split := make_splits(cohort, seed))
         if (checkpoint := home / "pretrain" / "best.pt").exists():
             kept = Checkpoint.open(checkpoint)
-            then, now = kept.source, {"data": recorded(data), "fingerprint": cohort.fingerprint,
+            then, now = kept.source, {"data": recorded(DataSettings(**data)), "fingerprint": cohort.fingerprint,
                                             "labels": label_digest(cohort)}
             if kept.split != split or any(then[name] != value for name, value in now.items()):
                 raise InputError(f"{home}: holds what was measured on other data, labels or splits, or asked otherwise "
                                  f"({then['data']}); give another --protocol FOLDER")
     for (method, fraction), (home, data, seed) in itertools.product(plan, turns):
-        common = [f"--seed={seed}", *(f"--{name}={value}" for name, value in data.items())]
         with finished(home / "pretrain") as partial:
             if partial:
-                pretrain(parse_arguments(["--mode", "pretrain", *common, *kept_in(partial)]))
+                pretrain(run_settings(mode="pretrain", seed=seed, run_dir=str(partial), resume="auto", **data))
         checkpoint = home / "pretrain" / "best.pt"
         if method == "baselines":
             predict_baselines(checkpoint, home, seed, fraction, data)
             continue
         with finished(folder_of(home, method, fraction)) as partial:
             if partial:
-                best = finetune(parse_arguments(["--mode", "finetune", "--pretrained_ckpt", str(checkpoint), *common,
-                                                 "--label_fraction", str(fraction), *CELLS[method], *kept_in(partial)]))
+                best = finetune(run_settings(
+                    mode="finetune", pretrained_ckpt=str(checkpoint), label_fraction=fraction, seed=seed,
+                    run_dir=str(partial), resume="auto", **CELLS[method], **data))
                 predictor, dataset = Predictor.with_data(best, data, "cpu")
                 cohort, split = dataset.cohort, predictor.checkpoint.split
                 points = scored_points(cohort, split)
@@ -278,10 +276,6 @@ def finished(folder: Path):
 
 def folder_of(home: Path, method: str, fraction: float) -> Path:
     return home / f"{method} {100 * fraction:g}%"
-
-
-def kept_in(partial: Path) -> list[str]:
-    return ["--run_dir", str(partial), "--resume", "auto"]
 
 
 def scored_points(cohort, split: dict) -> np.ndarray:

@@ -25,9 +25,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from batches import StayDataset, sorted_batches
-from checkpoint import Checkpoint, difference, git_commit, label_digest, load_weights, recorded
+from checkpoint import Checkpoint, difference, git_commit, label_digest, load_weights
 from data import Cohort, InputError, subjects_of
 from readers import load_cohort
+from settings import DataSettings, recorded
 from tables import write_atomically
 
 
@@ -167,7 +168,8 @@ def exit_code(command: Callable) -> int:
         told, code, line = KeyboardInterrupt(), 141, None
     if RANK == 0 and line:
         print(line, file=sys.stderr)
-    with suppress(InputError, KeyboardInterrupt, RuntimeError):  # where the others told it, they have left
+    # Where the others told it, they have left; a ValueError: the ranks had not yet joined
+    with suppress(InputError, KeyboardInterrupt, RuntimeError, ValueError):
         gathered(told)
     return code
 
@@ -303,7 +305,7 @@ class Run:
         self.seen = seen
         self.model, self.dataset, self.split, self.best = model, dataset, split, best
         self.epoch, self.done, self.totals, self.rows = 0, 0, {}, []
-        options = arguments.options | {name: source[name] for name in ("device", "precision")}
+        options = recorded(arguments) | {name: source[name] for name in ("device", "precision")}
         self.record = {"mode": arguments.mode, "run": {"options": options, "settings": asdict(config)},
                        "model_config": asdict(model.config), "source": source}
         last = arguments.last
@@ -458,7 +460,7 @@ def restore_random_states(states: dict, device: torch.device) -> None:
 def source_of(arguments, data: dict, cohort: Cohort, device: torch.device, dtype: torch.dtype) -> dict:
     """Where a checkpoint comes from, for whoever must reproduce it; data: the options that its data were read with."""
     libraries = (("torch", torch), ("numpy", np), ("pandas", pd), ("scikit-learn", sklearn))
-    return {"data": recorded(data), "seed": arguments.seed, "reader": cohort.reader,
+    return {"data": recorded(DataSettings(**data)), "seed": arguments.seed, "reader": cohort.reader,
             "fingerprint": cohort.fingerprint, "labels": label_digest(cohort),
             "command": shlex.join([*launcher(), Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": git_commit(),
             "versions": {"python": platform.python_version(), **{name: str(it.__version__) for name, it in libraries}},

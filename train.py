@@ -9,7 +9,6 @@ A run has a folder under checkpoints/: config.json (all its settings; --config g
 (one row an epoch), best.pt (the epoch that README.md names for each mode), last.pt (to --resume from); see runs.py.
 """
 
-import argparse
 import difflib
 import hashlib
 import itertools
@@ -20,7 +19,7 @@ import platform
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import Field, asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -42,8 +41,8 @@ from predictor import encode_points, open_checkpoint, probability_of
 from runs import (PRECISIONS, Run, Signals, choose_device, data_parallel, end_rank, evaluation_loader,
                   exit_code, from_rank_0, gathered, join_ranks, loader, progress, read_cohort, source_of,
                   summed)
-from settings import (PATHS, add_data_options, add_head_options, changed, check_settings, data_options,
-                      fraction, seed, setting, shorthand)
+from settings import (SEED, SHARE, Parser, SharedSettings, changed, check_settings, data_options, option, recorded,
+                      setting, value_of)
 from tasks import label_subset, need_both_classes
 
 
@@ -54,42 +53,72 @@ from tasks import label_subset, need_both_classes
 @dataclass
 class PretrainConfig:
     batch_size: int = 16           # stays a step, of all processes together
-    max_epochs: int | None = None  # None: as many as make 2,500 steps, but 10 at most
+    max_epochs: int | None = None  # None: as many as make 2,500 steps, but at most 10
     learning_rate: float = 1.5e-3  # after its warm-up; a cosine takes it to a hundredth
     weight_decay: float = 0.01     # of matrices
-    betas: tuple = (0.9, 0.98)
+    betas: tuple = setting((0.9, 0.98), high=0.999999, length=2)
     clip: float = 1.0              # largest norm of the gradient
     warmup_steps: int = 100        # of the learning rate
     beta_warmup_steps: int = 500   # of the KL's weight, up to ModelConfig.max_beta
-    patience: int = 5              # epochs that may go by without a better val_loss
+    patience: int = setting(5, low=0)  # epochs that may go by without a better val_loss
 
-    def __post_init__(self):
-        counts = ("batch_size", "max_epochs", "warmup_steps", "beta_warmup_steps")
-        check_settings(self, dict.fromkeys(counts, (1, 1e9)))
+    __post_init__ = check_settings
 
     def epochs(self, stays: int) -> int:
-        """How many over so many training stays."""
+        """Returns the number of epochs for a training set of this many stays."""
         return self.max_epochs or epochs_of_steps(2500, stays, self.batch_size, most=10)
 
 
-# Of the model's settings those that follow from the data and from other settings.
-FOLLOWING = ("num_variables", "classes", "classification_only", "head_trees", "head_variables")
-MODEL_FIELDS = {f.name: f for f in fields(ModelConfig) if f.name not in FOLLOWING}
-FINETUNE_FIELDS = {f.name: f for f in fields(FinetuneConfig)}  # what ModelConfig calls alike is the same thing
+@dataclass
+class RunSettings(SharedSettings):
+    """The options of train.py."""
+    split_seed: int = option("seed of the split alone (default: --seed)", group="data", **SEED)
+    label_fraction: float = option("finetune: share of the training labels used (default: 1)", 1.0, mode="finetune",
+                                   **SHARE)
+    objective: str = option("pretrain: our objective, or the original's (default: readout)", "readout", group="model",
+                            mode="pretrain", choices=("readout", "original"))
+    pretrained_ckpt: str = option(
+        "finetune: the pretrained checkpoint (needed); the original implementation's will do", mode="finetune",
+        scope="path")
+    random_init: bool = option(
+        "finetune: the checkpoint's architecture, data and split, but an untrained backbone", False, mode="finetune")
+    allow_partial: bool = option("finetune: go on although backbone weights are missing in the checkpoint", False,
+                                 mode="finetune")
+    mode: str = option("needed", group="training", scope="call", choices=("pretrain", "finetune"))
+    full_training: bool = option("finetune: train everything, not the head alone", False, mode="finetune")
+    batch_size: int = option(
+        f"stays a step, of all processes together (default: pretrain {PretrainConfig.batch_size}, finetune "
+        f"{FinetuneConfig.batch_size}, full training {FinetuneConfig.full_batch_size})", scope="call")
+    max_epochs: int = option(
+        "passes over the training stays (default: pretrain 10, finetune 20, full training 5; of large cohorts fewer)",
+        scope="call")
+    changes: dict = option(
+        "any field of PretrainConfig (train.py), FinetuneConfig (finetune_config.py) or ModelConfig (model.py); may be "
+        "repeated", names=["--set"], scope="call", metavar="NAME=VALUE", action="append",
+        type=lambda text: text.partition("=")[::2])
+    seed: int = option("of the split, the weights and the order of the batches (default: 0)", 0, **SEED)
+    run_dir: str = option("folder of this run (default: a new one under checkpoints/)", group="run", scope="call")
+    config: str = option(
+        "take all settings from another run's config.json; what the command line says besides goes before it",
+        scope="call")
+    resume: str = option(
+        "go on with the run in this folder, from its last.pt, with its settings; auto: with the one in --run_dir, or "
+        "start it there", scope="call")
+    precision: str = option("auto: bf16 on CUDA and on CPUs with AMX, else fp32 (default: auto)", "auto",
+                            scope="machine", choices=("auto", *PRECISIONS))
+    last: Checkpoint = setting(None, scope="call")  # the last.pt to go on from
+    origin: dict = setting(None, scope="call")  # `source` (see `source_of`) of the run whose settings these are
 
 
-# Of the model's settings those that a backbone can be finetuned with, whatever it was pretrained with.
-LOOSE = ("dropout", "noise_std", "hide_sets", "asked_sets", "asked_variables", "other_variables", "max_beta",
-         "free_bits", "logvar_bonus")
+MODEL_FIELDS = fields(ModelConfig)
 
 
-def settable(mode: str, random_init: bool) -> dict:
-    """The settings that --set can change: name -> dataclass field."""
-    if mode == "pretrain":
-        own = {f.name: f for f in fields(PretrainConfig)}
-        return own | {name: f for name, f in MODEL_FIELDS.items() if name not in FINETUNE_FIELDS}
-    own = {name: f for name, f in MODEL_FIELDS.items() if random_init or name in LOOSE} | FINETUNE_FIELDS
-    return {name: f for name, f in own.items() if name != "drop_events"}  # which is FinetuneConfig.full_drop_events
+def settable(mode: str, random_init: bool) -> dict[str, Field]:
+    """The settings that --set can change, by name."""
+    scopes = {"loose"} | ({None} if random_init or mode == "pretrain" else set()) | {mode}
+    config = PretrainConfig if mode == "pretrain" else FinetuneConfig
+    of_model = [f for f in MODEL_FIELDS if f.metadata.get("scope") in scopes]
+    return {f.name: f for f in (*fields(config), *of_model)}
 
 
 EXAMPLES = """examples:
@@ -98,157 +127,84 @@ EXAMPLES = """examples:
 """
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Pretrain SeqSetVAE without labels, or finetune a pretrained one.", allow_abbrev=False,
-        usage="python train.py --mode {pretrain,finetune} [options]", epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    add = parser.add_argument_group("data (default: the embedded synthetic cohort; finetune: the checkpoint's)"
-                                    ).add_argument
-    add_data_options(add)
-    add("--split_seed", type=seed, metavar="N", help="of the split alone (default: --seed)")
-    add("--label_fraction", type=fraction, default=1.0, metavar="X",
-        help="finetune: share of the training labels used (default: %(default)s)")
-
-    add = parser.add_argument_group("model").add_argument
-    add("--objective", choices=("readout", "original"), default="readout",
-        help="pretrain: our objective, or the original's (default: %(default)s)")
-    add("--pretrained_ckpt", metavar="CKPT",
-        help="finetune: the pretrained checkpoint (needed); the original implementation's will do")
-    add("--random_init", action="store_true",
-        help="finetune: the checkpoint's architecture, data and split, but an untrained backbone")
-    add("--allow_partial", action="store_true",
-        help="finetune: go on although backbone weights are missing in the checkpoint")
-
-    add = parser.add_argument_group("training").add_argument
-    add("--mode", choices=("pretrain", "finetune"))
-    add("--full_training", action="store_true", help="finetune: train everything, not the head alone")
-    most = {"batch_size": f"stays a step, of all processes together (default: pretrain {PretrainConfig.batch_size}, "
-                          f"finetune {FinetuneConfig.batch_size}, full training {FinetuneConfig.full_batch_size})",
-            "max_epochs": "passes over the training stays (default: pretrain 10, finetune 20, full training 5; of "
-                          "large cohorts fewer)"}
-    for name, what in most.items():
-        add(f"--{name}", dest="set", action="append", type=shorthand(name), metavar="N", help=what)
-    add("--set", action="append", metavar="NAME=VALUE",
-        help="any field of PretrainConfig (train.py), FinetuneConfig (finetune_config.py) or ModelConfig (model.py); "
-             "may be repeated")
-    add("--seed", type=seed, default=0, metavar="N",
-        help="of the split, the weights and the order of the batches (default: %(default)s)")
-
-    add = parser.add_argument_group("run").add_argument
-    add("--run_dir", metavar="DIR", help="folder of this run (default: a new one under checkpoints/)")
-    add("--config", metavar="JSON",
-        help="take all settings from another run's config.json; what the command line says besides goes before it")
-    add("--resume", metavar="RUN_DIR",
-        help="go on with the run in this folder, from its last.pt, with its settings; auto: with the one in --run_dir, "
-             "or start it there")
-    add("--device", default="auto",
-        help="auto (cuda if there is one, else cpu), cpu, cuda, cuda:1 (default: %(default)s)")
-    add("--precision", choices=("auto", *PRECISIONS), default="auto",
-        help="auto: bf16 on CUDA and on CPUs with AMX, else fp32 (default: %(default)s)")
-
-    add = parser.add_argument_group("original implementation").add_argument
-    add("--params_map", "--params_map_path", dest="params_map", metavar="FILE",
-        help="statistics of its data, CSV variable,mean,std or .pkl")
-    add_head_options(add)
-    return parser
+def make_parser() -> Parser:
+    return Parser(
+        RunSettings, {"data": "data (default: the embedded synthetic cohort; finetune: the checkpoint's)",
+                      "model": "model", "training": "training", "run": "run", "original": "original implementation"},
+        description="Pretrain SeqSetVAE without labels, or finetune a pretrained one.", epilog=EXAMPLES,
+        usage="python train.py --mode {pretrain,finetune} [options]")
 
 
-def parse_arguments(argv=None) -> argparse.Namespace:
-    """The options, and: `options`, the same as a run records them; `changes`, the settings that --set and its shorthand
-    give; `last`, the last.pt to go on from, or None; `origin`, the `source` (see `source_of`) of the run whose settings
-    these are, or None.
-
-    What a run recorded stands for a command line, which is put before the one given."""
-    argv, parser = sys.argv[1:] if argv is None else argv, make_parser()
-    given = parser.parse_args(argv)
+def run_settings(**given) -> RunSettings:
+    """The settings of a run: the options given, over those that the run of --resume or --config recorded. Raises
+    InputError where one is unknown or wrong, or is what a resumed run cannot become."""
     folder = folder_to_resume(given)
-    last = folder and from_rank_0(lambda: read_last(folder, given.mode))
-    config = given.config and read_config(given.config, given.mode or last and last.mode)
-    recorded = [command_line_of(record) for record in (last and last.record, config) if record]
-    arguments = parser.parse_args([*itertools.chain(*recorded), *argv])
-    if not arguments.mode:
-        parser.error("--mode pretrain or --mode finetune is needed")
-    if arguments.mode == "finetune" and not arguments.pretrained_ckpt:
+    last = folder and from_rank_0(lambda: read_last(folder, given.get("mode")))
+    config = given.get("config") and read_config(given["config"], given.get("mode") or last and last.mode)
+    before = over(RunSettings(changes={}), recorded_options(last.record) if last else {})
+    settings = over(over(before, recorded_options(config) if config else {}), given)
+    mode, changes, full = settings.mode, settings.changes, settings.full_training
+    if not mode:
+        raise InputError("--mode pretrain or --mode finetune is needed")
+    if mode == "finetune" and not settings.pretrained_ckpt:
         raise InputError("--mode finetune needs --pretrained_ckpt; make one with: python train.py --mode pretrain")
-    for name in OPTIONS_OF["finetune" if arguments.mode == "pretrain" else "pretrain"]:
-        if getattr(arguments, name) != parser.get_default(name):
-            raise InputError(f"--{name}: no option of --mode {arguments.mode}; leave it out")
-    arguments.options, arguments.changes = options_of(arguments), changed_settings(arguments)
-    if last:
-        refuse_changes(parser.parse_args(recorded[0]), arguments, folder)
-        arguments.resume = folder
-    arguments.last = last
-    arguments.origin = last.source if last else config["source"] if config else None
-    return arguments
-
-
-def changed_settings(arguments) -> dict:
-    """What --set, --batch_size and --max_epochs say: name -> value, of the setting's type; the last one counts."""
-    known, changes = settable(arguments.mode, arguments.random_init), {}
-    for text in arguments.set or []:
-        name, _, value = text.partition("=")
-        if name.startswith("--"):
-            name = f"full_{name[2:]}" if arguments.full_training else name[2:]
+    for f in fields(settings):
+        if f.metadata.get("mode", mode) != mode and getattr(settings, f.name) != f.default:
+            raise InputError(f"--{f.name}: no option of --mode {mode}; leave it out")
+    changes |= {f"full_{name}" if full else name: given[name] for name in ("batch_size", "max_epochs") if name in given}
+    known = settable(mode, settings.random_init)
+    for name in changes:
         if name not in known:
-            raise InputError(f"--set {name}: {why_unknown(name, known, arguments.mode)}")
-        changes[name] = setting(name, value, known[name])
-    return changes
+            raise InputError(f"--set {name}: {why_unknown(name, known, mode)}")
+        changes[name] = value_of(known[name], changes[name])
+    if last:
+        refuse_changes(before, settings, folder)
+    origin = last.source if last else config["source"] if config else None
+    return replace(settings, last=last, resume=folder or settings.resume, origin=origin)
+
+
+def over(settings: RunSettings, given: dict) -> RunSettings:
+    """The settings with these options in place of their own."""
+    return changed(settings, given | {"changes": settings.changes | dict(given.get("changes", {}))})
 
 
 def why_unknown(name: str, known: dict, mode: str) -> str:
-    if mode == "finetune" and name in MODEL_FIELDS and name != "drop_events":
+    if name in settable(mode, random_init=True):
         return "the pretrained checkpoint decides it; set it when pretraining, or add --random_init"
     near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
     return f"--mode {mode} has no such setting; {'near: ' + ', '.join(near) if near else 'see --help'}"
 
 
-# ---- what a run recorded, fed back -----------------------------------------------------------------------------------
+# ---- what a run recorded ---------------------------------------------------------------------------------------------
 
-# Options that a resumed run takes anew, and what is no setting of a run.
-OBEYED = ("device", "precision", "data_dir", "params_map", "variables_map", "label_file", "split_file")
-OPTIONS_OF = {"pretrain": ("objective",),
-              "finetune": ("pretrained_ckpt", "label_fraction", "full_training", "random_init", "allow_partial",
-                           "set_heads", "transformer_heads")}
-NO_OPTION = ("mode", "set", "config", "resume", "run_dir", "cache_dir")
-
-
-def options_of(arguments) -> dict:
-    """The options of a run, as config.json records them: paths whole, so that they hold in another working folder."""
-    options = {name: value for name, value in vars(arguments).items() if name not in NO_OPTION}
-    return options | {name: str(Path(options[name]).resolve()) for name in PATHS if options[name]}
-
-
-def command_line_of(record: dict) -> list[str]:
-    """The words that a config.json, or a checkpoint, stands for."""
-    words = [f"--mode={record['mode']}"]
-    for name, value in record["run"]["options"].items():
-        if value is True:
-            words.append(f"--{name}")
-        elif value is not None and value is not False:
-            words.append(f"--{name}={value}")
-    known = settable(record["mode"], record["run"]["options"].get("random_init"))
-    settings = record["model_config"] | record["run"]["settings"]
-    if unknown := [name for name in record["run"]["settings"] if name not in known]:
+def recorded_options(record: dict) -> dict:
+    """The options that a config.json, or a checkpoint, recorded, as `run_settings` takes them. What is none today, of a
+    record of an older version, is said and left out."""
+    mode, run = record["mode"], record["run"]
+    options = {name: value for name, value in run["options"].items() if value is not None}
+    known = settable(mode, options.get("random_init"))
+    changes = record["model_config"] | run["settings"]
+    if unknown := [name for name in (*options, *run["settings"])
+                   if name not in known and name not in RunSettings.__dataclass_fields__]:
         print(f"config: no longer a setting, and left out: {', '.join(unknown)}")
-    return words + [f"--set={name}={value}" for name, value in settings.items() if name in known]
+    return options | {"mode": mode, "changes": {name: value for name, value in changes.items() if name in known}}
 
 
-def folder_to_resume(given) -> str | None:
+def folder_to_resume(given: dict) -> str | None:
     """The folder of --resume; of --resume auto the --run_dir, where it holds a last.pt."""
-    if given.resume != "auto":
-        if given.resume and given.run_dir and Path(given.resume).resolve() != Path(given.run_dir).resolve():
-            raise InputError(f"--run_dir {given.run_dir}: a resumed run stays in {given.resume}; leave the option out")
-        return given.resume
-    if not given.run_dir:
+    resume, run_dir = given.get("resume"), given.get("run_dir")
+    if resume != "auto":
+        if resume and run_dir and Path(resume).resolve() != Path(run_dir).resolve():
+            raise InputError(f"--run_dir {run_dir}: a resumed run stays in {resume}; leave the option out")
+        return resume
+    if not run_dir:
         raise InputError("--resume auto needs --run_dir, the folder of the run that is started or gone on with")
-    ranks = gathered(((Path(given.run_dir) / "last.pt").exists(), platform.node()))
+    ranks = gathered(((Path(run_dir) / "last.pt").exists(), platform.node()))
     holders = [host for holds, host in ranks if holds]
     if holders and not ranks[0][0]:
-        raise InputError(f"{given.run_dir}/last.pt: lies on {holders[0]}, but rank 0, which needs it, is on "
+        raise InputError(f"{run_dir}/last.pt: lies on {holders[0]}, but rank 0, which needs it, is on "
                          f"{ranks[0][1]}; copy the folder there, or start the machines in the order that they had")
-    return given.run_dir if holders else None
+    return run_dir if holders else None
 
 
 def read_last(folder: str, mode: str | None) -> Checkpoint:
@@ -265,22 +221,22 @@ def read_config(path: str, mode: str | None) -> dict:
     """A run's config.json. Raises InputError where it is none, or of another mode."""
     try:
         record = json.loads(Path(path).read_text())
-        lacking = [name for name in ("mode", "run", "model_config", "source") if name not in record]
-    except (OSError, ValueError) as error:
-        raise InputError(f"--config {path}: no readable JSON file ({error}); give the config.json of a run") from None
-    if lacking or not {"options", "settings"} <= set(record["run"]):
-        raise InputError(f"--config {path}: not the config.json of a run; give one that train.py wrote")
-    if mode not in (None, record["mode"]):
-        raise InputError(f"--config {path}: of a run with --mode {record['mode']}; leave --mode out, or give another")
-    return record
+        record["run"]["options"], record["run"]["settings"], record["model_config"], record["source"]
+        if mode in (None, record["mode"]):
+            return record
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(f"--config {path}: no readable JSON file of a run ({error}); give the config.json that train.py "
+                         "wrote") from None
+    raise InputError(f"--config {path}: of a run with --mode {record['mode']}; leave --mode out, or give another")
 
 
-def refuse_changes(before, after, folder: str) -> None:
+def refuse_changes(before: RunSettings, after: RunSettings, folder: str) -> None:
     """Raises InputError where the command line asks a resumed run for what it cannot become."""
-    old, new = options_of(before) | changed_settings(before), after.options | after.changes
-    obeyed = *OBEYED, "full_max_epochs" if after.full_training else "max_epochs"
+    old, new = (recorded(settings) | settings.changes for settings in (before, after))
+    obeyed = {f.name for f in fields(RunSettings) if f.metadata.get("scope") in ("path", "machine")}
+    obeyed.add("full_max_epochs" if after.full_training else "max_epochs")
     for name in new:
-        if new[name] != old.get(name) and name not in obeyed:
+        if name not in obeyed and new[name] != old.get(name):
             raise InputError(f"--resume {folder}: {name} is {old.get(name)} in this run and cannot become {new[name]}; "
                              f"leave it out, or start a new run with --config {folder}/config.json")
 
@@ -572,10 +528,10 @@ def new_classifier(arguments, config: FinetuneConfig, checkpoint: Checkpoint, li
     """The model to be finetuned, with the checkpoint's backbone or an untrained one of its sizes; listed [K]: the
     variables of which its head is told; points: from how many it learns. Raises InputError where weights of the
     backbone are missing."""
-    head = {name: value for name, value in asdict(config).items() if name in MODEL_FIELDS}
+    head = asdict(config) | tree_sizes(config, points)
     head |= {"classification_only": not arguments.full_training, "head_variables": len(listed),
-             "drop_events": config.full_drop_events, **tree_sizes(config, points)}
-    model = SeqSetVAE(replace(changed(checkpoint.config, arguments.changes), **head), checkpoint.vocabulary)
+             "drop_events": config.full_drop_events}
+    model = SeqSetVAE(changed(checkpoint.config, arguments.changes | head), checkpoint.vocabulary)
     model.head_variables.copy_(torch.from_numpy(listed))
     if arguments.random_init:
         print("backbone: untrained (--random_init)")
@@ -747,14 +703,15 @@ def evaluate_and_save(run: Run, row: dict, valid, val_features, keep_last: bool)
 
 
 def main(argv=None) -> int:
-    if runs.WORLD > 1:
-        join_ranks(make_parser().parse_args(argv).device)
     if runs.RANK:
         sys.stdout = open(os.devnull, "w")
 
     def command():
-        arguments = parse_arguments(argv)
-        (pretrain if arguments.mode == "pretrain" else finetune)(arguments)
+        given = vars(make_parser().parse_args(argv))
+        if runs.WORLD > 1:
+            join_ranks(given.get("device", "auto"))
+        settings = run_settings(**given)
+        (pretrain if settings.mode == "pretrain" else finetune)(settings)
     code = exit_code(command)
     end_rank(code)
     return code

@@ -352,7 +352,7 @@ def test_the_protocol_keeps_what_is_finished_and_goes_on(tmp_path, monkeypatch, 
     write_long_table(Path("table"), synthetic_cohort(60), labels=True)
     words = ["--protocol", "kept", "--data_dir", "table", "--seeds", "3", "--fractions", "1", "--methods", "frozen"]
     with monkeypatch.context() as patch:
-        patch.setattr(protocol, "CELLS", {"frozen": ["--set", "trees=5"]})
+        patch.setattr(protocol, "CELLS", {"frozen": {"changes": {"trees": 5}}})
         assert main(words) == 0
         first = [row for row in rows_of(capsys.readouterr().out) if row[0] == "frozen"]
         patch.setattr(protocol, "finetune", lambda *_: pytest.fail("finetuned again"))

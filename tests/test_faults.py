@@ -176,10 +176,9 @@ def test_bad_options_are_refused(tmp_path, capsys):
     one_error_line(capsys, train.main([*PRETRAIN, "--device", "abacus"]), "abacus")
     one_error_line(capsys, train.main([*PRETRAIN, "--run_dir", str(tmp_path)]), tmp_path)
     one_error_line(capsys, train.main(["--mode", "pretrain", "--resume", str(tmp_path / "none")]), tmp_path / "none")
-    for wrong in ([], ["--mode", "both"], [*PRETRAIN, "--batch_size", "0"], [*PRETRAIN, "--unknown"],
-                  [*PRETRAIN, "--label_fraction", "2"]):
-        with pytest.raises(SystemExit, match="2"):
-            train.main(wrong)
+    for words, named in (([], "--mode pretrain or --mode finetune"), (["--mode", "both"], "invalid choice: 'both'"),
+                         ([*PRETRAIN, "--unknown"], "--unknown"), ([*PRETRAIN, "--seed"], "--seed")):
+        one_error_line(capsys, train.main(words), named)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -448,7 +447,7 @@ TOO_LARGE = [  # the first: 206 GB
 
 @pytest.mark.parametrize("sizes", TOO_LARGE, ids=str)
 def test_sizes_that_fill_the_memory_are_refused_before_they_do(sizes):
-    with pytest.raises(InputError, match="model config: "):
+    with pytest.raises(InputError, match="it takes int, . to|it takes tuple, 1 to|sizes of about .* weights"):
         ModelConfig(44, **sizes)
 
 
@@ -601,21 +600,18 @@ def test_wrong_input_is_one_line_before_training(tmp_path, capsys, small_finetun
 
 @pytest.mark.parametrize("options", [["--max_epochs", "-1"], ["--max_epochs", "0"], ["--batch_size", "x"],
                                      ["--batch_size", "-3"], ["--seed", "-1"],
-                                     ["--seed", "1.5"], ["--synthetic_stays", "0"], ["--label_fraction", "nan"],
-                                     ["--label_fraction", "0"],
+                                     ["--seed", "1.5"], ["--synthetic_stays", "0"], ["--synthetic_stays", "1" + "0" * 15], ["--label_fraction", "nan"],
+                                     ["--label_fraction", "0"], ["--label_fraction", "2"],
                                      ["--precision", "fp8"], ["--objective", "mine"], ["--max_epoch", "3"]],
                          ids=" ".join)
 def test_a_wrong_option_is_named(capsys, options):
-    with pytest.raises(SystemExit, match="2"):
-        train.main([*PRETRAIN, *options])
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert "error: " in error and options[0] in error
+    one_error_line(capsys, train.main([*PRETRAIN, *options]), options[0].lstrip("-"))
 
 
 @pytest.mark.parametrize("options, named",
                          [(["--device", "cuda:99"], "--device cuda:99"), (["--device", "meta"], "--device meta"),
                           (["--device", ""], "--device"), (["--synthetic_stays", "1"], "1 stays"),
-                          (["--synthetic_stays", "1" + "0" * 15], "MB are free"),
+                          (["--synthetic_stays", "1" + "0" * 9], "MB are free"),
                           (["--data_dir", "/dev/null"], "/dev/null")])
 def test_an_option_that_cannot_be_met_is_one_line(tmp_path, capsys, options, named):
     one_error_line(capsys, train.main([*PRETRAIN, *options, "--run_dir", str(tmp_path / "run")]), named)

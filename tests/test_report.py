@@ -207,8 +207,11 @@ def test_analysis_options_need_a_checkpoint_and_plots_need_matplotlib(capsys, mo
     one_error_line(capsys, main(["--checkpoint", str(finetuned), "--device", "cuda:99"]), "--device cuda:99")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     one_error_line(capsys, main(["--checkpoint", str(finetuned), "--plots", "x"]), "pip install matplotlib")
-    with pytest.raises(SystemExit, match="2"):
-        main(["--checkpoint", str(finetuned), "--unknown"])
+    one_error_line(capsys, main(["--checkpoint", str(finetuned), "--unknown"]), "--unknown")
+    one_error_line(capsys, main(["--protocol", "--methods", "frozen", "luck"]), "--methods: invalid choice: 'luck'")
+    one_error_line(capsys, main(["--protocol", "--data_dir", "x", "--splits", "none.csv"]), "--splits none.csv: no such")
+    one_error_line(capsys, main(["--benchmark", "luck"]), "invalid choice: 'luck'")
+    one_error_line(capsys, main(["--seeds", "1", "-1"]), "seeds is (1, -1)")
 
 
 def test_several_checkpoints_are_scored_as_the_mean_of_their_logits(tmp_path, capsys, small_finetuned):

@@ -138,25 +138,25 @@ def test_a_run_under_other_circumstances_says_so(tmp_path, small_pretrained, cap
     (["--set", "qwertyuiop=1"], "--set qwertyuiop: --mode pretrain has no such setting; see --help"),
     (["--set", "trees=3"], "--set trees: --mode pretrain has no such setting"),
     (["--set", "num_variables=3"], "--set num_variables: --mode pretrain has no such setting"),
-    (["--set", "layers=two"], "--set layers=two: takes int, such as 3"),
-    (["--set", "layers=1.5"], "--set layers=1.5: takes int"),
-    (["--set", "layers"], "--set layers=: takes int"),
-    (["--set", "presence=1"], "--set presence=1: takes bool"),
-    (["--set", "clip=True"], "--set clip=True: takes float"),
-    (["--set", "betas=0.9"], "--set betas=0.9: takes tuple"),
-    (["--set", "betas={[]:1}"], "takes tuple"),
+    (["--set", "layers=two"], "layers is 'two'; it takes int, 1 to 256"),
+    (["--set", "layers=1.5"], "layers is 1.5; it takes int"),
+    (["--set", "layers"], "layers is ''; it takes int"),
+    (["--set", "presence=1"], "presence is 1; it takes bool"),
+    (["--set", "clip=True"], "clip is True; it takes float"),
+    (["--set", "betas=0.9"], "betas is 0.9; it takes tuple"),
+    (["--set", "betas={[]:1}"], "betas is '{[]:1}'; it takes tuple"),
     (["--set", "betas=0.9,1"], "betas is (0.9, 1)"),
     (["--set", "betas=('a','b')"], "betas is ('a', 'b')"),
     (["--set", "clip=-1"], "clip is -1"),
     (["--set", "clip=1e999"], "clip is inf"),
-    (["--set", "learning_rate=1e300"], "learning_rate is 1e+300; it takes numbers from 0 to 1e+09"),
+    (["--set", "learning_rate=1e300"], "learning_rate is 1e+300; it takes float, 0 to 1e+09"),
     (["--max_epochs", "1" + "0" * 400], "max_epochs is 1000"),
     (["--set", "warmup_steps=0"], "warmup_steps is 0"),
-    (["--set", "decoder=none"], "decoder is 'none'"),
+    (["--set", "decoder=none"], "decoder is 'none'; it takes readout or slots"),
     (["--set", "heads=5"], "no multiple of heads 5"),
     (["--label_fraction", "0.5"], "--label_fraction: no option of --mode pretrain"),
     (["--config", "nowhere.json"], "--config nowhere.json"),
-    (["--config", "README.md"], "--config README.md: no readable JSON file"),
+    (["--config", "README.md"], "--config README.md: no readable JSON file of a run"),
 ], ids=lambda x: " ".join(x) if isinstance(x, list) else "")
 def test_a_setting_that_is_none_is_one_line(tmp_path, capsys, monkeypatch, words, named):
     monkeypatch.chdir(CODE)
@@ -180,7 +180,7 @@ def test_a_damaged_config_json_is_one_line(tmp_path, small_pretrained, capsys, d
     (tmp_path / "config.json").write_text(json.dumps(damage(settings_of(small_pretrained))))
     capsys.readouterr()
     words = ["--mode", "pretrain", "--config", str(tmp_path / "config.json"), "--run_dir", str(tmp_path / "run")]
-    one_error_line(capsys, train.main(words), "clip=much" if "much" in damage.__code__.co_consts else tmp_path)
+    one_error_line(capsys, train.main(words), "clip is 'much'" if "much" in damage.__code__.co_consts else tmp_path)
 
 
 def test_help_groups_the_options_and_ends_with_two_examples():
@@ -354,8 +354,9 @@ def test_a_nested_training_can_be_run_in_silence_and_gives_the_signals_back(tmp_
     before = signal.getsignal(signal.SIGINT)
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(Terminal()) as error:
         for mode in MODES:
-            arguments = train.parse_arguments([*command[mode], "--run_dir", str(tmp_path / f"quiet {mode}")])
-            (train.pretrain if mode == "pretrain" else train.finetune)(arguments)
+            words = [*command[mode], "--run_dir", str(tmp_path / f"quiet {mode}")]
+            settings = train.run_settings(**vars(train.make_parser().parse_args(words)))
+            (train.pretrain if mode == "pretrain" else train.finetune)(settings)
     assert error.getvalue() == "" and out.getvalue().count("best checkpoint") == 3
     assert signal.getsignal(signal.SIGINT) is before
 
