@@ -14,8 +14,10 @@ import numpy as np
 import torch
 
 from batches import StayDataset
-from data import SPLITS, Cohort, InputError, Normalizer, make_splits, variable_vectors
+from data import SPLITS, Cohort, InputError, Normalizer, at_hours, make_splits, variable_vectors
 from model import ModelConfig, SeqSetVAE
+from readers import read_map
+from settings import DataSettings
 from tables import write_atomically
 
 
@@ -30,8 +32,7 @@ _OPTIONAL = {"run": dict, "task": dict, "maps": dict, "asked_at": float, "calibr
              "trainer": dict}
 _ENTRIES = {"normalizer": ("variables", "mean", "std", "log_scale", "clip"), "split": SPLITS, "subjects": SPLITS,
             "metrics": ("epoch",), "source": ("data", "fingerprint", "seed", "command", "versions")}
-_DATA = {"data_dir": (str, type(None)), "synthetic_stays": int, "hours": (int, float),
-               **dict.fromkeys(("params_map", "variables_map", "label_file", "task", "positive", "split_file"), str)}
+_DATA = {f.name: (f.type, type(None)) for f in fields(DataSettings) if f.metadata.get("scope") != "call"}
 _SOURCE = {"data": dict, "fingerprint": str, "command": str, "versions": dict, "seed": int}
 _FORGED = "it is damaged or forged: make it again"
 
@@ -84,6 +85,12 @@ def _check(content: dict, path) -> None:
     if isinstance(source["data"], dict):
         strange += [f"{str(name)[:40]!r} of the source's data" for name, value in source["data"].items()
                     if type(value) is bool or not isinstance(value, _DATA.get(name, ()))]
+    maps = content.get("maps") or {}
+    renamed = maps.get("variables", {})
+    if not isinstance(maps.get("positive", ""), str) or not isinstance(renamed, dict) or not all(
+            isinstance(source, str) and isinstance(to, tuple) and [*map(type, to)] == [str, float, float]
+            for source, to in renamed.items()):
+        strange.append("an entry of maps")
     if type(threshold) is not float or not 0 <= threshold <= 1:
         strange.append("the threshold")
     if strange:
@@ -227,6 +234,9 @@ class Checkpoint:
         _check(content, path)
         rest = {name: content[name] for name in ("mode", "split", "subjects", "source", "metrics", *_OPTIONAL)
                 if name in content}
+        if content["format"] == 2:
+            hours = content["source"]["data"].get("hours")
+            rest["asked_at"] = hours if content["mode"] == "finetune" else None
         return cls(path, config=_config(content, path), weights=_weights(content["model"], path, original=False),
                    vocabulary=content["vocabulary"], normalizer=Normalizer.from_state(content["normalizer"], path),
                    **rest)
@@ -323,18 +333,42 @@ class Checkpoint:
     # ---- the data ----------------------------------------------------------------------------------------------------
 
     def data_settings(self, given: dict) -> dict:
-        """The options with which its data are read: those given, else its own; of other data than its own only its
-        question (hours) is. Labels that are given replace its own."""
-        own = self.source["data"]
+        """The options with which its data are read: those given, else its own. Of other data than its own only the
+        names and units (`maps`) are, and the word that is label 1. Labels that are given replace its own."""
+        own, maps = self.source["data"], self.maps or {}
         if "data_dir" in given:
-            own = {"hours": own["hours"]} if "hours" in own else {}
+            own = {}
         elif {"label_file", "task"} & set(given):
-            own = {name: value for name, value in own.items() if name not in ("label_file", "task", "positive")}
-        data = own | given
+            own = {name: value for name, value in own.items() if name not in ("label_file", "task")}
+        kept = {option: maps[name] for name, option in (("variables", "variables_map"), ("positive", "positive"))
+                if name in maps}
+        data = own | kept | given
         if data.get("data_dir", "") is None:
             raise InputError(f"{self.path}: an exported checkpoint, which does not tell where its data lie; give "
                              "--data_dir")
         return data
+
+    def asked(self, cohort: Cohort, given: dict = {}) -> Cohort:
+        """The cohort asked where its training questions were, if that is one time and --hours is not given. Labels that
+        have times of their own keep them."""
+        if self.asked_at is None or "hours" in given:
+            return cohort
+        asked = at_hours(cohort, self.asked_at)
+        return cohort if asked is None else asked
+
+    def describe_kept(self, given: dict) -> list[str]:
+        """The lines that tell what it keeps beside its weights and is applied to the data."""
+        maps, lines = self.maps or {}, []
+        if "variables" in maps and "variables_map" not in given:
+            renamed = [f"{source} as {name}" for source, (name, *_) in maps["variables"].items()]
+            lines.append(f"checkpoint: kept from --variables: {', '.join(renamed[:4])}{' ...' * (len(renamed) > 4)} "
+                         "(--variables none drops it)")
+        if "positive" in maps and "positive" not in given:
+            lines.append(f"checkpoint: kept from --positive: {maps['positive']}")
+        if self.asked_at is not None and "hours" not in given:
+            lines.append(f"checkpoint: asked {self.asked_at:.4g} hours after admission, as in training, where labels "
+                         "have no times of their own (--hours end: at the end)")
+        return lines
 
     def is_new(self, cohort: Cohort) -> bool:
         """Whether the cohort is not the one that it was trained on (by content)."""
@@ -396,7 +430,8 @@ class Checkpoint:
                              "it is")
         salt, source = secrets.token_hex(8), self.source
         data = {name: source["data"][name] for name in ("hours", "synthetic_stays") if name in source["data"]}
-        kept = {name: source.get(name) for name in ("seed", "fingerprint", "commit", "versions", "precision")} | {
+        names = ("seed", "fingerprint", "commit", "versions", "precision", "asked")
+        kept = {name: source[name] for name in names if name in source} | {
             "command": "a command that an exported checkpoint does not tell",
             "data": data | ({"data_dir": None} if source["data"].get("data_dir", "") != "" else {})}
         split, subjects = ({part: sorted(text if text.startswith(HASHED) else salted(salt, text) for text in ids)
@@ -424,6 +459,14 @@ def splits_beside(known: np.ndarray, cohort: Cohort, seed: int) -> dict[str, lis
 # ----------------------------------------------------------------------------------------------------------------------
 # Where a checkpoint comes from
 # ----------------------------------------------------------------------------------------------------------------------
+
+def maps_of(data: dict) -> dict | None:
+    """What a checkpoint keeps of these options, see `Checkpoint.maps`."""
+    given = data.get("variables_map")
+    renamed = given if isinstance(given, dict) else read_map(Path(given)) if given else None
+    maps = {"variables": renamed, "positive": data.get("positive")}
+    return {name: value for name, value in maps.items() if value} or None
+
 
 def label_digest(cohort: Cohort) -> str:
     """Of what is asked of the data: the prediction points and their answers."""

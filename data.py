@@ -236,6 +236,31 @@ def at_end(cohort: Cohort, answers=None) -> Cohort:
                    answers=answer_columns(answers, len(cohort)))
 
 
+def at_hours(cohort: Cohort, hours: float) -> Cohort | None:
+    """The cohort asked once a stay, `hours` after its admission, or at its end where that is earlier. None: its points
+    have times of their own."""
+    if not np.array_equal(cohort.point_minute, at_end(cohort).point_minute):
+        return None
+    minute = np.minimum(cohort.admission + 60 * hours, cohort.point_minute)
+    return with_points(cohort, np.ones(len(cohort), dtype=np.int64), minute, cohort.answers)
+
+
+def hours_asked(cohort: Cohort, points: np.ndarray) -> float | None:
+    """The hour after admission at which all these points lie; None: there are several, or they are the ends."""
+    hours = (cohort.point_minute[points] - cohort.admission[cohort.point_stay[points]]) / 60
+    one = len(points) and np.ptp(hours) < 1e-6 and hours[0] > 0 and at_hours(cohort, 1) is None
+    return float(hours[0]) if one else None
+
+
+def describe_questions(cohort: Cohort, points: np.ndarray) -> str:
+    """When these points are asked."""
+    stay = cohort.point_stay[points]
+    if np.array_equal(cohort.point_minute[points], cohort.set_minute[cohort.stay_start[stay + 1] - 1]):
+        return "the end of each record"
+    hours = (cohort.point_minute[points] - cohort.admission[stay]) / 60
+    return f"hours {hours.min():.4g} to {hours.max():.4g}" if np.ptp(hours) else f"hour {hours[0]:.4g}"
+
+
 def with_points(cohort: Cohort, count: np.ndarray, minute: np.ndarray, answers=None) -> Cohort:
     """The cohort asked at these points: count [P] of each stay, minute [Q], rising within a stay, and their answers (see
     `answer_columns`). A set never straddles a point: where the source knows events more finely than by the minute, those

@@ -16,7 +16,7 @@ import torch
 import runs
 from batches import EventBatch, EventSets, StayDataset
 from checkpoint import Checkpoint
-from data import (Cohort, InputError, build_cohort, make_splits, point_slots, stay_event_index, stays_of,
+from data import (Cohort, InputError, build_cohort, describe_questions, make_splits, point_slots, stay_event_index, stays_of,
                   stays_with, with_points)
 from history_statistics import RunningStatistics, at_slots, summaries
 from metrics import AHEAD, of_challenge_2019
@@ -40,7 +40,9 @@ def open_checkpoint(path, given: dict = {}) -> tuple[Checkpoint, Cohort]:
     of an original checkpoint is that of the data's folder, whatever --split says; without one it is empty."""
     checkpoint = from_rank_0(lambda: Checkpoint.open(path))
     data = checkpoint.data_settings(given)
-    cohort = read_cohort(data)
+    cohort = checkpoint.asked(read_cohort(data), data)
+    for line in checkpoint.describe_kept(given):
+        print(line)
     if checkpoint.original:
         apart = ("split_file", "label_file", "task", "positive")
         own = read_cohort({name: value for name, value in data.items() if name not in apart})
@@ -61,7 +63,7 @@ class Predictor:
         self.checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
         self.model = self.checkpoint.classifier().to(self.device)
         self.index = {name: i for i, name in enumerate(self.checkpoint.normalizer.variables)}
-        self.rename = {}
+        self.rename = (self.checkpoint.maps or {}).get("variables", {})
 
     @classmethod
     def with_data(cls, path, given: dict = {}, device: str = "auto", set_heads=None, transformer_heads=None
@@ -77,6 +79,9 @@ class Predictor:
             checkpoint = replace(checkpoint, split=checkpoint.split or make_splits(cohort, 0))
             train = stays_of(cohort, checkpoint.split["train"])
             checkpoint = checkpoint.completed(cohort, train, set_heads, transformer_heads)
+        then, now = checkpoint.source.get("asked"), describe_questions(cohort, np.arange(len(cohort.point_minute)))
+        if then not in (None, now):
+            print(f"checkpoint: its training questions lie at {then}; asked now: {now}")
         predictor = cls(checkpoint, device)
         return predictor, checkpoint.dataset(cohort)
 
@@ -122,6 +127,7 @@ class Predictor:
             cohort, ids = events, events.stay_id
         else:
             cohort, ids = cohort_of_frame(events, report, self.rename)
+            cohort = cohort if cohort is None else self.checkpoint.asked(cohort)
         lines, dataset = report.lines(), None
         if cohort is not None:
             dataset = StayDataset(cohort, self.checkpoint.normalizer, points=True)
@@ -452,7 +458,11 @@ def follow(arguments) -> None:
                                            arguments.transformer_heads)
     else:  # its data need not be at hand
         predictor = Predictor(checkpoint, arguments.device)
-    rename = read_map(Path(arguments.variables_map)) if arguments.variables_map else {}
+    rename = predictor.rename
+    if arguments.variables_map is not None:
+        rename = read_map(Path(arguments.variables_map)) if arguments.variables_map else {}
+    elif rename:
+        say(predictor.checkpoint.describe_kept({})[0])
     ward = Ward(predictor)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # what is no text is a malformed line or an unknown variable

@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from data import (MINUTE, READER_VERSION, SPLITS, Cohort, InputError, at_end, build_cohort, pieces, ranges,
+from data import (MINUTE, READER_VERSION, SPLITS, Cohort, InputError, at_hours, build_cohort, pieces, ranges,
                   with_points)
 from tables import (CACHE_MEND, TIME, VALUE, Report, Table, cache_home, clear_write_error, frame_tables, named_tables,
                     open_cache, read_table, table_files, tables, write_cache)
@@ -755,13 +755,13 @@ def read_map(path: Path) -> dict:
     table.refuse("factor", ~np.isfinite(factor), "; give 1 where the unit stays")
     table.refuse("offset", np.isinf(offset), "; give 0 where there is none")
     table.report.settle()
-    return dict(zip(source, zip(name, factor, np.nan_to_num(offset))))
+    return dict(zip(source, zip(name, factor.tolist(), np.nan_to_num(offset).tolist())))
 
 
 def load_cohort(data_dir: str | None = None, synthetic_stays: int = 1000, cache_dir: Path | None = None,
                 params_map: str | None = None, label_file: str | None = None, task: str | None = None,
                 hours: float | None = None, split_file: str | None = None,
-                positive: str | None = None, variables_map: str | None = None) -> Cohort:
+                positive: str | None = None, variables_map: str | dict | None = None) -> Cohort:
     """The cohort at `data_dir` (None: the embedded one), parsed once and then memory-mapped from the cache; labels,
     subjects and splits are attached to it at each call, so that one cached cohort serves every task and its fingerprint
     knows none of them.
@@ -775,13 +775,13 @@ def load_cohort(data_dir: str | None = None, synthetic_stays: int = 1000, cache_
         hours: one question a stay, asked so long after its first set (but a birth), or at its end if that comes
             earlier.
         split_file: CSV stay_id,split that overrides the data's own.
-        variables_map: CSV that renames and rescales variables as they are read, see `read_map`.
+        variables_map: CSV that renames and rescales variables as they are read, see `read_map`, or what it says.
     Raises InputError where the folder is missing, fits no reader, or holds a malformed file, and where an option is
     given that the reader does not take.
     """
-    given = {"params_map": params_map, "label_file": label_file, "split_file": split_file,
-             "variables_map": variables_map}
+    given = {"params_map": params_map, "label_file": label_file, "split_file": split_file}
     options = {name: Path(path) for name, path in given.items() if path}
+    rename = variables_map if isinstance(variables_map, dict) else read_map(Path(variables_map)) if variables_map else {}
     folder = data_dir and Path(data_dir)
     if not folder:
         reader = Reader(f"the embedded cohort of {synthetic_stays} stays", None, lambda _: [], None)
@@ -795,12 +795,12 @@ def load_cohort(data_dir: str | None = None, synthetic_stays: int = 1000, cache_
             raise InputError(f"--{name} {path}: no such file; correct the path")
     if task and label_file:
         raise InputError(f"--task {task}: --label_file names the labels already; leave one of them out")
-    if variables_map and folder is None:
-        raise InputError(f"--variables {variables_map}: the embedded cohort has its names and units; leave the option "
-                         "out")
+    if rename and folder is None:
+        raise InputError("--variables: the embedded cohort has its names and units; leave the option out, or give none "
+                         "where a checkpoint keeps a map")
 
     cohort = _cached(reader, folder, synthetic_stays, Path(cache_dir or cache_home()),
-                     {name: options[name] for name in ("params_map", "variables_map") if name in options})
+                     {"params_map": options["params_map"]} if params_map else {}, rename)
     if splits := reader.splits(folder):
         cohort = _with_splits(cohort, _read_splits(splits))
     if not (label_file and "task" in reader.options) and (files := reader.labels(folder, task)):
@@ -809,11 +809,8 @@ def load_cohort(data_dir: str | None = None, synthetic_stays: int = 1000, cache_
         if not (files := table_files(options["label_file"])):
             raise InputError(f"--label_file {label_file}: a folder without CSV or Parquet files; name the labels' file")
         cohort = _with_labels(cohort, files, positive)
-    if hours:
-        if not np.array_equal(cohort.point_minute, at_end(cohort).point_minute):
-            raise InputError(f"--hours {hours:g}: these labels have times of their own; leave the option out")
-        minute = np.minimum(cohort.admission + 60 * hours, cohort.point_minute)
-        cohort = with_points(cohort, np.ones(len(cohort), dtype=np.int64), minute, cohort.answers)
+    if hours and (cohort := at_hours(cohort, hours)) is None:
+        raise InputError(f"--hours {hours:g}: these labels have times of their own; leave the option out")
     if split_file:
         cohort = _with_splits(cohort, told := _read_splits([options["split_file"]]))
         if (cohort.split < 0).all():
@@ -822,11 +819,12 @@ def load_cohort(data_dir: str | None = None, synthetic_stays: int = 1000, cache_
     return replace(cohort, reader=f"{cohort.reader} in {folder}") if folder and folder != Path(data_dir) else cohort
 
 
-def _cached(reader: Reader, folder: Path | None, synthetic_stays: int, home: Path, options: dict[str, Path]) -> Cohort:
+def _cached(reader: Reader, folder: Path | None, synthetic_stays: int, home: Path, options: dict[str, Path],
+            rename: dict) -> Cohort:
     """The data alone, from the cache in `home`; read into it where they are not there yet."""
     key = {"reader": reader.name, "options": list(options), "version": READER_VERSION, "sources":
            [[str(p.resolve()), (s := p.stat()).st_size, s.st_mtime_ns]
-            for p in [*reader.sources(folder), *options.values()]]}
+            for p in [*reader.sources(folder), *options.values()]], "rename": sorted(rename.items())}
     cached = home / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     cohort = open_cache(cached)
     if cohort is not None:
@@ -839,7 +837,7 @@ def _cached(reader: Reader, folder: Path | None, synthetic_stays: int, home: Pat
                              f"where {free // 10**6:,} MB are free; give fewer, or another place with --cache_dir")
         write_cache(cached, synthetic_parts(synthetic_stays))
     else:
-        report, rename = Report(), read_map(options.pop("variables_map")) if "variables_map" in options else {}
+        report = Report()
         source = reader.read(folder, report, **options)
         with (clear_write_error(cached, CACHE_MEND),
               tempfile.TemporaryDirectory(prefix=".reading-", dir=home) as temporary):

@@ -300,9 +300,10 @@ class Run:
     best: figures of the best epoch; epoch: epochs done; done: steps done in the next, of which totals are the sums."""
 
     def __init__(self, arguments, config, model, dataset: StayDataset, split: dict, source: dict, best: dict,
-                 seen: dict = {}):
-        """seen: subjects by part that the pretrained checkpoint was trained or selected on."""
-        self.seen = seen
+                 seen: dict = {}, kept: dict = {}):
+        """seen: subjects by part that the pretrained checkpoint was trained or selected on; kept: optional entries of
+        the checkpoints, see `Checkpoint`."""
+        self.seen, self.kept = seen, kept
         self.model, self.dataset, self.split, self.best = model, dataset, split, best
         self.epoch, self.done, self.totals, self.rows = 0, 0, {}, []
         options = recorded(arguments) | {name: source[name] for name in ("device", "precision")}
@@ -398,7 +399,7 @@ class Run:
         subjects |= {part: sorted({*subjects[part], *self.seen.get(part, [])}) for part in ("train", "valid")}
         return Checkpoint(self.folder, self.record["mode"], self.model.config, self.model.state_dict(),
                           self.model.setvae.vocabulary, self.dataset.normalizer, self.split, subjects,
-                          self.record["source"], metrics, self.record["run"], trainer=trainer)
+                          self.record["source"], metrics, self.record["run"], trainer=trainer, **self.kept)
 
     def save(self, name: str, checkpoint: Checkpoint) -> None:
         if RANK == 0:
@@ -460,6 +461,7 @@ def restore_random_states(states: dict, device: torch.device) -> None:
 def source_of(arguments, data: dict, cohort: Cohort, device: torch.device, dtype: torch.dtype) -> dict:
     """Where a checkpoint comes from, for whoever must reproduce it; data: the options that its data were read with."""
     libraries = (("torch", torch), ("numpy", np), ("pandas", pd), ("scikit-learn", sklearn))
+    data = {name: value for name, value in data.items() if not isinstance(value, dict)}  # see `Checkpoint.maps`
     return {"data": recorded(DataSettings(**data)), "seed": arguments.seed, "reader": cohort.reader,
             "fingerprint": cohort.fingerprint, "labels": label_digest(cohort),
             "command": shlex.join([*launcher(), Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": git_commit(),

@@ -19,6 +19,7 @@ def setting(default=MISSING, **metadata) -> Field:
 
     low, high: bounds of its numbers (default: 1 for whole numbers, 0 for others; 1e9); length, items: how many numbers
         its tuple has, and of which types.
+    words: values that a text stands for.
     choices, metavar, nargs, const, type, action: of an option, as argparse takes them; names: of an option, where they
         are not --NAME.
     group: the group of --help that begins with this option.
@@ -38,6 +39,7 @@ def value_of(f: Field, value):
     """The value of a setting, from a text or from JSON. Raises InputError, see `check`."""
     if f.type in (list, dict):
         return value
+    value = f.metadata.get("words", {}).get(value, value)
     if isinstance(value, str) and not isinstance(value, f.type):
         with suppress(ValueError, SyntaxError, TypeError):
             value = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(value.lower(), value))
@@ -76,7 +78,7 @@ def recorded(settings) -> dict:
     """The options that a run records: those that have a value, paths whole, so that they hold in another working
     folder."""
     scopes = {f.name: f.metadata.get("scope") for f in fields(settings)}
-    return {name: str(Path(value).resolve()) if scopes[name] == "path" else value
+    return {name: str(Path(value).resolve()) if scopes[name] == "path" and value else value
             for name, value in vars(settings).items() if value is not None and scopes[name] != "call"}
 
 
@@ -127,12 +129,13 @@ class DataSettings:
         names=("--label_file", "--label_path"), scope="path")
     task: str = option("which of several tasks in the data's labels/")
     positive: str = option("the word in the label column that means 1, such as yes")
-    hours: float = option("ask once a stay, this many hours after its first set, from what is known by then", low=1e-9,
-                          high=1e6)
+    hours: float = option("ask once a stay, this many hours after its first set, from what is known by then; end: at its "
+                          "end, wherever a checkpoint learned", low=0, high=1e6, words={"end": 0.})
     split_file: str = option("CSV stay_id,split of train, valid and test, instead of the data's own",
                              names=("--split", "--split_file"), scope="path")
-    variables_map: str = option("CSV source,name,factor[,offset]: other names and units of the data's variables",
-                                names=("--variables", "--variables_map"), scope="path")
+    variables_map: str = option("CSV source,name,factor[,offset]: other names and units of the data's variables, which a "
+                                "checkpoint keeps; none drops them",
+                                names=("--variables", "--variables_map"), scope="path", words={"none": ""})
     cache_dir: str = option("where data that were read are kept (default: seqsetvae where the system keeps caches)",
                             scope="call")
     params_map: str = option("statistics of its data, CSV variable,mean,std or .pkl", group="original", scope="path",

@@ -101,10 +101,13 @@ def _labels(table: Table, name: str, positive: str | None) -> np.ndarray:
     empty = [word.lower() in map(str.lower, MISSING) for word in words]
     if positive is not None:
         given = [word for word, none in zip(words, empty) if not none]
-        if positive.lower() not in given or len(given) > 2:
+        if positive.lower() not in given and set(given) <= known.keys():
+            table.note(f"labels that are 0 and 1, where the word {positive} is not looked for", table[name].codes >= 0)
+        elif positive.lower() not in given or len(given) > 2:
             raise InputError(f"{table.paths[0]}: --positive {positive}: {name} is one of {_some(given)}; give one of "
                              "two words")
-        known = {word: word == positive.lower() for word in given}
+        else:
+            known = {word: word == positive.lower() for word in given}
     label = np.array([np.nan if none else known.get(word, -1) for word, none in zip(words, empty)] + [np.nan])
     label = label[table[name].codes]
     table.refuse(name, label == -1, ", not 0 or 1; mend the line, or say which word is positive with --positive WORD")

@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 import runs
 from batches import StayDataset, common_variables, epoch_batches, split_batch
-from checkpoint import Checkpoint, splits_beside
-from data import (Cohort, InputError, Normalizer, at_every_set, labelled_points, make_splits, stays_of,
+from checkpoint import Checkpoint, maps_of, splits_beside
+from data import (Cohort, InputError, Normalizer, at_every_set, describe_questions, hours_asked, labelled_points, make_splits, stays_of,
                   stays_with, variable_vectors, variables_of)
 from finetune_config import (FinetuneConfig, boosted_trees, classification_loss, cosine, epochs_of_steps,
                              full_optimizer, head_optimizer, head_penalty, tree_sizes)
@@ -377,7 +377,8 @@ def pretrain(arguments) -> Path:
     vectors = variable_vectors(normalizer.variables, model_config.input_dim, cohort.vectors[known])
     model = SeqSetVAEPretrain(model_config, vectors).to(device)
     source = source_of(arguments, data, cohort, device, dtype)
-    run = Run(arguments, config, model, dataset, split, source, best={"val_loss": math.inf, "epoch": 0})
+    run = Run(arguments, config, model, dataset, split, source, best={"val_loss": math.inf, "epoch": 0},
+              kept={"maps": maps_of(data)})
     print(f"model: SeqSetVAEPretrain, {parameter_counts(model)[1]:,} parameters, all trainable; "
           f"{device}, {dtype}".replace("torch.", ""))
     print(f"split: {len(train):,} train, {len(valid):,} valid, {len(split['test']):,} test stays "
@@ -501,12 +502,15 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
     if not full and trainable > config.max_trainable_ratio * total:
         raise InputError(f"finetune_config.py: the head is {trainable / total:.1%} of all parameters; "
                          f"narrow head_widths below {config.max_trainable_ratio:.0%}")
-    source = source_of(arguments, checkpoint.data_settings(given), cohort, device, dtype)
+    data = checkpoint.data_settings(given)
+    source = source_of(arguments, data, cohort, device, dtype)
+    source["asked"] = describe_questions(cohort, learned)
     source["pretrained_ckpt"] = str(arguments.pretrained_ckpt)
     source["pretrained"] = from_rank_0(
         lambda: hashlib.sha256(Path(arguments.pretrained_ckpt).read_bytes()).hexdigest()[:16])
     untrained = {"val_auc": -1.0, "val_auprc": -1.0, "epoch": 0, "threshold": 0.5}
-    run = Run(arguments, config, model, dataset, split, source, best=untrained, seen=checkpoint.subjects)
+    run = Run(arguments, config, model, dataset, split, source, best=untrained, seen=checkpoint.subjects,
+              kept={"maps": maps_of(data), "asked_at": data.get("hours") or hours_asked(cohort, learned)})
     counts = [f"{len(stays):,} {name} ({(cohort.stay_label[stays] == 1).sum():,} positive)"
               for name, stays in (("train", train), ("valid", valid))]
     print(f"split: {', '.join(counts)}, {len(split['test']):,} test stays"

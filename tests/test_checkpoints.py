@@ -1,5 +1,7 @@
 """Tests of checkpoint.py: files are opened, checked, upgraded, saved, exported; ours, the original implementation's, under any prefix, never half loaded."""
 
+import io
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,8 +12,10 @@ from batches import StayDataset
 from checkpoint import Checkpoint
 from data import Normalizer, build_cohort
 from model import SeqSetVAE, SeqSetVAEPretrain
+from predictor import Predictor
+from test_suite import main
 from tests.plain_loop import close
-from tests.tiny import FINETUNE, PLAIN, SHARED, build, one_error_line, tiny
+from tests.tiny import FINETUNE, PLAIN, PRETRAIN, SHARED, build, one_error_line, tiny, write
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoints: any wrapper, nothing missing in silence, the original's outputs
@@ -101,3 +105,110 @@ def test_features_that_an_earlier_version_recorded_when_pretraining_say_nothing(
     assert all(torch.equal(new["model"][name], old["model"][name]) for name in new["model"] | old["model"])
     one_error_line(capsys, train.main([*FINETUNE, str(tmp_path / "old.pt"), "--set", "features=readout"]),
                    "stable or multiscale")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a checkpoint was trained with comes along
+# ----------------------------------------------------------------------------------------------------------------------
+
+def table(folder, names=lambda name: name, factor=1., labels=("1", "0"), minute=None, first=0):
+    """A long table of forty stays of three variables, whose first one tells the label."""
+    rng = np.random.default_rng(first)
+    events, told = ["stay_id,minute,variable,value"], ["stay_id,label" + ",hour" * (minute is not None)]
+    for i in range(first, first + 40):
+        for hour in range(6):
+            for name, value in (("HR", 80 + 20 * (i % 2) + rng.normal()), ("pH", 7 + rng.normal()), ("K", 4.)):
+                events.append(f"s{i},{60 * hour},{names(name)},{value / factor}")
+        told.append(f"s{i},{labels[1 - i % 2]}" + (f",{minute / 60}" if minute is not None else ""))
+    write(folder / "events.csv", "\n".join(events) + "\n")
+    write(folder / "labels.csv", "\n".join(told) + "\n")
+    return folder
+
+
+@pytest.fixture
+def mapped(tmp_path, small_models):
+    """best.pt of a run on a table in other names and units, with words for labels; the map's file is gone."""
+    data = table(tmp_path / "data", lambda name: f"their {name}", 4., ("dead", "alive"))
+    names = write(tmp_path / "map.csv", "source,name,factor\n" + "".join(f"their {n},{n},4\n" for n in ("HR", "pH", "K")))
+    words = ["--data_dir", str(data), "--variables", str(names), "--positive", "dead"]
+    assert train.main([*PRETRAIN, *words, "--run_dir", str(tmp_path / "pre")]) == 0
+    names.unlink()
+    assert train.main([*FINETUNE, str(tmp_path / "pre/best.pt"), "--run_dir", str(tmp_path / "fine")]) == 0
+    return tmp_path / "fine" / "best.pt"
+
+
+def test_names_units_and_the_positive_word_are_kept_and_applied_to_other_data(tmp_path, capsys, monkeypatch, mapped):
+    kept = Checkpoint.open(mapped)
+    assert kept.maps == {"variables": {f"their {n}": (n, 4., 0.) for n in ("HR", "pH", "K")}, "positive": "dead"}
+    assert kept.normalizer.variables == ["HR", "K", "pH"]
+    kept.export(tmp_path / "given.pt")
+    assert Checkpoint.open(tmp_path / "given.pt").maps == kept.maps
+    other = table(tmp_path / "other", lambda name: f"their {name}", 4., ("dead", "alive"), first=100)
+    plain = table(tmp_path / "plain", first=100)
+
+    def scored(checkpoint, folder, *words):
+        capsys.readouterr()
+        code = main(["--checkpoint", str(checkpoint), "--data_dir", str(folder), "--predictions", str(tmp_path / "p.csv"),
+                     "--device", "cpu", *words])
+        return code, capsys.readouterr(), pd.read_csv(tmp_path / "p.csv") if code == 0 else None
+
+    code, (out, _), theirs = scored(mapped, other)
+    assert code == 0 and "kept from --variables: their HR as HR, their pH as pH, their K as K (--variables none" in out
+    assert "kept from --positive: dead" in out and theirs["label"].tolist() == [0, 1] * 20
+    code, (out, _), mine = scored(tmp_path / "given.pt", plain)     # which needs no map
+    assert code == 0 and "labels that are 0 and 1, where the word dead is not looked for" in out
+    np.testing.assert_allclose(mine["probability"], theirs["probability"], atol=1e-6)
+    code, (_, error), _ = scored(mapped, other, "--variables", "none")
+    assert code == 2 and "its vocabulary holds none of the data's variables" in error
+    swapped = write(tmp_path / "swapped.csv", "source,name,factor\ntheir HR,pH,.1\n")
+    _, (out, _), replaced = scored(mapped, other, "--variables", str(swapped))
+    assert "kept from --variables" not in out and not np.allclose(replaced["probability"], theirs["probability"])
+
+    predictor = Predictor(mapped, "cpu")
+    with pytest.warns(UserWarning, match="renamed or rescaled"):
+        told = predictor.predict(pd.read_csv(other / "events.csv"))
+    np.testing.assert_allclose(told["probability"], theirs["probability"], atol=1e-6)
+    for words, answered in (([], True), (["--variables", "none"], False)):
+        monkeypatch.setattr("sys.stdin", io.StringIO("s,0,their HR,20\n"))
+        assert main(["--checkpoint", str(mapped), "--follow", *words]) == 0
+        out, error = capsys.readouterr()
+        assert (out != "s,0,\n") == answered == ("kept from --variables" in error)
+
+
+@pytest.mark.parametrize("asked", [["--hours", "2"], []])
+def test_a_question_at_one_hour_is_kept_and_asked_of_later_stays(tmp_path, capsys, small_models, asked):
+    """Learned with --hours or from labels at one hour."""
+    data = table(tmp_path / "data", minute=None if asked else 120)
+    assert train.main([*PRETRAIN, "--data_dir", str(data), "--run_dir", str(tmp_path / "pre")]) == 0
+    assert train.main([*FINETUNE, str(tmp_path / "pre/best.pt"), *asked, "--run_dir", str(tmp_path / "fine")]) == 0
+    path, other = tmp_path / "fine" / "best.pt", table(tmp_path / "other", first=100)
+    assert Checkpoint.open(path).asked_at == 2
+    minutes = {}
+    for name, words in (("kept", []), ("3", ["--hours", "3"]), ("end", ["--hours", "end"])):
+        capsys.readouterr()
+        assert main(["--checkpoint", str(path), "--data_dir", str(other), *words, "--predictions",
+                     str(tmp_path / "p.csv")]) == 0
+        minutes[name], out = set(pd.read_csv(tmp_path / "p.csv")["minute"]), capsys.readouterr().out
+        assert ("asked 2 hours after admission" in out) == (name == "kept")
+        assert ("its training questions lie at hour 2; asked now: " in out) == (name != "kept")
+    assert minutes == {"kept": {120}, "3": {180}, "end": {300}}
+    events = pd.read_csv(other / "events.csv")
+    assert set(Predictor(path, "cpu").predict(events)["minute"]) == {120}
+    late = table(tmp_path / "late", minute=240, first=100)                 # its labels have times of their own
+    assert main(["--checkpoint", str(path), "--data_dir", str(late), "--predictions", str(tmp_path / "p.csv")]) == 0
+    assert set(pd.read_csv(tmp_path / "p.csv")["minute"]) == {240}
+
+
+def test_a_checkpoint_of_format_2_is_upgraded_and_its_last_pt_refused(tmp_path, capsys, small_finetuned):
+    content = torch.load(small_finetuned, weights_only=True)
+    assert content["format"] == 3
+    old = {name: value for name, value in content.items() if name not in ("maps", "asked_at", "task")} | {"format": 2}
+    old["source"] = old["source"] | {"data": {"hours": 6.0}}
+    torch.save(old, tmp_path / "old.pt")
+    upgraded = Checkpoint.open(tmp_path / "old.pt")
+    assert upgraded.asked_at == 6 and upgraded.maps is None
+    upgraded.save(tmp_path / "new.pt")
+    again = Checkpoint.open(tmp_path / "new.pt")
+    assert again.asked_at == 6 and all(torch.equal(again.weights[name], x) for name, x in content["model"].items())
+    torch.save(old | {"trainer": {}}, tmp_path / "last.pt")
+    one_error_line(capsys, train.main(["--mode", "finetune", "--resume", str(tmp_path)]), "commit 96d43df resumes it")

@@ -1,6 +1,7 @@
 """Tests of predictor.py: answers to tables and cohorts, the risk over one stay, the bedside, --follow."""
 
 import io
+import signal
 import subprocess
 import sys
 import time
@@ -248,6 +249,20 @@ def test_following_two_stays_gives_the_risks_of_their_trajectories(finetuned, ca
     assert "1 events of an earlier minute" in error and "1 events of 1 variables unknown" in error
     assert "Nothing Known (1)" in error
 
+
+
+def test_what_is_late_or_unknown_is_said_at_once_and_the_summary_comes_on_sigterm(small_finetuned):
+    command = [sys.executable, test_suite.__file__, "--checkpoint", str(small_finetuned), "--follow"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdin.write(b"x,5,HR,80\nx,5,Pulse,80\nx,6,Pulse,80\nx,4,HR,80\nx,3,HR,80\n\n")
+        process.stdin.flush()
+        assert b"stay x, minute 5: Pulse is unknown to the checkpoint" in process.stderr.readline()
+        assert b"stay x: an event at minute 4 comes after one at minute 6" in process.stderr.readline()
+        for minute in (b"5", b"6"):
+            assert process.stdout.readline().startswith(b"x,%b,0." % minute)
+        process.send_signal(signal.SIGTERM)
+        _, error = process.communicate()
+    assert b"2 risks of 1 stays" in error and b"2 events of an earlier minute" in error and b"Pulse (2)" in error
 
 
 def test_follow_renames_and_rescales_as_the_other_readers_do(finetuned, tmp_path, capsys, monkeypatch):
