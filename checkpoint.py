@@ -153,19 +153,15 @@ def _weights(state, path, original: bool) -> dict[str, torch.Tensor]:
     return ours
 
 
-def refuse_other_weights(own: dict, state: dict[str, torch.Tensor], path) -> None:
-    """Raises InputError where the state is not that of a model with the state `own`."""
+def load_weights(model: SeqSetVAE, state: dict[str, torch.Tensor], path) -> None:
+    """Copy every weight of a checkpoint into the model of its config. Raises InputError where they disagree."""
+    own = model.state_dict()
     wrong = sorted(own.keys() ^ state.keys()) + [name for name in own.keys() & state.keys()
                                                  if own[name].shape != state[name].shape
                                                  or own[name].dtype != state[name].dtype]
     if wrong:
         raise InputError(f"{path}: weight {wrong[0]} is missing, unknown or of another shape or type than its model "
                          "config says; use the version that wrote it")
-
-
-def load_weights(model: SeqSetVAE, state: dict[str, torch.Tensor], path) -> None:
-    """Copy every weight of a checkpoint into the model of its config. Raises InputError where they disagree."""
-    refuse_other_weights(model.state_dict(), state, path)
     model.load_state_dict(state)
     trees = getattr(model, "trees", None)
     if trees is not None and not 0 <= trees.feature.min() <= trees.feature.max() < model.feature_sizes()["summaries"]:
@@ -237,9 +233,14 @@ class Checkpoint:
         if content["format"] == 2:
             hours = content["source"]["data"].get("hours")
             rest["asked_at"] = hours if content["mode"] == "finetune" else None
-        return cls(path, config=_config(content, path), weights=_weights(content["model"], path, original=False),
-                   vocabulary=content["vocabulary"], normalizer=Normalizer.from_state(content["normalizer"], path),
-                   **rest)
+        config, weights = _config(content, path), _weights(content["model"], path, original=False)
+        # A forged config may ask for more than the file holds: at most four times as much is built, and 16 MB.
+        held = sum(tensor.untyped_storage().nbytes() for tensor in weights.values())
+        if 4 * config.weights > 4 * held + 2**24:
+            raise InputError(f"{path}: its model config asks for about {config.weights:.0e} weights, which the file does "
+                             f"not hold; {_FORGED}")
+        return cls(path, config=config, weights=weights, vocabulary=content["vocabulary"],
+                   normalizer=Normalizer.from_state(content["normalizer"], path), **rest)
 
     @classmethod
     def of(cls, model: SeqSetVAE, normalizer: Normalizer) -> "Checkpoint":
@@ -301,17 +302,15 @@ class Checkpoint:
         if self.mode != "finetune":
             raise InputError(f"{self.path}: not a finetuned checkpoint; make one with: "
                              f"python train.py --mode finetune --pretrained_ckpt {self.path}")
-        with torch.device("meta"):  # takes no memory: a forged config may ask for more than the file holds
-            expected = SeqSetVAE(self.config, self.vocabulary).state_dict()
-        weights = self.weights
-        if self.original:  # what only training used is left out; a buffer that it does not know keeps its value
-            weights = {name: tensor.float() for name, tensor in weights.items() if name in expected}
-            expected = {name: tensor for name, tensor in expected.items()
-                        if name.startswith((*SeqSetVAE.BACKBONE, "cls_head."))}
-        refuse_other_weights(expected, weights, self.path)
         with torch.random.fork_rng(devices=[]):  # the weights that a module draws are overwritten
             model = SeqSetVAE(self.config, self.vocabulary)
-        load_weights(model, model.state_dict() | weights, self.path)
+        weights = self.weights
+        if self.original:  # what only training used is left out; a buffer that it does not know keeps its value
+            own = model.state_dict()
+            learned = (*SeqSetVAE.BACKBONE, "cls_head.")
+            weights = {name: tensor for name, tensor in own.items() if not name.startswith(learned)} | {
+                name: tensor.float() for name, tensor in weights.items() if name in own}
+        load_weights(model, weights, self.path)
         return model.eval()
 
     def backbone_into(self, model: SeqSetVAE) -> WeightReport:

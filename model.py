@@ -99,14 +99,18 @@ class ModelConfig:
                 or self.decoder == "slots" and self.latent_dim % self.set_heads):
             raise InputError(f"model config: latent_dim {self.latent_dim} is odd or no multiple of heads {self.heads}, "
                              f"or set_dim {self.set_dim} (slots: latent_dim too) of set_heads {self.set_heads}")
+        if self.weights > 2**30:
+            raise InputError(f"model config: sizes of about {self.weights:.0e} weights; 1e9 is the most")
+
+    @property
+    def weights(self) -> int:
+        """About how many weights such a model has: one to two times their number."""
         d, v, widest = self.latent_dim, self.num_variables, max(self.latent_dim, self.set_dim)
         weights = (d * (self.layers * (4 * d + 2 * self.ff_dim) + 16 * self.key_dim + self.reduced_dim)
                    + self.levels * widest * (40 * widest + 2 * self.inducing)
                    + self.input_dim * (2 * self.reduced_dim + self.key_dim + v) + v * self.key_dim)
         head = (10 * d + summary_features(self.head_variables), *(self.head_widths or ()), self.classes)
-        weights += head[0] * (self.hidden_width or d) + sum(n * m for n, m in zip(head, head[1:]))
-        if weights > 2**30:
-            raise InputError(f"model config: sizes of about {weights:.0e} weights; 1e9 is the most")
+        return weights + head[0] * (self.hidden_width or d) + sum(n * m for n, m in zip(head, head[1:]))
 
     @classmethod
     def original(cls, num_variables: int, **sizes) -> "ModelConfig":

@@ -492,6 +492,10 @@ FORGED = {  # of a finetuned checkpoint: its content, or its bytes
     "subjects that are one text": lambda good: forged(good, subjects=lambda s: s | {"test": "1, 2"}),
     **{f"a threshold of {value!r}": lambda good, value=value: forged(good, metrics=lambda m: m | {"threshold": value})
        for value in (2.0, "0.5", np.nan)},
+    "a model config of more weights than the file holds": lambda good: forged(
+        good, model_config=lambda c: c | {"ff_dim": 2**18}),
+    "a weight of one element that claims a million million": lambda good: forged(
+        good, model=lambda m: m | {"cls_head.0.weight": torch.zeros(1).expand(2**40)}),
     "packed": lambda good: packed(good, 0), "a bomb": lambda good: packed(good, 2**26),
     "members that overlap": lambda good: overlapping(good),
     "no model config": lambda good: forged(good, model_config={}),
