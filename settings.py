@@ -39,7 +39,8 @@ def value_of(f: Field, value):
     """The value of a setting, from a text or from JSON. Raises InputError, see `check`."""
     if f.type in (list, dict):
         return value
-    value = f.metadata.get("words", {}).get(value, value)
+    if isinstance(value, str):
+        value = f.metadata.get("words", {}).get(value, value)
     if isinstance(value, str) and not isinstance(value, f.type):
         with suppress(ValueError, SyntaxError, TypeError):
             value = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(value.lower(), value))
