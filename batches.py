@@ -1,5 +1,5 @@
-"""Batches: stays of a `Cohort` as tensors (`EventBatch`), grouped so that sets of similar size are computed together,
-and the order in which an epoch meets them."""
+"""Batches: stays of a `Cohort` as tensors (`EventBatch`), grouped so that sets of similar size are computed
+together, and the order in which an epoch meets them."""
 
 import copy
 import itertools
@@ -12,9 +12,9 @@ import torch
 from data import Cohort, Normalizer, point_slots, ranges, stay_event_index
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Batches
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 @dataclass
 class EventSets:
@@ -29,7 +29,8 @@ class EventSets:
 
     @classmethod
     def of_one(cls, variable: torch.Tensor, value: torch.Tensor) -> "EventSets":
-        """A single set: variable [E], value [E], 0 where the event has none. Without events it is a cell of padding."""
+        """A single set: variable [E], value [E], 0 where the event has none. Without events it is a cell of
+        padding."""
         cell = torch.arange(max(1, len(value)), device=value.device)
         return cls(variable, cell[:len(value)], value, [(1, len(cell))], cell, cell[:1, None])
 
@@ -38,29 +39,29 @@ class EventSets:
 class EventBatch(EventSets):
     """B stays, their E events and Q prediction points as tensors: nothing in it grows with the vocabulary.
 
-    Variables: `variables` names the batch's U distinct ones, and all else speaks of places in it; a stay's own are its
-    row of `stay_variables`. Sets are laid out twice: grouped by size for the set encoder, by stay for the Transformer.
+    Variables: `variables` names the batch's U distinct ones, and all else speaks of places in it; a stay's
+    own are its row of `stay_variables`. Sets are laid out twice: grouped by size for the set encoder, by stay
+    for the Transformer.
 
-    Groups: sets of similar size form a group of S_k sets, padded to its widest, N_k; `token_event` lists the groups' M
-    cells, group after group, set after set, as indices of events, E (one past the end) where a cell is padding. Stays:
-    a grid [B, L]; `slot_set` is the place of each slot's set in the concatenated groups, S (one past the end) after a
-    stay's last.
+    Groups: sets of similar size form a group of S_k sets, padded to its widest, N_k; `token_event` lists the
+    groups' M cells, group after group, set after set, as indices of events, E (one past the end) where a cell
+    is padding. Stays: a grid [B, L]; `slot_set` is the place of each slot's set in the concatenated groups, S
+    (one past the end) after a stay's last.
 
-    Measurements: a variable in a set, however many of the set's events name it: C of them, sorted by stay, variable and
-    time. Their value is the mean of the events that have one; their day counts from the variable's first value in the
-    stay, so that nothing depends on where a stay's clock begins.
+    Measurements: a variable in a set, however many of the set's events name it: C of them, sorted by stay,
+    variable and time. Their value is the mean of the events that have one; their day counts from the
+    variable's first value in the stay, so that nothing depends on where a stay's clock begins.
 
-    S, M, L, U, D and Q are rounded up (see `round_up`; sets of padding are groups of their own), so that few distinct
-    shapes occur: matrix kernels that are compiled for each shape (oneDNN, torch.compile) would else be compiled at
-    every step.
-    """
+    S, M, L, U, D and Q are rounded up (see `round_up`; sets of padding are groups of their own), so that few
+    distinct shapes occur: matrix kernels that are compiled for each shape (oneDNN, torch.compile) would else
+    be compiled at every step."""
 
     group_slot: torch.Tensor       # [S] int64, the slot of each set of the groups (0 for padding)
     minute: torch.Tensor           # [B, L] float64, of each set (0 in padding)
     lengths: torch.Tensor          # [B] int64, number of sets
     stay_variables: torch.Tensor   # [B, D] int64, places in `variables`
     variable_counts: torch.Tensor  # [B] int64, how many of a row of `stay_variables` are no padding
-    first_value: torch.Tensor      # [B, D] float32, normalised, of each variable in the stay (0: none has a value)
+    first_value: torch.Tensor      # [B, D] float32, normalised, of each variable in the stay (0: no value)
     cell_slot: torch.Tensor        # [C] int64, the slot of each measurement
     cell_pair: torch.Tensor        # [C] int64, stay * D + place in its row of `stay_variables`
     cell_value: torch.Tensor       # [C] float32, normalised; 0 where no event has a value
@@ -89,25 +90,26 @@ class EventBatch(EventSets):
 
 
 class StayDataset(torch.utils.data.Dataset):
-    """Turns an array of stay indices into an `EventBatch`: the data set behind a DataLoader whose sampler yields whole
-    batches.
+    """Turns an array of stay indices into an `EventBatch`: the data set behind a DataLoader whose sampler
+    yields whole batches.
 
-    `points`: with the cohort's prediction points, and of each stay no set after its last one (so that nothing later can
-    reach a prediction); else whole stays without points. A point before a stay's first set has no answer and is left
-    out. Events of variables outside the normalizer's vocabulary are dropped here; `unknown_variables` names them.
-    """
+    `points`: with the cohort's prediction points, and of each stay no set after its last one (so that nothing
+    later can reach a prediction); else whole stays without points. A point before a stay's first set has no
+    answer and is left out. Events of variables outside the normalizer's vocabulary are dropped here;
+    `unknown_variables` names them."""
 
     def __init__(self, cohort: Cohort, normalizer: Normalizer, max_groups: int = 8, points: bool = False):
         self.cohort, self.normalizer = cohort, normalizer
         lookup = {name: i for i, name in enumerate(normalizer.variables)}
-        self.variable = np.array([lookup.get(name, -1) for name in cohort.variables])  # [V of the data] -> the model's
+        # Index of a variable of the data -> the model's, -1: unknown.
+        self.variable = np.array([lookup.get(name, -1) for name in cohort.variables])
         self.unknown_variables = [name for name in cohort.variables if name not in lookup]
         self.widths = group_widths(*set_sizes(cohort), max_groups)
         self.points, self.weight = points, None
 
     def describe_known(self, most: int = 10) -> str:
-        """The lines that tell how much of the data the checkpoint knows and which variables it drops, the most
-        frequent first; see `Cohort.describe`."""
+        """The lines that tell how much of the data the checkpoint knows and which variables it drops, the
+        most frequent first; see `Cohort.describe`."""
         count = np.zeros(len(self.variable), dtype=np.int64)
         for first in range(0, len(self.cohort.event_variable), 2**24):
             count += np.bincount(self.cohort.event_variable[first:first + 2**24], minlength=len(count))
@@ -117,15 +119,17 @@ class StayDataset(torch.utils.data.Dataset):
         if not unknown:
             return line
         named = ", ".join(f"{self.cohort.variables[v]} ({count[v]:,} events)" for v in unknown[:most])
-        return (f"{line}\ndata: dropped: the events of {len(unknown)} variables unknown to the checkpoint: {named}"
-                + " ..." * (len(unknown) > most))
+        more = " ..." if len(unknown) > most else ""
+        return (f"{line}\ndata: dropped: the events of {len(unknown)} variables unknown to the checkpoint: "
+                f"{named}{more}")
 
     def asking(self, points: np.ndarray, weight: np.ndarray | None = None) -> "StayDataset":
-        """The same data with these prediction points alone (indices in the cohort, ascending), and their weights in the
-        loss (None: 1): a batch's `point` is then the place of each in `points`."""
+        """The same data with these prediction points alone (indices in the cohort, ascending), and their
+        weights in the loss (None: 1): a batch's `point` is then the place of each in `points`."""
         cohort = self.cohort
-        return self.of(replace(cohort, point_start=np.searchsorted(points, cohort.point_start),
-                               answers=cohort.answers[points], point_minute=cohort.point_minute[points]), weight)
+        asked = replace(cohort, point_start=np.searchsorted(points, cohort.point_start),
+                        answers=cohort.answers[points], point_minute=cohort.point_minute[points])
+        return self.of(asked, weight)
 
     def of(self, cohort: Cohort, weight: np.ndarray | None = None) -> "StayDataset":
         """The same stays, asked at the points of another cohort."""
@@ -141,7 +145,7 @@ class StayDataset(torch.utils.data.Dataset):
         if self.points:
             index, slot = point_slots(cohort, stays)
             answered = slot >= 0
-            place = np.searchsorted(np.cumsum(np.diff(cohort.point_start)[stays]), np.arange(len(index)), side="right")
+            place = np.repeat(np.arange(len(stays)), np.diff(cohort.point_start)[stays])
             sets, points = np.zeros_like(sets), np.bincount(place[answered], minlength=len(stays))
             np.maximum.at(sets, place, slot + 1)
         return StaySizes(sets, cohort.set_start[first + sets] - cohort.set_start[first], points)
@@ -165,7 +169,7 @@ class StayDataset(torch.utils.data.Dataset):
         minute = np.zeros(len(stays) * length)
         minute[slot] = cohort.set_minute[set_index]
         arrays = dict(
-            variables=np.append(variables, np.zeros(round_up(len(variables) + 1) - len(variables), dtype=np.int64)),
+            variables=np.pad(variables, (0, round_up(len(variables) + 1) - len(variables))),
             event_variable=local.reshape(-1),
             event_value=value,
             minute=minute.reshape(-1, length),
@@ -183,15 +187,18 @@ class StayDataset(torch.utils.data.Dataset):
         return EventBatch(groups=groups, **{name: torch.from_numpy(array) for name, array in arrays.items()})
 
     def _groups(self, size: np.ndarray, events: int) -> tuple[list, np.ndarray, np.ndarray]:
-        """The groups of sets of these sizes, `token_event`, and the sets in the groups' order (without the padding)."""
+        """The groups of sets of these sizes, `token_event`, and the sets in the groups' order (without the
+        padding)."""
         first, sets = np.cumsum(size) - size, len(size)
         width_class = np.searchsorted(self.widths, size)
         group_set = np.argsort(width_class, kind="stable")
         groups, token_event = [], []
         for members in np.split(group_set, np.flatnonzero(np.diff(width_class[group_set])) + 1):
-            column = np.arange(max(1, size[members].max()))  # a set left empty by unknown variables: a cell of padding
+            # A set that lost all its events to unknown variables is a cell of padding.
+            column = np.arange(max(1, size[members].max()))
             groups.append((len(members), len(column)))
-            token_event.append(np.where(column < size[members, None], first[members, None] + column, events).ravel())
+            event = np.where(column < size[members, None], first[members, None] + column, events)
+            token_event.append(event.ravel())
         padding_sets, cells = round_up(sets + 1) - sets, sum(s * n for s, n in groups)
         padding_cells = round_up(cells + padding_sets) - cells
         groups += [(s, n) for s, n in ((padding_sets - 1, 1), (1, padding_cells - padding_sets + 1)) if s]
@@ -199,30 +206,34 @@ class StayDataset(torch.utils.data.Dataset):
 
     @staticmethod
     def _measurements(stays: int, local, value, valued, slot, minute) -> dict[str, np.ndarray]:
-        """The batch's measurements, and each stay's variables, from its events: local variable, value, whether it is
-        one, slot, [E] each; minute [B * L] of every slot."""
+        """The batch's measurements, and each stay's variables, from its events: local variable, value,
+        whether it is one, slot, [E] each; minute [B * L] of every slot."""
         length = len(minute) // stays
         order = np.lexsort((slot, local, slot // length))
         stay_change = np.diff(slot[order] // length, prepend=-1) != 0                                   # [E]
         pair_change = stay_change | (np.diff(local[order], prepend=-1) != 0)                            # [E]
-        begin = np.flatnonzero(pair_change | (np.diff(slot[order], prepend=-1) != 0))                   # [C], in events
+        begin = np.flatnonzero(pair_change | (np.diff(slot[order], prepend=-1) != 0))         # [C], in events
         count = np.diff(begin, append=len(order))
         numbers = np.add.reduceat(valued[order].astype(np.int64), begin) if len(begin) else count
         total = np.add.reduceat(value[order].astype(np.float64), begin) if len(begin) else count
         cell_value = (total / np.maximum(numbers, 1)).astype(np.float32)
         cell_slot, cell_valued = slot[order][begin], numbers > 0
-        pair = np.cumsum(pair_change)[begin] - 1                                                             # [C]
-        pair_begin = np.flatnonzero(np.diff(pair, prepend=-1))                                       # [pairs], in cells
+        pair = np.cumsum(pair_change)[begin] - 1                                                         # [C]
+        pair_begin = np.flatnonzero(np.diff(pair, prepend=-1))                             # [pairs], in cells
         pair_stay = cell_slot[pair_begin] // length
         counts = np.bincount(pair_stay, minlength=stays)
         width = round_up(max(1, counts.max()))
-        place = pair_stay * width + np.arange(len(pair_begin)) - (np.cumsum(counts) - counts)[pair_stay]     # [pairs]
+        first_pair = np.cumsum(counts) - counts                                                    # [B]
+        place = pair_stay * width + np.arange(len(pair_begin)) - first_pair[pair_stay]             # [pairs]
         # The first measurement with a value: of those of a pair, the smallest index (none: the pair's first).
         index = np.arange(len(begin))
-        first = np.minimum.reduceat(np.where(cell_valued, index, len(index)), pair_begin) if len(index) else index
+        valued_index = np.where(cell_valued, index, len(index))
+        first = np.minimum.reduceat(valued_index, pair_begin) if len(index) else index
         first = np.where(first < len(index), first, pair_begin)
-        stay_variables, first_value = np.zeros(stays * width, dtype=np.int64), np.zeros(stays * width, dtype=np.float32)
-        stay_variables[place], first_value[place] = local[order][begin[pair_begin]], cell_value[first]
+        stay_variables = np.zeros(stays * width, dtype=np.int64)
+        stay_variables[place] = local[order][begin[pair_begin]]
+        first_value = np.zeros(stays * width, dtype=np.float32)
+        first_value[place] = cell_value[first]
         return dict(
             stay_variables=stay_variables.reshape(stays, width),
             variable_counts=counts,
@@ -252,14 +263,16 @@ class StayDataset(torch.utils.data.Dataset):
         point[place] = index
         point_slot[place] = slot
         answer[place] = cohort.answers[index]
-        hours[place] = (cohort.point_minute[index] - cohort.set_minute[cohort.stay_start[stays][stay] + slot]) / 60
+        last_set = cohort.stay_start[stays][stay] + slot
+        hours[place] = (cohort.point_minute[index] - cohort.set_minute[last_set]) / 60
         weight[place] = cohort.labelled[index] * (1 if self.weight is None else self.weight[index])
         grids = dict(point=point, point_slot=point_slot, point_hours=hours, answer=answer, weight=weight)
         return {name: array.reshape(len(stays), width, *array.shape[1:]) for name, array in grids.items()}
 
 
 def round_up(n: int) -> int:
-    """The next size with at most four leading significant bits: at most 12.5% larger, eight sizes an octave."""
+    """The next size with at most four leading significant bits: at most 12.5% larger, eight sizes an
+    octave."""
     step = 1 << max(0, int(n).bit_length() - 4)
     return -(-int(n) // step) * step
 
@@ -276,12 +289,11 @@ def set_sizes(cohort: Cohort) -> tuple[np.ndarray, np.ndarray]:
 
 
 def group_widths(unique: np.ndarray, count: np.ndarray, groups: int) -> np.ndarray:
-    """At most `groups` upper bounds on set size that minimise the padded cells when each set is padded to the next
-    bound; unique, count: see `set_sizes`.
+    """At most `groups` upper bounds on set size that minimise the padded cells when each set is padded to the
+    next bound; unique, count: see `set_sizes`.
 
-    Exact dynamic programme over the distinct sizes u: cost[g, j] = min_i cost[g-1, i] + u_j * (number of sets with
-    u_i < size <= u_j).
-    """
+    Exact dynamic programme over the distinct sizes u: cost[g, j] = min_i cost[g-1, i] + u_j * (number of sets
+    with u_i < size <= u_j)."""
     below = np.concatenate([[0], np.cumsum(count)])                     # sets of the first i distinct sizes
     i, j = np.arange(len(unique))[None], np.arange(len(unique))[:, None]
     block = np.where(i <= j, unique[:, None] * (below[j + 1] - below[i]), np.inf)  # [j, i]
@@ -313,7 +325,8 @@ class StaySizes(NamedTuple):
         """Whether these stays may be one batch: few enough events, squares of the longest stay (attention),
         and points. A stay of any size is a batch of its own."""
         longest, most_points = self.sets[batch].max(initial=1), self.points[batch].max(initial=0)
-        return len(batch) <= 1 or (self.events[batch].sum() <= _MOST_EVENTS and len(batch) * most_points <= _MOST_POINTS
+        return len(batch) <= 1 or (self.events[batch].sum() <= _MOST_EVENTS
+                                   and len(batch) * most_points <= _MOST_POINTS
                                    and len(batch) * max(longest, most_points) ** 2 <= _MOST_SETS_SQUARED)
 
 
@@ -322,12 +335,12 @@ _MOST_SETS_SQUARED, _MOST_EVENTS, _MOST_POINTS = 2**24, 2**14, 2**14
 
 
 def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """The batches of one training epoch: positions into `lengths`, every one once,
-    in an order that (seed, epoch) decides.
+    """The batches of one training epoch: positions into `lengths`, every one once, in an order that (seed,
+    epoch) decides.
 
-    Stays are shuffled, then sorted by length within windows of 32 batches, so that a batch holds stays of similar
-    length; the order of the batches is shuffled again. A run resumes inside an epoch by slicing the list.
-    """
+    Stays are shuffled, then sorted by length within windows of 32 batches, so that a batch holds stays of
+    similar length; the order of the batches is shuffled again. A run resumes inside an epoch by slicing the
+    list."""
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
     window = 32 * batch_size
@@ -340,8 +353,8 @@ def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -
 
 
 def split_batch(sizes: StaySizes, batch: np.ndarray, parts: int) -> list[np.ndarray]:
-    """The stays of `batch` (positions into `sizes`) as a multiple of `parts` lists of nearly equal events, each of
-    which fits into memory (see `StaySizes.fit`); some may be empty."""
+    """The stays of `batch` (positions into `sizes`) as a multiple of `parts` lists of nearly equal events,
+    each of which fits into memory (see `StaySizes.fit`); some may be empty."""
     for number in itertools.count(parts, parts):
         lists = [batch[part] for part in balanced_parts(sizes.events[batch], number)]
         if all(map(sizes.fit, lists)):
@@ -349,8 +362,8 @@ def split_batch(sizes: StaySizes, batch: np.ndarray, parts: int) -> list[np.ndar
 
 
 def balanced_parts(events: np.ndarray, parts: int) -> list[np.ndarray]:
-    """Positions into `events`, every one once and in order, in so many parts of nearly equal sums: the largest first,
-    each to the part that has the least so far (Graham 1969)."""
+    """Positions into `events`, every one once and in order, in so many parts of nearly equal sums: the
+    largest first, each to the part that has the least so far (Graham 1969)."""
     part, total, held = np.zeros(len(events), dtype=np.int64), np.zeros(parts), np.zeros(parts)
     for i in np.argsort(-events, kind="stable"):
         part[i] = np.lexsort((held, total))[0]
@@ -372,18 +385,20 @@ def sorted_batches(sizes: StaySizes) -> list[np.ndarray]:
     return batches
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What a data set has of a checkpoint's variables
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def common_variables(cohort: Cohort, dataset: "StayDataset", stays: np.ndarray, most: int,
                      share: float = 0.01) -> np.ndarray:
-    """Indices in the dataset's vocabulary of the variables that at least `share` of the stays have, `most` at most: the
-    most common, of which half the places are for variables with numbers first; ties by name. Ascending."""
+    """Indices in the dataset's vocabulary of the variables that at least `share` of the stays have, `most` at
+    most: the most common, of which half the places are for variables with numbers first; ties by name.
+    Ascending."""
     size = len(cohort.variables)
     held, valued = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=bool)
     for part in np.array_split(stays, 1 + len(stays) // 1000):
-        events, place = stay_event_index(cohort, part), np.repeat(np.arange(len(part)), cohort.stay_events[part])
+        events = stay_event_index(cohort, part)
+        place = np.repeat(np.arange(len(part)), cohort.stay_events[part])
         variable = cohort.event_variable[events].astype(np.int64)
         held += np.bincount(np.unique(place * size + variable) % size, minlength=size)
         valued[variable[~np.isnan(cohort.event_value[events])]] = True

@@ -1,4 +1,5 @@
-"""The exact statistics of what a stay showed so far: one implementation for the loss, the head and the bedside."""
+"""The exact statistics of what a stay showed so far: one implementation for the loss, the head and the
+bedside."""
 
 import math
 from typing import NamedTuple
@@ -9,27 +10,29 @@ import torch.nn.functional as F
 from batches import EventBatch
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Statistics at given sets
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
-# |last| and |mean|: values are standardised, so these are distances from the usual, and risk rises on both sides of it.
+# |last| and |mean|: values are standardised, so these are distances from the usual, and risk rises on both
+# sides of it.
 HISTORY_STATISTICS = ("last", "first", "mean", "max", "min", "std", "slope", "log count", "|last|", "|mean|")
 FUTURE_STATISTICS = ("mean", "max", "min")
 
 
 class Statistics(NamedTuple):
-    """What the stays showed of n variables up to Q sets of each, that set included, and will show after it."""
+    """What the stays showed of n variables up to and with Q sets of each, and will show after them."""
 
     past: torch.Tensor         # [B, Q, 10, n] in the order of HISTORY_STATISTICS, 0: none; slope a day
-    past_exists: torch.Tensor  # [B, Q, 10, n] bool: the count once the variable was seen, others once it had a value
+    past_exists: torch.Tensor  # [B, Q, 10, n] bool: the count once it was seen, others once it had a value
     future: torch.Tensor | None = None         # [B, Q, 3, n] in the order of FUTURE_STATISTICS
     future_exists: torch.Tensor | None = None  # [B, Q, 3, n] bool
 
 
 def summands(x, day, valued, count) -> torch.Tensor:
-    """What a measurement adds to the sums from which all statistics come, [7, ...]: 1, x, x^2, t, t^2 and t x if it
-    has a value, and its number of events. x is relative to the variable's first value, t in days since then."""
+    """What a measurement adds to the sums from which all statistics come, [7, ...]: 1, x, x^2, t, t^2 and t x
+    if it has a value, and its number of events. x is relative to the variable's first value, t in days since
+    then."""
     terms = torch.stack([torch.ones_like(x), x, x.square(), day, day.square(), day * x]) * valued
     return torch.cat([terms, count.to(x.dtype).expand_as(x)[None]])
 
@@ -40,45 +43,47 @@ def extremes(x, valued) -> torch.Tensor:
 
 
 def past_statistics(sums, largest, latest, first) -> Statistics:
-    """The statistics of the past, from the sums of `summands` [7, B, Q, n] and the maxima of `extremes` [2, B, Q, n]
-    so far, the latest x and the variables' first values, [B, Q, n]."""
+    """The statistics of the past, from the sums of `summands` [7, B, Q, n] and the maxima of `extremes` [2,
+    B, Q, n] so far, the latest x and the variables' first values, [B, Q, n]."""
     number, seen = sums[0], sums[6]
     x, xx, t, tt, tx = (s / number.clamp(min=1) for s in sums[1:6])
     std = (xx - x.square()).clamp(min=1e-12).sqrt()
     # Least-squares slope over the times of measurement, ridge of (0.1 day)^2: two close together say little.
     slope = (tx - t * x) / ((tt - t.square()).clamp(min=0) + 0.01)
     last, mean, high, low = first + latest, first + x, first + largest[0], first - largest[1]
-    past = torch.stack([last, first.expand_as(mean), mean, high, low, std, slope, seen.log1p(), last.abs(), mean.abs()],
-                       dim=-2)
-    counts = torch.tensor([name == "log count" for name in HISTORY_STATISTICS], device=seen.device)[:, None]  # [10, 1]
-    exists = (number > 0)[..., None, :] | counts & (seen > 0)[..., None, :]
+    past = torch.stack([last, first.expand_as(mean), mean, high, low, std, slope, seen.log1p(), last.abs(),
+                        mean.abs()], dim=-2)
+    counts = torch.tensor([name == "log count" for name in HISTORY_STATISTICS], device=seen.device)
+    exists = (number > 0)[..., None, :] | counts[:, None] & (seen > 0)[..., None, :]
     return Statistics(past.masked_fill(~exists, 0), exists)
 
 
 def interval_of(slots: torch.Tensor, length: int) -> torch.Tensor:
-    """slots [B, Q], ascending positions (padding: `length`) -> [B, length], the place in `slots` of the first one at or
-    after each position, Q where there is none: the interval between asked sets in which a set lies."""
+    """slots [B, Q], ascending positions (padding: `length`) -> [B, length], the place in `slots` of the first
+    one at or after each position, Q where there is none: the interval between asked sets in which a set
+    lies."""
     position = torch.arange(length, device=slots.device).expand(len(slots), length).contiguous()
     return torch.searchsorted(slots.contiguous(), position)
 
 
 def row_of_cells(batch: EventBatch, slots, column, width: int) -> torch.Tensor:
-    """[C] where each of the batch's measurements counts: (stay * (Q + 1) + interval between asked sets) * width +
-    variable; B (Q + 1) width: left out. The arguments are those of `statistics_at`."""
+    """[C] where each of the batch's measurements counts: (stay * (Q + 1) + interval between asked sets) *
+    width + variable; B (Q + 1) width: left out. The arguments are those of `statistics_at`."""
     (stays, length), asked = batch.minute.shape, slots.shape[1]
-    column, interval = column.flatten()[batch.cell_pair], interval_of(slots, length).flatten()[batch.cell_slot]
+    column = column.flatten()[batch.cell_pair]
+    interval = interval_of(slots, length).flatten()[batch.cell_slot]
     row = (batch.cell_slot // length * (asked + 1) + interval) * width + column
     return torch.where(column < width, row, stays * (asked + 1) * width)
 
 
 def statistics_at(batch: EventBatch, slots, column, width: int) -> Statistics:
-    """The exact statistics of the stays' measurements, by sums over the intervals between asked sets, which compose:
-    O(C + B Q width). slots [B, Q]: positions of sets, ascending, L where padding; column [B, D]: the place among
-    `width` variables of each of the stay's variables, `width` where it is left out."""
+    """The exact statistics of the stays' measurements, by sums over the intervals between asked sets, which
+    compose: O(C + B Q width). slots [B, Q]: positions of sets, ascending, L where padding; column [B, D]: the
+    place among `width` variables of each of the stay's variables, `width` where it is left out."""
     stays, asked = slots.shape
     size = stays * (asked + 1) * width
     first = batch.first_value.new_zeros(stays, width + 1)
-    first = first.scatter(1, column, batch.first_value)[:, None, :width]                              # [B, 1, n]
+    first = first.scatter(1, column, batch.first_value)[:, None, :width]                           # [B, 1, n]
     x, valued = batch.cell_value - batch.first_value.flatten()[batch.cell_pair], batch.cell_valued    # [C]
     row = row_of_cells(batch, slots, column, width)        # of a stay's variable: ascending in time
 
@@ -94,7 +99,7 @@ def statistics_at(batch: EventBatch, slots, column, width: int) -> Statistics:
     sums = by_interval(summands(x, batch.cell_day, valued, batch.cell_count), 0, "sum")
     largest = by_interval(extremes(x, valued), -math.inf, "amax")
     index = torch.where(valued, torch.arange(len(x), device=x.device), -1)
-    last = by_interval(index[None], -1, "amax")[0, :, :asked].cummax(1).values                        # [B, Q, n]
+    last = by_interval(index[None], -1, "amax")[0, :, :asked].cummax(1).values                     # [B, Q, n]
     past = past_statistics(sums[:, :, :asked].cumsum(2), largest[:, :, :asked].cummax(2).values,
                            F.pad(x, (1, 0))[last + 1], first)
 
@@ -106,17 +111,20 @@ def statistics_at(batch: EventBatch, slots, column, width: int) -> Statistics:
 
 
 def hours_since(batch: EventBatch, slots, column, width: int) -> torch.Tensor:
-    """Hours from the last event of each variable, or where there is none yet from the stay's first set, to the sets
-    `slots`: [B, Q, width]; the arguments are those of `statistics_at`."""
+    """Hours from the last event of each variable, or where there is none yet from the stay's first set, to
+    the sets `slots`: [B, Q, width]; the arguments are those of `statistics_at`."""
     (stays, asked), row = slots.shape, row_of_cells(batch, slots, column, width)
     latest = batch.minute.new_full((stays * (asked + 1) * width + 1,), -math.inf)
     latest = latest.scatter_reduce(0, row, batch.minute.flatten()[batch.cell_slot], "amax")[:-1]
-    latest = latest.view(stays, asked + 1, width)[:, :asked].cummax(1).values.maximum(batch.minute[:, :1, None])
-    return (at_slots(batch.minute[..., None], slots) - latest).div(60).float().clamp(min=0)  # of padding: negative
+    latest = latest.view(stays, asked + 1, width)[:, :asked].cummax(1).values
+    latest = latest.maximum(batch.minute[:, :1, None])
+    since = at_slots(batch.minute[..., None], slots) - latest                       # negative in padding
+    return since.div(60).float().clamp(min=0)
 
 
 class RunningStatistics:
-    """The statistics of n variables of one stay, one set after another: those of `statistics_at` at the last."""
+    """The statistics of n variables of one stay, one set after another: those of `statistics_at` at the
+    last."""
 
     def __init__(self, n: int, device):
         self.latest, self.first = torch.zeros(2, 1, 1, n, device=device)
@@ -129,7 +137,7 @@ class RunningStatistics:
         """value [n], valued [n] bool: the set measured it; count [n] of events."""
         new = valued & (self.sums[0] == 0)
         self.first, self.begin = torch.where(new, value, self.first), torch.where(new, minute, self.begin)
-        x, day = value - self.first, ((minute - self.begin) / 1440).float()                           # [1, 1, n]
+        x, day = value - self.first, ((minute - self.begin) / 1440).float()                        # [1, 1, n]
         self.sums += summands(x, day, valued, count)
         self.largest = self.largest.maximum(extremes(x, valued))
         self.latest = torch.where(valued, x, self.latest)
@@ -140,9 +148,9 @@ class RunningStatistics:
 
 
 def summaries(exact: Statistics, since, hours) -> torch.Tensor:
-    """What the head is told of n variables at points: their statistics at the last set, whether they were seen, the
-    hours since then (log1p; see `hours_since` [B, Q, n]) and the `hours` [B, Q] since that set: [B, Q, (10 + 2) n + 1].
-    """
+    """What the head is told of n variables at points: their statistics at the last set, whether they were
+    seen, the hours since then (log1p; see `hours_since` [B, Q, n]) and the `hours` [B, Q] since that set: [B,
+    Q, (10 + 2) n + 1]."""
     seen, hours = exact.past_exists[:, :, HISTORY_STATISTICS.index("log count")].float(), hours[..., None]
     return torch.cat([exact.past.flatten(2), seen, (since + hours).log1p(), hours], dim=-1)
 
@@ -151,9 +159,41 @@ def summary_features(n: int) -> int:
     return (len(HISTORY_STATISTICS) + 2) * n + 1
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# Pools of a stay's vectors up to given sets
+# ------------------------------------------------------------------------------------------------------------
+
+POINT_BLOCK = 256  # points whose [Q, L] weights are held at once
+
+
+def attention_pool(h, last, slots):
+    """Parameter-free: mean of h_t up to a point's set, weighted by softmax(h_t . h_last): h [B, L, d], last
+    [B, Q, d] of the sets at slots [B, Q] -> [B, Q, d]. A block of points after another: of a long stay asked
+    at each set [Q, L] is too much."""
+    position = torch.arange(h.shape[1], device=h.device)
+    pooled = []
+    for queries, ends in zip(last.split(POINT_BLOCK, dim=1), slots.split(POINT_BLOCK, dim=1)):
+        score = (queries @ h.mT).masked_fill(position > ends[..., None], -math.inf)            # [B, block, L]
+        pooled.append(score.softmax(-1) @ h)
+    return torch.cat(pooled, dim=1)
+
+
+def prefix_moments(x, slots):
+    """Mean, maximum, minimum and standard deviation over the sets of each stay up to the sets `slots`:
+    x [B, L, c], slots [B, Q] -> four of [B, Q, c]."""
+    count = (slots + 1)[..., None]
+    mean = at_slots(x.cumsum(1), slots) / count
+    centre = at_slots(x, slots[:, -1:])                                   # squares cancel less around a value
+    shifted = x - centre
+    shift = at_slots(shifted.cumsum(1), slots) / count
+    spread = (at_slots(shifted.square().cumsum(1), slots) / count - shift.square()).clamp(min=0)
+    high, low = at_slots(x.cummax(1).values, slots), at_slots(x.cummin(1).values, slots)
+    return [mean, high, low, (spread + 1e-8).sqrt()]
+
+
+# ------------------------------------------------------------------------------------------------------------
 # What a step asks for
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def real_sets(batch: EventBatch) -> torch.Tensor:
     """[B, L] bool: True where a slot holds a set."""
@@ -172,7 +212,8 @@ def at_slots(x, slots):
 
 
 def measured_at(batch: EventBatch, slots, column, width: int) -> torch.Tensor:
-    """[B, Q, width] 1 where a set asked for measured a variable, else 0; the arguments are those of `statistics_at`."""
+    """[B, Q, width] 1 where a set asked for measured a variable, else 0; the arguments are those of
+    `statistics_at`."""
     (stays, asked), length = slots.shape, batch.minute.shape[1]
     interval = interval_of(slots, length)                                                             # [B, L]
     exact = F.pad(slots, (0, 1), value=-1).gather(1, interval) == torch.arange(length, device=slots.device)
@@ -187,19 +228,20 @@ class Question(NamedTuple):
 
     slots: torch.Tensor       # [B, Q] positions of sets, ascending; L where padding
     real: torch.Tensor        # [B, Q] bool, no padding
-    column: torch.Tensor      # [B, D] place among the n variables of each of the stay's own, n where it is left out
+    column: torch.Tensor      # [B, D] place among the n of each of the stay's variables, n where it is left out
     held: torch.Tensor        # [B, n] bool: the variable is no padding
     measured: torch.Tensor    # [B, Q, n] 1 where the set measured it
-    absent: torch.Tensor      # [B, o] bool: the stay does not hold this one of the others, asked only whether measured
+    absent: torch.Tensor      # [B, o] bool: the stay does not hold this one of the others
     keys: torch.Tensor        # [U, r] of `batch.variables`
     own_keys: torch.Tensor    # [B, n, r] of the variables
     other_keys: torch.Tensor  # [o, r] of the others
 
 
 def ask(batch: EventBatch, config, order: torch.Tensor, sample: bool, keys_of) -> Question:
-    """All sets and variables of each stay, or `config`'s numbers of them where it has more: `sample`d at random, or
-    evenly spaced sets and the first variables in the fixed order [V], so that a stay's question does not depend on its
-    batch. Others: all of a vocabulary of at most twice their number. keys_of: indices [n] -> keys [n, r]."""
+    """All sets and variables of each stay, or `config`'s numbers of them where it has more: `sample`d at
+    random, or evenly spaced sets and the first variables in the fixed order [V], so that a stay's question
+    does not depend on its batch. Others: all of a vocabulary of at most twice their number. keys_of: indices
+    [n] -> keys [n, r]."""
     (stays, length), device = batch.minute.shape, batch.minute.device
     number = min(length, config.asked_sets)
     position = torch.arange(number, device=device)
@@ -215,8 +257,8 @@ def ask(batch: EventBatch, config, order: torch.Tensor, sample: bool, keys_of) -
     width = min(mine.shape[1], config.asked_variables)
     draw = torch.rand(mine.shape, device=device) if sample else order[mine]
     chosen = draw.masked_fill(~held, math.inf).topk(width, largest=False, sorted=False).indices.sort(1).values
-    column = torch.full_like(mine, width).scatter(1, chosen, torch.arange(width, device=device).expand(stays, -1))
-    column = column.masked_fill(~held, width)
+    places = torch.arange(width, device=device).expand(stays, -1)
+    column = torch.full_like(mine, width).scatter(1, chosen, places).masked_fill(~held, width)
 
     if config.num_variables <= 2 * config.other_variables:
         others = torch.arange(config.num_variables, device=device)
@@ -227,5 +269,6 @@ def ask(batch: EventBatch, config, order: torch.Tensor, sample: bool, keys_of) -
     absent = ~((mine[..., None] == others) & held[..., None]).any(1)
     slots, keys = torch.where(real, slots, length), keys_of(batch.variables)
     own_keys = F.embedding(batch.stay_variables.gather(1, chosen), keys)
-    return Question(slots, real, column, held.gather(1, chosen), measured_at(batch, slots, column, width), absent, keys,
-                    own_keys, keys_of(others))
+    measured = measured_at(batch, slots, column, width)
+    return Question(slots, real, column, held.gather(1, chosen), measured, absent, keys, own_keys,
+                    keys_of(others))

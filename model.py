@@ -1,16 +1,16 @@
 """SeqSetVAE: a set-VAE for every charted set, a causal Transformer across the sets of a stay.
 
-`SetVAE` encodes one set of (variable, value) events, history-free. `SeqSetVAEPretrain` adds the history and trains on
-reconstruction + KL, without labels. `SeqSetVAE` puts a classification head on the same blocks. The two share building
-blocks and nothing else.
+`SetVAE` encodes one set of (variable, value) events, history-free. `SeqSetVAEPretrain` adds the history and
+trains on reconstruction + KL, without labels. `SeqSetVAE` puts a classification head on the same blocks. The
+two share building blocks and nothing else.
 
-Nothing in a step grows with the vocabulary: what depends on a variable is computed for the U variables of a batch, what
-is asked of a stay concerns its own, at some of its sets.
+Nothing in a step grows with the vocabulary: what depends on a variable is computed for the U variables of a
+batch, what is asked of a stay concerns its own, at some of its sets.
 
-Shapes: B stays, S sets, E events, U variables, C measurements of a batch (see `EventBatch`); L sets of its longest
-stay, D variables of the stay with the most; Q sets or prediction points that are asked about; M cells of the padded
-groups of sets; V variables in all, K of the head; d latent_dim, w set_dim, r reduced_dim or key_dim, m inducing points.
-"""
+Shapes: B stays, S sets, E events, U variables, C measurements of a batch (see `EventBatch`); L sets of its
+longest stay, D variables of the stay with the most; Q sets or prediction points that are asked about; M cells
+of the padded groups of sets; V variables in all, K of the head; d latent_dim, w set_dim, r reduced_dim or
+key_dim, m inducing points."""
 
 import math
 from dataclasses import dataclass
@@ -23,9 +23,9 @@ from torch.utils.checkpoint import checkpoint
 
 from batches import EventBatch, EventSets
 from data import InputError
-from history_statistics import (FUTURE_STATISTICS, HISTORY_STATISTICS, Question, ask,
-                                at_slots, hours_since, real_sets, statistics_at, summaries, summary_features,
-                                variables_of)
+from history_statistics import (FUTURE_STATISTICS, HISTORY_STATISTICS, Question, ask, at_slots,
+                                attention_pool, hours_since, prefix_moments, real_sets, statistics_at,
+                                summaries, summary_features, variables_of)
 from settings import check_settings, setting
 from tasks import BoostedTrees
 
@@ -125,7 +125,7 @@ class ModelConfig:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Attention blocks
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class Attention(nn.Module):
     """Multi-head attention with the parameter names of `nn.MultiheadAttention`,
@@ -150,7 +150,7 @@ class Attention(nn.Module):
     def attend(self, query, key_value, mask=None):
         """query [G, Nq, d], key_value [G, Nk, 2d], both projected;
         mask broadcastable to [G, heads, Nq, Nk] -> [G, Nq, d], not yet projected."""
-        key, value = key_value.unflatten(-1, (2, self.heads, -1)).unbind(-3)         # [G, Nk, heads, d / heads]
+        key, value = key_value.unflatten(-1, (2, self.heads, -1)).unbind(-3)       # [G, Nk, heads, d / heads]
         learned = mask is not None and mask.requires_grad  # an additive bias
         if key.shape[1] == 1 and not learned:  # softmax over one key is 1
             return value.flatten(-2) + 0 * query  # its gradient is 0, not none: see `data_parallel`
@@ -158,14 +158,15 @@ class Attention(nn.Module):
         # On a CPU the fused kernel's backward pass is several times slower in bf16.
         if query.device.type == "cpu" and torch.is_grad_enabled():
             query, key, value = query.float(), key.float(), value.float()
-        query, key, value = (x.transpose(1, 2) for x in (query, key, value))         # [G, heads, N, d / heads]
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))        # [G, heads, N, d / heads]
         with torch.autocast("cpu", enabled=False):
             if query.device.type == "cpu" and learned:
-                # No fused kernel learns a bias, and the one in PyTorch spends a quarter of its time on rows that attend
-                # to nothing.
+                # No fused kernel learns a bias, and the one in PyTorch spends a quarter of its time on rows
+                # that attend to nothing.
                 bias = mask.expand(-1, self.heads, -1, -1).flatten(0, 1)
-                score = torch.baddbmm(bias, query.flatten(0, 1), key.flatten(0, 1).mT, alpha=query.shape[-1]**-0.5)
-                out = (score.softmax(-1) @ value.flatten(0, 1)).view(query.shape)
+                query_, key_, value_ = (x.flatten(0, 1) for x in (query, key, value))
+                score = torch.baddbmm(bias, query_, key_.mT, alpha=query.shape[-1]**-0.5)
+                out = (score.softmax(-1) @ value_).view(query.shape)
             else:
                 out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return out.transpose(1, 2).flatten(-2)
@@ -175,9 +176,8 @@ class MAB(nn.Module):
     """Multihead attention block. `residual`: LN(H + FF(H)), H = LN(X + MHA(X, Y)) (Lee et al. 2019, eq. 6-7);
     without: LN(FF(LN(MHA(X, Y)))).
 
-    Works on groups of sets (see `EventBatch`): everything but the attention itself is dense over the cells of all
-    groups at once.
-    """
+    Works on groups of sets (see `EventBatch`): everything but the attention itself is dense over the cells of
+    all groups at once."""
 
     def __init__(self, dim: int, heads: int, residual: bool):
         super().__init__()
@@ -188,16 +188,17 @@ class MAB(nn.Module):
         self.ln2 = nn.LayerNorm(dim)
 
     def forward(self, x, y, groups, masks=None):
-        """x: cells that attend, [sum S_k * Nx_k, d], or [n, d], the same n queries for every set; y: cells attended to,
-        [sum S_k * Ny_k, d]; groups: k of (S_k, Nx_k, Ny_k); masks: k of [S_k, 1, 1, Ny_k], True where attended
-        -> [sum S_k * Nx_k, d]."""
+        """x: cells that attend, [sum S_k * Nx_k, d], or [n, d], the same n queries for every set; y: cells
+        attended to, [sum S_k * Ny_k, d]; groups: k of (S_k, Nx_k, Ny_k); masks: k of [S_k, 1, 1, Ny_k], True
+        where attended -> [sum S_k * Nx_k, d]."""
         query, key_value = self.multihead.project_query(x), self.multihead.project_key_value(y)
         shared = len(x) != sum(s * nx for s, nx, _ in groups)
-        queries = [query.expand(s, -1, -1) for s, _, _ in groups] if shared else \
-            [q.unflatten(0, (s, nx)) for q, (s, nx, _) in zip(query.split([s * nx for s, nx, _ in groups]), groups)]
+        queries = [query] * len(groups) if shared else query.split([s * nx for s, nx, _ in groups])
+        keys_values = key_value.split([s * ny for s, _, ny in groups])
         attended = []
-        for k, (q, kv, (s, _, ny)) in enumerate(zip(queries, key_value.split([s * ny for s, _, ny in groups]), groups)):
-            attended.append(self.multihead.attend(q, kv.unflatten(0, (s, ny)), masks and masks[k]).flatten(0, 1))
+        for q, kv, mask, (s, nx, ny) in zip(queries, keys_values, masks or [None] * len(groups), groups):
+            q = q.expand(s, -1, -1) if shared else q.unflatten(0, (s, nx))                  # [S_k, Nx_k, d]
+            attended.append(self.multihead.attend(q, kv.unflatten(0, (s, ny)), mask).flatten(0, 1))
         h = self.multihead.out_proj(torch.cat(attended))
         if not self.residual:
             return self.ln2(self.ff(self.ln1(h)))
@@ -223,7 +224,8 @@ class ISAB(nn.Module):
 
 
 class Cache:
-    """Rows [1, L, width] of the sets of a stay, with room for more: one is added without copying those before."""
+    """Rows [1, L, width] of the sets of a stay, with room for more: one is added without copying those
+    before."""
 
     def __init__(self, width: int, like: torch.Tensor):
         self.room = like.new_empty(1, 8, width)
@@ -240,8 +242,8 @@ class Cache:
 
 
 class TransformerLayer(nn.Module):
-    """Pre-norm layer with the parameter names of `nn.TransformerEncoderLayer` (whose evaluation fast path misreads a
-    float mask)."""
+    """Pre-norm layer with the parameter names of `nn.TransformerEncoderLayer` (whose evaluation fast path
+    misreads a float mask)."""
 
     def __init__(self, dim: int, heads: int, ff_dim: int, dropout: float):
         super().__init__()
@@ -251,9 +253,9 @@ class TransformerLayer(nn.Module):
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def forward(self, x, bias, past: Cache | None = None):
-        """x [B, n, d] of the last n of L sets; bias [B, heads or 1, n, L], or of long stays the function that gives its
-        rows (see `attend_in_blocks`); past: keys and values of the L - n sets before, to which those of these are added
-        (None: n is L)."""
+        """x [B, n, d] of the last n of L sets; bias [B, heads or 1, n, L], or of long stays the function that
+        gives its rows (see `attend_in_blocks`); past: keys and values of the L - n sets before, to which
+        those of these are added (None: n is L)."""
         y = self.norm1(x)
         key_value = self.self_attn.project_key_value(y)
         if past:
@@ -268,9 +270,9 @@ LONG_STAY, QUERY_BLOCK = 1024, 256  # sets
 
 
 def attend_in_blocks(attention: Attention, query, key_value, bias):
-    """`attention.attend` of stays with themselves, causal, a block of queries after another, so that memory grows with
-    L and not with its square; for a gradient each block is computed again. bias(first, end)
-    -> [B, heads or 1, end - first, end]."""
+    """`attention.attend` of stays with themselves, causal, a block of queries after another, so that memory
+    grows with L and not with its square; for a gradient each block is computed again. bias(first, end) -> [B,
+    heads or 1, end - first, end]."""
     def attend(block, first):
         end = first + block.shape[1]
         return attention.attend(block, key_value[:, :end], bias(first, end))
@@ -283,7 +285,8 @@ def attend_in_blocks(attention: Attention, query, key_value, bias):
 def event_masks(batch: EventSets) -> list[torch.Tensor]:
     """k of [S_k, 1, 1, N_k] bool: True where a cell of the group holds an event."""
     real = batch.token_event < len(batch.event_value)                                                 # [M]
-    return [r.view(s, 1, 1, n) for r, (s, n) in zip(real.split([s * n for s, n in batch.groups]), batch.groups)]
+    parts = real.split([s * n for s, n in batch.groups])
+    return [part.view(s, 1, 1, n) for part, (s, n) in zip(parts, batch.groups)]
 
 
 def sinusoids(index: torch.Tensor, dim: int) -> torch.Tensor:
@@ -293,23 +296,25 @@ def sinusoids(index: torch.Tensor, dim: int) -> torch.Tensor:
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Decoders
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class VariableKeys(nn.Module):
-    """The key by which a read-out asks for a variable: a projection of its vector plus a free part, learned. A
-    read-out's weights of a variable are its key times a matrix that all variables share; with as many dimensions as
-    variables that loses nothing."""
+    """The key by which a read-out asks for a variable: a projection of its vector plus a free part, learned.
+    A read-out's weights of a variable are its key times a matrix that all variables share; with as many
+    dimensions as variables that loses nothing."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.projection = nn.Linear(config.input_dim, config.key_dim, bias=False)
         self.free = nn.Embedding(config.num_variables, config.key_dim)
-        if config.num_variables <= config.key_dim:  # a dimension of its own for each: as free rows of weights learn
-            nn.init.zeros_(self.projection.weight), nn.init.eye_(self.free.weight)
+        if config.num_variables <= config.key_dim:  # each has its own dimension, as free rows of weights
+            nn.init.zeros_(self.projection.weight)
+            nn.init.eye_(self.free.weight)
         else:  # of length 1, as far from each other as chance has them
-            nn.init.normal_(self.projection.weight, std=config.key_dim**-0.5), nn.init.zeros_(self.free.weight)
+            nn.init.normal_(self.projection.weight, std=config.key_dim**-0.5)
+            nn.init.zeros_(self.free.weight)
 
     def forward(self, vectors, variables):
         """vectors [n, input_dim] and indices [n] of variables -> [n, r]."""
@@ -317,8 +322,8 @@ class VariableKeys(nn.Module):
 
 
 class ReadoutDecoder(nn.Module):
-    """From a code: for every variable asked for, its expected value (normalised) and the logit that it was measured.
-    Two one-hidden-layer MLPs, whose output meets the variable's key."""
+    """From a code: for every variable asked for, its expected value (normalised) and the logit that it was
+    measured. Two one-hidden-layer MLPs, whose output meets the variable's key."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -327,7 +332,8 @@ class ReadoutDecoder(nn.Module):
         self.measured = nn.Sequential(nn.Linear(d, 2 * d), nn.GELU(), nn.Linear(2 * d, r))
 
     def forward(self, code, keys):
-        """code [B, L, d], keys [n, r], or [B, n, r] of each stay's own variables -> values, logits [B, L, n]."""
+        """code [B, L, d], keys [n, r], or [B, n, r] of each stay's own variables -> values, logits [B, L,
+        n]."""
         return self.value(code) @ keys.mT, self.measured(code) @ keys.mT
 
 
@@ -345,7 +351,8 @@ class SlotPooling(nn.Module):
 
 
 class SlotLevel(nn.Module):
-    """One attentive bottleneck level: ISAB over the slots so far, then pooling to new slots around the seeds."""
+    """One attentive bottleneck level: ISAB over the slots so far, then pooling to new slots around the
+    seeds."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -358,8 +365,8 @@ class SlotLevel(nn.Module):
 
 
 class SlotDecoder(nn.Module):
-    """From a code and the number of events: a set of points in the reduced space (the attentive bottleneck decoder of
-    the original)."""
+    """From a code and the number of events: a set of points in the reduced space (the attentive bottleneck
+    decoder of the original)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -387,9 +394,9 @@ class SlotDecoder(nn.Module):
         return self.out(x)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Losses, each the mean over the sets of every stay, [B], in float32; then averaged over stays
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def masked_mean(x, real):
     """Mean over the sets of each stay: x [B, L] or [B, L, c], real [B, L] -> [B] or [B, c]."""
@@ -406,10 +413,11 @@ def kl_divergence(mu, logvar, free_bits: float = 0.0, logvar_bonus: float = 0.0)
 
 def chamfer_loss(reconstruction, x, batch: EventBatch):
     """Weighted Chamfer distance of each set: direction (1 - cosine) + magnitude + 3 * squared distance, minus
-    0.1 * variance of the reconstruction. reconstruction [M, r], x [M, r] in cells of the groups -> [S], in the groups'
-    order."""
+    0.1 * variance of the reconstruction. reconstruction [M, r], x [M, r] in cells of the groups -> [S], in
+    the groups' order."""
     losses, sizes = [], [s * n for s, n in batch.groups]
-    for a, b, mask, (s, n) in zip(reconstruction.split(sizes), x.split(sizes), event_masks(batch), batch.groups):
+    parts = zip(reconstruction.split(sizes), x.split(sizes), event_masks(batch), batch.groups)
+    for a, b, mask, (s, n) in parts:
         a, b, real = a.view(s, n, -1), b.view(s, n, -1), mask.view(s, n)
         count = real.sum(1).clamp(min=1)
         size_a, size_b = a.square().sum(-1).add(1e-12).sqrt(), b.square().sum(-1).add(1e-12).sqrt()
@@ -426,33 +434,36 @@ def chamfer_loss(reconstruction, x, batch: EventBatch):
 
 
 def statistics_loss(told, true, exists):
-    """Smooth L1 of the statistics told by a readout, mean over those that exist: all [B, Q, k, n] -> [B, Q]."""
+    """Smooth L1 of the statistics told by a readout, mean over those that exist: all [B, Q, k, n] -> [B,
+    Q]."""
     error = F.smooth_l1_loss(told.float(), true, reduction="none") * exists
     return error.sum((2, 3)) / exists.sum((2, 3)).clamp(min=1)
 
 
 class HistoryReadout(nn.Linear):
-    """What h_t must tell of a variable, linearly: the stay's history so far, and, as a forecast, its future."""
+    """What h_t must tell of a variable, linearly: the stay's history so far, and, as a forecast, its
+    future."""
 
     def __init__(self, config: ModelConfig):
-        super().__init__(config.latent_dim, (len(HISTORY_STATISTICS) + len(FUTURE_STATISTICS)) * config.key_dim)
+        statistics = len(HISTORY_STATISTICS) + len(FUTURE_STATISTICS)
+        super().__init__(config.latent_dim, statistics * config.key_dim)
 
     def losses(self, h, batch: EventBatch, question: Question) -> dict[str, torch.Tensor]:
         """h [B, L, d] -> name -> [B], means over the sets asked for."""
         keys = question.own_keys
         true = statistics_at(batch, question.slots, question.column, keys.shape[1])
-        asked = self(at_slots(h, question.slots)).float().unflatten(-1, (-1, keys.shape[-1]))         # [B, Q, 13, r]
+        asked = self(at_slots(h, question.slots)).float().unflatten(-1, (-1, keys.shape[-1]))  # [B, Q, 13, r]
         with torch.autocast("cuda" if h.is_cuda else "cpu", enabled=False):
-            answered = asked @ keys.mT[:, None]                                                       # [B, Q, 13, n]
+            answered = asked @ keys.mT[:, None]                                                # [B, Q, 13, n]
         past, future = answered.split((len(HISTORY_STATISTICS), len(FUTURE_STATISTICS)), dim=2)
         losses = {"history": statistics_loss(past, true.past, true.past_exists),
                   "future": statistics_loss(future, true.future, true.future_exists)}
         return {name: masked_mean(loss, question.real) for name, loss in losses.items()}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # SetVAE
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class SetVAE(nn.Module):
     """Variational autoencoder of one set of events, history-free.
@@ -477,12 +488,12 @@ class SetVAE(nn.Module):
     def embed_events(self, batch: EventSets, presence: bool = True) -> torch.Tensor:
         """x = u_v * value (+ p_v) of every cell of the groups: [M, r], zeros in padding.
         Each variable is projected once."""
-        vectors = self.vocabulary[batch.variables]                                                   # [U, input_dim]
+        vectors = self.vocabulary[batch.variables]                                            # [U, input_dim]
         direction = F.normalize(self.dim_reducer(vectors).float(), dim=-1)                           # [U, r]
         x = F.embedding(batch.event_variable, direction) * batch.event_value[:, None]                # [E, r]
         if presence and self.presence is not None:
             x = x + F.embedding(batch.event_variable, self.presence(vectors))
-        return F.embedding(batch.token_event, F.pad(x, (0, 0, 0, 1)))                             # row E is the padding
+        return F.embedding(batch.token_event, F.pad(x, (0, 0, 0, 1)))                   # row E is the padding
 
     def _pooled_levels(self, batch: EventSets, drop_events: float = 0.0):
         """Yield the mean over its events of every set after each level, [S, w] in the groups' order."""
@@ -491,7 +502,7 @@ class SetVAE(nn.Module):
             masks = [mask & (torch.rand(mask.shape, device=mask.device) >= drop_events) for mask in masks]
         counts = [mask.sum(-1, keepdim=True) for mask in masks]
         weights = [(mask / count.clamp(min=1)).flatten(1).unsqueeze(-1)
-                   for mask, count in zip(masks, counts)]                                           # k of [S_k, N_k, 1]
+                   for mask, count in zip(masks, counts)]                                 # k of [S_k, N_k, 1]
         # An empty set attends to its padding; its mean is 0.
         masks = [mask | (count == 0) for mask, count in zip(masks, counts)]
         x = self.embed(self.embed_events(batch))                                                     # [M, w]
@@ -525,19 +536,21 @@ class SetVAE(nn.Module):
         or reconstructed cells [M, r] (slots)."""
         if self.config.decoder == "readout":
             return self.decoder(code, F.embedding(batch.stay_variables, self.keys_of(batch.variables)))
-        return self.decoder(F.embedding(batch.group_slot, code.flatten(0, 1)), batch.groups, event_masks(batch))
+        code = F.embedding(batch.group_slot, code.flatten(0, 1))                                  # [S, d]
+        return self.decoder(code, batch.groups, event_masks(batch))
 
     def ask(self, batch: EventBatch) -> Question:
-        """What the read-outs of a training step, or of an evaluation, are asked for. The fixed order of variables is
-        that of their vectors' first entries, as good as random."""
+        """What the read-outs of a training step, or of an evaluation, are asked for. The fixed order of
+        variables is that of their vectors' first entries, as good as random."""
         return ask(batch, self.config, self.vocabulary[:, 0], self.training, self.keys_of)
 
-    def reconstruction_losses(self, code, batch: EventBatch, question: Question | None) -> dict[str, torch.Tensor]:
-        """The terms of the reconstruction of every set from `code` [B, L, d]: name -> [B], means over sets. With the
-        readout decoder each measured value given its variable (smooth L1), and at the sets of the `question` which
-        variables were measured (cross-entropy)."""
+    def reconstruction_losses(self, code, batch: EventBatch, question: Question | None) -> dict:
+        """The terms of the reconstruction of every set from `code` [B, L, d]: name -> [B], means over sets.
+        With the readout decoder each measured value given its variable (smooth L1), and at the sets of the
+        `question` which variables were measured (cross-entropy)."""
         if self.config.decoder == "slots":
-            chamfer = chamfer_loss(self.decode(code, batch).float(), self.embed_events(batch, presence=False), batch)
+            points = self.embed_events(batch, presence=False)                                     # [M, r]
+            chamfer = chamfer_loss(self.decode(code, batch).float(), points, batch)               # [S]
             return {"chamfer": masked_mean(F.pad(chamfer, (0, 1))[batch.slot_set], real_sets(batch))}
         slots = batch.minute.numel()
         own = F.embedding(batch.cell_slot, self.decoder.value(code).float().flatten(0, 1))           # [C, r]
@@ -551,16 +564,17 @@ class SetVAE(nn.Module):
     def _measured_loss(self, code, question: Question):
         """Cross-entropy of whether each variable of the question was measured in each of its sets,
         the plain mean: [B]."""
-        query, held = self.decoder.measured(at_slots(code, question.slots)).float(), question.held[:, None]  # [B, Q, r]
+        query = self.decoder.measured(at_slots(code, question.slots)).float()                     # [B, Q, r]
+        held = question.held[:, None]                                                             # [B, 1, n]
         with torch.autocast("cuda" if query.is_cuda else "cpu", enabled=False):
-            own, other = query @ question.own_keys.mT, query @ question.other_keys.T              # [B, Q, n], [B, Q, o]
+            own, other = query @ question.own_keys.mT, query @ question.other_keys.T    # [B, Q, n], [B, Q, o]
         loss = (F.binary_cross_entropy_with_logits(own, question.measured, reduction="none") * held).sum(-1)
         loss = loss + (F.softplus(other) * question.absent[:, None]).sum(-1)
         return masked_mean(loss / (held.sum(-1) + question.absent.sum(-1)[:, None]), question.real)
 
     def forward(self, batch: EventBatch):
-        """(decoded, z_list): the reconstruction from z of the last level (sampled in training, mu in evaluation);
-        (z, mu, logvar) of every level."""
+        """(decoded, z_list): the reconstruction from z of the last level (sampled in training, mu in
+        evaluation); (z, mu, logvar) of every level."""
         z_list = []
         for pooled in self._pooled_levels(batch):
             mu, logvar = self._posterior(pooled, batch)
@@ -573,12 +587,13 @@ class SetVAE(nn.Module):
         return masked_mean(kl, real_sets(batch)).mean()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # History
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class History(nn.Module):
-    """Causal Transformer over the sets of a stay, with an additive bias that falls with the time between two sets."""
+    """Causal Transformer over the sets of a stay, with an additive bias that falls with the time between two
+    sets."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -595,16 +610,16 @@ class History(nn.Module):
         self.tau = nn.Parameter(torch.tensor(60.0))  # minutes
 
     def time_bias(self, minute: torch.Tensor, first: int = 0, end: int | None = None) -> torch.Tensor:
-        """minute [B, L] -> additive attention bias [B, heads or 1, L, L]: -slope * log1p((t_i - t_j) / tau) for j <= i,
-        else -inf; or its rows `first` to `end`, which see no set after `end`."""
+        """minute [B, L] -> additive attention bias [B, heads or 1, L, L]: -slope * log1p((t_i - t_j) / tau)
+        for j <= i, else -inf; or its rows `first` to `end`, which see no set after `end`."""
         apart = (minute[:, None, first:end, None] - minute[:, None, None, :end]).clamp(min=0).float()
-        distance = torch.log1p(apart / self.tau.abs().clamp(min=1.0))                                 # [B, 1, L, L]
+        distance = torch.log1p(apart / self.tau.abs().clamp(min=1.0))                           # [B, 1, L, L]
         future = torch.full(apart.shape[-2:], -math.inf, device=minute.device).triu(1 + first)
         return torch.addcmul(future, self.slope.abs().view(-1, 1, 1), distance, value=-1)
 
     def forward(self, z, minute, past: list[Cache] | None = None):
-        """z [B, n, d] of the last n sets, minute [B, L] of all -> h [B, n, d]. Later sets never reach earlier ones;
-        a stay's padding lies after its last set. past: of every layer, see `TransformerLayer`."""
+        """z [B, n, d] of the last n sets, minute [B, L] of all -> h [B, n, d]. Later sets never reach earlier
+        ones; a stay's padding lies after its last set. past: of every layer, see `TransformerLayer`."""
         n, length = z.shape[1], minute.shape[1]
         gap = F.pad(minute.diff(dim=1), (1, 0))[:, length - n:].clamp(min=0).float()
         position = sinusoids(torch.arange(length - n, length, device=z.device), z.shape[-1])          # [n, d]
@@ -616,17 +631,16 @@ class History(nn.Module):
         return self.norm(x)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Pretraining: reconstruction + KL, without labels
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class SeqSetVAEPretrain(nn.Module):
-    """Set-VAE + history, trained to reconstruct every set (and, with the readout decoder, the history so far and the
-    stay's future) from h_t.
+    """Set-VAE + history, trained to reconstruct every set (and, with the readout decoder, the history so far
+    and the stay's future) from h_t.
 
-    Only mu goes to the Transformer. In training some sets are hidden from it behind a learned mask token and some
-    events from the encoder, while the loss still asks for them: h_t must then carry the history.
-    """
+    Only mu goes to the Transformer. In training some sets are hidden from it behind a learned mask token and
+    some events from the encoder, while the loss still asks for them: h_t must then carry the history."""
 
     def __init__(self, config: ModelConfig, vocabulary: torch.Tensor):
         super().__init__()
@@ -643,16 +657,18 @@ class SeqSetVAEPretrain(nn.Module):
         config, setvae = self.config, self.setvae
         mu, logvar = setvae.encode(batch, config.drop_events if self.training else 0.0)
         z = hide_sets(mu, self.mask_token, config.hide_sets) if self.training and config.hide_sets else mu
-        h = self.history(z, batch.minute)                                                             # [B, L, d]
+        h = self.history(z, batch.minute)                                                          # [B, L, d]
 
         question = setvae.ask(batch) if config.decoder == "readout" else None
         terms = sequence_losses(setvae, getattr(self, "history_readout", None), h, batch, question)
         if question and config.sample_z:
-            own = setvae.reconstruction_losses(setvae.sample(mu, logvar) if self.training else mu, batch, question)
+            code = setvae.sample(mu, logvar) if self.training else mu
+            own = setvae.reconstruction_losses(code, batch, question)
             terms |= {f"set_{name}": term for name, term in own.items()}
         terms = {name: term.mean() for name, term in terms.items()}
         reconstruction, kl = sum(terms.values()), setvae.kl(mu, logvar, batch)
-        return {"loss": reconstruction + beta * kl, "reconstruction": reconstruction, "kl": kl, **terms, "mu": mu}
+        loss = reconstruction + beta * kl
+        return {"loss": loss, "reconstruction": reconstruction, "kl": kl, **terms, "mu": mu}
 
 
 def hide_sets(z, mask_token, share: float):
@@ -660,25 +676,27 @@ def hide_sets(z, mask_token, share: float):
     return torch.where(torch.rand(*z.shape[:2], 1, device=z.device) < share, mask_token, z)
 
 
-def sequence_losses(setvae: SetVAE, readout: HistoryReadout | None, h, batch: EventBatch, question: Question | None):
-    """What h [B, L, d] must tell: each set's reconstruction and, with the readout decoder, history and future:
-    name -> [B]."""
+def sequence_losses(setvae: SetVAE, readout: HistoryReadout | None, h, batch: EventBatch,
+                    question: Question | None) -> dict:
+    """What h [B, L, d] must tell: each set's reconstruction and, with the readout decoder, history and
+    future: name -> [B]."""
     terms = setvae.reconstruction_losses(h, batch, question)
     if question:
         terms |= readout.losses(h, batch, question)
     return terms
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Finetuning: a classification head on the same blocks
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def classification_head(features: int, widths: tuple, classes: int) -> nn.Sequential:
     """Hidden layers of Linear, LayerNorm, ReLU, Dropout, then the classes; Xavier initialised,
     a linear head at zero (it is convex)."""
     layers = []
     for i, width in enumerate(widths):
-        layers += [nn.Linear(features, width), nn.LayerNorm(width), nn.ReLU(), nn.Dropout(0.2 if i < 2 else 0.1)]
+        dropout = nn.Dropout(0.2 if i < 2 else 0.1)
+        layers += [nn.Linear(features, width), nn.LayerNorm(width), nn.ReLU(), dropout]
         features = width
     head = nn.Sequential(*layers, nn.Linear(features, classes))
     for layer in head:
@@ -689,16 +707,18 @@ def classification_head(features: int, widths: tuple, classes: int) -> nn.Sequen
 
 
 class GatedFusion(nn.Module):
-    """Learned fusion of mu and std (full training): g * A(mu) + (1 - g) * B(std), g = sigmoid(W [A(mu); B(std)]),
-    times 1 + 0.1 * c(std).
+    """Learned fusion of mu and std (full training): g * A(mu) + (1 - g) * B(std), g = sigmoid(W [A(mu);
+    B(std)]), times 1 + 0.1 * c(std).
 
-    Starts as mu (A the identity, B zero, g near 1), so that a pretrained Transformer meets what it was trained on."""
+    Starts as mu (A the identity, B zero, g near 1), so that a pretrained Transformer meets what it was
+    trained on."""
 
     def __init__(self, dim: int):
         super().__init__()
         self.mean_projection, self.var_projection = nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.fusion_gate = nn.Sequential(nn.Linear(2 * dim, dim), nn.Sigmoid())
-        self.uncertainty_calibration = nn.Sequential(nn.Linear(dim, dim // 4), nn.ReLU(), nn.Linear(dim // 4, 1))
+        self.uncertainty_calibration = nn.Sequential(
+            nn.Linear(dim, dim // 4), nn.ReLU(), nn.Linear(dim // 4, 1))
         nn.init.eye_(self.mean_projection.weight)
         nn.init.normal_(self.var_projection.weight, std=0.01)
         nn.init.normal_(self.fusion_gate[0].weight, std=0.01)
@@ -721,16 +741,16 @@ class AttentionPool(nn.Module):
         self.attention_pool = Attention(dim, heads)
 
     def forward(self, key_value, last, slots):
-        """key_value [B, L, 2d], projected from h by `attention_pool`, last h [B, Q, d] of the sets at slots [B, Q]
-        -> [B, Q, d]."""
+        """key_value [B, L, 2d], projected from h by `attention_pool`, last h [B, Q, d] of the sets at slots
+        [B, Q] -> [B, Q, d]."""
         pool = self.attention_pool
-        reached = torch.arange(key_value.shape[1], device=last.device) <= slots[..., None]            # [B, Q, L]
+        reached = torch.arange(key_value.shape[1], device=last.device) <= slots[..., None]         # [B, Q, L]
         return pool.out_proj(pool.attend(pool.project_query(last), key_value, reached[:, None]))
 
 
 class SeqSetVAE(nn.Module):
-    """Classifier on the set-VAE and its history. `config.classification_only`: the backbone is frozen and stays in
-    evaluation mode; otherwise everything trains on classification + reconstruction + KL."""
+    """Classifier on the set-VAE and its history. `config.classification_only`: the backbone is frozen and
+    stays in evaluation mode; otherwise everything trains on classification + reconstruction + KL."""
 
     BACKBONE = ("setvae.", "history.", "history_readout.", "mask_token")
 
@@ -750,7 +770,8 @@ class SeqSetVAE(nn.Module):
             self.feature_projection = nn.Sequential(nn.Linear(3 * d, d), nn.LayerNorm(d))
         # What the summaries are of (see `train.py`).
         self.register_buffer("head_variables", torch.arange(config.head_variables))
-        # All that reaches the head untrained is standardised, with statistics of the training points (see `train.py`).
+        # All that reaches the head untrained is standardised, with statistics of the training points (see
+        # `train.py`).
         features = self.feature_sizes()
         standardised = features["learned"] + features["summaries"]
         self.register_buffer("feature_mean", torch.zeros(standardised))
@@ -759,17 +780,20 @@ class SeqSetVAE(nn.Module):
         self.cls_head = classification_head(sum(features.values()), widths, config.classes)
         if config.hidden_width and not config.classification_only:
             self.hidden_head = nn.Sequential(
-                nn.Dropout(0.1), nn.Linear(sum(features.values()), config.hidden_width), nn.GELU(), nn.Dropout(0.3),
-                nn.Linear(config.hidden_width, config.classes))
-            nn.init.zeros_(self.hidden_head[-1].weight), nn.init.zeros_(self.hidden_head[-1].bias)
+                nn.Dropout(0.1), nn.Linear(sum(features.values()), config.hidden_width), nn.GELU(),
+                nn.Dropout(0.3), nn.Linear(config.hidden_width, config.classes))
+            nn.init.zeros_(self.hidden_head[-1].weight)
+            nn.init.zeros_(self.hidden_head[-1].bias)
         self.trees = BoostedTrees(config.head_trees, config.tree_depth) if config.head_trees else None
-        self.register_buffer("trees_share", torch.tensor(0.5), persistent=bool(config.head_trees))  # in the logits
+        # The trees' share in the logits.
+        self.register_buffer("trees_share", torch.tensor(0.5), persistent=bool(config.head_trees))
         if config.classification_only:
             for name, parameter in self.named_parameters():
                 parameter.requires_grad_(not name.startswith(self.BACKBONE))
 
     def feature_sizes(self) -> dict[str, int]:
-        """Number of head inputs: that reach it as they are (the trained projection), or standardised (the others)."""
+        """Number of head inputs: that reach it as they are (the trained projection), or standardised (the
+        others)."""
         config, d = self.config, self.config.latent_dim
         return {"plain": 0 if config.classification_only else d,
                 "learned": 8 * d if config.features == "multiscale" else d,
@@ -779,13 +803,14 @@ class SeqSetVAE(nn.Module):
         """The frozen backbone stays in evaluation mode, also in training."""
         super().train(mode)
         if self.config.classification_only:
-            self.setvae.eval(), self.history.eval()
+            self.setvae.eval()
+            self.history.eval()
         return self
 
     def fused(self, mu, logvar):
         """z that goes to the Transformer, [..., d]. Without parameters (classification only): with w =
-        sigmoid(1 - mean(std)), w * mu * (1 + 0.05 tanh(std)) + (1 - w) * mu; in full training the learned gate; mu
-        alone where the config says so."""
+        sigmoid(1 - mean(std)), w * mu * (1 + 0.05 tanh(std)) + (1 - w) * mu; in full training the learned
+        gate; mu alone where the config says so."""
         if not self.config.fuse:
             return mu
         if not self.config.classification_only:
@@ -795,24 +820,28 @@ class SeqSetVAE(nn.Module):
         return w * mu * (1 + 0.05 * torch.tanh(std)) + (1 - w) * mu
 
     def _extract_enhanced_features(self, h, slots, key_value=None):
-        """Features from h [B, L, d] alone at the sets `slots` [B, Q], from no later set: stable
-        [B, Q, d] = 0.7 * last + 0.3 * attention pool, or multiscale [B, Q, 4d] = last, attention pool, mean, max. Full
-        training: before them a projection [B, Q, d] of mean, max and learned attention pool, whose keys and values are
-        `key_value` [B, L, 2d] (None: yet to be projected)."""
-        last = at_slots(h, slots)                                                                     # [B, Q, d]
-        attention, pools = attention_pool(h, last, slots), []
-        if self.config.features == "multiscale" or not self.config.classification_only:
-            pools = prefix_moments(h, slots)[:2]                                                      # mean, max
-        features = [last, attention, *pools] if self.config.features == "multiscale" else [0.7 * last + 0.3 * attention]
-        if not self.config.classification_only:
-            key_value = self.feature_fusion.attention_pool.project_key_value(h) if key_value is None else key_value
-            pools = [*pools, self.feature_fusion(key_value, last, slots)]
-            features.insert(0, self.feature_projection(torch.cat(pools, dim=-1)))
+        """Features from h [B, L, d] alone at the sets `slots` [B, Q], from no later set: stable [B, Q, d] =
+        0.7 * last + 0.3 * attention pool, or multiscale [B, Q, 4d] = last, attention pool, mean, max. Full
+        training: before them a projection [B, Q, d] of mean, max and learned attention pool, whose keys and
+        values are `key_value` [B, L, 2d] (None: yet to be projected)."""
+        config, last = self.config, at_slots(h, slots)                                            # [B, Q, d]
+        attention = attention_pool(h, last, slots)
+        if config.features == "multiscale" or not config.classification_only:
+            pools = prefix_moments(h, slots)[:2]                                                  # mean, max
+        if config.features == "multiscale":
+            features = [last, attention, *pools]
+        else:
+            features = [0.7 * last + 0.3 * attention]
+        if not config.classification_only:
+            if key_value is None:
+                key_value = self.feature_fusion.attention_pool.project_key_value(h)
+            pooled = self.feature_fusion(key_value, last, slots)
+            features.insert(0, self.feature_projection(torch.cat([*pools, pooled], dim=-1)))
         return torch.cat(features, dim=-1)
 
     def encode(self, batch: EventBatch):
-        """mu, logvar, fused z and h, each [B, L, d]; in full training, as in pretraining, of stays with events dropped
-        and sets hidden from the history at random."""
+        """mu, logvar, fused z and h, each [B, L, d]; in full training, as in pretraining, of stays with
+        events dropped and sets hidden from the history at random."""
         mu, logvar = self.setvae.encode(batch, self.config.drop_events if self.setvae.training else 0.0)
         z = shown = self.fused(mu, logvar)
         if self.setvae.training and self.config.hide_sets:
@@ -825,8 +854,8 @@ class SeqSetVAE(nn.Module):
         return self.head_input(z.float(), h.float(), batch.point_slot, exact)
 
     def head_input(self, z, h, slots, exact, pool=None):
-        """The head input [B, Q, F] at the sets `slots` [B, Q]: what z and h [B, L, d] tell, and there the `summaries`
-        of what was measured (None: it is not told); pool: the learned pool's keys and values, see
+        """The head input [B, Q, F] at the sets `slots` [B, Q]: what z and h [B, L, d] tell, and there the
+        `summaries` of what was measured (None: it is not told); pool: the learned pool's keys and values, see
         `_extract_enhanced_features`."""
         features = [self._extract_enhanced_features(h, slots, pool)]
         if self.config.features == "multiscale":
@@ -857,8 +886,8 @@ class SeqSetVAE(nn.Module):
         return torch.cat([plain, ((rest - self.feature_mean) / self.feature_std).clamp(-5, 5)], dim=-1)
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
-        """features [..., F], as `features` gives them -> logits [..., classes]: in training the head's alone (no
-        gradient passes a tree), in evaluation the mean with its trees', which have `trees_share`."""
+        """features [..., F], as `features` gives them -> logits [..., classes]: in training the head's alone
+        (no gradient passes a tree), in evaluation the mean with its trees', which have `trees_share`."""
         x = self.standardise(features)
         logits = self.cls_head(x)
         if hasattr(self, "hidden_head"):
@@ -867,7 +896,8 @@ class SeqSetVAE(nn.Module):
                                                                               self.trees_share)
 
     def tree_input(self, x):
-        """x [..., F], standardised -> what the trees see of it, the exact summaries: no training changes them."""
+        """x [..., F], standardised -> what the trees see of it, the exact summaries: no training changes
+        them."""
         return x[..., x.shape[-1] - self.feature_sizes()["summaries"]:]
 
     def forward(self, batch: EventBatch, losses: bool = False):
@@ -881,28 +911,5 @@ class SeqSetVAE(nn.Module):
         logits = self.classify(self._features_of(z, h, batch))
         question = self.setvae.ask(batch) if self.config.decoder == "readout" else None
         terms = sequence_losses(self.setvae, getattr(self, "history_readout", None), h, batch, question)
-        return {"logits": logits, "reconstruction": sum(terms.values()).mean(), "kl": self.setvae.kl(mu, logvar, batch)}
-
-
-def attention_pool(h, last, slots):
-    """Parameter-free: mean of h_t up to a point's set, weighted by softmax(h_t . h_last): h [B, L, d], last [B, Q, d]
-    of the sets at slots [B, Q] -> [B, Q, d]. A block of points after another: of a long stay asked at each set [Q, L]
-    is too much."""
-    position = torch.arange(h.shape[1], device=h.device)
-    pooled = []
-    for queries, ends in zip(last.split(QUERY_BLOCK, dim=1), slots.split(QUERY_BLOCK, dim=1)):
-        score = (queries @ h.mT).masked_fill(position > ends[..., None], -math.inf)                   # [B, block, L]
-        pooled.append(score.softmax(-1) @ h)
-    return torch.cat(pooled, dim=1)
-
-
-def prefix_moments(x, slots):
-    """Mean, maximum, minimum and standard deviation over the sets of each stay up to the sets `slots`:
-    x [B, L, c], slots [B, Q] -> four of [B, Q, c]."""
-    count = (slots + 1)[..., None]
-    mean = at_slots(x.cumsum(1), slots) / count
-    centre = at_slots(x, slots[:, -1:])                                             # squares cancel less around a value
-    shifted = x - centre
-    shift = at_slots(shifted.cumsum(1), slots) / count
-    spread = (at_slots(shifted.square().cumsum(1), slots) / count - shift.square()).clamp(min=0)
-    return [mean, at_slots(x.cummax(1).values, slots), at_slots(x.cummin(1).values, slots), (spread + 1e-8).sqrt()]
+        reconstruction, kl = sum(terms.values()).mean(), self.setvae.kl(mu, logvar, batch)
+        return {"logits": logits, "reconstruction": reconstruction, "kl": kl}

@@ -151,7 +151,9 @@ def test_the_time_bias_learns_in_pretraining():
 def test_long_stays_in_blocks_of_queries_equal_the_whole(monkeypatch):
     model, seen = build(SeqSetVAEPretrain, tiny()), []
     for longest in (1024, 4):
-        monkeypatch.setattr("model.LONG_STAY", longest), monkeypatch.setattr("model.QUERY_BLOCK", 3)
+        for name, size in {"model.LONG_STAY": longest, "model.QUERY_BLOCK": 3,
+                           "history_statistics.POINT_BLOCK": 3}.items():
+            monkeypatch.setattr(name, size)
         batch, first = batch_of(random_stays()), model(batch_of(random_stays()), 1e-3)
         model.zero_grad()
         first["loss"].backward()
