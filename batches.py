@@ -29,8 +29,7 @@ class EventSets:
 
     @classmethod
     def of_one(cls, variable: torch.Tensor, value: torch.Tensor) -> "EventSets":
-        """A single set: variable [E], value [E], 0 where the event has none. Without events it is a cell of
-        padding."""
+        """A single set: variable [E], value [E] (0: none). Without events it is a cell of padding."""
         cell = torch.arange(max(1, len(value)), device=value.device)
         return cls(variable, cell[:len(value)], value, [(1, len(cell))], cell, cell[:1, None])
 
@@ -187,8 +186,7 @@ class StayDataset(torch.utils.data.Dataset):
         return EventBatch(groups=groups, **{name: torch.from_numpy(array) for name, array in arrays.items()})
 
     def _groups(self, size: np.ndarray, events: int) -> tuple[list, np.ndarray, np.ndarray]:
-        """The groups of sets of these sizes, `token_event`, and the sets in the groups' order (without the
-        padding)."""
+        """The groups of sets of these sizes, `token_event`, and the real sets in the groups' order."""
         first, sets = np.cumsum(size) - size, len(size)
         width_class = np.searchsorted(self.widths, size)
         group_set = np.argsort(width_class, kind="stable")
@@ -271,8 +269,7 @@ class StayDataset(torch.utils.data.Dataset):
 
 
 def round_up(n: int) -> int:
-    """The next size with at most four leading significant bits: at most 12.5% larger, eight sizes an
-    octave."""
+    """The next size with four significant bits at most: no more than 12.5% larger, eight sizes an octave."""
     step = 1 << max(0, int(n).bit_length() - 4)
     return -(-int(n) // step) * step
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from sklearn.ensemble import GradientBoostingClassifier, HistGradientBoostingClassifier
 
-from model import FEATURES, SeqSetVAE
-from settings import check_settings, setting
+from model import SeqSetVAE
+from settings import FEATURES, check_settings, setting
 
 
 @dataclass

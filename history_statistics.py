@@ -1,5 +1,4 @@
-"""The exact statistics of what a stay showed so far: one implementation for the loss, the head and the
-bedside."""
+"""Exact statistics of what a stay showed so far: one implementation for loss, head and bedside."""
 
 import math
 from typing import NamedTuple
@@ -123,8 +122,7 @@ def hours_since(batch: EventBatch, slots, column, width: int) -> torch.Tensor:
 
 
 class RunningStatistics:
-    """The statistics of n variables of one stay, one set after another: those of `statistics_at` at the
-    last."""
+    """The statistics of `statistics_at` at the last set of one stay, kept up to date set after set."""
 
     def __init__(self, n: int, device):
         self.latest, self.first = torch.zeros(2, 1, 1, n, device=device)
@@ -212,8 +210,7 @@ def at_slots(x, slots):
 
 
 def measured_at(batch: EventBatch, slots, column, width: int) -> torch.Tensor:
-    """[B, Q, width] 1 where a set asked for measured a variable, else 0; the arguments are those of
-    `statistics_at`."""
+    """[B, Q, width]: 1 where an asked set measured a variable, else 0; arguments as in `statistics_at`."""
     (stays, asked), length = slots.shape, batch.minute.shape[1]
     interval = interval_of(slots, length)                                                             # [B, L]
     exact = F.pad(slots, (0, 1), value=-1).gather(1, interval) == torch.arange(length, device=slots.device)
@@ -228,7 +225,7 @@ class Question(NamedTuple):
 
     slots: torch.Tensor       # [B, Q] positions of sets, ascending; L where padding
     real: torch.Tensor        # [B, Q] bool, no padding
-    column: torch.Tensor      # [B, D] place among the n of each of the stay's variables, n where it is left out
+    column: torch.Tensor      # [B, D] place among the n of each of the stay's variables, n: left out
     held: torch.Tensor        # [B, n] bool: the variable is no padding
     measured: torch.Tensor    # [B, Q, n] 1 where the set measured it
     absent: torch.Tensor      # [B, o] bool: the stay does not hold this one of the others

@@ -13,7 +13,6 @@ of the padded groups of sets; V variables in all, K of the head; d latent_dim, w
 key_dim, m inducing points."""
 
 import math
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -22,114 +21,19 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from batches import EventBatch, EventSets
-from data import InputError
 from history_statistics import (FUTURE_STATISTICS, HISTORY_STATISTICS, Question, ask, at_slots,
                                 attention_pool, hours_since, prefix_moments, real_sets, statistics_at,
                                 summaries, summary_features, variables_of)
-from settings import check_settings, setting
+from settings import ModelConfig
 from tasks import BoostedTrees
 
 
-FEATURES = ("stable", "multiscale")  # what the head hears of h and z: one vector, or eight
-
-
-@dataclass
-class ModelConfig:
-    """Everything that decides the shapes and the objective of a model; travels in its checkpoint.
-
-    Scopes of its settings: "derived" (from the data and other settings: not to be set), "head" (finetuning sets them,
-    see FinetuneConfig), "pretrain" (only pretraining sets it), "loose" (whatever a backbone was pretrained with, it can
-    be finetuned with another value); all others are fixed when the backbone is pretrained."""
-
-    num_variables: int = setting(scope="derived")  # V, size of the vocabulary
-    input_dim: int = 64             # width of the vocabulary's (frozen) vectors
-    latent_dim: int = 192           # d, of a set's posterior and of the Transformer
-    # Set encoder
-    reduced_dim: int = 64           # r
-    set_dim: int = 128              # w, its width up to the posterior
-    levels: int = setting(1, high=256)  # ISAB levels
-    set_heads: int = 2
-    inducing: int = setting(4, high=256)  # m
-    mab_residual: bool = True       # True: MAB of Lee et al. 2019; False: of the original SeqSetVAE, without residuals
-    presence: bool = True           # learned term that says *that* a variable was measured, whatever its value
-    # History
-    layers: int = setting(3, high=256)
-    heads: int = 6
-    ff_dim: int = 768
-    dropout: float = setting(0.0, high=1, scope="loose")
-    slope_per_head: bool = True     # one slope of the time bias a head, or a single one
-    # Decoder and objective. "readout": each variable's value, presence and history; "slots": a set of points, compared
-    # by the Chamfer distance
-    decoder: str = setting("readout", choices=("readout", "slots"))
-    key_dim: int = 64               # r, of the key by which a read-out asks for a variable
-    # Of a stay's sets, at most this many are asked for presence, history and future: of more a sample
-    asked_sets: int = setting(64, scope="loose")
-    asked_variables: int = setting(96, scope="loose")  # of a stay, at most, by the same rule
-    # A sample of variables that the stay does not hold, asked whether they were measured
-    other_variables: int = setting(128, high=2**20, scope="loose")
-    learned_seeds: bool = True      # slots decoder: learned slot seeds, or pure noise as in the original
-    noise_std: float = setting(0.3, scope="loose")  # noise on learned seeds, in training
-    sample_z: bool = True           # readout: each set also decoded from its own sampled z: logvar then has a meaning
-    # Share of the sets that pretraining and full training hide from the Transformer
-    hide_sets: float = setting(0.1, high=1, scope="loose")
-    drop_events: float = setting(0.1, high=1, scope="pretrain")  # share of the events that are hidden from the encoder
-    max_beta: float = setting(1e-4, scope="loose")  # weight of the KL after its warm-up
-    free_bits: float = setting(0.0, scope="loose")  # KL below free_bits * d costs nothing
-    logvar_bonus: float = setting(0.0, scope="loose")  # the original's -0.1 * mean(logvar)
-    # Classifier (SeqSetVAE)
-    classes: int = setting(2, high=256, scope="derived")
-    classification_only: bool = setting(True, scope="derived")  # frozen backbone; False: full training
-    fuse: bool = setting(True, scope="head")  # mu and logvar fused, or mu alone
-    features: str = setting("stable", choices=FEATURES, scope="head")
-    summaries: bool = setting(False, scope="head")  # exact summaries of the stay beside the learned features
-    head_variables: int = setting(0, low=0, scope="derived")  # K, how many variables the summaries speak of
-    # Hidden widths of the head; None: the original's d, d/2, d/4
-    head_widths: tuple | None = setting(None, items=(int,), low=1, high=2**12, scope="head")
-    # Full training: width of a hidden layer beside the head, whose logits are added
-    hidden_width: int | None = setting(None, high=2**12, scope="head")
-    # Boosted trees of the summaries, which have a share of the head's logits
-    head_trees: int | None = setting(None, high=2**12, scope="derived")
-    tree_depth: int = setting(4, high=8, scope="head")
-
-    def __post_init__(self):
-        """Refuse what no model can be, before memory is allocated for it: a config may come from a stranger's
-        checkpoint."""
-        check_settings(self)
-        if (self.latent_dim % (2 * self.heads) or self.set_dim % self.set_heads
-                or self.decoder == "slots" and self.latent_dim % self.set_heads):
-            raise InputError(f"model config: latent_dim {self.latent_dim} is odd or no multiple of heads {self.heads}, "
-                             f"or set_dim {self.set_dim} (slots: latent_dim too) of set_heads {self.set_heads}")
-        if self.weights > 2**30:
-            raise InputError(f"model config: sizes of about {self.weights:.0e} weights; 1e9 is the most")
-
-    @property
-    def weights(self) -> int:
-        """About how many weights such a model has: one to two times their number."""
-        d, v, widest = self.latent_dim, self.num_variables, max(self.latent_dim, self.set_dim)
-        weights = (d * (self.layers * (4 * d + 2 * self.ff_dim) + 16 * self.key_dim + self.reduced_dim)
-                   + self.levels * widest * (40 * widest + 2 * self.inducing)
-                   + self.input_dim * (2 * self.reduced_dim + self.key_dim + v) + v * self.key_dim)
-        head = (10 * d + summary_features(self.head_variables), *(self.head_widths or ()), self.classes)
-        return weights + head[0] * (self.hidden_width or d) + sum(n * m for n, m in zip(head, head[1:]))
-
-    @classmethod
-    def original(cls, num_variables: int, **sizes) -> "ModelConfig":
-        """The original implementation's architecture and objective (section 5 of its description),
-        for comparison and its checkpoints."""
-        return cls(num_variables, **{**dict(
-            input_dim=768, reduced_dim=256, set_dim=256, latent_dim=256, levels=2, inducing=16, set_heads=2, layers=4,
-            heads=8, ff_dim=512, dropout=0.1, mab_residual=False, presence=False, slope_per_head=False, decoder="slots",
-            learned_seeds=False, sample_z=False, hide_sets=0.0, drop_events=0.0, max_beta=0.05, free_bits=0.1,
-            logvar_bonus=0.1), **sizes})
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Attention blocks
 # ------------------------------------------------------------------------------------------------------------
 
 class Attention(nn.Module):
-    """Multi-head attention with the parameter names of `nn.MultiheadAttention`,
-    on fused scaled-dot-product attention."""
+    """Fused multi-head attention with the parameter names of `nn.MultiheadAttention`."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -223,27 +127,8 @@ class ISAB(nn.Module):
         return self.mab2(x, summary, [(s, n, m) for s, n in groups])
 
 
-class Cache:
-    """Rows [1, L, width] of the sets of a stay, with room for more: one is added without copying those
-    before."""
-
-    def __init__(self, width: int, like: torch.Tensor):
-        self.room = like.new_empty(1, 8, width)
-        self.rows = self.room[:, :0]
-
-    def append(self, x: torch.Tensor) -> torch.Tensor:
-        """x [1, n, width] -> all rows so far."""
-        first, end = self.rows.shape[1], self.rows.shape[1] + x.shape[1]
-        while end > self.room.shape[1]:
-            self.room = torch.cat([self.room, self.room], dim=1)
-        self.room[:, first:end] = x
-        self.rows = self.room[:, :end]
-        return self.rows
-
-
 class TransformerLayer(nn.Module):
-    """Pre-norm layer with the parameter names of `nn.TransformerEncoderLayer` (whose evaluation fast path
-    misreads a float mask)."""
+    """Pre-norm layer, its parameters named as in `nn.TransformerEncoderLayer` (which misreads a mask)."""
 
     def __init__(self, dim: int, heads: int, ff_dim: int, dropout: float):
         super().__init__()
@@ -252,7 +137,7 @@ class TransformerLayer(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
-    def forward(self, x, bias, past: Cache | None = None):
+    def forward(self, x, bias, past=None):
         """x [B, n, d] of the last n of L sets; bias [B, heads or 1, n, L], or of long stays the function that
         gives its rows (see `attend_in_blocks`); past: keys and values of the L - n sets before, to which
         those of these are added (None: n is L)."""
@@ -332,8 +217,7 @@ class ReadoutDecoder(nn.Module):
         self.measured = nn.Sequential(nn.Linear(d, 2 * d), nn.GELU(), nn.Linear(2 * d, r))
 
     def forward(self, code, keys):
-        """code [B, L, d], keys [n, r], or [B, n, r] of each stay's own variables -> values, logits [B, L,
-        n]."""
+        """code [B, L, d], keys [n, r], or [B, n, r] of each stay's variables -> values, logits [B, L, n]."""
         return self.value(code) @ keys.mT, self.measured(code) @ keys.mT
 
 
@@ -351,8 +235,7 @@ class SlotPooling(nn.Module):
 
 
 class SlotLevel(nn.Module):
-    """One attentive bottleneck level: ISAB over the slots so far, then pooling to new slots around the
-    seeds."""
+    """An attentive bottleneck level: ISAB over the slots so far, then pooling to new slots at the seeds."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -365,8 +248,7 @@ class SlotLevel(nn.Module):
 
 
 class SlotDecoder(nn.Module):
-    """From a code and the number of events: a set of points in the reduced space (the attentive bottleneck
-    decoder of the original)."""
+    """The original's decoder: from a code and a number of events to a set of points in the reduced space."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -434,15 +316,13 @@ def chamfer_loss(reconstruction, x, batch: EventBatch):
 
 
 def statistics_loss(told, true, exists):
-    """Smooth L1 of the statistics told by a readout, mean over those that exist: all [B, Q, k, n] -> [B,
-    Q]."""
+    """Returns the mean smooth L1 error of a readout's statistics that exist: [B, Q, k, n] -> [B, Q]."""
     error = F.smooth_l1_loss(told.float(), true, reduction="none") * exists
     return error.sum((2, 3)) / exists.sum((2, 3)).clamp(min=1)
 
 
 class HistoryReadout(nn.Linear):
-    """What h_t must tell of a variable, linearly: the stay's history so far, and, as a forecast, its
-    future."""
+    """What h_t must tell linearly of each variable: its history so far and, as a forecast, its future."""
 
     def __init__(self, config: ModelConfig):
         statistics = len(HISTORY_STATISTICS) + len(FUTURE_STATISTICS)
@@ -562,8 +442,7 @@ class SetVAE(nn.Module):
         return {"value": value, "measured": self._measured_loss(code, question)}
 
     def _measured_loss(self, code, question: Question):
-        """Cross-entropy of whether each variable of the question was measured in each of its sets,
-        the plain mean: [B]."""
+        """Mean cross-entropy of whether each variable of the question was measured in each set, [B]."""
         query = self.decoder.measured(at_slots(code, question.slots)).float()                     # [B, Q, r]
         held = question.held[:, None]                                                             # [B, 1, n]
         with torch.autocast("cuda" if query.is_cuda else "cpu", enabled=False):
@@ -592,8 +471,7 @@ class SetVAE(nn.Module):
 # ------------------------------------------------------------------------------------------------------------
 
 class History(nn.Module):
-    """Causal Transformer over the sets of a stay, with an additive bias that falls with the time between two
-    sets."""
+    """Causal Transformer over the sets of a stay; a bias falls with the time between two sets."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -617,7 +495,7 @@ class History(nn.Module):
         future = torch.full(apart.shape[-2:], -math.inf, device=minute.device).triu(1 + first)
         return torch.addcmul(future, self.slope.abs().view(-1, 1, 1), distance, value=-1)
 
-    def forward(self, z, minute, past: list[Cache] | None = None):
+    def forward(self, z, minute, past: list | None = None):
         """z [B, n, d] of the last n sets, minute [B, L] of all -> h [B, n, d]. Later sets never reach earlier
         ones; a stay's padding lies after its last set. past: of every layer, see `TransformerLayer`."""
         n, length = z.shape[1], minute.shape[1]
@@ -678,8 +556,7 @@ def hide_sets(z, mask_token, share: float):
 
 def sequence_losses(setvae: SetVAE, readout: HistoryReadout | None, h, batch: EventBatch,
                     question: Question | None) -> dict:
-    """What h [B, L, d] must tell: each set's reconstruction and, with the readout decoder, history and
-    future: name -> [B]."""
+    """The losses of h [B, L, d], name -> [B]: reconstruction and, with the readouts, history and future."""
     terms = setvae.reconstruction_losses(h, batch, question)
     if question:
         terms |= readout.losses(h, batch, question)
@@ -710,8 +587,7 @@ class GatedFusion(nn.Module):
     """Learned fusion of mu and std (full training): g * A(mu) + (1 - g) * B(std), g = sigmoid(W [A(mu);
     B(std)]), times 1 + 0.1 * c(std).
 
-    Starts as mu (A the identity, B zero, g near 1), so that a pretrained Transformer meets what it was
-    trained on."""
+    It starts as mu (A the identity, B zero, g near 1), on which the Transformer was pretrained."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -792,15 +668,14 @@ class SeqSetVAE(nn.Module):
                 parameter.requires_grad_(not name.startswith(self.BACKBONE))
 
     def feature_sizes(self) -> dict[str, int]:
-        """Number of head inputs: that reach it as they are (the trained projection), or standardised (the
-        others)."""
+        """Numbers of head inputs: the trained projection is "plain", the others are standardised."""
         config, d = self.config, self.config.latent_dim
         return {"plain": 0 if config.classification_only else d,
                 "learned": 8 * d if config.features == "multiscale" else d,
                 "summaries": summary_features(config.head_variables) if config.summaries else 0}
 
     def train(self, mode: bool = True):
-        """The frozen backbone stays in evaluation mode, also in training."""
+        """Keep the frozen backbone in evaluation mode."""
         super().train(mode)
         if self.config.classification_only:
             self.setvae.eval()
@@ -896,13 +771,11 @@ class SeqSetVAE(nn.Module):
                                                                               self.trees_share)
 
     def tree_input(self, x):
-        """x [..., F], standardised -> what the trees see of it, the exact summaries: no training changes
-        them."""
+        """x [..., F], standardised -> its exact summaries: the trees see what no training changes."""
         return x[..., x.shape[-1] - self.feature_sizes()["summaries"]:]
 
     def forward(self, batch: EventBatch, losses: bool = False):
-        """logits, see `classify`; or what full training needs,
-        see `losses` (by way of `forward`, which DistributedDataParallel calls)."""
+        """Logits, see `classify`; or `losses`, because DistributedDataParallel calls `forward` alone."""
         return self.losses(batch) if losses else self.classify(self.features(batch))
 
     def losses(self, batch: EventBatch) -> dict[str, torch.Tensor]:

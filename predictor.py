@@ -20,7 +20,7 @@ from data import (Cohort, InputError, build_cohort, describe_questions, make_spl
                   stays_with, with_points)
 from history_statistics import RunningStatistics, at_slots, summaries
 from metrics import AHEAD, of_challenge_2019
-from model import Cache, SeqSetVAE
+from model import SeqSetVAE
 from readers import cohort_of_frame, read_map
 from runs import (choose_device, evaluation_batches, from_rank_0, gathered, loader, printable, progress,
                   read_cohort, summed)
@@ -198,6 +198,24 @@ class Predictor:
         `features_at`."""
         probability = probability_of(self.model.classify(self.features_at(state, minute))[0])[0]
         return float(probability) if state.known else math.nan
+
+
+class Cache:
+    """Rows [1, L, width] of the sets of a stay, with room for more: one is added without copying those
+    before."""
+
+    def __init__(self, width: int, like: torch.Tensor):
+        self.room = like.new_empty(1, 8, width)
+        self.rows = self.room[:, :0]
+
+    def append(self, x: torch.Tensor) -> torch.Tensor:
+        """x [1, n, width] -> all rows so far."""
+        first, end = self.rows.shape[1], self.rows.shape[1] + x.shape[1]
+        while end > self.room.shape[1]:
+            self.room = torch.cat([self.room, self.room], dim=1)
+        self.room[:, first:end] = x
+        self.rows = self.room[:, :end]
+        return self.rows
 
 
 @dataclass

@@ -1,5 +1,5 @@
 """The mechanism of settings: each is a field of a dataclass, whose metadata serve the command line, the checks and the
-records of a run. The options that both commands share are declared at the end."""
+records of a run. The options that both commands share and the settings of the model are declared at the end."""
 
 import argparse
 import ast
@@ -8,6 +8,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from pathlib import Path
 
 from data import InputError
+from history_statistics import summary_features
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -156,3 +157,103 @@ def data_options(settings) -> dict:
     """Those of DataSettings that are given."""
     own = {f.name for f in fields(DataSettings)}
     return {name: value for name, value in vars(settings).items() if name in own and value is not None}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The model's settings
+# ------------------------------------------------------------------------------------------------------------
+
+FEATURES = ("stable", "multiscale")  # what the head hears of h and z: one vector, or eight
+
+
+@dataclass
+class ModelConfig:
+    """Everything that decides the shapes and the objective of a model; travels in its checkpoint.
+
+    Scopes of its settings: "derived" (from the data and other settings: not to be set), "head" (finetuning
+    sets them, see FinetuneConfig), "pretrain" (only pretraining sets it), "loose" (whatever a backbone was
+    pretrained with, it can be finetuned with another value); all others are fixed when the backbone is
+    pretrained."""
+
+    num_variables: int = setting(scope="derived")  # V, size of the vocabulary
+    input_dim: int = 64             # width of the vocabulary's (frozen) vectors
+    latent_dim: int = 192           # d, of a set's posterior and of the Transformer
+    # Set encoder
+    reduced_dim: int = 64           # r
+    set_dim: int = 128              # w, its width up to the posterior
+    levels: int = setting(1, high=256)  # ISAB levels
+    set_heads: int = 2
+    inducing: int = setting(4, high=256)  # m
+    mab_residual: bool = True       # MAB of Lee et al. 2019; False: the original SeqSetVAE's, without residuals
+    presence: bool = True           # learned term that says *that* a variable was measured
+    # History
+    layers: int = setting(3, high=256)
+    heads: int = 6
+    ff_dim: int = 768
+    dropout: float = setting(0.0, high=1, scope="loose")
+    slope_per_head: bool = True     # one slope of the time bias a head, or a single one
+    # Decoder and objective. "readout": each variable's value, presence and history; "slots": a set of points,
+    # compared by the Chamfer distance
+    decoder: str = setting("readout", choices=("readout", "slots"))
+    key_dim: int = 64               # r, of the key by which a read-out asks for a variable
+    # Of a stay's sets, at most this many are asked for presence, history and future: of more a sample
+    asked_sets: int = setting(64, scope="loose")
+    asked_variables: int = setting(96, scope="loose")  # of a stay, at most, by the same rule
+    # A sample of variables that the stay does not hold, asked whether they were measured
+    other_variables: int = setting(128, high=2**20, scope="loose")
+    learned_seeds: bool = True      # slots decoder: learned slot seeds, or pure noise as in the original
+    noise_std: float = setting(0.3, scope="loose")  # noise on learned seeds, in training
+    sample_z: bool = True           # readout: each set is also decoded from its own z, which trains logvar
+    # Share of the sets that pretraining and full training hide from the Transformer
+    hide_sets: float = setting(0.1, high=1, scope="loose")
+    # Share of the events that pretraining hides from the encoder
+    drop_events: float = setting(0.1, high=1, scope="pretrain")
+    max_beta: float = setting(1e-4, scope="loose")  # weight of the KL after its warm-up
+    free_bits: float = setting(0.0, scope="loose")  # KL below free_bits * d costs nothing
+    logvar_bonus: float = setting(0.0, scope="loose")  # the original's -0.1 * mean(logvar)
+    # Classifier (SeqSetVAE)
+    classes: int = setting(2, high=256, scope="derived")
+    classification_only: bool = setting(True, scope="derived")  # frozen backbone; False: full training
+    fuse: bool = setting(True, scope="head")  # mu and logvar fused, or mu alone
+    features: str = setting("stable", choices=FEATURES, scope="head")
+    summaries: bool = setting(False, scope="head")  # exact summaries of the stay beside the learned features
+    head_variables: int = setting(0, low=0, scope="derived")  # K, how many variables the summaries speak of
+    # Hidden widths of the head; None: the original's d, d/2, d/4
+    head_widths: tuple | None = setting(None, items=(int,), low=1, high=2**12, scope="head")
+    # Full training: width of a hidden layer beside the head, whose logits are added
+    hidden_width: int | None = setting(None, high=2**12, scope="head")
+    # Boosted trees of the summaries, which have a share of the head's logits
+    head_trees: int | None = setting(None, high=2**12, scope="derived")
+    tree_depth: int = setting(4, high=8, scope="head")
+
+    def __post_init__(self):
+        """Refuse what no model can be, before memory is allocated for it: a config may come from a stranger's
+        checkpoint."""
+        check_settings(self)
+        if (self.latent_dim % (2 * self.heads) or self.set_dim % self.set_heads
+                or self.decoder == "slots" and self.latent_dim % self.set_heads):
+            raise InputError(f"model config: latent_dim {self.latent_dim} is odd or no multiple of heads "
+                             f"{self.heads}, or set_dim {self.set_dim} (slots: latent_dim too) of set_heads "
+                             f"{self.set_heads}")
+        if self.weights > 2**30:
+            raise InputError(f"model config: sizes of about {self.weights:.0e} weights; 1e9 is the most")
+
+    @property
+    def weights(self) -> int:
+        """About how many weights such a model has: one to two times their number."""
+        d, v, widest = self.latent_dim, self.num_variables, max(self.latent_dim, self.set_dim)
+        weights = (d * (self.layers * (4 * d + 2 * self.ff_dim) + 16 * self.key_dim + self.reduced_dim)
+                   + self.levels * widest * (40 * widest + 2 * self.inducing)
+                   + self.input_dim * (2 * self.reduced_dim + self.key_dim + v) + v * self.key_dim)
+        head = (10 * d + summary_features(self.head_variables), *(self.head_widths or ()), self.classes)
+        return weights + head[0] * (self.hidden_width or d) + sum(n * m for n, m in zip(head, head[1:]))
+
+    @classmethod
+    def original(cls, num_variables: int, **sizes) -> "ModelConfig":
+        """The original implementation's architecture and objective (section 5 of its description), for
+        comparison and its checkpoints."""
+        return cls(num_variables, **dict(
+            input_dim=768, reduced_dim=256, set_dim=256, latent_dim=256, levels=2, inducing=16, set_heads=2,
+            layers=4, heads=8, ff_dim=512, dropout=0.1, mab_residual=False, presence=False,
+            slope_per_head=False, decoder="slots", learned_seeds=False, sample_z=False, hide_sets=0.0,
+            drop_events=0.0, max_beta=0.05, free_bits=0.1, logvar_bonus=0.1) | sizes)
