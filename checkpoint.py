@@ -19,6 +19,7 @@ from model import ModelConfig, SeqSetVAE
 from readers import read_map
 from settings import DataSettings
 from tables import write_atomically
+from tasks import Task
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -303,7 +304,7 @@ class Checkpoint:
             raise InputError(f"{self.path}: not a finetuned checkpoint; make one with: "
                              f"python train.py --mode finetune --pretrained_ckpt {self.path}")
         with torch.random.fork_rng(devices=[]):  # the weights that a module draws are overwritten
-            model = SeqSetVAE(self.config, self.vocabulary)
+            model = SeqSetVAE(self.config, self.vocabulary, Task.from_state(self.task, self.path))
         weights = self.weights
         if self.original:  # what only training used is left out; a buffer that it does not know keeps its value
             own = model.state_dict()

@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from sklearn.ensemble import GradientBoostingClassifier, HistGradientBoostingClassifier
 
 from model import SeqSetVAE
@@ -75,21 +74,6 @@ def epochs_of_steps(steps: int, stays: int, batch_size: int, most: int) -> int:
     """Epochs that make so many steps, but `most` at most: what is learned follows the steps, of which a large cohort
     has many an epoch."""
     return min(most, math.ceil(steps / math.ceil(stays / batch_size)))
-
-
-def classification_loss(logits, answer, config: FinetuneConfig, weight=None, total=None) -> torch.Tensor:
-    """Focal loss (Lin et al. 2017, eq. 5) or label-smoothed cross-entropy: logits [..., classes], answer [..., 1] (NaN:
-    none), weight [...] (None: 1 where there is an answer) -> [], the mean over points: their sum over `total` (None:
-    that of the weights)."""
-    logits, label = logits.float().flatten(0, -2), answer.nan_to_num(nan=-1).long().flatten()
-    weight = (label >= 0).float() if weight is None else weight.flatten()
-    if config.loss == "cross_entropy":
-        loss = F.cross_entropy(logits, label, label_smoothing=config.label_smoothing, ignore_index=-1, reduction="none")
-    else:
-        log_p = logits.log_softmax(-1).gather(1, label.clamp(min=0)[:, None]).squeeze(1)   # of the true class
-        alpha = torch.where(label == 1, config.focal_alpha, 1 - config.focal_alpha)
-        loss = -alpha * (1 - log_p.exp()) ** config.focal_gamma * log_p
-    return (weight * loss).sum() / (weight.sum() if total is None else total)
 
 
 def head_penalty(model: SeqSetVAE, config: FinetuneConfig, points: int) -> torch.Tensor:

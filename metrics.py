@@ -3,10 +3,7 @@
 import itertools
 
 import numpy as np
-from sklearn.metrics import (average_precision_score, brier_score_loss, confusion_matrix, f1_score,
-                             precision_recall_curve, roc_auc_score)
-
-from data import Cohort
+from sklearn.metrics import (average_precision_score, brier_score_loss, confusion_matrix, f1_score, roc_auc_score)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -180,21 +177,6 @@ def group_figures(stays, label, probability, measures: dict) -> dict:
     """The size of a group and, where it holds both classes, its measures."""
     size = {"stays": len(np.unique(stays)), "points": len(label), "positive": int(label.sum())}
     return size | (with_intervals(stays, label, probability, measures) if 0 < label.sum() < len(label) else {})
-
-
-def ranking(cohort: Cohort, points: np.ndarray, probability: np.ndarray) -> dict:
-    """AUROC and AUPRC of the validation points, and the probability from which one counts as positive: of the best F1,
-    or, where the labels are those of the challenge 2019, of its best utility."""
-    stay, minute, label = cohort.point_stay[points], cohort.point_minute[points], cohort.label[points]
-    precision, recall, thresholds = precision_recall_curve(label, probability)
-    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
-    result = {"val_auc": float(roc_auc_score(label, probability)),
-              "val_auprc": float(average_precision_score(label, probability)),
-              "threshold": float(thresholds[f1[:-1].argmax()])}
-    if of_challenge_2019(stay, minute, label):
-        since = hours_since_onset(stay, minute, label)
-        result["threshold"], result["val_utility"] = best_utility_threshold(stay, since, probability)
-    return result
 
 
 def best_shares(log_odds: np.ndarray, label: np.ndarray, steps: int = 10) -> np.ndarray:

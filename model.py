@@ -25,7 +25,7 @@ from history_statistics import (FUTURE_STATISTICS, HISTORY_STATISTICS, Question,
                                 attention_pool, hours_since, prefix_moments, real_sets, statistics_at,
                                 summaries, summary_features, variables_of)
 from settings import ModelConfig
-from tasks import BoostedTrees
+from tasks import BoostedTrees, Task
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -630,8 +630,9 @@ class SeqSetVAE(nn.Module):
 
     BACKBONE = ("setvae.", "history.", "history_readout.", "mask_token")
 
-    def __init__(self, config: ModelConfig, vocabulary: torch.Tensor):
+    def __init__(self, config: ModelConfig, vocabulary: torch.Tensor, task: Task = Task()):
         super().__init__()
+        self.task = task
         self.config, d = config, config.latent_dim
         self.setvae = SetVAE(config, vocabulary)
         self.history = History(config)

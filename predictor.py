@@ -196,8 +196,8 @@ class Predictor:
     def ask(self, state: "Bedside", minute: float) -> float:
         """The probability at `minute`, NaN where the checkpoint knows no variable of the stay so far; see
         `features_at`."""
-        probability = probability_of(self.model.classify(self.features_at(state, minute))[0])[0]
-        return float(probability) if state.known else math.nan
+        answer = self.model.task.answer(self.model.classify(self.features_at(state, minute))[0])
+        return float(answer[0, 0]) if state.known else math.nan
 
 
 class Cache:
@@ -289,14 +289,9 @@ def history_at_points(model: SeqSetVAE, batch: EventBatch) -> torch.Tensor:
 
 
 def probability_at(model: SeqSetVAE, dataset: StayDataset, points: np.ndarray, device) -> np.ndarray:
-    """Probability of the positive class at every point, [n] float64."""
+    """The first answer at every point, [n] float64."""
     logits = encode_points(model, dataset, points, device, through=model.classify)
-    return probability_of(logits)
-
-
-def probability_of(logits: torch.Tensor) -> np.ndarray:
-    """logits [n, 2] -> [n] float64."""
-    return logits.float().softmax(-1)[:, 1].cpu().double().numpy()
+    return model.task.answer(logits)[:, 0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

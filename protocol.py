@@ -36,14 +36,14 @@ from history_statistics import summary_features
 from metrics import (best_shares, best_utility_threshold, bootstrap, hours_since_onset, interval, logit,
                      normalised_utility, of_challenge_2019, stay_utilities, utility_draws)
 from model import ModelConfig, SeqSetVAE, SeqSetVAEPretrain
-from predictor import CPU, Predictor, encode_points, open_checkpoint, probability_at, probability_of
+from predictor import CPU, Predictor, encode_points, open_checkpoint, probability_at
 from readers import load_cohort
 from runs import CHECKPOINTS, choose_device, keep_freed_memory, read_cohort
 from settings import DataSettings, changed, data_options, recorded
 from tables import clear_write_error, write_atomically
-from tasks import label_subset, need_both_classes
+from tasks import Task
 from train import (HeadTraining, PretrainConfig, clip_and_step, finetune, head_epoch, labelled, prepare_head, pretrain,
-                   run_settings, training_points, weigh_trees)
+                   run_settings, weigh_trees)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ def summaries_alone(dataset, variables, train, valid, test, seed: int, device=CP
     """Probabilities at the test points by the default head (linear and trees) on exact summaries of these variables
     (indices in the dataset's vocabulary), trained like that of a frozen backbone on the training stays; valid: the
     points by which it weighs its trees."""
-    points, _ = training_points(dataset.cohort, train, config, seed, 0)
+    points, _ = Task().training_points(dataset.cohort, train, config, seed, 0)
     shape = ModelConfig(len(dataset.normalizer.variables), summaries=True, head_variables=len(variables),
                         head_widths=config.head_widths, **tree_sizes(config, len(points)))
     torch.manual_seed(seed)
@@ -158,7 +158,7 @@ def summaries_alone(dataset, variables, train, valid, test, seed: int, device=CP
     head = HeadTraining(run, train, config, seed, device)
     for epoch in range(head.epochs):
         head.epoch(epoch)
-    weigh_trees(model, encode_points(model, dataset, valid, device), dataset.cohort.label[valid])
+    weigh_trees(model, encode_points(model, dataset, valid, device), dataset.cohort.answers[valid])
     return probability_at(model, dataset, test, device)
 
 
@@ -168,7 +168,7 @@ def without_backbone(dataset, train, valid, test, seed: int, device=CPU,
     valid: see `summaries_alone`."""
     cohort = dataset.cohort
     variables = common_variables(cohort, dataset, train, config.most_variables)
-    points, weight = training_points(cohort, train, config, seed, 0)
+    points, weight = Task().training_points(cohort, train, config, seed, 0)
     own = np.flatnonzero(np.isin(dataset.variable, variables))
     return (hand_made_baselines(cohort, own, points, weight, test)
             | {BASELINES[2]: summaries_alone(dataset, variables, train, valid, test, seed, device, config)})
@@ -184,7 +184,7 @@ def baselines(arguments, checkpoint: Checkpoint, dataset, points) -> dict[str, n
                          f"checkpoint with, as it recorded; leave {'--data_dir' if new else '--baselines'} out")
     config, seed = changed(FinetuneConfig(), checkpoint.run["settings"]), checkpoint.source["seed"]
     share, device = checkpoint.run["options"]["label_fraction"], choose_device(arguments.device, "fp32")[0]
-    train = label_subset(cohort, labelled(cohort, checkpoint.split["train"]), share, seed)
+    train = Task().subset(cohort, labelled(cohort, checkpoint.split["train"]), share, seed)
     valid = labelled_points(cohort, stays_of(cohort, checkpoint.split["valid"]))
     methods = without_backbone(dataset, train, valid, points, seed, device, config)
     with tempfile.TemporaryDirectory() as folder:
@@ -231,7 +231,8 @@ def protocol(given: dict, splits: list, seeds: list, methods: list, fractions: l
         raise InputError(f"--methods {' '.join(methods)}: measured with all labels alone; add 1 to --fractions")
     for home, data, seed in turns:
         cohort = read_cohort(data)
-        need_both_classes(cohort, split := make_splits(cohort, seed))
+        split = make_splits(cohort, seed)
+        Task().check(cohort, split)
         if (checkpoint := home / "pretrain" / "best.pt").exists():
             kept = Checkpoint.open(checkpoint)
             then, now = kept.source, {"data": recorded(DataSettings(**data)), "fingerprint": cohort.fingerprint,
@@ -297,7 +298,8 @@ def predict_baselines(checkpoint: Path, home: Path, seed: int, fraction: float, 
         return
     opened, cohort = open_checkpoint(checkpoint, given)
     dataset, split = opened.dataset(cohort), opened.split
-    train, points = label_subset(cohort, labelled(cohort, split["train"]), fraction, seed), scored_points(cohort, split)
+    train = Task().subset(cohort, labelled(cohort, split["train"]), fraction, seed)
+    points = scored_points(cohort, split)
     valid = labelled_points(cohort, stays_of(cohort, split["valid"]))
     for method, probability in without_backbone(dataset, train, valid, points, seed).items():
         with finished(folder_of(home, method, fraction)) as partial:
@@ -493,7 +495,7 @@ def classifier_pass(task, epochs, how, config, batches, dataset, device):
             with torch.amp.autocast(device.type, torch.bfloat16, enabled=how == "bf16"):
                 features = encode_points(model, dataset, stays, device)  # a stay's one point has the stay's number
         if task == INFERENCE:
-            return probability_of(model.classify(features))
+            return model.task.answer(model.classify(features))
         prepare_head(model, features, answer, weight, settings, seed=0)
         for epoch in range(1 if how == PLAIN_LOOP else epochs):
             order = epoch_batches(np.ones(len(stays)), settings.batch_size, 0, epoch)

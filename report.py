@@ -12,8 +12,7 @@ import torch
 from checkpoint import Checkpoint, label_digest
 from data import InputError, labelled_points, make_splits, point_slots, stay_event_index, stays_of, stays_with
 from history_statistics import real_sets
-from metrics import (CHECKPOINT, FEW, mean_of_logits, of_challenge_2019, ranking, score_figures,
-                     sepsis_figures)
+from metrics import CHECKPOINT, FEW, mean_of_logits
 from plots import (LABEL_NAMES, picture_folder, plot_calibration, plot_curves, plot_decision, plot_features,
                    plot_ranking, plot_trajectory)
 from predictor import (Predictor, answered_points, encode_points, find_stay, history_at_points, influence, probability_at,
@@ -122,9 +121,11 @@ def performance(arguments, baselines=None) -> None:
         print(f"not scored: {len(strange):,} labelled points, as nothing that the checkpoint knows lies before them "
               f"(stay {named} at minute {cohort.point_minute[strange[0]]:g})")
     points = np.intersect1d(points, answered)
-    label = cohort.label[points].astype(int)
-    unscored = len(np.unique(label)) < 2 and (f"{cohort.reader}: the stays to be scored hold one class or none "
-                                              f"({len(stays_with(cohort, points))} stays: {what}); AUROC needs both")
+    label, task = cohort.label[points], model.task
+    unscored = task.lacking(cohort.answers[points])
+    if unscored:
+        unscored = (f"{cohort.reader}: the stays to be scored hold {unscored} ({len(stays_with(cohort, points))} stays: "
+                    f"{what}); AUROC needs both classes")
     if unscored and not (arguments.predictions or arguments.embeddings or arguments.trajectory):
         raise InputError(f"{unscored}; --predictions needs no label")
     stays = cohort.point_stay[points]
@@ -156,9 +157,10 @@ def performance(arguments, baselines=None) -> None:
             asked = np.union1d(valid, points)
             told = baselines(arguments, checkpoint, dataset, asked)
             methods |= {name: p[np.searchsorted(asked, points)] for name, p in told.items()}
-            thresholds |= {name: ranking(cohort, valid, p[np.searchsorted(asked, valid)])["threshold"]
-                           for name, p in told.items()}
-        figures |= {"scored": what, **score_figures(stays, label, methods, threshold, arguments.sensitivity, groups)}
+            at_valid = np.searchsorted(asked, valid)
+            thresholds |= {name: task.validation(cohort, valid, p[at_valid, None])["threshold"] for name, p in told.items()}
+        figures |= {"scored": what,
+                    **task.figures(cohort, points, methods, thresholds, arguments.sensitivity, groups)}
         if not others:
             figures["model"] = model_figures(model, dataset, np.unique(stays), device)
         best = f"best {'utility' if 'val_utility' in checkpoint.metrics else 'F1'} of the validation split"
@@ -166,9 +168,7 @@ def performance(arguments, baselines=None) -> None:
         print_figures(figures, "no threshold was recorded" if checkpoint.original else best)
         if groups:
             print_subgroups(figures)
-        hours = stays, cohort.point_minute[points], label
-        if of_challenge_2019(*hours):
-            figures["sepsis"] = {name: sepsis_figures(*hours, p, thresholds[name]) for name, p in methods.items()}
+        if "sepsis" in figures:
             print_sepsis(figures["sepsis"])
     if stay is not None:
         figures["trajectory"] = risk_over_time(model, dataset, stay, device)

@@ -32,18 +32,17 @@ from batches import StayDataset, common_variables, epoch_batches, split_batch
 from checkpoint import Checkpoint, maps_of, splits_beside
 from data import (Cohort, InputError, Normalizer, at_every_set, describe_questions, hours_asked, labelled_points, make_splits, stays_of,
                   stays_with, variable_vectors, variables_of)
-from finetune_config import (FinetuneConfig, boosted_trees, classification_loss, cosine, epochs_of_steps,
+from finetune_config import (FinetuneConfig, boosted_trees, cosine, epochs_of_steps,
                              full_optimizer, head_optimizer, head_penalty, tree_sizes)
 from history_statistics import real_sets
-from metrics import best_shares, ranking
 from model import ModelConfig, SeqSetVAE, SeqSetVAEPretrain
-from predictor import encode_points, open_checkpoint, probability_of
+from predictor import encode_points, open_checkpoint
 from runs import (PRECISIONS, Run, Signals, choose_device, data_parallel, end_rank, evaluation_loader,
                   exit_code, from_rank_0, gathered, join_ranks, loader, progress, read_cohort, source_of,
                   summed)
 from settings import (SEED, SHARE, Parser, SharedSettings, changed, check_settings, data_options, option, recorded,
                       setting, value_of)
-from tasks import label_subset, need_both_classes
+from tasks import Task
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -482,9 +481,10 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
         raise InputError(f"{arguments.split_file or arguments.label_file or cohort.reader}: the split tests "
                          f"{len(leaks)} subjects ({', '.join(leaks[:3])} ...) that {arguments.pretrained_ckpt} was "
                          "pretrained or selected on; pretrain with this split and these labels")
-    need_both_classes(cohort, {name: split[name] for name in ("train", "valid")})
+    task = Task()
+    task.check(cohort, {name: split[name] for name in ("train", "valid")})
     train, valid = labelled(cohort, split["train"]), labelled(cohort, split["valid"])
-    train = label_subset(cohort, train, arguments.label_fraction, arguments.seed)
+    train = task.subset(cohort, train, arguments.label_fraction, arguments.seed)
     checkpoint = checkpoint.completed(cohort, train, arguments.set_heads, arguments.transformer_heads)
     if checkpoint.original and not cohort.vectors.shape[1]:
         print("warning: no cached.csv lies in the data: the original checkpoint was trained on other variable vectors "
@@ -493,9 +493,9 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
     print(dataset.describe_known())
 
     torch.manual_seed(arguments.seed)
-    learned, _ = training_points(cohort, train, config, arguments.seed, 0)
+    learned, _ = task.training_points(cohort, train, config, arguments.seed, 0)
     listed = common_variables(cohort, dataset, stays_of(cohort, split["train"]), config.most_variables)
-    model = new_classifier(arguments, config, checkpoint, listed, len(learned)).to(device)
+    model = new_classifier(arguments, task, config, checkpoint, listed, len(learned)).to(device)
     trainable, total = parameter_counts(model)
     print(f"model: SeqSetVAE, {'full training' if full else 'frozen backbone'}, {trainable:,} of {total:,} parameters "
           f"trainable ({trainable / total:.2%}); {device}, {dtype}".replace("torch.", ""))
@@ -508,10 +508,10 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
     source["pretrained_ckpt"] = str(arguments.pretrained_ckpt)
     source["pretrained"] = from_rank_0(
         lambda: hashlib.sha256(Path(arguments.pretrained_ckpt).read_bytes()).hexdigest()[:16])
-    untrained = {"val_auc": -1.0, "val_auprc": -1.0, "epoch": 0, "threshold": 0.5}
-    run = Run(arguments, config, model, dataset, split, source, best=untrained, seen=checkpoint.subjects,
-              kept={"maps": maps_of(data), "asked_at": data.get("hours") or hours_asked(cohort, learned)})
-    counts = [f"{len(stays):,} {name} ({(cohort.stay_label[stays] == 1).sum():,} positive)"
+    run = Run(arguments, config, model, dataset, split, source, best={"epoch": 0, **task.untrained},
+              seen=checkpoint.subjects, kept={"task": task.state_dict(), "maps": maps_of(data),
+                                              "asked_at": data.get("hours") or hours_asked(cohort, learned)})
+    counts = [f"{len(stays):,} {name} ({task.count(cohort, stays)})"
               for name, stays in (("train", train), ("valid", valid))]
     print(f"split: {', '.join(counts)}, {len(split['test']):,} test stays"
           f"{' of the checkpoint' if split is kept else '' if told else f' (seed {split_seed})'}; run folder "
@@ -523,19 +523,18 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
     else:
         train_head(config, run, train, asked, arguments.seed, device)
     weighed = "" if model.trees is None else ", on stays that also set the trees' share"
-    return run.finish(f"validation AUROC {run.best['val_auc']:.4f}, AUPRC {run.best['val_auprc']:.4f}{weighed}",
-                      ["test_suite.py", "--checkpoint"])
+    return run.finish(f"{task.describe(run.best)}{weighed}", ["test_suite.py", "--checkpoint"])
 
 
-def new_classifier(arguments, config: FinetuneConfig, checkpoint: Checkpoint, listed: np.ndarray,
+def new_classifier(arguments, task: Task, config: FinetuneConfig, checkpoint: Checkpoint, listed: np.ndarray,
                    points: int) -> SeqSetVAE:
     """The model to be finetuned, with the checkpoint's backbone or an untrained one of its sizes; listed [K]: the
     variables of which its head is told; points: from how many it learns. Raises InputError where weights of the
     backbone are missing."""
     head = asdict(config) | tree_sizes(config, points)
-    head |= {"classification_only": not arguments.full_training, "head_variables": len(listed),
-             "drop_events": config.full_drop_events}
-    model = SeqSetVAE(changed(checkpoint.config, arguments.changes | head), checkpoint.vocabulary)
+    head |= {"classes": task.outputs, "classification_only": not arguments.full_training,
+             "head_variables": len(listed), "drop_events": config.full_drop_events}
+    model = SeqSetVAE(changed(checkpoint.config, arguments.changes | head), checkpoint.vocabulary, task)
     model.head_variables.copy_(torch.from_numpy(listed))
     if arguments.random_init:
         print("backbone: untrained (--random_init)")
@@ -549,46 +548,30 @@ def new_classifier(arguments, config: FinetuneConfig, checkpoint: Checkpoint, li
     return model
 
 
-def training_points(cohort: Cohort, stays: np.ndarray, config: FinetuneConfig, seed: int, epoch: int):
-    """The labelled points [n] of these stays from which an epoch learns: all of class 1 and, where points are many, a
-    seeded sample of the others; and their weights [n], so that a sampled one stands for those left out."""
-    points = labelled_points(cohort, stays)
-    negative = points[cohort.label[points] == 0]
-    positives = len(points) - len(negative)
-    most = max(1, int(max(config.negatives * positives, config.few_points - positives)))
-    if len(negative) > most:
-        sample = np.random.default_rng([seed, epoch]).choice(negative, most, replace=False)
-        points = np.sort(np.concatenate([points[cohort.label[points] != 0], sample]))
-    weight = np.where(cohort.label[points] == 0, max(1, len(negative) / most), 1)
-    return points, weight.astype(np.float32)
-
-
 @torch.no_grad()
 def prepare_head(model: SeqSetVAE, features, answer, weight, config: FinetuneConfig, seed: int) -> None:
-    """Standardise the head's untrained input with the training points' statistics, start its bias at the log prior of
-    the classes, and fit the trees beside it; features [n, F], answer [n, 1], weight [n]."""
-    label = answer[:, 0].long()
+    """Standardise the head's untrained input with the training points' statistics, start its bias at the task's
+    prior, and fit the trees beside it; features [n, F], answer [n, A], weight [n]."""
     untrained = features[:, features.shape[1] - len(model.feature_mean):]
     model.feature_mean.copy_(untrained.mean(0))
     model.feature_std.copy_(untrained.std(0).clamp(min=1e-6))
-    prior = torch.bincount(label, weights=weight, minlength=model.config.classes) / weight.sum()
-    model.cls_head[-1].bias.copy_(prior.log())
+    model.cls_head[-1].bias.copy_(model.task.prior(answer, weight))
     if model.trees is not None:
-        model.trees.fit(model.tree_input(model.standardise(features)), label, weight,
-                        boosted_trees(config, len(label), seed))
+        model.trees.fit(model.tree_input(model.standardise(features)), answer[:, 0].long(), weight,
+                        boosted_trees(config, len(answer), seed))
 
 
 @torch.no_grad()
-def weigh_trees(model: SeqSetVAE, features, label: np.ndarray) -> None:
-    """Give the trees the share of the logits that is best at these validation points: features [n, F], label [n]; see
-    `best_shares`."""
+def weigh_trees(model: SeqSetVAE, features, answers: np.ndarray) -> None:
+    """Give the trees the share of the logits that is best at these validation points: features [n, F], answers [n, A];
+    see `Task.shares`."""
     if model.trees is None:
         return
-    log_odds = []  # of the head, of the trees
+    logits = []  # of the head, of the trees
     for share in (0, 1):
         model.trees_share.fill_(share)
-        log_odds.append(model.eval().classify(features).diff()[:, 0].cpu().double().numpy())
-    model.trees_share.fill_(best_shares(np.stack(log_odds), label)[1])
+        logits.append(model.eval().classify(features))
+    model.trees_share.fill_(model.task.shares(logits, answers)[1])
 
 
 def head_epoch(model, features, answer, weight, optimizer, config: FinetuneConfig, batches) -> float:
@@ -597,7 +580,7 @@ def head_epoch(model, features, answer, weight, optimizer, config: FinetuneConfi
     total = torch.zeros((), device=features.device)
     for i, batch in enumerate(batches):
         batch = torch.from_numpy(batch).to(features.device)
-        loss = classification_loss(model.classify(features[batch]), answer[batch], config, weight[batch])
+        loss = model.task.loss(model.classify(features[batch]), answer[batch], config, weight[batch])
         ((loss + head_penalty(model, config, len(answer))) / config.accumulation).backward()
         total += loss.detach() * len(batch)
         if (i + 1) % config.accumulation == 0 or i + 1 == len(batches):
@@ -616,7 +599,7 @@ class HeadTraining:
     def __init__(self, run: Run, train: np.ndarray, config: FinetuneConfig, seed: int, device):
         self.run, self.config, self.seed = run, config, seed
         cohort = run.dataset.cohort
-        points, weight = training_points(cohort, train, config, seed, 0)
+        points, weight = run.model.task.training_points(cohort, train, config, seed, 0)
         self.features = encode_points(run.model, run.dataset, points, device)
         self.answer = torch.from_numpy(cohort.answers[points]).to(device)
         self.weight = torch.from_numpy(weight).to(device)
@@ -640,7 +623,7 @@ def train_head(config: FinetuneConfig, run: Run, train, valid, seed: int, device
     run.restore(device, optimizer=head.optimizer)
     for epoch in run.epochs(head.epochs):
         if config.patience and epoch - run.best["epoch"] >= config.patience:
-            print(f"early stop: the validation AUROC has not improved for {config.patience} epochs")
+            print(f"early stop: {run.model.task.best} has not improved for {config.patience} epochs")
             break
         loss = head.epoch(epoch)
         if not math.isfinite(loss):
@@ -653,7 +636,8 @@ def train_everything(arguments, config: FinetuneConfig, run: Run, train, valid, 
     """Full training: the head first, on the backbone as it is; then every parameter on classification + reconstruction
     + KL."""
     model, cohort, epochs = run.model, run.dataset.cohort, config.full_epochs(len(train))
-    learned, labels = training_points(cohort, train, config, arguments.seed, 0)[0], labelled_points(cohort, train)
+    labels = labelled_points(cohort, train)
+    learned, _ = model.task.training_points(cohort, train, config, arguments.seed, 0)
     steps = epochs * math.ceil(len(train) / config.full_batch_size)
     if not run.last:
         head = HeadTraining(run, train, config, arguments.seed, device)
@@ -665,7 +649,7 @@ def train_everything(arguments, config: FinetuneConfig, run: Run, train, valid, 
     optimizer = full_optimizer(model, config)
     training = Training(run, optimizer, config.full_batch_size, arguments.seed, device, dtype)
     for epoch in run.epochs(epochs):
-        points, weight = training_points(cohort, train, config, arguments.seed, epoch)
+        points, weight = model.task.training_points(cohort, train, config, arguments.seed, epoch)
         stays = stays_with(cohort, points)
         weight = weight * (len(stays) / weight.sum())  # 1 a stay, on average
         if config.full_before and len(labels) == len(train):  # one label a stay
@@ -678,8 +662,7 @@ def train_everything(arguments, config: FinetuneConfig, run: Run, train, valid, 
                 with training.autocast():
                     terms = training.parallel(batch, losses=True)
                     logits = terms.pop("logits")
-                    classification = classification_loss(logits, batch.answer, config, batch.weight,
-                                                         total=len(batch))
+                    classification = model.task.loss(logits, batch.answer, config, batch.weight, total=len(batch))
                     unlabelled = terms["reconstruction"] + model.config.max_beta * terms["kl"]
                     loss = (classification + head_penalty(model, config, len(learned))
                             + config.reconstruction_weight * unlabelled)
@@ -691,19 +674,18 @@ def train_everything(arguments, config: FinetuneConfig, run: Run, train, valid, 
 
 
 def evaluate_and_save(run: Run, row: dict, valid, val_features, keep_last: bool) -> None:
-    """The end of an epoch: rank the validation points [n] by their features [n, F]; best.pt is the epoch of the best
-    AUROC (`keep_last`: the last)."""
-    weigh_trees(run.model, val_features, run.dataset.cohort.label[valid])
+    """The end of an epoch: judge the answers at the validation points [n] from their features [n, F]; best.pt is the
+    epoch of the best figure (`keep_last`: the last)."""
+    cohort, task = run.dataset.cohort, run.model.task
+    weigh_trees(run.model, val_features, cohort.answers[valid])
     with torch.no_grad():
         logits = run.model.eval().classify(val_features)
-    row |= ranking(run.dataset.cohort, valid, probability_of(logits))
+    row |= task.validation(cohort, valid, task.answer(logits))
     row = gathered(row)[0]  # all go on from the figures of rank 0, should another's device round otherwise
-    improved = keep_last or row["val_auc"] > run.best["val_auc"]
+    improved = keep_last or row[task.best] > run.best[task.best]
     run.end_of_epoch(row, improved)
-    utility = f", utility {row['val_utility']:.4f}" if "val_utility" in row else ""
-    print(f"epoch {row['epoch']:3d}: loss {row['loss']:.4f}, "
-          f"validation AUROC {row['val_auc']:.4f}{' *' if improved and not keep_last else ''}, "
-          f"AUPRC {row['val_auprc']:.4f}{utility}{skipped(row)}")
+    star = " *" if improved and not keep_last else ""
+    print(f"epoch {row['epoch']:3d}: loss {row['loss']:.4f}, {task.describe(row)}{star}{skipped(row)}")
 
 
 def main(argv=None) -> int:

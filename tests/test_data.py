@@ -15,9 +15,10 @@ import train
 from batches import StayDataset, StaySizes, epoch_batches, group_widths, round_up, sorted_batches, split_batch
 from data import (Cohort, InputError, Normalizer, at_every_set, build_cohort, make_splits, ranges, stays_of,
                   subjects_of, variable_vectors, with_points)
-from finetune_config import FinetuneConfig, classification_loss
+from finetune_config import FinetuneConfig
 from model import SeqSetVAE, SeqSetVAEPretrain
 from readers import load_cohort, synthetic_cohort
+from tasks import Task
 from tests.plain_loop import close, plain_grid
 from tests.tiny import NAMES, PLAIN, PRETRAIN, as_lists, batch_of, build, cohort_of, random_stays, tiny
 from train import clip_and_step
@@ -180,7 +181,7 @@ def test_a_training_step_asks_the_device_for_no_value(mode, decoder):
     else:
         model = build(SeqSetVAE, config).to("meta").train()
         losses = model(batch, losses=True)
-        loss = losses["reconstruction"] + classification_loss(losses["logits"], batch.answer, FinetuneConfig())
+        loss = losses["reconstruction"] + Task().loss(losses["logits"], batch.answer, FinetuneConfig())
     loss.backward()
     optimizer = torch.optim.AdamW(model.parameters())
     norm = clip_and_step(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), 1.0)

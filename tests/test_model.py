@@ -14,12 +14,12 @@ import train
 from batches import StayDataset
 from checkpoint import load_weights
 from data import InputError, labelled_points, stays_of, with_points
-from finetune_config import (MANY_POINTS, FinetuneConfig, boosted_trees, classification_loss, head_penalty,
+from finetune_config import (MANY_POINTS, FinetuneConfig, boosted_trees, head_penalty,
                              tree_sizes)
 from history_statistics import real_sets, statistics_at
 from model import History, ModelConfig, SeqSetVAE, SeqSetVAEPretrain, SetVAE, masked_mean
 from predictor import CPU
-from tasks import BoostedTrees
+from tasks import BoostedTrees, Task
 from tests.plain_loop import close, plain_future, plain_pass, plain_statistics
 from tests.tiny import PLAIN, batch_of, build, cohort_of, encoded, random_stays, tiny
 from train import weigh_trees
@@ -206,7 +206,7 @@ def test_gradients_reach_every_parameter_in_full_training(decoder):
     # a seed with a living ReLU among the gate's 4
     model = build(SeqSetVAE, tiny(classification_only=False, decoder=decoder), seed=3).train()
     losses = model.losses(batch := batch_of(random_stays((4, 6, 9, 5))))
-    (classification_loss(losses["logits"], batch.answer, FinetuneConfig()) + losses["reconstruction"]
+    (Task().loss(losses["logits"], batch.answer, FinetuneConfig()) + losses["reconstruction"]
      + losses["kl"]).backward()
     assert without_gradient(model) == set()
 
@@ -216,7 +216,7 @@ def test_frozen_backbone_stays_in_evaluation_mode_and_only_the_head_trains():
     assert model.cls_head.training and not any(m.training for m in [*model.setvae.modules(), *model.history.modules()])
     assert all(p.requires_grad == name.startswith("cls_head.") for name, p in model.named_parameters())
     batch = batch_of(random_stays())
-    classification_loss(model(batch), batch.answer, FinetuneConfig()).backward()
+    Task().loss(model(batch), batch.answer, FinetuneConfig()).backward()
     assert without_gradient(model) == set()
     assert all(p.grad is None for name, p in model.named_parameters() if not name.startswith("cls_head."))
 
@@ -314,7 +314,7 @@ def test_focal_loss_equals_its_formula():
     p = p[np.arange(6), label]
     expected = -np.where(label == 1, 0.25, 0.75) * (1 - p) ** 2 * np.log(p)  # Lin et al. 2017, eq. 5
     focal = FinetuneConfig(loss="focal", focal_alpha=0.25, focal_gamma=2.0)
-    close(classification_loss(logits, label[:, None].float(), focal).double(), torch.tensor(expected.mean()))
+    close(Task().loss(logits, label[:, None].float(), focal).double(), torch.tensor(expected.mean()))
 
 
 def test_every_hidden_layer_of_the_head_that_is_asked_for_is_built():
@@ -439,9 +439,9 @@ def test_the_trees_have_the_share_that_fits_the_validation_points_best():
     for name, right, share in (("trees", first, 1), ("neither", None, 0.)):
         label = (features[:, right] > 0).long() if right else torch.randint(2, (400,))
         model.cls_head[0].weight.data.zero_(), model.cls_head[0].bias.data.zero_()
-        weigh_trees(model, features, label.numpy())
+        weigh_trees(model, features, label[:, None].numpy())
         assert model.trees_share == share, name
-    weigh_trees(model, features[:12], np.arange(12) // 9)                 # too few to tell
+    weigh_trees(model, features[:12], np.arange(12)[:, None] // 9)                 # too few to tell
     assert model.trees_share == .5
 
 
