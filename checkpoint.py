@@ -1,5 +1,5 @@
-"""A checkpoint: a model with its vocabulary, normalizer, split, settings and source; opened, checked, saved and exported
-here. A file of the original implementation becomes the same object."""
+"""A checkpoint: a model with its vocabulary, normalizer, split, settings and source; opened, checked, saved
+and exported here. A file of the original implementation becomes the same object."""
 
 import hashlib
 import io
@@ -22,25 +22,27 @@ from tables import write_atomically
 from tasks import Task
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The file: plain types and tensors, every entry checked
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 FORMAT = 3  # 2 had none of the optional entries
 _REQUIRED = {"mode": str, "model_config": dict, "model": dict, "vocabulary": torch.Tensor, "normalizer": dict,
              "split": dict, "subjects": dict, "source": dict, "metrics": dict}
 _OPTIONAL = {"run": dict, "task": dict, "maps": dict, "asked_at": float, "calibration": dict, "sites": list,
              "trainer": dict}
-_ENTRIES = {"normalizer": ("variables", "mean", "std", "log_scale", "clip"), "split": SPLITS, "subjects": SPLITS,
-            "metrics": ("epoch",), "source": ("data", "fingerprint", "seed", "command", "versions")}
+_ENTRIES = {"normalizer": ("variables", "mean", "std", "log_scale", "clip"), "split": SPLITS,
+            "subjects": SPLITS, "metrics": ("epoch",),
+            "source": ("data", "fingerprint", "seed", "command", "versions")}
 _DATA = {f.name: (f.type, type(None)) for f in fields(DataSettings) if f.metadata.get("scope") != "call"}
 _SOURCE = {"data": dict, "fingerprint": str, "command": str, "versions": dict, "seed": int}
 _FORGED = "it is damaged or forged: make it again"
 
 
 def _read(path) -> dict:
-    """The content of a file that torch.save wrote; nothing in it is executed. Raises InputError where it cannot be
-    used. What is read takes no more memory than the file has bytes: nothing in it may be packed or overlap."""
+    """The content of a file that torch.save wrote; nothing in it is executed. Raises InputError where it
+    cannot be used. What is read takes no more memory than the file has bytes: nothing in it may be packed or
+    overlap."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
@@ -54,11 +56,13 @@ def _read(path) -> dict:
         raise InputError(f"{path}: no such checkpoint; give the path that train.py printed") from None
     except IsADirectoryError:
         raise InputError(f"{path}: a folder, not a checkpoint; give the best.pt in it") from None
-    except Exception as error:  # torch.load raises many types for damaged files; all mean the same to the user
-        raise InputError(f"{path}: not a readable checkpoint of tensors and plain types ({type(error).__name__}); "
-                         "it may be truncated or of another program: make it again") from None
+    except Exception as error:  # torch.load raises many types for damaged files; all mean the same
+        raise InputError(f"{path}: not a readable checkpoint of tensors and plain types "
+                         f"({type(error).__name__}); it may be truncated or of another program: make it "
+                         "again") from None
     if not isinstance(content, dict) or not content:
-        raise InputError(f"{path}: holds {type(content).__name__}, not a checkpoint; give a file that train.py wrote")
+        raise InputError(f"{path}: holds {type(content).__name__}, not a checkpoint; give a file that "
+                         "train.py wrote")
     return content
 
 
@@ -67,22 +71,27 @@ def _check(content: dict, path) -> None:
     version = content["format"]
     if version not in (2, FORMAT):
         mend = "commit 42f6991 reads it" if version == 1 else "use the version that wrote it"
-        raise InputError(f"{path}: checkpoint format {version}, this version reads {FORMAT}; {mend}, or make it again")
-    if version == 2 and "trainer" in content:
-        raise InputError(f"{path}: the last.pt of an earlier version; commit 96d43df resumes it (its best.pt is read)")
+        raise InputError(f"{path}: checkpoint format {version}, this version reads {FORMAT}; {mend}, or make "
+                         "it again")
+    if version == 2 and content.get("trainer") is not None:
+        raise InputError(f"{path}: the last.pt of an earlier version; commit 96d43df resumes it (its best.pt "
+                         "is read)")
     lacking = [name for name, kind in _REQUIRED.items() if not isinstance(content.get(name), kind)]
     lacking = lacking or [f"{name}[{entry}]" for name, entries in _ENTRIES.items() for entry in entries
                           if entry not in content[name]]
-    lacking += [name for name, kind in _OPTIONAL.items() if not isinstance(content.get(name), (kind, type(None)))]
+    lacking += [name for name, kind in _OPTIONAL.items()
+                if not isinstance(content.get(name), (kind, type(None)))]
     if lacking:
-        raise InputError(f"{path}: a checkpoint without {', '.join(lacking)}; it was not written by train.py: "
-                         "make it again")
+        raise InputError(f"{path}: a checkpoint without {', '.join(lacking)}; it was not written by "
+                         "train.py: make it again")
     source = content["source"]
     threshold = content["metrics"].get("threshold", 0.5)
-    texts = {f"{name} of {part}": ids for name in ("split", "subjects") for part, ids in content[name].items()}
+    texts = {f"{name} of {part}": ids for name in ("split", "subjects")
+             for part, ids in content[name].items()}
     strange = [name for name, ids in texts.items()
                if not isinstance(ids, list) or not all(isinstance(text, str) for text in ids)]
-    strange += [f"{name} of the source" for name, kind in _SOURCE.items() if not isinstance(source[name], kind)]
+    strange += [f"{name} of the source" for name, kind in _SOURCE.items()
+                if not isinstance(source[name], kind)]
     if isinstance(source["data"], dict):
         strange += [f"{str(name)[:40]!r} of the source's data" for name, value in source["data"].items()
                     if type(value) is bool or not isinstance(value, _DATA.get(name, ()))]
@@ -99,11 +108,13 @@ def _check(content: dict, path) -> None:
 
 
 def _config(content: dict, path) -> ModelConfig:
-    """The model config that the file records. Raises InputError where it is none, or is that of other tensors."""
+    """The model config that the file records. Raises InputError where it is none, or is that of other
+    tensors."""
     sizes, vocabulary = content["model_config"], content["vocabulary"]
     if content["mode"] == "pretrain":  # finetuning chooses the features; earlier versions knew others
         sizes = {name: value for name, value in sizes.items() if name != "features"}
-    unknown = sorted(set(sizes) - {f.name for f in fields(ModelConfig)} | {"num_variables"} - set(sizes), key=str)
+    known = {f.name for f in fields(ModelConfig)}
+    unknown = sorted(set(sizes) - known | {"num_variables"} - set(sizes), key=str)
     if unknown:
         raise InputError(f"{path}: unknown or missing entry {unknown[0]!r} in its model config; "
                          "use the version that wrote it")
@@ -112,26 +123,28 @@ def _config(content: dict, path) -> ModelConfig:
     except InputError as error:
         raise InputError(f"{path}: {error}; it is damaged, or of another version") from None
     variables = len(content["normalizer"]["variables"])
-    if not tuple(vocabulary.shape) == (config.num_variables, config.input_dim) == (variables, config.input_dim) or (
-            vocabulary.dtype != torch.float32):
-        raise InputError(f"{path}: its vocabulary {list(vocabulary.shape)}, its normalizer of {variables} variables and "
-                         f"its model config of {config.num_variables} x {config.input_dim} disagree; {_FORGED}")
+    if vocabulary.dtype != torch.float32 or variables != config.num_variables or (
+            vocabulary.shape != (variables, config.input_dim)):
+        raise InputError(f"{path}: its vocabulary {list(vocabulary.shape)}, its normalizer of {variables} "
+                         f"variables and its model config of {config.num_variables} x {config.input_dim} "
+                         f"disagree; {_FORGED}")
     return config
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Weights
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 _WRAPPERS = ("module.", "_orig_mod.", "model.")  # DDP, torch.compile, a LightningModule's attribute
 # Prefix in the original implementation -> ours.
 _ORIGINAL_NAMES = {
-    "setvae.setvae.": "setvae.", "set_encoder.": "setvae.", "decoder.": "setvae.decoder.", "transformer.": "history.",
-    "post_transformer_norm.": "history.norm.", "rel_time_bucket_embed.": "history.gap_embedding.",
+    "setvae.setvae.": "setvae.", "set_encoder.": "setvae.", "decoder.": "setvae.decoder.",
+    "transformer.": "history.", "post_transformer_norm.": "history.norm.",
+    "rel_time_bucket_embed.": "history.gap_embedding.",
     "alibi_slope": "history.slope", "time_tau": "history.tau",
 }
-# No weights of the backbone: the head, what only pretraining and full training use, and the original's second decoder,
-# which never reached a loss.
+# No weights of the backbone: the head, what only pretraining and full training use, and the original's second
+# decoder, which never reached a loss.
 _SKIPPED = ("cls_head.", "trees.", "feature_", "vae_feature_fusion.", "mask_token", "setvae.decoder_layers.",
             "setvae.out.")
 
@@ -140,14 +153,15 @@ def _weights(state, path, original: bool) -> dict[str, torch.Tensor]:
     """A state dict under our names, behind any wrapper's prefix. Raises InputError where it is none."""
     if not isinstance(state, dict) or not state or not all(
             torch.is_tensor(t) and t.layout == torch.strided for t in state.values()):
-        raise InputError(f"{path}: no state dict in it; give a checkpoint that train.py or the original implementation "
-                         "wrote")
+        raise InputError(f"{path}: no state dict in it; give a checkpoint that train.py or the original "
+                         "implementation wrote")
     ours = {}
     for name, tensor in state.items():
         while (prefix := next((p for p in _WRAPPERS if name.startswith(p)), None)):
             name = name[len(prefix):]
         if original and (prefix := next((p for p in _ORIGINAL_NAMES if name.startswith(p)), None)):
-            # The original's sign error kept its bias at zero for the whole past: slope 0 reproduces its outputs.
+            # The original's sign error kept its bias at zero for the whole past: slope 0 reproduces its
+            # outputs.
             tensor = torch.zeros_like(tensor) if prefix == "alibi_slope" else tensor
             name = _ORIGINAL_NAMES[prefix] + name[len(prefix):]
         ours[name] = tensor
@@ -155,17 +169,19 @@ def _weights(state, path, original: bool) -> dict[str, torch.Tensor]:
 
 
 def load_weights(model: SeqSetVAE, state: dict[str, torch.Tensor], path) -> None:
-    """Copy every weight of a checkpoint into the model of its config. Raises InputError where they disagree."""
+    """Copy every weight of a checkpoint into the model of its config. Raises InputError where they
+    disagree."""
     own = model.state_dict()
     wrong = sorted(own.keys() ^ state.keys()) + [name for name in own.keys() & state.keys()
                                                  if own[name].shape != state[name].shape
                                                  or own[name].dtype != state[name].dtype]
     if wrong:
-        raise InputError(f"{path}: weight {wrong[0]} is missing, unknown or of another shape or type than its model "
-                         "config says; use the version that wrote it")
+        raise InputError(f"{path}: weight {wrong[0]} is missing, unknown or of another shape or type than "
+                         "its model config says; use the version that wrote it")
     model.load_state_dict(state)
     trees = getattr(model, "trees", None)
-    if trees is not None and not 0 <= trees.feature.min() <= trees.feature.max() < model.feature_sizes()["summaries"]:
+    if trees is not None and not (
+            0 <= trees.feature.min() <= trees.feature.max() < model.feature_sizes()["summaries"]):
         raise InputError(f"{path}: its trees ask for features that the model does not have; {_FORGED}")
 
 
@@ -192,16 +208,17 @@ class WeightReport:
         return "\n".join(lines)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The checkpoint
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 HASHED = "sha256:"
 
 
 @dataclass
 class Checkpoint:
-    """All that a file of train.py holds. One of the original implementation has weights alone until `completed`."""
+    """All that a file of train.py holds. One of the original implementation has weights alone until
+    `completed`."""
 
     path: str | Path
     mode: str                               # pretrain or finetune
@@ -209,14 +226,14 @@ class Checkpoint:
     weights: dict[str, torch.Tensor]        # under our names
     vocabulary: torch.Tensor | None         # [V, input_dim]
     normalizer: Normalizer | None
-    split: dict = field(default_factory=dict)     # stay ids (or hashes, see `salted`) of train, valid and test
+    split: dict = field(default_factory=dict)    # stay ids (or hashes, see `salted`) of train, valid and test
     subjects: dict = field(default_factory=dict)  # the same of subjects
     source: dict = field(default_factory=dict)    # see `runs.source_of`
     metrics: dict = field(default_factory=dict)   # of the epoch; of a finetuned one with its threshold
     run: dict | None = None                 # options and settings of the run; an export has none
     task: dict | None = None                # what was asked, see tasks.py
     maps: dict | None = None                # "variables": {source: (name, factor, offset)}, "positive": word
-    asked_at: float | None = None           # hours after admission, where all training questions share one time
+    asked_at: float | None = None         # hours after admission, where all training questions share one time
     calibration: dict | None = None
     sites: list | None = None
     trainer: dict | None = None             # of a last.pt, see `runs.Run`
@@ -235,11 +252,12 @@ class Checkpoint:
             hours = content["source"]["data"].get("hours")
             rest["asked_at"] = hours if content["mode"] == "finetune" else None
         config, weights = _config(content, path), _weights(content["model"], path, original=False)
-        # A forged config may ask for more than the file holds: at most four times as much is built, and 16 MB.
+        # A forged config may ask for more than the file holds: at most four times as much is built, and 16
+        # MB.
         held = sum(tensor.untyped_storage().nbytes() for tensor in weights.values())
         if 4 * config.weights > 4 * held + 2**24:
-            raise InputError(f"{path}: its model config asks for about {config.weights:.0e} weights, which the file does "
-                             f"not hold; {_FORGED}")
+            raise InputError(f"{path}: its model config asks for about {config.weights:.0e} weights, which "
+                             f"the file does not hold; {_FORGED}")
         return cls(path, config=config, weights=weights, vocabulary=content["vocabulary"],
                    normalizer=Normalizer.from_state(content["normalizer"], path), **rest)
 
@@ -260,33 +278,38 @@ class Checkpoint:
         return cls(path, "finetune" if finetuned else "pretrain", None, weights, None, None, {}, {}, source,
                    {"epoch": content.get("epoch"), "threshold": 0.5}, original=True)
 
-    def completed(self, cohort: Cohort, stays: np.ndarray, set_heads=None, transformer_heads=None) -> "Checkpoint":
-        """One of the original implementation with what its data give: the variables' vectors, and their statistics in
-        these stays. Every size is read off the weights' shapes. The numbers of heads leave no trace in a shape: they
-        are given, or come from its hyper_parameters. Another checkpoint is returned as it is."""
+    def completed(self, cohort: Cohort, stays: np.ndarray, set_heads=None,
+                  transformer_heads=None) -> "Checkpoint":
+        """One of the original implementation with what its data give: the variables' vectors, and their
+        statistics in these stays. Every size is read off the weights' shapes. The numbers of heads leave no
+        trace in a shape: they are given, or come from its hyper_parameters. Another checkpoint is returned as
+        it is."""
         if not self.original:
             return self
         names = {"reduced": "setvae.dim_reducer.weight", "embed": "setvae.embed.0.weight",
                  "inducing": "setvae.encoder_layers.0.inducing", "ff": "history.layers.0.linear1.weight",
                  "decoder": "setvae.decoder.out.weight"}
-        if lacking := [name for name in names.values() if name not in self.weights or self.weights[name].dim() != 2]:
-            raise InputError(f"{self.path}: no {lacking[0]} in its state dict; give a checkpoint of train.py, or the "
-                             "whole model of the original implementation")
+        if lacking := [name for name in names.values()
+                       if name not in self.weights or self.weights[name].dim() != 2]:
+            raise InputError(f"{self.path}: no {lacking[0]} in its state dict; give a checkpoint of "
+                             "train.py, or the whole model of the original implementation")
         shape = {size: self.weights[name].shape for size, name in names.items()}
         heads = {"set_heads": set_heads or self.source["heads"][0],
                  "heads": transformer_heads or self.source["heads"][1]}
         for (name, number), option in zip(heads.items(), ("--set_heads", "--transformer_heads")):
             if type(number) is not int or number < 1:
-                raise InputError(f"{self.path}: a bare state dict does not tell its numbers of attention heads; "
-                                 f"give {option} (the original's default: {getattr(ModelConfig.original(1), name)})")
+                raise InputError(f"{self.path}: a bare state dict does not tell its numbers of attention "
+                                 f"heads; give {option} (the original's default: "
+                                 f"{getattr(ModelConfig.original(1), name)})")
             if shape["embed"][0] % number:
-                raise InputError(f"{self.path}: {number} heads do not divide its width of {shape['embed'][0]}; "
-                                 f"correct {option}")
-        levels, layers = (len({name[len(prefix):].split(".")[0] for name in self.weights if name.startswith(prefix)})
-                          for prefix in ("setvae.encoder_layers.", "history.layers."))
-        sizes = dict(input_dim=shape["reduced"][1], reduced_dim=shape["reduced"][0], set_dim=shape["embed"][0],
-                     latent_dim=shape["embed"][0], inducing=shape["inducing"][0], ff_dim=shape["ff"][0], levels=levels,
-                     layers=layers)
+                raise InputError(f"{self.path}: {number} heads do not divide its width of "
+                                 f"{shape['embed'][0]}; correct {option}")
+        levels, layers = (
+            len({name[len(prefix):].split(".")[0] for name in self.weights if name.startswith(prefix)})
+            for prefix in ("setvae.encoder_layers.", "history.layers."))
+        sizes = dict(input_dim=shape["reduced"][1], reduced_dim=shape["reduced"][0],
+                     set_dim=shape["embed"][0], latent_dim=shape["embed"][0], inducing=shape["inducing"][0],
+                     ff_dim=shape["ff"][0], levels=levels, layers=layers)
         try:
             config = ModelConfig.original(len(cohort.variables), **heads, **sizes)
         except InputError as error:
@@ -295,18 +318,18 @@ class Checkpoint:
                        vocabulary=variable_vectors(cohort.variables, config.input_dim, cohort.vectors),
                        source=self.source | {"fingerprint": cohort.fingerprint})
 
-    # ---- the model ---------------------------------------------------------------------------------------------------
+    # ---- the model -----------------------------------------------------------------------------------------
 
     def classifier(self) -> SeqSetVAE:
-        """The finetuned model, in evaluation mode. Raises InputError where it is not finetuned, or its weights are
-        others than its config says."""
+        """The finetuned model, in evaluation mode. Raises InputError where it is not finetuned, or its
+        weights are others than its config says."""
         if self.mode != "finetune":
             raise InputError(f"{self.path}: not a finetuned checkpoint; make one with: "
                              f"python train.py --mode finetune --pretrained_ckpt {self.path}")
         with torch.random.fork_rng(devices=[]):  # the weights that a module draws are overwritten
             model = SeqSetVAE(self.config, self.vocabulary, Task.from_state(self.task, self.path))
         weights = self.weights
-        if self.original:  # what only training used is left out; a buffer that it does not know keeps its value
+        if self.original:  # what only training used is left out; a buffer that it lacks keeps its value
             own = model.state_dict()
             learned = (*SeqSetVAE.BACKBONE, "cls_head.")
             weights = {name: tensor for name, tensor in own.items() if not name.startswith(learned)} | {
@@ -330,27 +353,28 @@ class Checkpoint:
                 report.loaded.append(name)
         return report
 
-    # ---- the data ----------------------------------------------------------------------------------------------------
+    # ---- the data ------------------------------------------------------------------------------------------
 
     def data_settings(self, given: dict) -> dict:
-        """The options with which its data are read: those given, else its own. Of other data than its own only the
-        names and units (`maps`) are, and the word that is label 1. Labels that are given replace its own."""
+        """The options with which its data are read: those given, else its own. Of other data than its own
+        only the names and units (`maps`) are, and the word that is label 1. Labels that are given replace its
+        own."""
         own, maps = self.source["data"], self.maps or {}
         if "data_dir" in given:
             own = {}
         elif {"label_file", "task"} & set(given):
             own = {name: value for name, value in own.items() if name not in ("label_file", "task")}
-        kept = {option: maps[name] for name, option in (("variables", "variables_map"), ("positive", "positive"))
-                if name in maps}
+        options = {"variables": "variables_map", "positive": "positive"}
+        kept = {options[name]: value for name, value in maps.items()}
         data = own | kept | given
         if data.get("data_dir", "") is None:
-            raise InputError(f"{self.path}: an exported checkpoint, which does not tell where its data lie; give "
-                             "--data_dir")
+            raise InputError(f"{self.path}: an exported checkpoint, which does not tell where its data lie; "
+                             "give --data_dir")
         return data
 
     def asked(self, cohort: Cohort, given: dict = {}) -> Cohort:
-        """The cohort asked where its training questions were, if that is one time and --hours is not given. Labels that
-        have times of their own keep them."""
+        """The cohort asked where its training questions were, if that is one time and --hours is not given.
+        Labels that have times of their own keep them."""
         if self.asked_at is None or "hours" in given:
             return cohort
         asked = at_hours(cohort, self.asked_at)
@@ -361,13 +385,13 @@ class Checkpoint:
         maps, lines = self.maps or {}, []
         if "variables" in maps and "variables_map" not in given:
             renamed = [f"{source} as {name}" for source, (name, *_) in maps["variables"].items()]
-            lines.append(f"checkpoint: kept from --variables: {', '.join(renamed[:4])}{' ...' * (len(renamed) > 4)} "
-                         "(--variables none drops it)")
+            lines.append("checkpoint: kept from --variables: "
+                         f"{', '.join(renamed[:4])}{' ...' * (len(renamed) > 4)} (--variables none drops it)")
         if "positive" in maps and "positive" not in given:
             lines.append(f"checkpoint: kept from --positive: {maps['positive']}")
         if self.asked_at is not None and "hours" not in given:
-            lines.append(f"checkpoint: asked {self.asked_at:.4g} hours after admission, as in training, where labels "
-                         "have no times of their own (--hours end: at the end)")
+            lines.append(f"checkpoint: asked {self.asked_at:.4g} hours after admission, as in training, "
+                         "where labels have no times of their own (--hours end: at the end)")
         return lines
 
     def is_new(self, cohort: Cohort) -> bool:
@@ -376,8 +400,8 @@ class Checkpoint:
 
     def recognising(self, cohort: Cohort) -> "Checkpoint":
         """The same with the cohort's ids in place of their hashes; an id without a match is kept as it is."""
-        salts = {name.split(":")[1] for parts in (self.split, self.subjects) for ids in parts.values() for name in ids
-                 if name.startswith(HASHED)}
+        salts = {name.split(":")[1] for parts in (self.split, self.subjects) for ids in parts.values()
+                 for name in ids if name.startswith(HASHED)}
         ids = np.union1d(cohort.subject, cohort.stay_id).tolist() if salts else []
         known = {salted(salt, name): name for salt in salts for name in ids}
         split, subjects = ({part: [known.get(name, name) for name in ids] for part, ids in parts.items()}
@@ -389,14 +413,15 @@ class Checkpoint:
         dataset = StayDataset(cohort, self.normalizer, points=True)
         if len(dataset.unknown_variables) == len(cohort.variables):
             named = ", ".join(cohort.variables[:5])
-            raise InputError(f"{self.path}: its vocabulary holds none of the data's variables ({named} ...); pretrain "
-                             "on this data, or rename its variables")
+            raise InputError(f"{self.path}: its vocabulary holds none of the data's variables ({named} ...); "
+                             "pretrain on this data, or rename its variables")
         return dataset
 
     def known_part(self, cohort: Cohort, new: bool) -> np.ndarray:
-        """[P] code of the part in which it knows each stay, -1 where it does not. By the subject's name, by the stay's
-        where it or the data name no patients, and in its own data (not `new`), where labels may name patients that
-        were not known then. All stays of a subject are in the first of train, valid, test."""
+        """[P] code of the part in which it knows each stay, -1 where it does not. By the subject's name, by
+        the stay's where it or the data name no patients, and in its own data (not `new`), where labels may
+        name patients that were not known then. All stays of a subject are in the first of train, valid,
+        test."""
         part, nameless = np.full(len(cohort), -1, dtype=np.int8), cohort.subject == cohort.stay_id
         for code, name in reversed([*enumerate(SPLITS)]):
             subjects = self.subjects.get(name, [])
@@ -405,60 +430,63 @@ class Checkpoint:
             part[np.isin(cohort.subject, cohort.subject[mine])] = code
         return part
 
-    # ---- the file ----------------------------------------------------------------------------------------------------
+    # ---- the file ------------------------------------------------------------------------------------------
 
     @property
     def record(self) -> dict:
         """What the config.json beside it says too."""
-        return {"mode": self.mode, "run": self.run, "model_config": asdict(self.config), "source": self.source}
+        return {"mode": self.mode, "run": self.run, "model_config": asdict(self.config),
+                "source": self.source}
 
     def save(self, path) -> None:
         """Write it to a file, whole or not at all."""
-        content = {name: value for name in _OPTIONAL if (value := getattr(self, name)) is not None}
-        content |= {"format": FORMAT, "mode": self.mode, "model_config": asdict(self.config), "model": self.weights,
-                    "vocabulary": self.vocabulary, "normalizer": self.normalizer.state_dict(), "split": self.split,
-                    "subjects": self.subjects, "source": self.source, "metrics": self.metrics}
+        content = {name: getattr(self, name) for name in _OPTIONAL}
+        content |= {"format": FORMAT, **self.record, "model": self.weights, "vocabulary": self.vocabulary,
+                    "normalizer": self.normalizer.state_dict(), "split": self.split,
+                    "subjects": self.subjects, "metrics": self.metrics}
         buffer = io.BytesIO()  # given a path, torch.save would record its name, and not say what went wrong
         torch.save(content, buffer)
         write_atomically(path, lambda out: out.write_bytes(buffer.getbuffer()))
 
     def export(self, path) -> None:
-        """Write a checkpoint of equal predictions that names no stay, subject, path, command or machine. What stands
-        for ids (see `salted`) still tells whom of other data it was trained on, and of its own data the test split."""
+        """Write a checkpoint of equal predictions that names no stay, subject, path, command or machine. What
+        stands for ids (see `salted`) still tells whom of other data it was trained on, and of its own data
+        the test split."""
         if self.original:
-            raise InputError(f"{self.path}: of the original implementation, which records no ids and paths; give it as "
-                             "it is")
+            raise InputError(f"{self.path}: of the original implementation, which records no ids and paths; "
+                             "give it as it is")
         salt, source = secrets.token_hex(8), self.source
         data = {name: source["data"][name] for name in ("hours", "synthetic_stays") if name in source["data"]}
         names = ("seed", "fingerprint", "commit", "versions", "precision", "asked")
         kept = {name: source[name] for name in names if name in source} | {
             "command": "a command that an exported checkpoint does not tell",
             "data": data | ({"data_dir": None} if source["data"].get("data_dir", "") != "" else {})}
-        split, subjects = ({part: sorted(text if text.startswith(HASHED) else salted(salt, text) for text in ids)
-                            for part, ids in parts.items()} for parts in (self.split, self.subjects))
+        split, subjects = (
+            {part: sorted(text if text.startswith(HASHED) else salted(salt, text) for text in ids)
+             for part, ids in parts.items()} for parts in (self.split, self.subjects))
         replace(self, source=kept, split=split, subjects=subjects, run=None, trainer=None).save(path)
         print(f"exported: {path}, without paths and commands; salted hashes stand for the ids of "
               f"{sum(map(len, split.values())):,} stays, names and statistics of the variables are in it")
 
 
 def salted(salt: str, name: str) -> str:
-    """What stands for an id in a checkpoint that shall not hold it (see `Checkpoint.export`). It cannot be read off,
-    but whoever has a list of ids, or can guess them, can tell which are meant."""
+    """What stands for an id in a checkpoint that shall not hold it (see `Checkpoint.export`). It cannot be
+    read off, but whoever has a list of ids, or can guess them, can tell which are meant."""
     return f"{HASHED}{salt}:{hashlib.sha256((salt + name).encode()).hexdigest()[:16]}"
 
 
 def splits_beside(known: np.ndarray, cohort: Cohort, seed: int) -> dict[str, list[str]]:
-    """The split of other data than the checkpoint's: a stay that it knows keeps its part (see `known_part`), so that
-    nobody is tested on who was ever trained on."""
+    """The split of other data than the checkpoint's: a stay that it knows keeps its part (see `known_part`),
+    so that nobody is tested on who was ever trained on."""
     part = known.copy()
     for code, ids in enumerate(make_splits(cohort, seed).values()):
         part[np.isin(cohort.stay_id, ids) & (part < 0)] = code
     return {name: cohort.stay_id[part == code].tolist() for code, name in enumerate(SPLITS)}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Where a checkpoint comes from
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def maps_of(data: dict) -> dict | None:
     """What a checkpoint keeps of these options, see `Checkpoint.maps`."""
@@ -481,13 +509,17 @@ def git_commit() -> str | None:
     home = Path(__file__).resolve().parent
     if not (home / ".git").exists() or not shutil.which("git"):
         return None
-    commit, changes = (subprocess.run(["git", "-C", home, *words], capture_output=True, text=True).stdout.strip()
-                       for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no")))
+
+    def git(*words):
+        return subprocess.run(["git", "-C", home, *words], capture_output=True, text=True).stdout.strip()
+    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
     return f"{commit}{' + changes' if changes else ''}" or None
 
 
 def difference(then: dict, now: dict) -> str:
     """What of the circumstances that decide a run's last bits is not as it was."""
     names = ("fingerprint", "labels", "pretrained", "commit", "device", "precision", "threads", "processes")
-    then, now = ({name: source.get(name) for name in names} | source.get("versions", {}) for source in (then, now))
-    return ", ".join(f"{name} {now[name]} (then {then.get(name)})" for name in now if now[name] != then.get(name))
+    then, now = ({name: source.get(name) for name in names} | source.get("versions", {})
+                 for source in (then, now))
+    return ", ".join(f"{name} {now[name]} (then {then.get(name)})" for name in now
+                     if now[name] != then.get(name))

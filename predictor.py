@@ -1,4 +1,5 @@
-"""A checkpoint that answers: probabilities of a table or a cohort, the risk over one stay, and at the bedside."""
+"""A checkpoint that answers: probabilities of a table or a cohort, the risk over one stay, and at the
+bedside."""
 
 import csv
 import io
@@ -16,8 +17,8 @@ import torch
 import runs
 from batches import EventBatch, EventSets, StayDataset
 from checkpoint import Checkpoint
-from data import (Cohort, InputError, build_cohort, describe_questions, make_splits, point_slots, stay_event_index, stays_of,
-                  stays_with, with_points)
+from data import (Cohort, InputError, build_cohort, describe_questions, make_splits, point_slots,
+                  stay_event_index, stays_of, stays_with, with_points)
 from history_statistics import RunningStatistics, at_slots, summaries
 from metrics import AHEAD, of_challenge_2019
 from model import SeqSetVAE
@@ -28,16 +29,17 @@ from settings import data_options
 from tables import BEYOND, MISSING, TRUTH, Report
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Opened beside its data
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 CPU = torch.device("cpu")
 
 
 def open_checkpoint(path, given: dict = {}) -> tuple[Checkpoint, Cohort]:
-    """A checkpoint, which recognises the ids of its data, and these data, or those given (options, see DATA). The split
-    of an original checkpoint is that of the data's folder, whatever --split says; without one it is empty."""
+    """A checkpoint, which recognises the ids of its data, and these data, or those given (options, see DATA).
+    The split of an original checkpoint is that of the data's folder, whatever --split says; without one it is
+    empty."""
     checkpoint = from_rank_0(lambda: Checkpoint.open(path))
     data = checkpoint.data_settings(given)
     cohort = checkpoint.asked(read_cohort(data), data)
@@ -54,9 +56,9 @@ def open_checkpoint(path, given: dict = {}) -> tuple[Checkpoint, Cohort]:
 class Predictor:
     """A finetuned checkpoint that answers, opened once.
 
-    `events` of its methods: a row an event, with the columns stay_id, minute, variable and value of the long table
-    (see README.md), or a Cohort. A DataFrame may hold what a Parquet file may. What cannot be used raises InputError,
-    or is left out and named in a warning."""
+    `events` of its methods: a row an event, with the columns stay_id, minute, variable and value of the long
+    table (see README.md), or a Cohort. A DataFrame may hold what a Parquet file may. What cannot be used
+    raises InputError, or is left out and named in a warning."""
 
     def __init__(self, checkpoint: Checkpoint | str | Path, device: str = "auto"):
         self.device = choose_device(device, "fp32")[0]
@@ -79,18 +81,19 @@ class Predictor:
             checkpoint = replace(checkpoint, split=checkpoint.split or make_splits(cohort, 0))
             train = stays_of(cohort, checkpoint.split["train"])
             checkpoint = checkpoint.completed(cohort, train, set_heads, transformer_heads)
-        then, now = checkpoint.source.get("asked"), describe_questions(cohort, np.arange(len(cohort.point_minute)))
+        then = checkpoint.source.get("asked")
+        now = describe_questions(cohort, np.arange(len(cohort.point_minute)))
         if then not in (None, now):
             print(f"checkpoint: its training questions lie at {then}; asked now: {now}")
         predictor = cls(checkpoint, device)
         return predictor, checkpoint.dataset(cohort)
 
-    # ---- whole stays -------------------------------------------------------------------------------------------------
+    # ---- whole stays ---------------------------------------------------------------------------------------
 
     def predict(self, events: pd.DataFrame | Cohort) -> pd.DataFrame:
-        """The columns stay_id (text), minute and probability: a row a question. A DataFrame is asked once a stay, in
-        the order of the ids: at its last event, or where all training questions were (`Checkpoint.asked_at`). A stay
-        without an answer has NaN."""
+        """The columns stay_id (text), minute and probability: a row a question. A DataFrame is asked once a
+        stay, in the order of the ids: at its last event, or where all training questions were
+        (`Checkpoint.asked_at`). A stay without an answer has NaN."""
         dataset, ids = self._dataset(events)
         table = pd.DataFrame({"stay_id": pd.Series(ids, dtype=str), "minute": np.nan, "probability": np.nan})
         if dataset is None:
@@ -104,14 +107,15 @@ class Predictor:
         return pd.concat([told, silent]).sort_values("stay_id", ignore_index=True) if len(silent) else told
 
     def trajectory(self, events: pd.DataFrame | Cohort, stay_id: str) -> pd.DataFrame:
-        """The risk of a stay at every minute at which something was charted or a risk is asked for: the columns
-        minute, events and risk."""
+        """The risk of a stay at every minute at which something was charted or a risk is asked for: the
+        columns minute, events and risk."""
         dataset, _ = self._dataset(events)
         told = risk_over_time(self.model, dataset, find_stay(dataset, stay_id), self.device, most=0)
         return pd.DataFrame({name: told[name] for name in ("minute", "events", "risk")})
 
     def embed(self, events: pd.DataFrame | Cohort) -> pd.DataFrame:
-        """h of the last set before each question that has an answer: the columns stay_id, minute, h0, h1, ..."""
+        """h of the last set before each question that has an answer: the columns stay_id, minute, h0, h1,
+        ..."""
         dataset, _ = self._dataset(events)
         cohort, points = dataset.cohort, answered_points(dataset)
         h = encode_points(self.model, dataset, points, self.device, history_at_points).cpu().numpy()
@@ -120,8 +124,8 @@ class Predictor:
         return pd.concat([where, pd.DataFrame(h).add_prefix("h")], axis=1)
 
     def _dataset(self, events: pd.DataFrame | Cohort) -> tuple[StayDataset | None, np.ndarray]:
-        """The events with the checkpoint's vocabulary (None: none is usable), and the ids of all stays. What is left
-        out is named in one warning."""
+        """The events with the checkpoint's vocabulary (None: none is usable), and the ids of all stays. What
+        is left out is named in one warning."""
         report = Report()
         if isinstance(events, Cohort):
             cohort, ids = events, events.stay_id
@@ -133,14 +137,14 @@ class Predictor:
             dataset = StayDataset(cohort, self.checkpoint.normalizer, points=True)
             lines += dataset.describe_known().splitlines()[1:]
             if bare := valueless(dataset):
-                lines.append(f"{sum(bare.values()):,} rows without a value of variables that had numbers in training "
-                             f"(their presence counts): {named(bare)}")
+                lines.append(f"{sum(bare.values()):,} rows without a value of variables that had numbers in "
+                             f"training (their presence counts): {named(bare)}")
         if lines:
             warnings.warn("\n".join(lines), stacklevel=3)
         return dataset, ids
 
-    # ---- at the bedside: equal to the whole pass, one set after another, in a time that grows with the sets before
-    # ---- (O(L d)) and not with the vocabulary
+    # ---- at the bedside: equal to the whole pass, one set after another, in a time that grows with the sets
+    # ---- before (O(L d)) and not with the vocabulary
 
     def start(self) -> "Bedside":
         """A stay without sets."""
@@ -152,37 +156,38 @@ class Predictor:
 
     @torch.no_grad()
     def step(self, state: "Bedside", minute: float, events) -> None:
-        """Append the set charted at `minute`: pairs of a variable's name and its value (NaN: none), or no pair. Raises
-        ValueError where the stay has a later set."""
+        """Append the set charted at `minute`: pairs of a variable's name and its value (NaN: none), or no
+        pair. Raises ValueError where the stay has a later set."""
         if not minute >= state.last:
             raise ValueError(f"a set at minute {minute} after one at minute {state.last}")
         model, device = self.model, self.device
         known = [(self.index[name], value) for name, value in events if name in self.index]
         if len(known) < len(events):
             unknown = sorted({name for name, _ in events} - self.index.keys())
-            warnings.warn(f"left out: variables unknown to the checkpoint: {', '.join(unknown)}", stacklevel=3)
+            warnings.warn(f"left out: variables unknown to the checkpoint: {', '.join(unknown)}",
+                          stacklevel=3)
         state.known |= bool(known)
         index, value = np.array(known, dtype=np.float64).reshape(-1, 2).T
         index = index.astype(np.int64)
         value = self.checkpoint.normalizer(index, value.astype(np.float32))
-        variable, value = torch.from_numpy(index).to(device), torch.from_numpy(value).to(device)            # [E]
+        variable, value = torch.from_numpy(index).to(device), torch.from_numpy(value).to(device)         # [E]
         valued, value = ~value.isnan(), value.nan_to_num()
-        z = model.fused(*model.setvae.encode(EventSets.of_one(variable, value))).float()                   # [1, 1, d]
-        minutes = state.minute.append(value.new_tensor([[[minute]]], dtype=torch.float64)).squeeze(-1)     # [1, L]
+        z = model.fused(*model.setvae.encode(EventSets.of_one(variable, value))).float()           # [1, 1, d]
+        minutes = state.minute.append(value.new_tensor([[[minute]]], dtype=torch.float64))[..., 0]   # [1, L]
         h = model.history(z, minutes, state.past).float()
         state.z.append(z)
         state.h.append(h)
         if not model.config.classification_only:
             state.pool.append(model.feature_fusion.attention_pool.project_key_value(h))
         if model.config.summaries:
-            listed = variable[:, None] == model.head_variables                                             # [E, K]
+            listed = variable[:, None] == model.head_variables                                        # [E, K]
             numbers = (listed & valued[:, None]).sum(0)
             mean = (listed * value.double()[:, None]).sum(0) / numbers.clamp(min=1)
             state.exact.add(minute, mean.float(), numbers > 0, listed.sum(0))
 
     def features_at(self, state: "Bedside", minute: float) -> torch.Tensor:
-        """What `SeqSetVAE.features` gives at a prediction point at `minute`, [1, 1, F]. Raises ValueError where the
-        stay has no set or a later one."""
+        """What `SeqSetVAE.features` gives at a prediction point at `minute`, [1, 1, F]. Raises ValueError
+        where the stay has no set or a later one."""
         if not -math.inf < state.last <= minute:
             raise ValueError(f"asked at minute {minute}, where the last set is at minute {state.last}")
         z, h, exact = state.z.rows, state.h.rows, None
@@ -236,9 +241,9 @@ class Bedside:
         return self.minute.rows[0, -1].item() if self.minute.rows.numel() else -math.inf
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Probabilities
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def valueless(dataset: StayDataset) -> dict[str, int]:
     """The number of events without a value of each variable that had numbers in training."""
@@ -250,12 +255,12 @@ def valueless(dataset: StayDataset) -> dict[str, int]:
 
 
 def answered_points(dataset) -> np.ndarray:
-    """Indices [n] of the points that have an answer: those with an event of a variable that the checkpoint knows at or
-    before them."""
+    """Indices [n] of the points that have an answer: those with an event of a variable that the checkpoint
+    knows at or before them."""
     cohort = dataset.cohort
     index, slot = point_slots(cohort, np.arange(len(cohort)))
-    known = np.add.reduceat(dataset.variable[cohort.event_variable] >= 0, cohort.set_start[:-1], dtype=np.int64)
-    known = np.append(0, np.cumsum(known))                                                          # [T+1]
+    known = dataset.variable[cohort.event_variable] >= 0                                               # [E]
+    known = np.append(0, np.cumsum(np.add.reduceat(known, cohort.set_start[:-1], dtype=np.int64)))   # [T+1]
     first = cohort.stay_start[cohort.point_stay[index]]
     return index[known[first + slot + 1] > known[first]]
 
@@ -263,9 +268,10 @@ def answered_points(dataset) -> np.ndarray:
 @torch.no_grad()
 def encode_points(model: SeqSetVAE, dataset: StayDataset, points: np.ndarray, device, at_points=None,
                   through=None) -> torch.Tensor:
-    """Head input of these prediction points before standardisation, [n, F], or what another function `at_points` of
-    model and batch gives, [B, Q, F]; or `through` it (a function of [m, F] that gives [m, c]). One pass of the backbone
-    over their stays, in float32 whatever the precision of training, so that a score does not depend on the machine."""
+    """Head input of these prediction points before standardisation, [n, F], or what another function
+    `at_points` of model and batch gives, [B, Q, F]; or `through` it (a function of [m, F] that gives [m, c]).
+    One pass of the backbone over their stays, in float32 whatever the precision of training, so that a score
+    does not depend on the machine."""
     model.eval()
     dataset, stays = dataset.asking(points), stays_with(dataset.cohort, points)
     batches, result = evaluation_batches(dataset, stays), None
@@ -294,9 +300,9 @@ def probability_at(model: SeqSetVAE, dataset: StayDataset, points: np.ndarray, d
     return model.task.answer(logits)[:, 0]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # One stay over time
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def find_stay(dataset, stay_id) -> int | None:
     """Index of the stay with this id (None where none is asked for)."""
@@ -305,38 +311,41 @@ def find_stay(dataset, stay_id) -> int | None:
     cohort = dataset.cohort
     found = np.flatnonzero(cohort.stay_id == stay_id)
     if not len(found):
-        raise InputError(f"--trajectory {stay_id}: no such stay in the data ({', '.join(cohort.stay_id[:3])} ...); "
-                         "give the id of one")
+        raise InputError(f"--trajectory {stay_id}: no such stay in the data ({', '.join(cohort.stay_id[:3])} "
+                         "...); give the id of one")
     if (dataset.variable[cohort.event_variable[stay_event_index(cohort, found)]] < 0).all():
-        raise InputError(f"--trajectory {stay_id}: the checkpoint knows none of its variables; rename them with "
-                         "--variables, or give another stay")
+        raise InputError(f"--trajectory {stay_id}: the checkpoint knows none of its variables; rename them "
+                         "with --variables, or give another stay")
     return int(found[0])
 
 
 def risk_over_time(model, dataset, stay: int, device=CPU, most: int = 40) -> dict:
-    """The risk at every minute at which something was charted or a risk is asked for, as if the stay had ended there:
-    the model is causal, one pass answers all. Where it is highest, the risk without each of the `most` charted
-    variables."""
+    """The risk at every minute at which something was charted or a risk is asked for, as if the stay had
+    ended there: the model is causal, one pass answers all. Where it is highest, the risk without each of the
+    `most` charted variables."""
     cohort = dataset.cohort
     sets, points = (slice(*start[stay:stay + 2]) for start in (cohort.stay_start, cohort.point_start))
     asked, label = cohort.point_minute[points], cohort.label[points]
     minute = np.union1d(cohort.set_minute[sets], asked[asked >= cohort.set_minute[sets][0]])
-    events = np.bincount(np.searchsorted(minute, cohort.set_minute[sets]), np.diff(cohort.set_start)[sets], len(minute))
+    place, size = np.searchsorted(minute, cohort.set_minute[sets]), np.diff(cohort.set_start)[sets]
+    events = np.bincount(place, size, len(minute))
     count = np.where(np.arange(len(cohort)) == stay, len(minute), 0)
     dataset = dataset.of(with_points(cohort, count, minute))
     risk = probability_at(model, dataset, np.arange(len(minute)), device)
     highest = minute[risk.argmax()]
     septic = (label == 1).any() and of_challenge_2019(np.zeros(len(label)), asked, label)
-    return {"stay": str(cohort.stay_id[stay]), "label": int(cohort.stay_label[stay]), "minute": minute.tolist(),
-            "events": events.astype(int).tolist(), "risk": risk.tolist(), "admission": float(cohort.admission[stay]),
+    return {"stay": str(cohort.stay_id[stay]), "label": int(cohort.stay_label[stay]),
+            "minute": minute.tolist(), "events": events.astype(int).tolist(), "risk": risk.tolist(),
+            "admission": float(cohort.admission[stay]),
             "onset": float(asked[label == 1][0] + 60 * AHEAD) if septic else None,
             "labelled": asked[label == 1].tolist() if len(label) > 1 else [],
             "highest": float(highest), "without": risk_without(model, dataset, stay, highest, most, device)}
 
 
 def risk_without(model, dataset, stay: int, minute: float, most: int, device) -> dict:
-    """The risk at this minute by the variable whose events are left out, of the `most` charted until then that the
-    model knows: the stay is repeated, each time without one. None: nothing is left to tell a risk by."""
+    """The risk at this minute by the variable whose events are left out, of the `most` charted until then
+    that the model knows: the stay is repeated, each time without one. None: nothing is left to tell a risk
+    by."""
     cohort = dataset.cohort
     events = stay_event_index(cohort, np.array([stay]))
     sets = np.searchsorted(cohort.set_start, events, side="right") - 1
@@ -364,16 +373,16 @@ def influence(trajectory: dict) -> dict:
     return dict(sorted(moved.items(), key=lambda item: -abs(item[1])))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # At the bedside: the risk as events come
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 FOLLOWED = ["stay_id", "minute", "variable", "value"]
 
 
 def followed_event(line: str, rename: dict = {}) -> tuple[str, float, str, float]:
-    """What a line of `FOLLOWED` says, as the long table is read; value NaN: none; rename: see `read_map`. Raises
-    ValueError where it is no event."""
+    """What a line of `FOLLOWED` says, as the long table is read; value NaN: none; rename: see `read_map`.
+    Raises ValueError where it is no event."""
     cells = [cell.strip() for cell in next(csv.reader([line]))]
     if len(cells) != len(FOLLOWED):
         raise ValueError(f"{len(cells)} cells where {','.join(FOLLOWED)} is due")
@@ -404,15 +413,15 @@ class Ward:
         self.out = csv.writer(sys.stdout, lineterminator="\n")
 
     def add(self, stay: str, minute: float, variable: str, value: float) -> None:
-        """Take an event; a later minute than its stay's ends the set before. What cannot be used is counted, and the
-        first of its kind said at once."""
+        """Take an event; a later minute than its stay's ends the set before. What cannot be used is counted,
+        and the first of its kind said at once."""
         if stay not in self.states:
             self.states[stay] = self.predictor.start()
         now = self.sets[stay][0] if stay in self.sets else self.states[stay].last
         if minute < now:
             if not self.counts[self.LATE]:
-                say(f"stay {stay}: an event at minute {minute:g} comes after one at minute {now:g} and is ignored, as "
-                    "are all such events")
+                say(f"stay {stay}: an event at minute {minute:g} comes after one at minute {now:g} and is "
+                    "ignored, as are all such events")
             self.counts[self.LATE] += 1
             return
         if stay in self.sets and minute > now:
@@ -422,7 +431,8 @@ class Ward:
             events.append((variable, value))
             return
         if variable not in self.unknown:
-            say(f"stay {stay}, minute {minute:g}: {variable} is unknown to the checkpoint; its events are left out")
+            say(f"stay {stay}, minute {minute:g}: {variable} is unknown to the checkpoint; its events are "
+                "left out")
         self.unknown[variable] += 1
 
     def end_set(self, stay: str) -> None:
@@ -431,9 +441,9 @@ class Ward:
         self.predictor.step(state, minute, events)
         risk = self.predictor.ask(state, minute)
         shown = "" if math.isnan(risk) else f"{risk:.6f}"
+        self.counts[self.RISKS] += bool(shown)  # first: a signal may end the command once it is printed
         self.out.writerow([stay, int(minute) if minute.is_integer() else minute, shown])
         sys.stdout.flush()
-        self.counts[self.RISKS] += bool(shown)
 
     def end_sets(self) -> None:
         for stay in list(self.sets):
@@ -445,8 +455,8 @@ class Ward:
             if count:
                 say(f"{count:,} {reason}")
         if self.unknown:
-            say(f"{self.unknown.total():,} events of {len(self.unknown):,} variables unknown to the checkpoint, left "
-                f"out: {named(self.unknown)}")
+            say(f"{self.unknown.total():,} events of {len(self.unknown):,} variables unknown to the "
+                f"checkpoint, left out: {named(self.unknown)}")
 
 
 def named(counts: dict, most: int = 10) -> str:
@@ -460,15 +470,15 @@ def say(line: str) -> None:
 
 
 def follow(arguments) -> None:
-    """Lines stay_id,minute,variable,value of standard input (no value: it happened), perhaps under a header -> after
-    each set a printed line stay_id,minute,risk (no risk: so far the checkpoint knows none of the stay's variables). A
-    set ends with a later minute of its stay, an empty line or the input. What cannot be used is counted on standard
-    error."""
+    """Lines stay_id,minute,variable,value of standard input (no value: it happened), perhaps under a header
+    -> after each set a printed line stay_id,minute,risk (no risk: so far the checkpoint knows none of the
+    stay's variables). A set ends with a later minute of its stay, an empty line or the input. What cannot be
+    used is counted on standard error."""
     (path,) = arguments.checkpoint
     checkpoint = Checkpoint.open(path)
     if checkpoint.original:
-        predictor, _ = Predictor.with_data(path, data_options(arguments), arguments.device, arguments.set_heads,
-                                           arguments.transformer_heads)
+        predictor, _ = Predictor.with_data(path, data_options(arguments), arguments.device,
+                                           arguments.set_heads, arguments.transformer_heads)
     else:  # its data need not be at hand
         predictor = Predictor(checkpoint, arguments.device)
     rename = predictor.rename
