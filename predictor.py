@@ -110,6 +110,8 @@ class Predictor:
         """The risk of a stay at every minute at which something was charted or a risk is asked for: the
         columns minute, events and risk."""
         dataset, _ = self._dataset(events)
+        if dataset is None:
+            raise InputError("events: no usable event in any stay; check columns and values")
         told = risk_over_time(self.model, dataset, find_stay(dataset, stay_id), self.device, most=0)
         return pd.DataFrame({name: told[name] for name in ("minute", "events", "risk")})
 
@@ -117,10 +119,13 @@ class Predictor:
         """h of the last set before each question that has an answer: the columns stay_id, minute, h0, h1,
         ..."""
         dataset, _ = self._dataset(events)
-        cohort, points = dataset.cohort, answered_points(dataset)
-        h = encode_points(self.model, dataset, points, self.device, history_at_points).cpu().numpy()
-        where = pd.DataFrame({"stay_id": cohort.stay_id[cohort.point_stay[points]],
-                              "minute": cohort.point_minute[points]})
+        h = np.zeros((0, self.model.config.latent_dim), dtype=np.float32)
+        where = pd.DataFrame({"stay_id": pd.Series(dtype=str), "minute": pd.Series(dtype=float)})
+        if dataset is not None and len(points := answered_points(dataset)):
+            cohort = dataset.cohort
+            h = encode_points(self.model, dataset, points, self.device, history_at_points).cpu().numpy()
+            where = pd.DataFrame({"stay_id": cohort.stay_id[cohort.point_stay[points]],
+                                  "minute": cohort.point_minute[points]})
         return pd.concat([where, pd.DataFrame(h).add_prefix("h")], axis=1)
 
     def _dataset(self, events: pd.DataFrame | Cohort) -> tuple[StayDataset | None, np.ndarray]:
@@ -296,6 +301,8 @@ def history_at_points(model: SeqSetVAE, batch: EventBatch) -> torch.Tensor:
 
 def probability_at(model: SeqSetVAE, dataset: StayDataset, points: np.ndarray, device) -> np.ndarray:
     """The first answer at every point, [n] float64."""
+    if not len(points):
+        return np.zeros(0)
     logits = encode_points(model, dataset, points, device, through=model.classify)
     return model.task.answer(logits)[:, 0]
 

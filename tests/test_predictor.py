@@ -130,6 +130,12 @@ def test_what_python_leaves_out_is_warned_of_and_each_stay_has_its_row(small_fin
     assert told["probability"].isna().tolist() == [True, False, False, True]
     empty = predictor.predict(small_table()[:0])
     assert len(empty) == 0 and empty.columns.tolist() == ["stay_id", "minute", "probability"]
+    assert predictor.embed(small_table()[:0]).shape == (0, 2 + predictor.model.config.latent_dim)
+    with pytest.raises(InputError, match="events: no usable event"):
+        predictor.trajectory(small_table()[:0], "7")
+    with pytest.warns(UserWarning, match="4 variables|3 variables"):
+        nothing = predictor.predict(small_table().assign(variable=["a", "b", "c", "a"]))
+    assert nothing["stay_id"].tolist() == ["7", "8"] and nothing["probability"].isna().all()
     state = predictor.start()
     with pytest.warns(UserWarning, match="unknown to the checkpoint: Nothing Known"):
         predictor.step(state, 0, [("Nothing Known", 1.0)])
