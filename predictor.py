@@ -27,6 +27,7 @@ from runs import (choose_device, evaluation_batches, from_rank_0, gathered, load
                   read_cohort, summed)
 from settings import data_options
 from tables import BEYOND, MISSING, TRUTH, Report
+from tasks import _plain_ids
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -405,7 +406,7 @@ def followed_event(line: str, rename: dict = {}) -> tuple[str, float, str, float
     value = value * factor + offset
     if not abs(minute) < 1e8 or abs(value) > float(np.finfo(np.float32).max):
         raise ValueError("a minute or value out of range")
-    return stay, minute, variable, value
+    return _plain_ids([stay])[0], minute, variable, value
 
 
 class Ward:

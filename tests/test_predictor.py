@@ -294,6 +294,7 @@ def test_a_line_of_follow_is_read_as_the_long_table_is():
     for line in ("7,nan,HR,1", "7,1e8,HR,1", "7,1,,1", "7,1,HR,inf", "7,1,HR,high", "7,1,HR,1_000"):
         with pytest.raises(ValueError):
             followed_event(line)
+    assert followed_event("1001.0,1,HR,80")[0] == "1001"  # ids in one spelling
     assert followed_event("7,1,HR,2", {"HR": ("Pulse", 3, -1)})[2:] == ("Pulse", 5)
     with pytest.raises(ValueError, match="out of range"):
         followed_event("7,1,HR,3e38", {"HR": ("HR", 2, 0)})
