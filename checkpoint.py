@@ -326,6 +326,9 @@ class Checkpoint:
         if self.mode != "finetune":
             raise InputError(f"{self.path}: not a finetuned checkpoint; make one with: "
                              f"python train.py --mode finetune --pretrained_ckpt {self.path}")
+        if self.config is None:
+            raise InputError(f"{self.path}: of the original implementation, which needs its data at hand; "
+                             "open it by Predictor.with_data")
         with torch.random.fork_rng(devices=[]):  # the weights that a module draws are overwritten
             model = SeqSetVAE(self.config, self.vocabulary, Task.from_state(self.task, self.path))
         weights = self.weights

@@ -38,9 +38,9 @@ CPU = torch.device("cpu")
 
 
 def open_checkpoint(path, given: dict = {}) -> tuple[Checkpoint, Cohort]:
-    """A checkpoint, which recognises the ids of its data, and these data, or those given (options, see DATA).
-    The split of an original checkpoint is that of the data's folder, whatever --split says; without one it is
-    empty."""
+    """Returns a checkpoint and its data, or the data given (see `settings.DataSettings`), whose ids it
+    recognises. The split of an original checkpoint is that of the data's folder, whatever --split says;
+    without one it is empty."""
     checkpoint = from_rank_0(lambda: Checkpoint.open(path))
     data = checkpoint.data_settings(given)
     cohort = checkpoint.asked(read_cohort(data), data)
@@ -57,9 +57,10 @@ def open_checkpoint(path, given: dict = {}) -> tuple[Checkpoint, Cohort]:
 class Predictor:
     """A finetuned checkpoint that answers, opened once.
 
-    `events` of its methods: a row an event, with the columns stay_id, minute, variable and value of the long
-    table (see README.md), or a Cohort. A DataFrame may hold what a Parquet file may. What cannot be used
-    raises InputError, or is left out and named in a warning."""
+    The methods take `events`: a DataFrame with the columns stay_id, minute, variable and value of the long
+    table (see README.md), a row an event, or a Cohort. A DataFrame may hold what a Parquet file may; the
+    names and units that the checkpoint keeps are applied to it. What cannot be used raises InputError, or is
+    left out and named in a warning."""
 
     def __init__(self, checkpoint: Checkpoint | str | Path, device: str = "auto"):
         self.device = choose_device(device, "fp32")[0]
@@ -102,10 +103,10 @@ class Predictor:
         cohort, points = dataset.cohort, answered_points(dataset)
         answers = np.full(len(cohort.point_minute), np.nan)
         answers[points] = probability_at(self.model, dataset, points, self.device)
-        told = pd.DataFrame({"stay_id": cohort.stay_id[cohort.point_stay], "minute": cohort.point_minute,
-                             "probability": answers})
-        silent = table[~np.isin(ids, cohort.stay_id)]
-        return pd.concat([told, silent]).sort_values("stay_id", ignore_index=True) if len(silent) else told
+        asked = pd.DataFrame({"stay_id": cohort.stay_id[cohort.point_stay], "minute": cohort.point_minute,
+                              "probability": answers})
+        silent = table[~np.isin(ids, cohort.stay_id)]  # stays without a usable event
+        return pd.concat([asked, silent]).sort_values("stay_id", ignore_index=True) if len(silent) else asked
 
     def trajectory(self, events: pd.DataFrame | Cohort, stay_id: str) -> pd.DataFrame:
         """The risk of a stay at every minute at which something was charted or a risk is asked for: the
@@ -113,8 +114,8 @@ class Predictor:
         dataset, _ = self._dataset(events)
         if dataset is None:
             raise InputError("events: no usable event in any stay; check columns and values")
-        told = risk_over_time(self.model, dataset, find_stay(dataset, stay_id), self.device, most=0)
-        return pd.DataFrame({name: told[name] for name in ("minute", "events", "risk")})
+        risks = risk_over_time(self.model, dataset, find_stay(dataset, stay_id), self.device, most=0)
+        return pd.DataFrame({name: risks[name] for name in ("minute", "events", "risk")})
 
     def embed(self, events: pd.DataFrame | Cohort) -> pd.DataFrame:
         """h of the last set before each question that has an answer: the columns stay_id, minute, h0, h1,

@@ -10,7 +10,7 @@ import torch
 import train
 from batches import StayDataset
 from checkpoint import Checkpoint
-from data import Normalizer, build_cohort
+from data import InputError, Normalizer, build_cohort
 from model import SeqSetVAE, SeqSetVAEPretrain
 from predictor import Predictor
 from test_suite import main
@@ -93,6 +93,14 @@ def test_an_original_finetuned_checkpoint_gives_its_features_and_logits():
     with torch.no_grad():
         close(model.features(batch)[0, 0], expected["features"].squeeze())
         close(model(batch)[0, 0], expected["logits"].squeeze())
+
+
+def test_an_original_checkpoint_alone_cannot_answer():
+    path = SHARED / "fixtures" / "original_finetuned_small.ckpt"
+    if not path.exists():
+        pytest.skip(f"{path} is absent: compatibility with the original implementation was not tried")
+    with pytest.raises(InputError, match="original_finetuned_small.ckpt: .* needs its data at hand"):
+        Predictor(path, "cpu")
 
 
 def test_features_that_an_earlier_version_recorded_when_pretraining_say_nothing(tmp_path, small_pretrained, capsys):
