@@ -1,8 +1,7 @@
-"""Data path of SeqSetVAE: files -> `Cohort` (ragged NumPy arrays, cached) -> `EventBatch` (tensors).
+"""The cohort: what was read, as flat arrays; its questions, splits, normaliser and vectors.
 
-An ICU stay is a sequence of sets; a set is every (variable, value) event charted at one minute. Nothing here is padded:
-a cohort is flat arrays plus offsets, and a batch is the same layout for a few stays, with the index tensors by which
-the model groups sets of similar size. Nothing here knows of models, losses or devices (beyond `EventBatch.to`).
+An ICU stay is a sequence of sets. A set is every (variable, value) event charted at one minute. Nothing
+is padded: a cohort is flat arrays and offsets. Nothing here knows of models, losses or devices.
 """
 
 import hashlib
@@ -22,27 +21,27 @@ MINUTE = 60_000_000  # microseconds
 
 
 class InputError(Exception):
-    """A mistake in what the user gave: one line that names the file, the row or key, and the mend. Ends a command with
-    exit code 2."""
+    """A mistake in what the user gave: one line that names the file, the row or key, and the mend. Ends a
+    command with exit code 2."""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The cohort
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 @dataclass
 class Cohort:
-    """P stays, T sets, E events, V variables, Q prediction points, as flat arrays; `*_start` are offsets into the next
-    finer level.
+    """P stays, T sets, E events, V variables, Q prediction points, as flat arrays; `*_start` are offsets into
+    the next finer level.
 
-    A prediction point asks for a stay's risk at a minute, from every event up to and including that minute. One label a
-    stay, without a time, is a point at the minute of its last set."""
+    A prediction point asks for a stay's risk at a minute, from every event up to and including that minute.
+    One label a stay, without a time, is a point at the minute of its last set."""
 
     reader: str
     variables: list[str]        # [V] vocabulary, sorted
     event_variable: np.ndarray  # [E] int16, or int32 for V > 32,767
-    event_value: np.ndarray     # [E] float32, raw units; NaN: an event without a value, it says that something happened
-    event_offset: np.ndarray    # [E] int32, microseconds since its charted (whole) minute; [0]: the source knows none
+    event_value: np.ndarray     # [E] float32, raw units; NaN: an event without a value
+    event_offset: np.ndarray    # [E] int32, microseconds since its whole minute; [0]: none are known
     set_start: np.ndarray       # [T+1] int64, in events
     set_minute: np.ndarray      # [T] float64, minutes since admission, rising within a stay; may be negative
     stay_start: np.ndarray      # [P+1] int64, in sets
@@ -54,13 +53,13 @@ class Cohort:
     point_minute: np.ndarray    # [Q] float64, rising within a stay
     answers: np.ndarray         # [Q, A] float32, NaN: none; what they mean is the Task's, see tasks.py
     statistics: np.ndarray      # [V, 2] float32, mean and standard deviation given with the data, NaN: none
-    vectors: np.ndarray         # [V, D] float32, vectors given with the data, NaN: none; D is 0: no variable has one
+    vectors: np.ndarray         # [V, D] float32, vectors given with the data, NaN: none (D may be 0)
     notes: dict = field(default_factory=dict)     # what the reader skipped or met: reason -> count
     examples: dict = field(default_factory=dict)  # reason -> the place of the first
-    fingerprint: str = ""       # digest of the stays, not of their labels: a split holds when labels come later
+    fingerprint: str = ""       # digest of the stays, not of their labels: a split outlives new labels
 
-    STAYS = ("event_variable", "event_value", "event_offset", "set_start", "set_minute", "stay_start", "stay_id",
-             "subject", "origin", "split")
+    STAYS = ("event_variable", "event_value", "event_offset", "set_start", "set_minute", "stay_start",
+             "stay_id", "subject", "origin", "split")
     ARRAYS = STAYS + ("point_start", "point_minute", "answers", "statistics", "vectors")
 
     def __len__(self) -> int:
@@ -78,7 +77,7 @@ class Cohort:
 
     @property
     def stay_label(self) -> np.ndarray:
-        """[P] the largest label of the stay's points, -1 where none has one: what a split is stratified by."""
+        """[P] the largest label of the stay's points, -1 where none has one. Splits are stratified by it."""
         label = np.full(len(self), -1, dtype=np.int8)
         np.maximum.at(label, self.point_stay, self.label)
         return label
@@ -90,8 +89,8 @@ class Cohort:
 
     @property
     def admission(self) -> np.ndarray:
-        """[P] minute of each stay's first set; where that holds a birth (MEDS_BIRTH), of its second: what hours count
-        from."""
+        """[P] the minute from which hours count: that of the stay's first set, or of its second where the
+        first holds a birth (MEDS_BIRTH)."""
         first, last = self.stay_start[:-1], self.stay_start[1:] - 1
         births = [v for v, name in enumerate(self.variables) if name.startswith("MEDS_BIRTH")]
         if births:
@@ -106,8 +105,8 @@ class Cohort:
         return np.repeat(np.arange(len(self)), np.diff(self.point_start))
 
     def clock(self, stay: np.ndarray, minute: np.ndarray) -> np.ndarray:
-        """[n] datetime64[us] of minutes of stays, exact to the microsecond (up to 2^27 minutes, 255 years); NaT where
-        the origin is."""
+        """[n] datetime64[us] of minutes of stays, exact to the microsecond (up to 2^27 minutes, 255 years);
+        NaT where the origin is."""
         whole = np.floor(minute)
         microseconds = whole.astype(np.int64) * MINUTE + np.rint((minute - whole) * MINUTE).astype(np.int64)
         return self.origin[stay] + microseconds.astype("timedelta64[us]")
@@ -122,12 +121,12 @@ class Cohort:
     def describe(self) -> str:
         """The lines a command prints about what it read."""
         lines = [f"data: {self.reader}: {len(self):,} stays, {len(self.set_minute):,} sets, "
-                 f"{len(self.event_value):,} events, "
-                 f"{len(self.variables)} variables, {self.labelled.sum():,} labelled ({(self.label == 1).sum():,} positive)"]
+                 f"{len(self.event_value):,} events, {len(self.variables)} variables, "
+                 f"{self.labelled.sum():,} labelled ({(self.label == 1).sum():,} positive)"]
         first, last = self.admission, self.set_minute[self.stay_start[1:] - 1]
         hours, sets = np.median(last - first) / 60, np.median(np.diff(self.stay_start))
-        lines.append(f"data: minutes {first.min():,.0f} to {last.max():,.0f}; a median stay lasts {hours:,.1f} hours "
-                     f"and has {sets:,.0f} sets, {np.median(self.stay_events):,.0f} events")
+        lines.append(f"data: minutes {first.min():,.0f} to {last.max():,.0f}; a median stay lasts "
+                     f"{hours:,.1f} hours and has {sets:,.0f} sets, {np.median(self.stay_events):,.0f} events")
         if len(self.answers) != len(self):
             asked = (np.diff(self.point_start) > 0).sum()
             lines.append(f"data: {len(self.answers):,} prediction points in {asked:,} stays")
@@ -137,29 +136,31 @@ class Cohort:
         return "\n".join(lines)
 
 
-def build_cohort(reader, variables, stay, minute, variable, value, stay_id, answers=None, split=None, notes=None,
-                 set_key=None, statistics=None, vectors=None, subject=None, origin=None, offset=None,
-                 whole=False) -> Cohort:
-    """Sort flat events into a `Cohort`. A set is all events of one stay at one minute; duplicates are kept (a set is a
-    multiset).
+def build_cohort(reader, variables, stay, minute, variable, value, stay_id, answers=None, split=None,
+                 notes=None, set_key=None, statistics=None, vectors=None, subject=None, origin=None,
+                 offset=None, whole=False) -> Cohort:
+    """Sort flat events into a `Cohort`. A set is all events of one stay at one minute. It is a multiset:
+    duplicates are kept.
 
     Args:
-        variables: [V] names; stay, minute, variable, value: [E] stay index, minutes, variable index, raw value of each
-            event.
-        stay_id, split, subject, origin: [P]; None: unassigned, each stay a subject of its own, clock time unknown.
+        variables: [V] names.
+        stay, minute, variable, value: [E] stay index, minutes, variable index and raw value of each event.
+        stay_id, split, subject, origin: [P]; None: unassigned, each stay a subject of its own, clock time
+            unknown.
         answers: of each stay, see `answer_columns`.
         offset: [E] microseconds since the minute, -1 for static events, which come first (None: none).
         set_key: [E] number by which the source tells sets of one minute apart (None: it does not).
         statistics, vectors: what the data give for variables, as DataFrames indexed by name (None: nothing).
         whole: these are some stays of a larger cohort, whose vocabulary `variables` is, in order.
-    Stays without any event are left out and counted in `notes`; the vocabulary keeps only variables that occur, sorted
-    by name. Raises InputError when a stay id occurs twice.
+    Stays without any event are left out and counted in `notes`; the vocabulary keeps only variables that
+    occur, sorted by name. Raises InputError when a stay id occurs twice.
     """
     notes = dict(notes or {})
     stay_id = np.asarray(stay_id, dtype=str)
     ids, counts = np.unique(stay_id, return_counts=True)
     if len(ids) < len(stay_id):
-        raise InputError(f"{reader}: stay {ids[counts > 1][0]} occurs more than once; give each stay an id of its own")
+        raise InputError(f"{reader}: stay {ids[counts > 1][0]} occurs more than once; give each stay an id "
+                         "of its own")
     split = np.full(len(stay_id), -1) if split is None else np.asarray(split)
 
     events = np.bincount(stay, minlength=len(stay_id))
@@ -168,7 +169,8 @@ def build_cohort(reader, variables, stay, minute, variable, value, stay_id, answ
     if not len(used):
         raise InputError(f"{reader}: no usable event in any stay; check the files' columns and values")
     stay = (np.cumsum(events > 0) - 1)[stay]
-    present = np.arange(len(variables)) if whole else np.flatnonzero(np.bincount(variable, minlength=len(variables)))
+    occurs = np.bincount(variable, minlength=len(variables)) > 0
+    present = np.arange(len(variables)) if whole else np.flatnonzero(occurs)
     order = np.argsort(np.asarray(variables, dtype=str)[present])
     rank = np.zeros(len(variables), dtype=np.int64)
     rank[present[order]] = np.arange(len(present))
@@ -181,12 +183,16 @@ def build_cohort(reader, variables, stay, minute, variable, value, stay_id, answ
         rising = (step > 0) | (step == 0) & rising
     if not np.all(rising):
         sequence = np.lexsort(fine)  # stable: events of one time keep their order in the file
-        variable, value, keys = variable[sequence], value[sequence], [key[sequence] for key in keys]
+        variable, value = variable[sequence], value[sequence]
+        keys = [key[sequence] for key in keys]
         offset = offset if offset is None else offset[sequence]
     minute, stay = keys[-2:]
     set_first = np.append(0, 1 + np.flatnonzero(np.any([key[1:] != key[:-1] for key in keys], axis=0)))
     stay_start = np.searchsorted(stay[set_first], np.arange(len(used) + 1)).astype(np.int64)
     names = [str(variables[i]) for i in present[order]]
+    offset = np.zeros(0) if offset is None else np.maximum(offset, 0)
+    subject = stay_id if subject is None else np.asarray(subject, dtype=str)
+    origin = np.full(len(stay_id), "NaT") if origin is None else np.asarray(origin)
     cohort = Cohort(
         reader=reader,
         variables=names,
@@ -194,11 +200,11 @@ def build_cohort(reader, variables, stay, minute, variable, value, stay_id, answ
         event_value=np.asarray(value, dtype=np.float32),
         set_start=np.append(set_first, len(stay)).astype(np.int64),
         set_minute=minute[set_first].astype(np.float64),
-        event_offset=np.zeros(0, dtype=np.int32) if offset is None else np.maximum(offset, 0).astype(np.int32),
+        event_offset=offset.astype(np.int32),
         stay_start=stay_start,
         stay_id=stay_id[used],
-        subject=(stay_id if subject is None else np.asarray(subject, dtype=str))[used],
-        origin=(np.full(len(stay_id), "NaT") if origin is None else np.asarray(origin)).astype("datetime64[us]")[used],
+        subject=subject[used],
+        origin=origin.astype("datetime64[us]")[used],
         split=split[used].astype(np.int8),
         point_start=np.arange(len(used) + 1),
         point_minute=minute[set_first][stay_start[1:] - 1].astype(np.float64),
@@ -219,8 +225,8 @@ def answer_columns(answers, points: int) -> np.ndarray:
 
 
 def search_after(values: np.ndarray, key: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """[n] the first index in [low, high) whose value is above `key`, `high` where none is: binary searches in sorted
-    stretches of `values`."""
+    """[n] the first index in [low, high) whose value is above `key`, `high` where none is: binary searches in
+    sorted stretches of `values`."""
     low, high = np.array(low), np.array(high)
     while (open_ := low < high).any():
         middle = np.where(open_, (low + high) // 2, 0)
@@ -237,8 +243,8 @@ def at_end(cohort: Cohort, answers=None) -> Cohort:
 
 
 def at_hours(cohort: Cohort, hours: float) -> Cohort | None:
-    """The cohort asked once a stay, `hours` after its admission, or at its end where that is earlier. None: its points
-    have times of their own."""
+    """The cohort asked once a stay, `hours` after its admission, or at its end where that is earlier. None:
+    its points have times of their own."""
     if not np.array_equal(cohort.point_minute, at_end(cohort).point_minute):
         return None
     minute = np.minimum(cohort.admission + 60 * hours, cohort.point_minute)
@@ -246,7 +252,8 @@ def at_hours(cohort: Cohort, hours: float) -> Cohort | None:
 
 
 def hours_asked(cohort: Cohort, points: np.ndarray) -> float | None:
-    """The hour after admission at which all these points lie; None: there are several, or they are the ends."""
+    """The hour after admission at which all these points lie; None: there are several, or they are the
+    ends."""
     hours = (cohort.point_minute[points] - cohort.admission[cohort.point_stay[points]]) / 60
     one = len(points) and np.ptp(hours) < 1e-6 and hours[0] > 0 and at_hours(cohort, 1) is None
     return float(hours[0]) if one else None
@@ -262,9 +269,9 @@ def describe_questions(cohort: Cohort, points: np.ndarray) -> str:
 
 
 def with_points(cohort: Cohort, count: np.ndarray, minute: np.ndarray, answers=None) -> Cohort:
-    """The cohort asked at these points: count [P] of each stay, minute [Q], rising within a stay, and their answers (see
-    `answer_columns`). A set never straddles a point: where the source knows events more finely than by the minute, those
-    after the point become a set at the exact time of their first."""
+    """The cohort asked at these points: count [P] of each stay, minute [Q], rising within a stay, and their
+    answers (see `answer_columns`). A set never straddles a point: where the source knows events more finely
+    than by the minute, those after the point become a set at the exact time of their first."""
     start = np.append(0, np.cumsum(count)).astype(np.int64)
     cohort = replace(cohort, point_start=start, point_minute=minute.astype(np.float64),
                      answers=answer_columns(answers, len(minute)))
@@ -280,22 +287,23 @@ def with_points(cohort: Cohort, count: np.ndarray, minute: np.ndarray, answers=N
         later, index = np.unique(event[event < end], return_index=True)
         last = last[event < end][index]                                   # [cuts] its set
         exact = np.floor(cohort.set_minute[last]) + cohort.event_offset[later] / MINUTE
-        whole = later == cohort.set_start[last]                           # the set's every event is after the point
+        whole = later == cohort.set_start[last]                           # all events of the set are after it
         if len(later):
             set_minute = np.array(cohort.set_minute)
             set_minute[last[whole]] = exact[whole]
             at, later, exact = last[~whole] + 1, later[~whole], exact[~whole]
+            added = np.searchsorted(at, cohort.stay_start, side="right")
             cohort = replace(cohort, set_start=np.insert(cohort.set_start, at, later),
                              set_minute=np.insert(set_minute, at, exact),
-                             stay_start=cohort.stay_start + np.searchsorted(at, cohort.stay_start, side="right"))
+                             stay_start=cohort.stay_start + added)
     unanswered = int((minute < cohort.set_minute[cohort.stay_start[stay]]).sum())
     return replace(cohort, notes=cohort.notes
                    | {"prediction points before the first set of their stay (no answer)": unanswered})
 
 
 def pieces(parts: Iterable[Cohort]):
-    """Yield (part, {name of array: rows}), such that the rows of all parts, one after another, are the whole's. The
-    parts agree in their variables and in the arrays' types."""
+    """Yield (part, {name of array: rows}). The rows of all parts, one after another, are the arrays of the
+    whole cohort. The parts agree in their variables and in the arrays' types."""
     sets = events = points = 0
     for part in parts:
         rows = {name: getattr(part, name) for name in Cohort.ARRAYS} | {
@@ -305,17 +313,19 @@ def pieces(parts: Iterable[Cohort]):
             rows = {name: x[name.endswith("_start"):] for name, x in rows.items()
                     if name not in ("statistics", "vectors")}
         yield part, rows
-        sets, events, points = sets + len(part.set_minute), events + len(part.event_value), points + len(part.answers)
+        sets += len(part.set_minute)
+        events += len(part.event_value)
+        points += len(part.answers)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Splits, normalisation, the vocabulary's vectors
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def make_splits(cohort: Cohort, seed: int) -> dict[str, list[str]]:
-    """Stay ids of train, valid and test: the data's own split where it has one (valid is drawn from train where it
-    names none), else 64/16/20, seeded, stratified by the largest label of each subject. The stays of a subject stay
-    together.
+    """Stay ids of train, valid and test: the data's own split where it has one (valid is drawn from train
+    where it names none), else 64/16/20, seeded, stratified by the largest label of each subject. The stays of
+    a subject stay together.
 
     Raises InputError where there are fewer than three subjects, or the data's own split divides one.
     """
@@ -323,8 +333,8 @@ def make_splits(cohort: Cohort, seed: int) -> dict[str, list[str]]:
     part = np.array(cohort.split)
     if (part < 0).all():
         if len(label) < 3:
-            raise InputError(f"{cohort.reader}: {len(label)} stays or patients cannot be split into train, valid and "
-                             "test; give more or a split of your own")
+            raise InputError(f"{cohort.reader}: {len(label)} stays or patients cannot be split into train, "
+                             "valid and test; give more or a split of your own")
         part_of = np.zeros(len(label), dtype=np.int8)
         rest, test = draw(label, 2, seed)
         part_of[test], part_of[rest[draw(label[rest], 1, seed)[1]]] = 2, 1
@@ -334,13 +344,14 @@ def make_splits(cohort: Cohort, seed: int) -> dict[str, list[str]]:
     split = {name: cohort.stay_id[part == code].tolist() for code, name in enumerate(SPLITS)}
     parts = Counter(name for subjects in subjects_of(cohort, split).values() for name in subjects)
     if divided := [name for name, count in parts.items() if count > 1]:
-        raise InputError(f"{cohort.reader}: the split puts the stays of {len(divided):,} patients into two parts "
-                         f"({', '.join(divided[:3])} ...); give all stays of a patient one part, or no subject_id")
+        raise InputError(f"{cohort.reader}: the split puts the stays of {len(divided):,} patients into two "
+                         f"parts ({', '.join(divided[:3])} ...); give all stays of a patient one part, or no "
+                         "subject_id")
     return split
 
 
 def subjects_with_label(cohort: Cohort, stays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The subject [n] of each of these stays, numbered as they come, and the largest label of each subject's."""
+    """The subject [n] of each of these stays, numbered as they come, and each subject's largest label."""
     subject, names = pd.factorize(cohort.subject[stays])
     label = np.full(len(names), -1, dtype=np.int8)
     np.maximum.at(label, subject, cohort.stay_label[stays])
@@ -348,9 +359,9 @@ def subjects_with_label(cohort: Cohort, stays: np.ndarray) -> tuple[np.ndarray, 
 
 
 def draw(label: np.ndarray, others: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions in `label` of four fifths and of the fifth drawn, stratified. Where that cannot be done, or leaves the
-    fifth without a positive though there are more than the `others` parts need, every fifth is drawn from a seeded
-    order that begins with the positives."""
+    """Positions in `label` of four fifths and of the fifth drawn, stratified. Where that cannot be done, or
+    leaves the fifth without a positive though there are more than the `others` parts need, every fifth is
+    drawn from a seeded order that begins with the positives."""
     everyone = np.arange(len(label))
     try:
         rest, fifth = train_test_split(everyone, test_size=.2, stratify=label, random_state=seed)
@@ -416,8 +427,8 @@ def _largest_cap(counts: np.ndarray, most: int) -> int:
 
 @dataclass
 class Normalizer:
-    """z = clip((f(value) - mean) / std, -clip, clip), a variable each; f(x) = log(1 + x / log_scale) where log_scale is
-    positive, else x.
+    """z = clip((f(value) - mean) / std, -clip, clip), a variable each; f(x) = log(1 + x / log_scale) where
+    log_scale is positive, else x.
 
     Fitted on training stays only; travels in the checkpoint.
     """
@@ -427,18 +438,20 @@ class Normalizer:
     std: np.ndarray        # [V] float32, positive
     log_scale: np.ndarray  # [V] float32, raw units; 0: no logarithm
     clip: float = 5.0      # standard deviations
-    outside: dict = field(default_factory=dict)  # what `fit` found: variable -> (values far outside, the most frequent)
+    # What `fit` found: variable -> (values far outside the quartiles, the most frequent of them).
+    outside: dict = field(default_factory=dict)
     clipped: float = 0.0   # share of the values that `fit` saw beyond `clip`
 
     @classmethod
-    def fit(cls, cohort: Cohort, stays: np.ndarray, tail: float = .005, skewed: float = 1.5, far: float = 25.0,
-            most: int = 2**24) -> "Normalizer":
+    def fit(cls, cohort: Cohort, stays: np.ndarray, tail: float = .005, skewed: float = 1.5,
+            far: float = 25.0, most: int = 2**24) -> "Normalizer":
         """Mean and standard deviation of each variable's values between its `tail` and 1 - `tail` quantiles
-        (winsorised: one mistyped pH of 735 must not set the scale), of those within `far` interquartile ranges of the
-        quartiles (nor may 3% of 9999999). A non-negative variable with a skewness above `skewed` (most enzymes,
-        bilirubin, lactate) is taken on a log scale, relative to its median. A constant variable (an indicator) keeps
-        its value: mean 0, std 1. Where the cohort was given a variable's statistics, they are taken instead. Of more
-        than `most` values a seeded share is looked at, in which rare variables keep all of theirs."""
+        (winsorised: one mistyped pH of 735 must not set the scale), of those within `far` interquartile
+        ranges of the quartiles (nor may 3% of 9999999). A non-negative variable with a skewness above
+        `skewed` (most enzymes, bilirubin, lactate) is taken on a log scale, relative to its median. A
+        constant variable (an indicator) keeps its value: mean 0, std 1. Where the cohort was given a
+        variable's statistics, they are taken instead. Of more than `most` values a seeded share is looked at,
+        in which rare variables keep all of theirs."""
         counts = np.zeros(len(cohort.variables), dtype=np.int64)
         for variable, _ in _valued_events(cohort, stays):
             counts += np.bincount(variable, minlength=len(counts))
@@ -458,7 +471,8 @@ class Normalizer:
         result = cls(cohort.variables, mean, std, log_scale)
         beyond = seen = 0
         for v in np.flatnonzero(counts):
-            x = np.concatenate([value[bounds[v]:bounds[v + 1]] for value, bounds in sorted_values]).astype(np.float64)
+            x = np.concatenate([value[bounds[v]:bounds[v + 1]] for value, bounds in sorted_values])
+            x = x.astype(np.float64)
             if len(x):
                 result._fit_variable(v, x, tail, skewed, far)
                 if given[v]:
@@ -491,18 +505,20 @@ class Normalizer:
     def __call__(self, variable: np.ndarray, value: np.ndarray) -> np.ndarray:
         scale = self.log_scale[variable]
         value = np.where(scale > 0, np.log1p(np.maximum(value, 0) / np.where(scale > 0, scale, 1)), value)
-        return ((value - self.mean[variable]) / self.std[variable]).clip(-self.clip, self.clip).astype(np.float32)
+        z = (value - self.mean[variable]) / self.std[variable]
+        return z.clip(-self.clip, self.clip).astype(np.float32)
 
     def describe(self, most: int = 5) -> str:
         """The lines that tell what `fit` found, see `Cohort.describe`."""
-        line = (f"data: {self.clipped:.2%} of the training values lie beyond {self.clip:g} standard deviations "
-                "and are clipped")
+        line = (f"data: {self.clipped:.2%} of the training values lie beyond {self.clip:g} standard "
+                "deviations and are clipped")
         if not self.outside:
             return line
         worst = sorted(self.outside.items(), key=lambda item: -item[1][0])
-        named = "; ".join(f"{name}: {count:,} values, most often {value:g}" for name, (count, value) in worst[:most])
-        return (f"{line}\ndata: far outside the quartiles, and no part of the scale, are values of {len(worst)} "
-                f"variables: {named}{' ...' if len(worst) > most else ''}")
+        named = "; ".join(f"{name}: {count:,} values, most often {value:g}"
+                          for name, (count, value) in worst[:most])
+        return (f"{line}\ndata: far outside the quartiles, and no part of the scale, are values of "
+                f"{len(worst)} variables: {named}{' ...' if len(worst) > most else ''}")
 
     def of(self, variables: np.ndarray) -> "Normalizer":
         """The same for these variables alone: indices [n] in its vocabulary."""
@@ -519,10 +535,10 @@ class Normalizer:
         """From the checkpoint at `path`. Raises InputError where the state is not that of a normalizer."""
         arrays = [state[name] for name in ("mean", "std", "log_scale")]
         names, clip = state["variables"], state["clip"]
-        sound = isinstance(names, list) and all(isinstance(name, str) for name in names) and isinstance(clip, float)
+        sound = isinstance(names, list) and isinstance(clip, float) and all(isinstance(x, str) for x in names)
         sound = sound and clip > 0 and len(set(names)) == len(names) and all(
-            torch.is_tensor(x) and x.shape == (len(names),) and x.dtype == torch.float32 and x.isfinite().all()
-            for x in arrays)
+            torch.is_tensor(x) and x.shape == (len(names),) and x.dtype == torch.float32
+            and x.isfinite().all() for x in arrays)
         if not (sound and (arrays[1] > 0).all() and (arrays[2] >= 0).all()):
             raise InputError(f"{path}: its normalizer is damaged or forged; make the checkpoint again")
         return cls(names, *(x.numpy() for x in arrays), clip)
@@ -540,19 +556,19 @@ def variable_vectors(variables: list[str], dim: int, given: np.ndarray | None = 
     table /= np.linalg.norm(table, axis=1, keepdims=True)
     if given is not None and given.shape[1]:
         if given.shape[1] != dim:
-            raise InputError(f"cached.csv: vectors of {given.shape[1]} dimensions where the model takes {dim}; give "
-                             "those that it was trained with")
+            raise InputError(f"cached.csv: vectors of {given.shape[1]} dimensions where the model takes "
+                             f"{dim}; give those that it was trained with")
         table = np.where(np.isnan(given), table, given)
     return torch.from_numpy(table).float()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Batches
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# Prediction points
+# ------------------------------------------------------------------------------------------------------------
 
 def point_slots(cohort: Cohort, stays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Indices [n] of all points of these stays, stay after stay, and of each the position [n] of its stay's last set
-    not after it (-1: it lies before the first)."""
+    """Indices [n] of all points of these stays, stay after stay, and of each the position [n] of its stay's
+    last set not after it (-1: it lies before the first)."""
     count = np.diff(cohort.point_start)[stays]
     index = ranges(cohort.point_start[stays], count)
     first, end = (np.repeat(cohort.stay_start[stays + i], count) for i in (0, 1))
@@ -565,10 +581,11 @@ def labelled_points(cohort: Cohort, stays: np.ndarray) -> np.ndarray:
     return index[(slot >= 0) & cohort.labelled[index]]
 
 
-def at_every_set(cohort: Cohort, points: np.ndarray, weight: np.ndarray, before: float) -> tuple[Cohort, np.ndarray]:
-    """The cohort asked for the label of each of these points [n], one a stay, also at every set before it, and the
-    weights [Q] of all: of the point's own weight [n] it keeps 1 - `before`; the sets before share the rest in
-    proportion to their time since admission."""
+def at_every_set(cohort: Cohort, points: np.ndarray, weight: np.ndarray,
+                 before: float) -> tuple[Cohort, np.ndarray]:
+    """The cohort asked for the answer to each of these points [n], one a stay, also at every set before it;
+    and the weights [Q] of all. A point keeps 1 - `before` of its own weight [n]. The sets before share the
+    rest in proportion to their time since admission."""
     stay = cohort.point_stay[points]
     first, count = cohort.stay_start[stay], np.zeros(len(cohort), dtype=np.int64)
     end = search_after(cohort.set_minute, cohort.point_minute[points], first, cohort.stay_start[stay + 1])

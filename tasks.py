@@ -1,5 +1,5 @@
-"""What is asked: the files of labels, splits and subjects beside the events; the `Task`, which says how an outcome is
-learned, answered and judged; and the boosted trees that help to answer."""
+"""What is asked: the files of labels, splits and subjects beside the events; the `Task`, which says how an
+outcome is learned, answered and judged; and the boosted trees that help to answer."""
 
 import math
 from dataclasses import dataclass, replace
@@ -186,16 +186,18 @@ def _with_labels(cohort: Cohort, files: list[Path], positive: str | None = None,
     return with_points(_noted(cohort, table.report), count, at, label)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What is asked
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Task:
-    """One outcome that is 0 or 1: how its answers [Q, 1] are learned, and how an output is answered and judged.
+    """One outcome that is 0 or 1: how its answers [Q, 1] are learned, and how an output is answered and
+    judged.
 
-    Training, answering and scoring ask this class whatever depends on the kind of the outcome, so another kind is
-    another class with these attributes and methods. The classifier carries its task; a checkpoint keeps `state_dict`."""
+    Training, answering and scoring ask this class whatever depends on the kind of the outcome, so another
+    kind is another class with these attributes and methods. The classifier carries its task; a checkpoint
+    keeps `state_dict`."""
 
     kind: str = "binary"
     names: tuple[str, ...] = ("label",)  # of the answers' columns
@@ -203,7 +205,7 @@ class Task:
     best = "val_auc"                     # the figure of `validation` that chooses the epoch: the highest
     untrained = {"val_auc": -1.0, "val_auprc": -1.0, "threshold": 0.5}
 
-    # ---- what a checkpoint keeps -------------------------------------------------------------------------------------
+    # ---- what a checkpoint keeps ---------------------------------------------------------------------------
 
     def state_dict(self) -> dict:
         """The kind and the names as plain types."""
@@ -211,50 +213,54 @@ class Task:
 
     @classmethod
     def from_state(cls, state: dict | None, path) -> "Task":
-        """The task that the checkpoint at `path` records; None: it records none, and asks what the default asks. Raises
-        InputError for a kind that this version does not know."""
+        """The task that the checkpoint at `path` records; None: it records none, and asks what the default
+        asks. Raises InputError for a kind that this version does not know."""
         task = cls()
         if state is not None and state != task.state_dict():
-            raise InputError(f"{path}: its task is {str(state)[:80]}, which this version does not know; use the version "
-                             "that wrote it")
+            raise InputError(f"{path}: its task is {str(state)[:80]}, which this version does not know; use "
+                             "the version that wrote it")
         return task
 
-    # ---- which stays and points are learned from ---------------------------------------------------------------------
+    # ---- which stays and points are learned from -----------------------------------------------------------
 
     def lacking(self, answers: np.ndarray) -> str:
         """What keeps these answers [n, 1] from being learned or scored; empty where nothing does."""
         positive = int((answers == 1).sum())
-        if 0 < positive < len(answers):
-            return ""
-        return f"one class only ({positive:,} of {len(answers):,} labels are 1)" if len(answers) else "no label at all"
+        if not len(answers):
+            return "no label at all"
+        one_class = positive in (0, len(answers))
+        return f"one class only ({positive:,} of {len(answers):,} labels are 1)" if one_class else ""
 
     def check(self, cohort: Cohort, split: dict[str, list[str]]) -> None:
         """Raises InputError where the labels of one of these parts do not hold both classes."""
         for name, ids in split.items():
             if lacking := self.lacking(cohort.answers[labelled_points(cohort, stays_of(cohort, ids))]):
-                raise InputError(f"{cohort.reader}: the labelled {name} stays hold {lacking}, where both classes are "
-                                 "needed; check the label file, give more labels or a --split")
+                raise InputError(f"{cohort.reader}: the labelled {name} stays hold {lacking}, where both "
+                                 "classes are needed; check the label file, give more labels or a --split")
 
     def count(self, cohort: Cohort, stays: np.ndarray) -> str:
         """How many of these stays have the outcome."""
         return f"{(cohort.stay_label[stays] == 1).sum():,} positive"
 
     def subset(self, cohort: Cohort, stays: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-        """The stays of a stratified, seeded share of the subjects of labelled stays, as if only these had a label."""
+        """The stays of a stratified, seeded share of the subjects of labelled stays, as if only these had a
+        label."""
         if fraction == 1:
             return stays
         subject, label = subjects_with_label(cohort, stays)
+        everyone = np.arange(len(label))
         try:
-            part, _ = train_test_split(np.arange(len(label)), train_size=fraction, stratify=label, random_state=seed)
+            part, _ = train_test_split(everyone, train_size=fraction, stratify=label, random_state=seed)
         except ValueError as error:
-            raise InputError(f"--label_fraction {fraction}: no such share of {len(label)} subjects keeps both classes "
-                             f"({error}); give a larger one") from None
+            raise InputError(f"--label_fraction {fraction}: no such share of {len(label)} subjects keeps "
+                             f"both classes ({error}); give a larger one") from None
         return stays[np.isin(subject, part)]
 
     def training_points(self, cohort: Cohort, stays: np.ndarray, config, seed: int,
                         epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The labelled points [n] of these stays from which an epoch learns: all with the outcome and, where points are
-        many, a seeded sample of the others; and their weights [n], so that a sampled one stands for those left out.
+        """The labelled points [n] of these stays from which an epoch learns: all with the outcome and, where
+        points are many, a seeded sample of the others; and their weights [n], so that a sampled one stands
+        for those left out.
         config: a FinetuneConfig."""
         points = labelled_points(cohort, stays)
         without = cohort.label[points] == 0
@@ -267,26 +273,26 @@ class Task:
         weight = np.where(cohort.label[points] == 0, max(1, len(negative) / most), 1)
         return points, weight.astype(np.float32)
 
-    # ---- how it is learned -------------------------------------------------------------------------------------------
+    # ---- how it is learned ---------------------------------------------------------------------------------
 
     def loss(self, logits, answer, config, weight=None, total=None) -> torch.Tensor:
-        """Focal loss (Lin et al. 2017, eq. 5) or label-smoothed cross-entropy, as `config`, a FinetuneConfig, says:
-        logits [..., 2], answer [..., 1] (NaN: none), weight [...] (None: 1 where there is an answer) -> [], the sum
-        over points divided by `total` (None: the sum of the weights)."""
+        """Focal loss (Lin et al. 2017, eq. 5) or label-smoothed cross-entropy, as `config`, a FinetuneConfig,
+        says: logits [..., 2], answer [..., 1] (NaN: none), weight [...] (None: 1 where there is an answer) ->
+        [], the sum over points divided by `total` (None: the sum of the weights)."""
         logits, label = logits.float().flatten(0, -2), answer.nan_to_num(nan=-1).long().flatten()
         weight = (label >= 0).float() if weight is None else weight.flatten()
         if config.loss == "cross_entropy":
             loss = F.cross_entropy(logits, label, label_smoothing=config.label_smoothing, ignore_index=-1,
                                    reduction="none")
         else:
-            log_p = logits.log_softmax(-1).gather(1, label.clamp(min=0)[:, None]).squeeze(1)   # of the true class
+            log_p = logits.log_softmax(-1).gather(1, label.clamp(min=0)[:, None]).squeeze(1)  # true class
             alpha = torch.where(label == 1, config.focal_alpha, 1 - config.focal_alpha)
             loss = -alpha * (1 - log_p.exp()) ** config.focal_gamma * log_p
         return (weight * loss).sum() / (weight.sum() if total is None else total)
 
     def prior(self, answer, weight) -> torch.Tensor:
-        """The logits [2] with which the head begins: the log of the classes' shares in these answers [n, 1], all
-        there, and weights [n]."""
+        """The logits [2] with which the head begins: the log of the classes' shares in these answers [n, 1],
+        all there, and weights [n]."""
         return (torch.bincount(answer[:, 0].long(), weights=weight, minlength=2) / weight.sum()).log()
 
     def shares(self, logits: list, answers: np.ndarray) -> np.ndarray:
@@ -294,16 +300,17 @@ class Task:
         log_odds = [each.diff()[:, 0].cpu().double().numpy() for each in logits]
         return best_shares(np.stack(log_odds), answers[:, 0].astype(int))
 
-    # ---- how it is answered and judged -------------------------------------------------------------------------------
+    # ---- how it is answered and judged ---------------------------------------------------------------------
 
     def answer(self, logits) -> np.ndarray:
         """Logits [n, 2] -> the probability of the outcome, [n, 1] float64."""
         return logits.float().softmax(-1)[:, 1:].cpu().double().numpy()
 
     def validation(self, cohort: Cohort, points: np.ndarray, answer: np.ndarray) -> dict:
-        """AUROC and AUPRC of the answers [n, 1] at these validation points [n], and the probability from which one
-        counts as positive: that of the best F1 or, where the labels are those of the challenge 2019, of the best
-        utility."""
+        """AUROC and AUPRC of the answers [n, 1] at these validation points [n], and the probability from
+        which one
+        counts as positive: that of the best F1 or, where the labels are those of the challenge 2019, of the
+            best utility."""
         stay, minute, label = cohort.point_stay[points], cohort.point_minute[points], cohort.label[points]
         probability = answer[:, 0]
         precision, recall, thresholds = precision_recall_curve(label, probability)
@@ -323,23 +330,24 @@ class Task:
 
     def figures(self, cohort: Cohort, points: np.ndarray, methods: dict, thresholds: dict, sensitivity: float,
                 groups: dict) -> dict:
-        """Plain numbers about each method's probabilities [n] at these points [n], see `score_figures`; with labels of
-        the challenge 2019 also its utility, as `sepsis`. thresholds: of each method."""
+        """Plain numbers about each method's probabilities [n] at these points [n], see `score_figures`; with
+        labels of the challenge 2019 also its utility, as `sepsis`. thresholds: of each method."""
         stay, label = cohort.point_stay[points], cohort.label[points].astype(int)
         figures = score_figures(stay, label, methods, thresholds[CHECKPOINT], sensitivity, groups)
         hours = stay, cohort.point_minute[points], label
         if of_challenge_2019(*hours):
-            figures["sepsis"] = {name: sepsis_figures(*hours, p, thresholds[name]) for name, p in methods.items()}
+            figures["sepsis"] = {name: sepsis_figures(*hours, probability, thresholds[name])
+                                 for name, probability in methods.items()}
         return figures
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Boosted trees
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def trees_of(classifier):
-    """Yield left and right child (of a leaf: -1), feature, threshold and value (in log odds, with the shrinkage) of the
-    nodes of each tree of a fitted (Hist)GradientBoostingClassifier."""
+    """Yield left and right child (of a leaf: -1), feature, threshold and value (in log odds, with the
+    shrinkage) of the nodes of each tree of a fitted (Hist)GradientBoostingClassifier."""
     if isinstance(classifier, GradientBoostingClassifier):
         for tree in (estimator.tree_ for estimator in classifier.estimators_[:, 0]):
             value = classifier.learning_rate * tree.value[:, 0, 0]
@@ -352,9 +360,9 @@ def trees_of(classifier):
 
 
 class BoostedTrees(nn.Module):
-    """Gradient-boosted trees for two classes (Friedman 2001), fitted by scikit-learn and kept as tensors: each a
-    complete binary tree, whose node n has the children 2n + 1 and 2n + 2. They see what a linear head cannot, such as a
-    variable that matters beyond a threshold."""
+    """Gradient-boosted trees for two classes (Friedman 2001), fitted by scikit-learn and kept as tensors:
+    each a complete binary tree, whose node n has the children 2n + 1 and 2n + 2. They see what a linear head
+    cannot, such as a variable that matters beyond a threshold."""
 
     def __init__(self, trees: int, depth: int):
         super().__init__()
@@ -375,17 +383,18 @@ class BoostedTrees(nn.Module):
                 leaf, at = left[node] < 0, slice(2**level - 1, 2**(level + 1) - 1)
                 threshold = cut[node].astype(np.float32)
                 below = np.nextafter(threshold, np.float32(-np.inf))
-                threshold = np.where(threshold > cut[node], below, threshold)  # so that every x keeps its side
+                threshold = np.where(threshold > cut[node], below, threshold)  # every x keeps its side
                 self.feature[i, at] = torch.from_numpy(np.where(leaf, 0, feature[node]))
                 self.threshold[i, at] = torch.from_numpy(np.where(leaf, np.float32(np.inf), threshold))
-                node = np.stack([np.where(leaf, node, child[node]) for child in (left, right)], axis=1).ravel()
+                children = [np.where(leaf, node, child[node]) for child in (left, right)]
+                node = np.stack(children, axis=1).ravel()
             self.value[i] = torch.from_numpy(value[node].astype(np.float32))
 
     def forward(self, x):
         """x [..., F] -> logits [..., 2]."""
         shape, x = x.shape, x.flatten(0, -2)
         tree = torch.arange(len(self.value), device=x.device)
-        node = torch.zeros(len(x), len(tree), dtype=torch.int64, device=x.device)                     # [n, trees]
+        node = torch.zeros(len(x), len(tree), dtype=torch.int64, device=x.device)               # [n, trees]
         for _ in range(self.depth):
             node = 2 * node + 1 + (x.gather(1, self.feature[tree, node]) > self.threshold[tree, node])
         odds = self.prior + self.value[tree, node - self.feature.shape[1]].sum(1)

@@ -1,4 +1,4 @@
-"""What is asked of a stay: columns of answers from the cohort to the batch, and the task that learns and judges them."""
+"""What is asked of a stay: columns of answers, from the cohort to the batch, and their task."""
 
 import math
 from dataclasses import replace
@@ -44,13 +44,15 @@ def test_a_question_without_answers_has_one_empty_column():
         assert len(labelled_points(asked, np.arange(4))) == 0
 
 
-def test_a_finetuned_checkpoint_keeps_its_task_and_an_unknown_one_is_refused_in_one_line(small_finetuned, tmp_path, capsys):
+def test_a_finetuned_checkpoint_keeps_its_task_and_an_unknown_one_is_refused(small_finetuned, tmp_path, capsys):
     checkpoint = Checkpoint.open(small_finetuned)
-    assert checkpoint.task == {"kind": "binary", "names": ["label"]} == checkpoint.classifier().task.state_dict()
+    assert checkpoint.task == {"kind": "binary", "names": ["label"]}
+    assert checkpoint.classifier().task.state_dict() == checkpoint.task
     assert Task.from_state(checkpoint.task, "x") == Task.from_state(None, "x") == Task()
     for strange in ({"kind": "several", "names": ["a", "b"]}, {"kind": ["binary"]}, {}):
-        replace(checkpoint, task=strange).save(tmp_path / "best.pt")
-        one_error_line(capsys, main(["--checkpoint", str(tmp_path / "best.pt")]), f"{tmp_path / 'best.pt'}: its task is")
+        path = tmp_path / "best.pt"
+        replace(checkpoint, task=strange).save(path)
+        one_error_line(capsys, main(["--checkpoint", str(path)]), f"{path}: its task is")
 
 
 def test_points_without_an_answer_have_no_part_in_the_loss_nor_its_gradient():
@@ -76,7 +78,7 @@ def test_the_answer_is_the_probability_whose_log_odds_are_the_logits_difference(
 def test_a_sampled_negative_stands_for_those_left_out_and_every_epoch_draws_anew():
     cohort = cohort_of([[(60 * m, [(0, 1.)]) for m in range(100)]])
     answers = np.where(np.arange(100) % 20 == 0, 1., 0.)
-    answers[50:60] = NAN                                                     # 5 positive, 85 negative, 10 unlabelled
+    answers[50:60] = NAN                                       # 5 positive, 85 negative, 10 unlabelled
     cohort = with_points(cohort, np.array([100]), cohort.set_minute, answers)
     config = FinetuneConfig(negatives=4., few_points=1)
     drawn = [Task().training_points(cohort, np.arange(1), config, 0, epoch) for epoch in (0, 0, 1)]
@@ -97,7 +99,8 @@ def test_what_is_lacking_to_learn_is_named_with_its_counts():
     assert task.lacking(np.zeros((0, 1))) == "no label at all"
     cohort = at_end(cohort_of(random_stays()), [0, 1, 1, NAN])
     task.check(cohort, {"train": ["stay0", "stay1"]})
-    with pytest.raises(InputError, match=r"handmade: the labelled valid stays hold one class only \(1 of 1 labels are 1\)"):
+    one_class = r"handmade: the labelled valid stays hold one class only \(1 of 1 labels are 1\)"
+    with pytest.raises(InputError, match=one_class):
         task.check(cohort, {"train": ["stay0", "stay1"], "valid": ["stay2", "stay3"]})
 
 
