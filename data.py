@@ -126,7 +126,8 @@ class Cohort:
         first, last = self.admission, self.set_minute[self.stay_start[1:] - 1]
         hours, sets = np.median(last - first) / 60, np.median(np.diff(self.stay_start))
         lines.append(f"data: minutes {first.min():,.0f} to {last.max():,.0f}; a median stay lasts "
-                     f"{hours:,.1f} hours and has {sets:,.0f} sets, {np.median(self.stay_events):,.0f} events")
+                     f"{hours:,.1f} hours and has {sets:,.0f} sets, "
+                     f"{np.median(self.stay_events):,.0f} events")
         if len(self.answers) != len(self):
             asked = (np.diff(self.point_start) > 0).sum()
             lines.append(f"data: {len(self.answers):,} prediction points in {asked:,} stays")
