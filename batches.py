@@ -263,7 +263,7 @@ class StayDataset(torch.utils.data.Dataset):
         answer[place] = cohort.answers[index]
         last_set = cohort.stay_start[stays][stay] + slot
         hours[place] = (cohort.point_minute[index] - cohort.set_minute[last_set]) / 60
-        labelled = ~np.isnan(answer[place]).all(1)  # not `cohort.labelled`, which looks at every point of the data
+        labelled = ~np.isnan(answer[place]).all(1)  # `cohort.labelled` looks at every point of the data
         weight[place] = labelled * (1 if self.weight is None else self.weight[index])
         grids = dict(point=point, point_slot=point_slot, point_hours=hours, answer=answer, weight=weight)
         return {name: array.reshape(len(stays), width, *array.shape[1:]) for name, array in grids.items()}
