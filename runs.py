@@ -52,20 +52,13 @@ MACHINE, MACHINES = int(os.environ.get("GROUP_RANK", 0)), int(os.environ.get("GR
 
 
 def launcher() -> list[str]:
-    """The words of the command line before the script: torchrun's as they were given, where the system tells them (on
-    Linux; it is the parent process), else ones of the same meaning."""
+    """The words of a command line before the script, for as many processes as this run has."""
     if WORLD == 1:
         return ["python"]
-    with suppress(OSError):
-        words = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")[:-1]
-        for i, word in enumerate(words):
-            if Path(word).name in ("torchrun", "torch.distributed.run") and len(words) - len(sys.argv) > i:
-                return ["torchrun", *words[i + 1:len(words) - len(sys.argv)]]
     if MACHINES == 1:
         return ["torchrun", "--standalone", f"--nproc_per_node={WORLD}"]
-    rendezvous = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     return ["torchrun", f"--nnodes={MACHINES}", f"--nproc_per_node={LOCAL_WORLD}", "--rdzv-backend=c10d",
-            f"--rdzv-endpoint={rendezvous}"]
+            f"--rdzv-endpoint={os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"]
 
 
 def join_ranks(device: str) -> None:

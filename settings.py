@@ -37,51 +37,48 @@ def option(help: str, default=None, **metadata) -> Field:
 
 
 def value_of(f: Field, value):
-    """The value of a setting, from a text or from JSON. Raises InputError, see `check`."""
-    if f.type in (list, dict):
+    """The value of a setting, which may be given as text or come from JSON. Raises InputError where it is not of the
+    setting's type, none of its choices or outside its bounds. (The default bounds lie far within float32.)"""
+    if value is f.default or f.type in (list, dict):
         return value
-    if isinstance(value, str):
-        value = f.metadata.get("words", {}).get(value, value)
-    if isinstance(value, str) and not isinstance(value, f.type):
-        with suppress(ValueError, SyntaxError, TypeError):
-            value = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(value.lower(), value))
-    value = tuple(value) if isinstance(value, list) else value
-    check(f, value)
-    return float(value) if type(value) is int and isinstance(0., f.type) else value
-
-
-def check(f: Field, value) -> None:
-    """Raises InputError where a value is not of the setting's type, none of its choices or outside its bounds. (The
-    default bounds lie far within float32.)"""
     about = f.metadata
-    kind = f.type | int if isinstance(0., f.type) else f.type
+    with suppress(ValueError, SyntaxError, TypeError, OverflowError):
+        value = about.get("words", {}).get(value, value)
+        if isinstance(value, str) and not isinstance(value, f.type):
+            value = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(value.lower(), value))
+        if type(value) is int and isinstance(0., f.type):
+            value = float(value)
+    value = tuple(value) if isinstance(value, list) else value
     low, high = about.get("low", int(isinstance(1, f.type))), about.get("high", 1e9)
     items = value if isinstance(value, tuple) else (value,)
     within = all(type(x) in about.get("items", (bool, int, float)) and low <= x <= high for x in items)
-    if not (isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
+    if not (isinstance(value, f.type) and isinstance(value, bool) == (f.type is bool)
             and (within or isinstance(value, str | None))
             and value in about.get("choices", [value])
             and len(items) == about.get("length", len(items))):
         takes = " or ".join(about.get("choices", [])) or f"{getattr(f.type, '__name__', f.type)}, {low:g} to {high:g}"
         raise InputError(f"{f.name} is {repr(value)[:40]}; it takes {takes}")
+    return value
 
 
 def check_settings(settings) -> None:
+    """The `__post_init__` of a dataclass of settings. Raises InputError, see `value_of`."""
     for f in fields(settings):
-        check(f, getattr(settings, f.name))
+        setattr(settings, f.name, value_of(f, getattr(settings, f.name)))
 
 
 def changed(settings, changes: dict):
     """A dataclass of settings with those changes, values or texts, that are its own."""
-    return replace(settings, **{f.name: value_of(f, changes[f.name]) for f in fields(settings) if f.name in changes})
+    own = {f.name for f in fields(settings)}
+    return replace(settings, **{name: value for name, value in changes.items() if name in own})
 
 
 def recorded(settings) -> dict:
     """The options that a run records: those that have a value, paths whole, so that they hold in another working
     folder."""
-    scopes = {f.name: f.metadata.get("scope") for f in fields(settings)}
-    return {name: str(Path(value).resolve()) if scopes[name] == "path" and value else value
-            for name, value in vars(settings).items() if value is not None and scopes[name] != "call"}
+    return {f.name: str(Path(value).resolve()) if f.metadata.get("scope") == "path" and value else value
+            for f in fields(settings)
+            if (value := getattr(settings, f.name)) is not None and f.metadata.get("scope") != "call"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -143,6 +140,8 @@ class DataSettings:
     params_map: str = option("statistics of its data, CSV variable,mean,std or .pkl", group="original", scope="path",
                              names=("--params_map", "--params_map_path"))
 
+    __post_init__ = check_settings
+
 
 @dataclass
 class SharedSettings(DataSettings):
@@ -155,8 +154,7 @@ class SharedSettings(DataSettings):
 
 def data_options(settings) -> dict:
     """Those of DataSettings that are given."""
-    own = {f.name for f in fields(DataSettings)}
-    return {name: value for name, value in vars(settings).items() if name in own and value is not None}
+    return {f.name: value for f in fields(DataSettings) if (value := getattr(settings, f.name)) is not None}
 
 
 # ------------------------------------------------------------------------------------------------------------

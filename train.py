@@ -105,8 +105,8 @@ class RunSettings(SharedSettings):
         "start it there", scope="call")
     precision: str = option("auto: bf16 on CUDA and on CPUs with AMX, else fp32 (default: auto)", "auto",
                             scope="machine", choices=("auto", *PRECISIONS))
-    last: Checkpoint = setting(None, scope="call")  # the last.pt to go on from
-    origin: dict = setting(None, scope="call")  # `source` (see `source_of`) of the run whose settings these are
+    last = None    # the last.pt, a Checkpoint, to go on from
+    origin = None  # `source` (see `source_of`) of the run whose settings these are
 
 
 MODEL_FIELDS = fields(ModelConfig)
@@ -158,8 +158,10 @@ def run_settings(**given) -> RunSettings:
         changes[name] = value_of(known[name], changes[name])
     if last:
         refuse_changes(before, settings, folder)
-    origin = last.source if last else config["source"] if config else None
-    return replace(settings, last=last, resume=folder or settings.resume, origin=origin)
+        settings.resume = folder
+    settings.last = last
+    settings.origin = last.source if last else config["source"] if config else None
+    return settings
 
 
 def over(settings: RunSettings, given: dict) -> RunSettings:

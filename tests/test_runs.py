@@ -155,6 +155,9 @@ def test_a_run_under_other_circumstances_says_so(tmp_path, small_pretrained, cap
     (["--set", "decoder=none"], "decoder is 'none'; it takes readout or slots"),
     (["--set", "heads=5"], "no multiple of heads 5"),
     (["--label_fraction", "0.5"], "--label_fraction: no option of --mode pretrain"),
+    (["--set", "betas=0.9,"], "betas is (0.9,); it takes tuple, 0 to 0.999999"),
+    (["--set", "patience=-1"], "patience is -1; it takes int, 0 to 1e+09"),
+    (["--set", "hide_sets=1.5"], "hide_sets is 1.5; it takes float, 0 to 1"),
     (["--config", "nowhere.json"], "--config nowhere.json"),
     (["--config", "README.md"], "--config README.md: no readable JSON file of a run"),
 ], ids=lambda x: " ".join(x) if isinstance(x, list) else "")
@@ -171,6 +174,26 @@ def test_a_setting_that_the_checkpoint_decides_is_refused_but_for_an_untrained_b
     one_error_line(capsys, train.main([*command["head"], "--objective", "original"]), "--objective: no option of")
     assert train.main([*words, "--random_init"]) == 0
     assert settings_of(tmp_path / "run")["model_config"]["latent_dim"] == 32
+
+
+def test_a_config_json_of_an_older_version_is_read_and_what_is_no_setting_today_is_said(tmp_path, small_pretrained,
+                                                                                        capsys):
+    record = settings_of(small_pretrained)
+    record["run"]["options"] |= {"hours": None, "label_fraction": 1.0, "shuffled": True}  # as earlier versions wrote them
+    record["run"]["settings"] |= {"momentum": 0.9, "patience": 1}
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    assert train.main(["--config", str(tmp_path / "config.json"), "--run_dir", str(tmp_path / "run")]) == 0
+    assert "config: no longer a setting, and left out: shuffled, momentum\n" in capsys.readouterr().out
+    again = settings_of(tmp_path / "run")["run"]
+    assert again["settings"]["patience"] == 1 and "momentum" not in again["settings"] and "shuffled" not in again["options"]
+
+
+def test_what_is_given_in_code_is_what_the_command_line_would_say(tmp_path, command):
+    words = [*command["pretrain"], "--batch_size", "5", "--set", "betas=0.8,0.9", "--set", "layers=1"]
+    said = train.run_settings(**vars(train.make_parser().parse_args(words)))
+    given = train.run_settings(mode="pretrain", synthetic_stays=24, device="cpu", precision="fp32", batch_size=5,
+                               max_epochs=2, changes={"betas": (0.8, 0.9), "layers": 1})
+    assert said == given and said.changes == {"betas": (0.8, 0.9), "layers": 1, "batch_size": 5, "max_epochs": 2}
 
 
 @pytest.mark.parametrize("damage", [
@@ -258,6 +281,20 @@ def test_a_backbone_written_anew_since_is_not_mixed_with_the_old(tmp_path, comma
     assert train.main(["--resume", str(small_pretrained), "--max_epochs", "2"]) == 0
     capsys.readouterr()
     one_error_line(capsys, train.main(["--resume", str(tmp_path / "head"), "--max_epochs", "2"]), "was written anew")
+
+
+def test_a_backbone_that_has_moved_can_be_named_where_it_lies_now(tmp_path, command, capsys, small_pretrained):
+    assert train.main([*command["head"], "--run_dir", str(tmp_path / "head")]) == 0
+    moved = small_pretrained.rename(tmp_path / "moved") / "best.pt"
+    capsys.readouterr()
+    words = ["--resume", str(tmp_path / "head"), "--max_epochs", "2"]
+    one_error_line(capsys, train.main(words), f"{small_pretrained}/best.pt: no such checkpoint")
+    assert train.main([*words, "--pretrained_ckpt", str(moved)]) == 0
+    assert settings_of(tmp_path / "head")["run"]["options"]["pretrained_ckpt"] == str(moved)
+    assert train.main([*FINETUNE, str(moved), "--set", "trees=5", "--max_epochs", "2", "--run_dir",
+                       str(tmp_path / "whole")]) == 0
+    one, two = (pd.read_csv(tmp_path / name / "metrics.csv") for name in ("head", "whole"))
+    assert len(one) == len(two) == 2 and one["loss"][0] == two["loss"][0]
 
 
 def test_labels_that_changed_since_are_not_learned_by_a_resumed_run(tmp_path, command, capsys, monkeypatch):

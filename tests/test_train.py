@@ -368,7 +368,7 @@ def test_two_machines_under_torchrun_are_ended_and_go_on_to_what_one_process_lea
     assert sorted(home.iterdir()) == [home / "cache", home / "log", home / "run"]
     assert torch.load(home / "run" / "last.pt", weights_only=True)["trainer"]["position"] == [1, 2]
     told = next(line for line in printed.splitlines() if line.startswith("saved; go on with:"))
-    assert told.startswith(f"saved; go on with: torchrun {' '.join(launch[:4])} ")
+    assert told.startswith(f"saved; go on with: torchrun {' '.join(launch[:3])} --rdzv-endpoint=")
 
     codes, _, printed = both_run(*RANKS["pretrain"], "--resume", "run")
     assert codes == [0, 0] and "Warning" not in printed, printed
@@ -377,7 +377,7 @@ def test_two_machines_under_torchrun_are_ended_and_go_on_to_what_one_process_lea
     close(*(learned(run / "last.pt") for run in (one, two)))
 
 
-def test_the_launcher_is_told_again_where_the_system_does_not_tell_it(monkeypatch):
+def test_the_command_that_goes_on_starts_as_many_processes(monkeypatch):
     assert runs.launcher() == ["python"]
     monkeypatch.setattr(runs, "WORLD", 4)
     assert runs.launcher() == ["torchrun", "--standalone", "--nproc_per_node=4"]
