@@ -37,18 +37,24 @@ def option(help: str, default=None, **metadata) -> Field:
 
 
 def value_of(f: Field, value):
-    """The value of a setting, which may be given as text or come from JSON. Raises InputError where it is not of the
-    setting's type, none of its choices or outside its bounds. (The default bounds lie far within float32.)"""
+    """The value of a setting, which may be given as text. Raises InputError, see `checked`."""
+    with suppress(ValueError, SyntaxError, TypeError):
+        value = f.metadata.get("words", {}).get(value, value)
+        if isinstance(value, str) and not isinstance(value, f.type):
+            value = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(value.lower(), value))
+    return checked(f, value)
+
+
+def checked(f: Field, value):
+    """The value of a setting, which may come from JSON. Raises InputError where it is not of the setting's type, none
+    of its choices or outside its bounds. (The default bounds lie far within float32.)"""
     if value is f.default or f.type in (list, dict):
         return value
     about = f.metadata
-    with suppress(ValueError, SyntaxError, TypeError, OverflowError):
-        value = about.get("words", {}).get(value, value)
-        if isinstance(value, str) and not isinstance(value, f.type):
-            value = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(value.lower(), value))
-        if type(value) is int and isinstance(0., f.type):
-            value = float(value)
     value = tuple(value) if isinstance(value, list) else value
+    if type(value) is int and isinstance(0., f.type):
+        with suppress(OverflowError):
+            value = float(value)
     low, high = about.get("low", int(isinstance(1, f.type))), about.get("high", 1e9)
     items = value if isinstance(value, tuple) else (value,)
     within = all(type(x) in about.get("items", (bool, int, float)) and low <= x <= high for x in items)
@@ -62,15 +68,14 @@ def value_of(f: Field, value):
 
 
 def check_settings(settings) -> None:
-    """The `__post_init__` of a dataclass of settings. Raises InputError, see `value_of`."""
+    """The `__post_init__` of a dataclass of settings. Raises InputError, see `checked`."""
     for f in fields(settings):
-        setattr(settings, f.name, value_of(f, getattr(settings, f.name)))
+        setattr(settings, f.name, checked(f, getattr(settings, f.name)))
 
 
 def changed(settings, changes: dict):
     """A dataclass of settings with those changes, values or texts, that are its own."""
-    own = {f.name for f in fields(settings)}
-    return replace(settings, **{name: value for name, value in changes.items() if name in own})
+    return replace(settings, **{f.name: value_of(f, changes[f.name]) for f in fields(settings) if f.name in changes})
 
 
 def recorded(settings) -> dict:
