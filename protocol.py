@@ -1,5 +1,5 @@
-"""What the model is compared with: hand-made baselines and an untrained backbone, on several splits with one command
-(`test_suite.py --protocol`); and in speed and memory a plain loop (`test_suite.py --benchmark`)."""
+"""What the model is compared with: hand-made baselines and an untrained backbone, on several splits with one
+command (`test_suite.py --protocol`); and in speed and memory a plain loop (`test_suite.py --benchmark`)."""
 
 import contextlib
 import io
@@ -30,7 +30,7 @@ from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from batches import StayDataset, common_variables, epoch_batches, sorted_batches
 from checkpoint import Checkpoint, label_digest
 from data import (InputError, Normalizer, at_end, build_cohort, labelled_points, make_splits, search_after,
-                  stay_event_index, stays_of, variable_vectors, with_points)
+                  stay_event_index, stays_of, variable_vectors)
 from finetune_config import MANY_POINTS, FinetuneConfig, head_optimizer, tree_sizes
 from history_statistics import summary_features
 from metrics import (best_shares, best_utility_threshold, bootstrap, hours_since_onset, interval, logit,
@@ -42,22 +42,23 @@ from runs import CHECKPOINTS, choose_device, keep_freed_memory, read_cohort
 from settings import DataSettings, changed, data_options, recorded
 from tables import clear_write_error, write_atomically
 from tasks import Task
-from train import (HeadTraining, PretrainConfig, clip_and_step, finetune, head_epoch, labelled, prepare_head, pretrain,
-                   run_settings, weigh_trees)
+from train import (HeadTraining, PretrainConfig, clip_and_step, finetune, head_epoch, labelled, prepare_head,
+                   pretrain, run_settings, weigh_trees)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Baselines: hand-made features, and the model's own head without its backbone
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
-BASELINES = ("logistic regression on summaries", "gradient boosting on summaries", "same head, exact summaries alone")
+BASELINES = ("logistic regression on summaries", "gradient boosting on summaries", "same head, exact "
+                                                                                   "summaries alone")
 STATISTICS = ("first", "last", "min", "max", "mean", "sd", "slope", "count", "hours since")
 
 
 def running(x: np.ndarray, first: np.ndarray, combine) -> np.ndarray:
-    """[n] each x combined (np.add, np.maximum, np.minimum) with all before it in its segment, which begins at index
-    `first` [n]. By doubling steps (Hillis & Steele 1986): nothing of another segment enters a sum, so nothing cancels.
-    """
+    """[n] each x combined (np.add, np.maximum, np.minimum) with all before it in its segment, which begins at
+    index `first` [n]. By doubling steps (Hillis & Steele 1986): nothing of another segment enters a sum, so
+    nothing cancels."""
     x, index, step = x.copy(), np.arange(len(x)), 1
     while len(index := index[index - step >= first[index]]):
         x[index] = combine(x[index], x[index - step])
@@ -66,15 +67,17 @@ def running(x: np.ndarray, first: np.ndarray, combine) -> np.ndarray:
 
 
 def summary_table(cohort, points, variables) -> np.ndarray:
-    """Hand-made features of the stay up to each prediction point: STATISTICS of these variables [K] (indices in the
-    cohort), descriptors included: [n, K, 9] float32, raw units, slope a day; NaN where there is none (count: 0)."""
+    """Hand-made features of the stay up to each prediction point: STATISTICS of these variables [K] (indices
+    in the cohort), descriptors included: [n, K, 9] float32, raw units, slope a day; NaN where there is none
+    (count: 0)."""
     stay = cohort.point_stay[points]
     begin, after = cohort.stay_start[stay], cohort.stay_start[stay + 1]
     after = search_after(cohort.set_minute, cohort.point_minute[points], begin, after)
-    begin, end = cohort.set_start[begin], cohort.set_start[after]                         # [n] the events of each point
+    begin, end = cohort.set_start[begin], cohort.set_start[after]               # [n] the events of each point
     events = stay_event_index(cohort, np.unique(stay))
-    events = events[np.argsort(cohort.event_variable[events], kind="stable")]             # by variable, stay, time
-    begins, ends = (np.searchsorted(cohort.event_variable[events], variables, side) for side in ("left", "right"))
+    events = events[np.argsort(cohort.event_variable[events], kind="stable")]        # by variable, stay, time
+    sorted_variables = cohort.event_variable[events]
+    begins, ends = (np.searchsorted(sorted_variables, variables, side) for side in ("left", "right"))
     table = np.full((len(points), len(variables), len(STATISTICS)), np.nan, dtype=np.float32)
     for k, mine in enumerate(events[low:high] for low, high in zip(begins, ends)):
         last, before = np.searchsorted(mine, end) - 1, np.searchsorted(mine, begin)
@@ -94,8 +97,8 @@ def summary_table(cohort, points, variables) -> np.ndarray:
         variance, spread = np.maximum(square - mean ** 2, 0), spread - days ** 2
         sd = np.sqrt(np.where(n > 1, variance * n / np.maximum(n - 1, 1), np.nan))
         slope = np.where(spread > 1e-9, (product - days * mean) / np.where(spread > 1e-9, spread, 1), 0)
-        statistics = np.stack([value[first], value, *(running(value, first, how) for how in (np.minimum, np.maximum)),
-                               value[first] + mean, sd, slope], axis=1)
+        low, high = (running(value, first, how) for how in (np.minimum, np.maximum))
+        statistics = np.stack([value[first], value, low, high, value[first] + mean, sd, slope], axis=1)
         last, before = np.searchsorted(mine, end) - 1, np.searchsorted(mine, begin)
         seen = last >= before
         table[seen, k, :-2] = statistics[last[seen]]
@@ -103,14 +106,16 @@ def summary_table(cohort, points, variables) -> np.ndarray:
 
 
 def hand_made_baselines(cohort, variables, train, weight, test) -> dict[str, np.ndarray]:
-    """Probabilities at the test points by models of `summary_table`, from the training points and their weights:
-    logistic regression (penalty chosen by cross-validation) and HistGradientBoosting (shallow trees, chosen likewise);
-    from many points boosting alone, with the hours since each variable's last event and settings of its own."""
+    """Probabilities at the test points by models of `summary_table`, from the training points and their
+    weights: logistic regression (penalty chosen by cross-validation) and HistGradientBoosting (shallow trees,
+    chosen likewise); from many points boosting alone, with the hours since each variable's last event and
+    settings of its own."""
     many = len(train) > MANY_POINTS
     both = summary_table(cohort, np.concatenate([train, test]), variables)
     both = (both if many else both[..., :-1]).reshape(len(both), -1)
     x, y = both[:len(train)], cohort.label[train].astype(int)
-    says = np.fmin.reduce(x) < np.fmax.reduce(x)  # what is constant in training, or was never measured, says nothing
+    # What is constant in training, or was never measured, says nothing.
+    says = np.fmin.reduce(x) < np.fmax.reduce(x)
     x, x_test = x[:, says], both[len(train):, says]
     if many:
         print(f"baselines: no {BASELINES[0]}: it takes too long for {len(train):,} points")
@@ -118,13 +123,14 @@ def hand_made_baselines(cohort, variables, train, weight, test) -> dict[str, np.
         return {BASELINES[1]: boosting.fit(x, y, weight).predict_proba(x_test)[:, 1]}
     folds = min(5, np.bincount(y, minlength=2).min())
     if folds < 2:
-        raise InputError(f"baselines: {y.sum()} of {len(y)} training labels are 1, too few to choose a penalty by "
-                         "cross-validation: give more labels")
+        raise InputError(f"baselines: {y.sum()} of {len(y)} training labels are 1, too few to choose a "
+                         "penalty by cross-validation: give more labels")
     low, high = np.nanquantile(x, [.005, .995], axis=0)
     linear = make_pipeline(FunctionTransformer(lambda t: t.clip(low, high)),
                            SimpleImputer(strategy="median", add_indicator=True),
                            StandardScaler(),
-                           GridSearchCV(LogisticRegression(max_iter=500), {"C": [.0003, .001, .003, .01, .03, .1]},
+                           GridSearchCV(LogisticRegression(max_iter=500),
+                                        {"C": [.0003, .001, .003, .01, .03, .1]},
                                         scoring="neg_log_loss", cv=folds))
     boosting = GridSearchCV(HistGradientBoostingClassifier(learning_rate=.05, random_state=0),
                             {"max_iter": [100, 200], "max_leaf_nodes": [6, 15], "l2_regularization": [10.]},
@@ -134,7 +140,8 @@ def hand_made_baselines(cohort, variables, train, weight, test) -> dict[str, np.
 
 
 class SummariesAlone(SeqSetVAE):
-    """The classifier's head on the exact summaries of the stay and nothing else: its backbone is never run."""
+    """The classifier's head on the exact summaries of the stay and nothing else: its backbone is never
+    run."""
 
     def feature_sizes(self) -> dict[str, int]:
         return {"plain": 0, "learned": 0, "summaries": summary_features(self.config.head_variables)}
@@ -145,9 +152,9 @@ class SummariesAlone(SeqSetVAE):
 
 def summaries_alone(dataset, variables, train, valid, test, seed: int, device=CPU,
                     config=FinetuneConfig()) -> np.ndarray:
-    """Probabilities at the test points by the default head (linear and trees) on exact summaries of these variables
-    (indices in the dataset's vocabulary), trained like that of a frozen backbone on the training stays; valid: the
-    points by which it weighs its trees."""
+    """Probabilities at the test points by the default head (linear and trees) on exact summaries of these
+    variables (indices in the dataset's vocabulary), trained like that of a frozen backbone on the training
+    stays; valid: the points by which it weighs its trees."""
     points, _ = Task().training_points(dataset.cohort, train, config, seed, 0)
     shape = ModelConfig(len(dataset.normalizer.variables), summaries=True, head_variables=len(variables),
                         head_widths=config.head_widths, **tree_sizes(config, len(points)))
@@ -164,8 +171,8 @@ def summaries_alone(dataset, variables, train, valid, test, seed: int, device=CP
 
 def without_backbone(dataset, train, valid, test, seed: int, device=CPU,
                      config=FinetuneConfig()) -> dict[str, np.ndarray]:
-    """Probabilities at the test points by every one of BASELINES that can be had, learned from the training stays;
-    valid: see `summaries_alone`."""
+    """Probabilities at the test points by every one of BASELINES that can be had, learned from the training
+    stays; valid: see `summaries_alone`."""
     cohort = dataset.cohort
     variables = common_variables(cohort, dataset, train, config.most_variables)
     points, weight = Task().training_points(cohort, train, config, seed, 0)
@@ -175,13 +182,15 @@ def without_backbone(dataset, train, valid, test, seed: int, device=CPU,
 
 
 def baselines(arguments, checkpoint: Checkpoint, dataset, points) -> dict[str, np.ndarray]:
-    """Probabilities at the scored points by BASELINES and by an untrained backbone of the checkpoint's config, under a
-    frozen head of its settings; all learn from the labels that the checkpoint learned from."""
+    """Probabilities at the scored points by BASELINES and by an untrained backbone of the checkpoint's
+    config, under a frozen head of its settings; all learn from the labels that the checkpoint learned
+    from."""
     cohort = dataset.cohort
     new = checkpoint.is_new(cohort)
     if new or not checkpoint.run:
-        raise InputError(f"{arguments.checkpoint[0]}: --baselines are fitted on the data that train.py made the "
-                         f"checkpoint with, as it recorded; leave {'--data_dir' if new else '--baselines'} out")
+        raise InputError(f"{arguments.checkpoint[0]}: --baselines are fitted on the data that train.py made "
+                         "the checkpoint with, as it recorded; leave "
+                         f"{'--data_dir' if new else '--baselines'} out")
     config, seed = changed(FinetuneConfig(), checkpoint.run["settings"]), checkpoint.source["seed"]
     share, device = checkpoint.run["options"]["label_fraction"], choose_device(arguments.device, "fp32")[0]
     train = Task().subset(cohort, labelled(cohort, checkpoint.split["train"]), share, seed)
@@ -201,14 +210,15 @@ def baselines(arguments, checkpoint: Checkpoint, dataset, points) -> dict[str, n
         return methods | {"untrained backbone, same head": probability_at(model, dataset, points, device)}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The protocol: several splits, every method, one command
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 # The options of train.py for each way to finetune a pretrained backbone.
 CELLS = {"frozen": {}, "untrained": {"random_init": True}, "full": {"full_training": True},
          "scratch": {"full_training": True, "random_init": True}}
-CELLS |= {f"{name}, learned features only": cell | {"changes": {"summaries": False}} for name, cell in CELLS.items()}
+CELLS |= {f"{name}, learned features only": cell | {"changes": {"summaries": False}}
+          for name, cell in CELLS.items()}
 CELLS["frozen, mu alone"] = {"changes": {"fuse": False}}
 METHODS = ("baselines", *CELLS)
 FEW_LABELS = METHODS[:5]  # what is measured with fewer labels too
@@ -216,9 +226,9 @@ AVERAGED, AVERAGE = ("frozen", "full", *BASELINES), "average, weights from valid
 
 
 def protocol(given: dict, splits: list, seeds: list, methods: list, fractions: list, folder: Path) -> None:
-    """For every split (a file, or None: drawn by the seed) and seed: pretrain on the training part without labels,
-    finetune every cell, fit the baselines, score validation and test part once. What is finished lies in `folder` and
-    is kept: stop and go on at will. given: the data's options, see `data_options`."""
+    """For every split (a file, or None: drawn by the seed) and seed: pretrain on the training part without
+    labels, finetune every cell, fit the baselines, score validation and test part once. What is finished lies
+    in `folder` and is kept: stop and go on at will. given: the data's options, see `data_options`."""
     for split in filter(None, splits):
         if not Path(split).is_file():
             raise InputError(f"--splits {split}: no such file; correct the path")
@@ -226,9 +236,11 @@ def protocol(given: dict, splits: list, seeds: list, methods: list, fractions: l
         raise InputError("--splits: two files of one name, by which what is finished is kept; rename one")
     turns = [(folder / f"{Path(split).stem}-seed{seed}" if split else folder / f"seed{seed}",
               given | ({"split_file": split} if split else {}), seed) for seed in seeds for split in splits]
-    plan = [(method, fraction) for fraction in fractions for method in methods if fraction == 1 or method in FEW_LABELS]
+    plan = [(method, fraction) for fraction in fractions for method in methods
+            if fraction == 1 or method in FEW_LABELS]
     if not plan:
-        raise InputError(f"--methods {' '.join(methods)}: measured with all labels alone; add 1 to --fractions")
+        raise InputError(f"--methods {' '.join(methods)}: measured with all labels alone; add 1 to "
+                         "--fractions")
     for home, data, seed in turns:
         cohort = read_cohort(data)
         split = make_splits(cohort, seed)
@@ -238,12 +250,13 @@ def protocol(given: dict, splits: list, seeds: list, methods: list, fractions: l
             then, now = kept.source, {"data": recorded(DataSettings(**data)), "fingerprint": cohort.fingerprint,
                                             "labels": label_digest(cohort)}
             if kept.split != split or any(then[name] != value for name, value in now.items()):
-                raise InputError(f"{home}: holds what was measured on other data, labels or splits, or asked otherwise "
-                                 f"({then['data']}); give another --protocol FOLDER")
+                raise InputError(f"{home}: holds what was measured on other data, labels or splits, or asked "
+                                 f"otherwise ({then['data']}); give another --protocol FOLDER")
     for (method, fraction), (home, data, seed) in itertools.product(plan, turns):
         with finished(home / "pretrain") as partial:
             if partial:
-                pretrain(run_settings(mode="pretrain", seed=seed, run_dir=str(partial), resume="auto", **data))
+                pretrain(run_settings(mode="pretrain", seed=seed, run_dir=str(partial), resume="auto",
+                                      **data))
         checkpoint = home / "pretrain" / "best.pt"
         if method == "baselines":
             predict_baselines(checkpoint, home, seed, fraction, data)
@@ -256,15 +269,16 @@ def protocol(given: dict, splits: list, seeds: list, methods: list, fractions: l
                 predictor, dataset = Predictor.with_data(best, data, "cpu")
                 cohort, split = dataset.cohort, predictor.checkpoint.split
                 points = scored_points(cohort, split)
-                save_predictions(partial, cohort, split, points, probability_at(predictor.model, dataset, points, CPU))
+                probability = probability_at(predictor.model, dataset, points, CPU)
+                save_predictions(partial, cohort, split, points, probability)
                 (partial / "last.pt").unlink()
     print_protocol(folder)
 
 
 @contextlib.contextmanager
 def finished(folder: Path):
-    """Give the partial folder of a work that is to be done, or gone on with, which then takes the name `folder`; None
-    where that is there."""
+    """Give the partial folder of a work that is to be done, or gone on with, which then takes the name
+    `folder`; None where that is there."""
     if folder.exists():
         yield None
         return
@@ -308,12 +322,12 @@ def predict_baselines(checkpoint: Path, home: Path, seed: int, fraction: float, 
 
 
 def averaged(turns: dict[str, list[pd.DataFrame]]) -> dict[str, tuple[pd.DataFrame, np.ndarray]]:
-    """Of every split, whose methods' predictions of the same points are given: the mean of their logits, and the shares
-    in it, which are best on the validation parts of all splits, but for the stays that this split tests. (The few
-    hundred validation stays of one split choose by luck.)"""
+    """Of every split, whose methods' predictions of the same points are given: the mean of their logits, and
+    the shares in it, which are best on the validation parts of all splits, but for the stays that this split
+    tests. (The few hundred validation stays of one split choose by luck.)"""
     logits = {turn: np.stack([logit(table["probability"].to_numpy(), least=1e-7) for table in tables])
               for turn, tables in turns.items()}
-    every = np.concatenate([*logits.values()], axis=1)                                             # [methods, points]
+    every = np.concatenate([*logits.values()], axis=1)                                     # [methods, points]
     points = pd.concat([table for table, *_ in turns.values()], ignore_index=True)
     told = {}
     for turn, (table, *_) in turns.items():
@@ -328,11 +342,12 @@ class Scores(NamedTuple):
     """How a method did on a split."""
 
     value: np.ndarray  # [m] AUROC, AUPRC and, where the labels are those of the challenge 2019, utility
-    draws: np.ndarray  # [repeats, m] of resampled test stays: the same ones for every method; utility NaN: no sepsis
+    draws: np.ndarray  # [repeats, m] of resampled test stays, the same for all methods; NaN: no sepsis
 
 
 def parts(table: pd.DataFrame) -> list:
-    """Stay (an integer), minute, label and probability [n] of the points of the validation and of the test part."""
+    """Stay (an integer), minute, label and probability [n] of the points of the validation and of the test
+    part."""
     table = table.assign(stay_id=np.unique(table["stay_id"], return_inverse=True)[1])
     return [[table.loc[table["split"] == part, name].to_numpy()
              for name in ("stay_id", "minute", "label", "probability")] for part in ("valid", "test")]
@@ -354,8 +369,9 @@ def scores(table: pd.DataFrame, hourly: bool, repeats: int = 200) -> Scores:
 
 
 def print_protocol(folder: Path) -> None:
-    """The tables of RESULTS.md from what is finished: mean and standard deviation over the splits; the difference to
-    the best baseline (by mean AUROC) with a bootstrap interval, paired by stay and drawn within each split."""
+    """The tables of RESULTS.md from what is finished: mean and standard deviation over the splits; the
+    difference to the best baseline (by mean AUROC) with a bootstrap interval, paired by stay and drawn within
+    each split."""
     found = {}
     for path in sorted(folder.glob("*/*%/predictions.csv")):
         method, fraction = path.parent.name.rsplit(" ", 1)
@@ -369,7 +385,8 @@ def print_protocol(folder: Path) -> None:
             told = averaged({turn: [tables[method][turn] for method in members] for turn in turns})
             tables[AVERAGE] = {turn: table for turn, (table, _) in told.items()}
             mean = np.mean([weights for _, weights in told.values()], axis=0)
-            print(f"\n{AVERAGE}, in the mean: " + ", ".join(f"{w:.2f} {name}" for w, name in zip(mean, members)))
+            shares = [f"{share:.2f} {name}" for share, name in zip(mean, members)]
+            print(f"\n{AVERAGE}, in the mean: {', '.join(shares)}")
         hourly = all(of_challenge_2019(*part[:3])
                      for turns in tables.values() for table in turns.values() for part in parts(table))
         rows = {method: {turn: scores(table, hourly) for turn, table in turns.items()}
@@ -394,12 +411,13 @@ def print_protocol(folder: Path) -> None:
             print(f"| {method} | {len(values)} | {' | '.join(cells)} |")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Speed and memory, beside a plain loop over single sets (`test_suite.py --benchmark`)
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 PLAIN_LOOP, PRETRAIN_STEP, FINETUNING, INFERENCE = "plain loop", "pretrain step", "finetuning", "inference"
-# Sizes: config of a number of variables, batches of pretraining, of evaluation, epochs of finetuning, ways to run it.
+# Sizes: config of a number of variables, batches of pretraining, of evaluation, epochs of finetuning, ways to
+# run it.
 SIZES = {"original's sizes": (ModelConfig.original, 4, 3, 15, (PLAIN_LOOP, "float32", "bf16")),
          "our default": (ModelConfig, 16, 6, 20, ("float32", "bf16"))}
 ROUNDS, LOOPED = 3, 8  # passes timed; stays of the plain loop
@@ -417,7 +435,8 @@ def spread(items, n: int) -> list:
 
 
 def plain_stays(dataset, stays) -> list:
-    """Stays as the plain loop takes them: lists of (minute, events), an event being (variable, normalised value)."""
+    """Stays as the plain loop takes them: lists of (minute, events), an event being (variable, normalised
+    value)."""
     cohort, lists = dataset.cohort, []
     for p in stays:
         lists.append([])
@@ -430,12 +449,12 @@ def plain_stays(dataset, stays) -> list:
 
 
 def new_models(config, dataset) -> tuple[SeqSetVAEPretrain, SeqSetVAE, FinetuneConfig]:
-    """A model to pretrain, a classifier of its sizes and the settings of its head: the default ones, or, with the
-    original's decoder, the original's features, widths and loss."""
+    """A model to pretrain, a classifier of its sizes and the settings of its head: the default ones, or, with
+    the original's decoder, the original's features, widths and loss."""
     d, settings = config.latent_dim, FinetuneConfig()
     if config.decoder == "slots":
-        settings = FinetuneConfig(features="stable", summaries=False, head_widths=(d, d // 2, d // 4), trees=None,
-                                  loss="focal")
+        settings = FinetuneConfig(features="stable", summaries=False, head_widths=(d, d // 2, d // 4),
+                                  trees=None, loss="focal")
     vectors = variable_vectors(dataset.normalizer.variables, config.input_dim)
     head = {name: getattr(settings, name) for name in ("fuse", "features", "summaries", "head_widths")}
     head |= tree_sizes(settings, 0) | {"head_variables": min(config.num_variables, settings.most_variables)}
@@ -443,20 +462,21 @@ def new_models(config, dataset) -> tuple[SeqSetVAEPretrain, SeqSetVAE, FinetuneC
 
 
 def assert_plain_loop_agrees(config, dataset, stays) -> None:
-    """The plain loop's losses and features are the batched model's, to 1e-5 (with learned seeds, as noise is never
-    drawn alike)."""
+    """The plain loop's losses and features are the batched model's, to 1e-5 (with learned seeds, as noise is
+    never drawn alike)."""
     from tests.plain_loop import close, plain_features, plain_pass
     model, head, _ = new_models(replace(config, learned_seeds=True), dataset)
     lists = plain_stays(dataset, stays)
     with torch.no_grad():
         losses, (_, plain) = model.eval()(dataset[stays], beta=1.0), plain_pass(model, lists)
         close(torch.stack([losses["reconstruction"], losses["kl"]]), torch.stack(plain))
-        close(head.eval().features(dataset[stays])[:, 0], torch.stack([plain_features(head, stay) for stay in lists]))
+        features = torch.stack([plain_features(head.eval(), stay) for stay in lists])
+        close(head.features(dataset[stays])[:, 0], features)
 
 
 def pretraining_pass(how, config, batches, dataset, device):
-    """Make, forward, backward and optimizer step of every batch. The plain loop goes backward after each stay, so it
-    holds one stay in memory."""
+    """Make, forward, backward and optimizer step of every batch. The plain loop goes backward after each
+    stay, so it holds one stay in memory."""
     from tests.plain_loop import plain_pass
     model = new_models(config, dataset)[0].to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
@@ -477,8 +497,8 @@ def pretraining_pass(how, config, batches, dataset, device):
 
 
 def classifier_pass(task, epochs, how, config, batches, dataset, device):
-    """Inference, or a finetuning on the frozen backbone, of which the plain loop runs one epoch: it encodes every stay
-    at each."""
+    """Inference, or a finetuning on the frozen backbone, of which the plain loop runs one epoch: it encodes
+    every stay at each."""
     from tests.plain_loop import plain_features
     _, model, settings = new_models(config, dataset)
     stays = np.sort(np.concatenate(batches))
@@ -490,10 +510,11 @@ def classifier_pass(task, epochs, how, config, batches, dataset, device):
     @torch.no_grad()
     def run():
         if how == PLAIN_LOOP:
-            features = torch.stack([plain_features(model.eval(), stay) for stay in plain_stays(dataset, stays)])
+            lists = plain_stays(dataset, stays)
+            features = torch.stack([plain_features(model.eval(), stay) for stay in lists])
         else:
             with torch.amp.autocast(device.type, torch.bfloat16, enabled=how == "bf16"):
-                features = encode_points(model, dataset, stays, device)  # a stay's one point has the stay's number
+                features = encode_points(model, dataset, stays, device)  # a stay's point has its number
         if task == INFERENCE:
             return model.task.answer(model.classify(features))
         prepare_head(model, features, answer, weight, settings, seed=0)
@@ -505,15 +526,15 @@ def classifier_pass(task, epochs, how, config, batches, dataset, device):
 
 
 def peak_memory(device) -> float:
-    """MB: of PyTorch's tensors on a GPU, else of this process. The latter never falls, so each work has a process of
-    its own."""
+    """MB: of PyTorch's tensors on a GPU, else of this process. The latter never falls, so each work has a
+    process of its own."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     try:
         import resource
     except ModuleNotFoundError:  # Windows
-        raise InputError("--benchmark measures memory by Python's module resource, which this system lacks; run it on "
-                         "Linux or macOS") from None
+        raise InputError("--benchmark measures memory by Python's module resource, which this system lacks; "
+                         "run it on Linux or macOS") from None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
@@ -532,31 +553,32 @@ def timed_process(pipe, threads: int, device, work) -> None:
 
 
 def take_turns(works: dict, device, rounds: int) -> dict:
-    """For each work, which makes a pass in a process of its own: seconds of the fastest pass, peak memory in MB. The
-    passes take turns, so that whatever else the machine does slows all alike."""
+    """For each work, which makes a pass in a process of its own: seconds of the fastest pass, peak memory in
+    MB. The passes take turns, so that whatever else the machine does slows all alike."""
     context, pipes, passes = multiprocessing.get_context("forkserver"), {}, {name: [] for name in works}
     context.set_forkserver_preload([Path(__file__).stem, "torch._dynamo"])  # which every optimizer imports
     with contextlib.ExitStack() as stack:
         for name, work in works.items():
             mine, theirs = context.Pipe()
             pipes[name] = stack.enter_context(mine)
-            context.Process(target=timed_process, args=(theirs, torch.get_num_threads(), device, work)).start()
+            arguments = theirs, torch.get_num_threads(), device, work
+            context.Process(target=timed_process, args=arguments).start()
             theirs.close()
         for _, (name, pipe) in itertools.product(range(rounds), pipes.items()):
             try:
                 pipe.send("run")
                 passes[name].append(pipe.recv())
             except (EOFError, BrokenPipeError):
-                raise InputError(f"--benchmark: the process that measured {name} ended early; see above") from None
+                raise InputError(f"--benchmark: the process of {name} ended early; see above") from None
     return {name: (min(done)[0], done[-1][1]) for name, done in passes.items()}
 
 
 def benchmark(arguments) -> None:
-    """Print how long the batched model takes beside the plain loop, and append the table to checkpoints/benchmark.csv.
-    """
+    """Print how long the batched model takes beside the plain loop, and append the table to
+    checkpoints/benchmark.csv."""
     if arguments.cache_dir:
-        raise InputError(f"--cache_dir {arguments.cache_dir}: --benchmark measures reading, into a temporary folder of "
-                         "its own; leave the option out")
+        raise InputError(f"--cache_dir {arguments.cache_dir}: --benchmark measures reading, into a temporary "
+                         "folder of its own; leave the option out")
     device, rows = torch.device("cuda" if torch.cuda.is_available() else "cpu"), {}
     peak_memory(device)
     on_cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -581,7 +603,8 @@ def benchmark(arguments) -> None:
             stays = np.concatenate(batches)
             looped = spread(stays[np.argsort(lengths[stays])], LOOPED)
             used = {how: [looped] if how == PLAIN_LOOP else batches for how in hows if bf16 or how != "bf16"}
-            works = {how: partial(make_pass, how, config, mine, dataset, device) for how, mine in used.items()}
+            works = {how: partial(make_pass, how, config, mine, dataset, device)
+                     for how, mine in used.items()}
             for how, (seconds, memory) in take_turns(works, device, ROUNDS).items():
                 seconds *= epochs if (task, how) == (FINETUNING, PLAIN_LOOP) else 1
                 mine = np.concatenate(used[how])
@@ -590,15 +613,15 @@ def benchmark(arguments) -> None:
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis(["sizes", "work", "how"])
     plain = table["ms a set"].xs(PLAIN_LOOP, level="how")
     table["x plain"] = plain.reindex(table.index.droplevel("how")).to_numpy() / table["ms a set"]
-    machine = {"machine": f"{machine_name(device)}, {torch.get_num_threads()} threads", "torch": str(torch.__version__),
-               "data": f"{cohort.reader}, {len(cohort)} stays"}
+    machine = {"machine": f"{machine_name(device)}, {torch.get_num_threads()} threads",
+               "torch": str(torch.__version__), "data": f"{cohort.reader}, {len(cohort)} stays"}
     memory = "the tensors" if device.type == "cuda" else "a process that does this alone"
     print(f"\n{', '.join(map(str, machine.values()))}\n"
           f"Times: the fastest of {ROUNDS} passes, taken in turns. MB: peak memory of {memory}.\n"
-          f"The plain loop runs {LOOPED} of the stays, and of a finetuning one epoch, whose time is multiplied.\n"
-          "x plain: how many times faster a set is done.\n")
+          f"The plain loop runs {LOOPED} of the stays, and of a finetuning one epoch, whose time is "
+          "multiplied.\nx plain: how many times faster a set is done.\n")
     print(table.to_string(float_format=lambda x: f"{x:,.0f}" if x >= 100 else f"{x:.3g}", na_rep=""))
-    for what, value in (bedside_latency(dataset) | cost_of_questions(dataset)).items():
+    for what, value in bedside_latency(dataset).items():
         print(f"{what}: {value:.3g}")
     path = CHECKPOINTS / "benchmark.csv"
     table = table.reset_index().assign(date=time.strftime("%Y-%m-%d %H:%M"), **machine)
@@ -617,9 +640,10 @@ def machine_name(device) -> str:
 
 
 def bedside_latency(dataset, sets: int = 200, events: int = 6, timed: int = 100) -> dict:
-    """The median times of our default classifier, on one thread of the CPU: of appending a set of some events to a
-    stay of some sets, and of asking for the risk after it."""
-    variables, rng, times = len(dataset.normalizer.variables), np.random.default_rng(0), np.zeros((sets + timed, 2))
+    """The median times of our default classifier, on one thread of the CPU: of appending a set of some events
+    to a stay of some sets, and of asking for the risk after it."""
+    variables, rng = len(dataset.normalizer.variables), np.random.default_rng(0)
+    times = np.zeros((sets + timed, 2))
     model, threads = new_models(ModelConfig(variables), dataset)[1], torch.get_num_threads()
     predictor = Predictor(Checkpoint.of(model, dataset.normalizer), "cpu")
     state = predictor.start()
@@ -633,34 +657,12 @@ def bedside_latency(dataset, sets: int = 200, events: int = 6, timed: int = 100)
         predictor.ask(state, 20.0 * i)
         times[i] = stepped - began, time.perf_counter() - stepped
     torch.set_num_threads(threads)
-    return {f"bedside, {what} after {sets} sets, one thread, ms": ms
-            for what, ms in zip((f"a set of {events} events", "a question"), 1e3 * np.median(times[sets:], axis=0))}
+    step, ask = 1e3 * np.median(times[sets:], axis=0)
+    return {f"bedside, a set of {events} events after {sets} sets, one thread, ms": step,
+            f"bedside, a question after {sets} sets, one thread, ms": ask}
 
 
-@torch.no_grad()
-def cost_of_questions(dataset, questions: int = 40, stays: int = 64) -> dict:
-    """How many times as long a pass takes that answers some questions spread over each stay as one that answers a
-    single one."""
-    cohort = dataset.cohort
-    first, last = (cohort.set_minute[cohort.stay_start[i:len(cohort) + i] - i] for i in (0, 1))
-    minute = first[:, None] + (last - first)[:, None] * np.arange(1, questions + 1) / questions              # [P, 40]
-    often = with_points(cohort, np.full(len(cohort), questions), minute.ravel())
-    model = new_models(ModelConfig(len(dataset.normalizer.variables)), dataset)[1].eval()
-    seconds = []
-    for asked in (dataset, dataset.of(often)):
-        stays_asked = asked.sizes(np.arange(min(stays, len(cohort))))
-        batches = [asked[part] for part in spread(sorted_batches(stays_asked), 4)]
-        times = []
-        for _ in range(ROUNDS):
-            began = time.perf_counter()
-            for batch in batches:
-                model(batch)
-            times.append((time.perf_counter() - began) / sum(map(len, batches)))
-        seconds.append(min(times))
-    return {f"a pass that answers {questions} questions a stay, to one that answers one": seconds[1] / seconds[0]}
-
-
-# ---- scale: the cost follows the events, not the vocabulary ----------------------------------------------------------
+# ---- scale: the cost follows the events, not the vocabulary ------------------------------------------------
 
 def zipf(rng, size, variables: int) -> np.ndarray:
     """Indices of variables, drawn by Zipf's law with exponent 1."""
@@ -671,9 +673,11 @@ def zipf(rng, size, variables: int) -> np.ndarray:
 def zipf_cohort(variables: int, stays: int, sets: int = 150, events: int = 4):
     """Stays of the same number of sets and events, whatever the vocabulary."""
     rng, n = np.random.default_rng(0), stays * sets * events
-    stay, minute = np.repeat(np.arange(stays), sets * events), np.tile(np.repeat(20.0 * np.arange(sets), events), stays)
-    return build_cohort("Zipf", [f"v{i:05d}" for i in range(variables)], stay, minute, zipf(rng, n, variables),
-                        rng.normal(size=n), np.arange(stays).astype(str))
+    stay = np.repeat(np.arange(stays), sets * events)
+    minute = np.tile(np.repeat(20.0 * np.arange(sets), events), stays)
+    names = [f"v{i:05d}" for i in range(variables)]
+    return build_cohort("Zipf", names, stay, minute, zipf(rng, n, variables), rng.normal(size=n),
+                        np.arange(stays).astype(str))
 
 
 def pretraining_of(variables: int, stays: int):
@@ -687,8 +691,8 @@ def pretraining_of(variables: int, stays: int):
 def scale() -> None:
     """Print how time and memory grow with the vocabulary at the same events."""
     print(f"{machine_name(CPU)}, {torch.get_num_threads()} threads, torch {torch.__version__}\n"
-          f"one epoch of pretraining, {ZIPF_STAYS} stays x 150 sets x 4 events of V variables (Zipf), the fastest of "
-          f"{ROUNDS} turns")
+          f"one epoch of pretraining, {ZIPF_STAYS} stays x 150 sets x 4 events of V variables (Zipf), the "
+          f"fastest of {ROUNDS} turns")
     works = {variables: partial(pretraining_of, variables, ZIPF_STAYS) for variables in VOCABULARIES}
     table = pd.DataFrame(take_turns(works, CPU, ROUNDS), index=["seconds", "peak MB"]).T.rename_axis("V")
     print(table.assign(**{"x first": table["seconds"] / table["seconds"].iloc[0]}).round(2).to_string())

@@ -2,12 +2,13 @@
 
     python train.py --mode pretrain [--data_dir D]
     python train.py --mode finetune --pretrained_ckpt checkpoints/.../best.pt [--full_training]
-    torchrun --standalone --nproc_per_node=2 train.py ...   the same on several GPUs, or several processes of a CPU
-    torchrun --nnodes=2 --nproc_per_node=2 --rdzv-backend=c10d --rdzv-endpoint=HOST:PORT train.py ...   several machines
+    torchrun --standalone --nproc_per_node=2 train.py ...   the same on several GPUs, or processes of a CPU
+    torchrun --nnodes=2 --nproc_per_node=2 --rdzv-backend=c10d --rdzv-endpoint=HOST:PORT train.py ...
+                                                            the same on several machines
 
-A run has a folder under checkpoints/: config.json (all its settings; --config gives them to another run), metrics.csv
-(one row an epoch), best.pt (the epoch that README.md names for each mode), last.pt (to --resume from); see runs.py.
-"""
+A run has a folder under checkpoints/: config.json (all its settings; --config gives them to another run),
+metrics.csv (one row an epoch), best.pt (the epoch that README.md names for each mode), last.pt (to --resume
+from); see runs.py."""
 
 import difflib
 import hashlib
@@ -30,24 +31,24 @@ from tqdm import tqdm
 import runs
 from batches import StayDataset, common_variables, epoch_batches, split_batch
 from checkpoint import Checkpoint, maps_of, splits_beside
-from data import (Cohort, InputError, Normalizer, at_every_set, describe_questions, hours_asked, labelled_points, make_splits, stays_of,
-                  stays_with, variable_vectors, variables_of)
-from finetune_config import (FinetuneConfig, boosted_trees, cosine, epochs_of_steps,
-                             full_optimizer, head_optimizer, head_penalty, tree_sizes)
+from data import (Cohort, InputError, Normalizer, at_every_set, describe_questions, hours_asked,
+                  labelled_points, make_splits, stays_of, stays_with, variable_vectors, variables_of)
+from finetune_config import (FinetuneConfig, boosted_trees, cosine, epochs_of_steps, full_optimizer,
+                             head_optimizer, head_penalty, tree_sizes)
 from history_statistics import real_sets
 from model import ModelConfig, SeqSetVAE, SeqSetVAEPretrain
 from predictor import encode_points, open_checkpoint
 from runs import (PRECISIONS, Run, Signals, choose_device, data_parallel, end_rank, evaluation_loader,
                   exit_code, from_rank_0, gathered, join_ranks, loader, progress, read_cohort, source_of,
                   summed)
-from settings import (SEED, SHARE, Parser, SharedSettings, changed, check_settings, data_options, option, recorded,
-                      setting, value_of)
+from settings import (SEED, SHARE, Parser, SharedSettings, changed, check_settings, data_options, option,
+                      recorded, setting, value_of)
 from tasks import Task
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Settings, and the command line that changes them
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 @dataclass
 class PretrainConfig:
@@ -89,11 +90,12 @@ class RunSettings(SharedSettings):
         f"stays a step, of all processes together (default: pretrain {PretrainConfig.batch_size}, finetune "
         f"{FinetuneConfig.batch_size}, full training {FinetuneConfig.full_batch_size})", scope="call")
     max_epochs: int = option(
-        "passes over the training stays (default: pretrain 10, finetune 20, full training 5; of large cohorts fewer)",
+        "passes over the training stays (default: pretrain 10, finetune 20, full training 5; of large "
+        "cohorts fewer)",
         scope="call")
     changes: dict = option(
-        "any field of PretrainConfig (train.py), FinetuneConfig (finetune_config.py) or ModelConfig (model.py); may be "
-        "repeated", names=["--set"], scope="call", metavar="NAME=VALUE", action="append",
+        "any field of PretrainConfig (train.py), FinetuneConfig (finetune_config.py) or ModelConfig "
+        "(settings.py); may be repeated", names=["--set"], scope="call", metavar="NAME=VALUE", action="append",
         type=lambda text: text.partition("=")[::2])
     seed: int = option("of the split, the weights and the order of the batches (default: 0)", 0, **SEED)
     run_dir: str = option("folder of this run (default: a new one under checkpoints/)", group="run", scope="call")
@@ -101,8 +103,8 @@ class RunSettings(SharedSettings):
         "take all settings from another run's config.json; what the command line says besides goes before it",
         scope="call")
     resume: str = option(
-        "go on with the run in this folder, from its last.pt, with its settings; auto: with the one in --run_dir, or "
-        "start it there", scope="call")
+        "go on with the run in this folder, from its last.pt, with its settings; auto: with the one in "
+        "--run_dir, or start it there", scope="call")
     precision: str = option("auto: bf16 on CUDA and on CPUs with AMX, else fp32 (default: auto)", "auto",
                             scope="machine", choices=("auto", *PRECISIONS))
     last = None    # the last.pt, a Checkpoint, to go on from
@@ -129,14 +131,15 @@ EXAMPLES = """examples:
 def make_parser() -> Parser:
     return Parser(
         RunSettings, {"data": "data (default: the embedded synthetic cohort; finetune: the checkpoint's)",
-                      "model": "model", "training": "training", "run": "run", "original": "original implementation"},
+                      "model": "model", "training": "training", "run": "run",
+                      "original": "original implementation"},
         description="Pretrain SeqSetVAE without labels, or finetune a pretrained one.", epilog=EXAMPLES,
         usage="python train.py --mode {pretrain,finetune} [options]")
 
 
 def run_settings(**given) -> RunSettings:
-    """The settings of a run: the options given, over those that the run of --resume or --config recorded. Raises
-    InputError where one is unknown or wrong, or is what a resumed run cannot become."""
+    """The settings of a run: the options given, over those that the run of --resume or --config recorded.
+    Raises InputError where one is unknown or wrong, or is what a resumed run cannot become."""
     folder = folder_to_resume(given)
     last = folder and from_rank_0(lambda: read_last(folder, given.get("mode")))
     config = given.get("config") and read_config(given["config"], given.get("mode") or last and last.mode)
@@ -146,7 +149,8 @@ def run_settings(**given) -> RunSettings:
     if not mode:
         raise InputError("--mode pretrain or --mode finetune is needed")
     if mode == "finetune" and not settings.pretrained_ckpt:
-        raise InputError("--mode finetune needs --pretrained_ckpt; make one with: python train.py --mode pretrain")
+        raise InputError("--mode finetune needs --pretrained_ckpt; make one with: python train.py --mode "
+                         "pretrain")
     for f in fields(settings):
         if f.metadata.get("mode", mode) != mode and getattr(settings, f.name) != f.default:
             raise InputError(f"--{f.name}: no option of --mode {mode}; leave it out")
@@ -176,11 +180,11 @@ def why_unknown(name: str, known: dict, mode: str) -> str:
     return f"--mode {mode} has no such setting; {'near: ' + ', '.join(near) if near else 'see --help'}"
 
 
-# ---- what a run recorded ---------------------------------------------------------------------------------------------
+# ---- what a run recorded -----------------------------------------------------------------------------------
 
 def recorded_options(record: dict) -> dict:
-    """The options that a config.json, or a checkpoint, recorded, as `run_settings` takes them. What is none today, of a
-    record of an older version, is said and left out."""
+    """The options that a config.json, or a checkpoint, recorded, as `run_settings` takes them. What is none
+    today, of a record of an older version, is said and left out."""
     mode, run = record["mode"], record["run"]
     options = {name: value for name, value in run["options"].items() if value is not None}
     known = settable(mode, options.get("random_init"))
@@ -199,12 +203,14 @@ def folder_to_resume(given: dict) -> str | None:
             raise InputError(f"--run_dir {run_dir}: a resumed run stays in {resume}; leave the option out")
         return resume
     if not run_dir:
-        raise InputError("--resume auto needs --run_dir, the folder of the run that is started or gone on with")
+        raise InputError("--resume auto needs --run_dir, the folder of the run that is started or gone on "
+                         "with")
     ranks = gathered(((Path(run_dir) / "last.pt").exists(), platform.node()))
     holders = [host for holds, host in ranks if holds]
     if holders and not ranks[0][0]:
         raise InputError(f"{run_dir}/last.pt: lies on {holders[0]}, but rank 0, which needs it, is on "
-                         f"{ranks[0][1]}; copy the folder there, or start the machines in the order that they had")
+                         f"{ranks[0][1]}; copy the folder there, or start the machines in the order that "
+                         "they had")
     return run_dir if holders else None
 
 
@@ -213,8 +219,8 @@ def read_last(folder: str, mode: str | None) -> Checkpoint:
     path = Path(folder) / "last.pt"
     last = Checkpoint.open(path)
     if not last.run or mode not in (None, last.mode):
-        raise InputError(f"{path}: not the last.pt of a run with --mode {mode or 'pretrain or finetune'}; resume it "
-                         "with its own mode, and with the version that started it")
+        raise InputError(f"{path}: not the last.pt of a run with --mode {mode or 'pretrain or finetune'}; "
+                         "resume it with its own mode, and with the version that started it")
     return last
 
 
@@ -226,9 +232,10 @@ def read_config(path: str, mode: str | None) -> dict:
         if mode in (None, record["mode"]):
             return record
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise InputError(f"--config {path}: no readable JSON file of a run ({error}); give the config.json that train.py "
-                         "wrote") from None
-    raise InputError(f"--config {path}: of a run with --mode {record['mode']}; leave --mode out, or give another")
+        raise InputError(f"--config {path}: no readable JSON file of a run ({error}); give the config.json "
+                         "that train.py wrote") from None
+    raise InputError(f"--config {path}: of a run with --mode {record['mode']}; leave --mode out, or give "
+                     "another")
 
 
 def refuse_changes(before: RunSettings, after: RunSettings, folder: str) -> None:
@@ -238,19 +245,21 @@ def refuse_changes(before: RunSettings, after: RunSettings, folder: str) -> None
     obeyed.add("full_max_epochs" if after.full_training else "max_epochs")
     for name in new:
         if name not in obeyed and new[name] != old.get(name):
-            raise InputError(f"--resume {folder}: {name} is {old.get(name)} in this run and cannot become {new[name]}; "
-                             f"leave it out, or start a new run with --config {folder}/config.json")
+            raise InputError(f"--resume {folder}: {name} is {old.get(name)} in this run and cannot become "
+                             f"{new[name]}; leave it out, or start a new run with --config "
+                             f"{folder}/config.json")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The optimisation that pretraining and full training share
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class Training:
-    """What the loops of pretraining and full training share: each step's batch, in parts that fit into memory and are
-    spread over the ranks; autocast and scaler; sums of the reported terms; the end of a run that is asked to stop."""
+    """What the loops of pretraining and full training share: each step's batch, in parts that fit into memory
+    and are spread over the ranks; autocast and scaler; sums of the reported terms; the end of a run that is
+    asked to stop."""
 
-    def __init__(self, run: Run, optimizer, batch_size: int, seed: int, device: torch.device, dtype: torch.dtype):
+    def __init__(self, run: Run, optimizer, batch_size: int, seed: int, device, dtype: torch.dtype):
         self.run, self.batch_size, self.seed, self.device = run, batch_size, seed, device
         self.autocast = partial(torch.amp.autocast, device.type, dtype, enabled=dtype != torch.float32)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -259,23 +268,26 @@ class Training:
         run.restore(device, optimizer=optimizer, scaler=self.scaler)
 
     def steps(self, dataset: StayDataset, stays: np.ndarray):
-        """Yield the steps that are left of the run's next epoch over these stays [n]: a step's number, counted from the
-        first epoch's first, and its `parts`. A signal is obeyed at the end of a step."""
-        run, every = self.run, 1 if self.device.type == "cpu" else 50  # on an accelerator a look is a synchronisation
+        """Yield the steps that are left of the run's next epoch over these stays [n]: a step's number,
+        counted from the first epoch's first, and its `parts`. A signal is obeyed at the end of a step."""
+        run = self.run
+        every = 1 if self.device.type == "cpu" else 50  # on an accelerator every look is a synchronisation
         Signals.held = True
         run.model.train()
         sizes = dataset.sizes(stays)
         batches = epoch_batches(sizes.sets, self.batch_size, self.seed, run.epoch)
         left = batches[run.done:]
         parts = [split_batch(sizes, batch, runs.WORLD)[runs.RANK::runs.WORLD] for batch in left]
-        # A part without a stay takes the batch's first one, which counts nothing: other ranks wait for its gradient.
+        # A part without a stay takes the batch's first one, which counts nothing: other ranks wait for its
+        # gradient.
         own = [stays[part if len(part) else batch[:1]] for batch, some in zip(left, parts) for part in some]
         stream = loader(dataset, own, self.device)
         bar = progress(zip(left, parts), len(left), f"epoch {run.epoch + 1}")
         for batch, some in bar:
             step = run.epoch * len(batches) + run.done
             self.terms = {}
-            yield step, self.parts(itertools.islice(stream, len(some)), [len(part) for part in some], len(batch))
+            own_parts = itertools.islice(stream, len(some))
+            yield step, self.parts(own_parts, [len(part) for part in some], len(batch))
             terms = dict(zip(self.terms, summed(torch.stack([*self.terms.values()]))))
             stopping = any(gathered(Signals.asked is not None))  # all leave at the same step
             run.done += 1
@@ -283,7 +295,8 @@ class Training:
                 finite_or_stop(self.norm, step, dataset.cohort.stay_id[stays[batch]], self.scaler, every)
                 bar.set_postfix(loss=f"{terms['loss'].item() / len(batch):.3f}", refresh=False)
             if self.scaler.is_enabled():
-                terms["skipped_steps"] = ~torch.isfinite(self.norm) * len(stays)  # a count, where the others are means
+                # A count, where the others are means.
+                terms["skipped_steps"] = ~torch.isfinite(self.norm) * len(stays)
             run.totals = {name: run.totals.get(name, 0) + term for name, term in terms.items()}
             if stopping:
                 run.save_last(run.best)
@@ -294,8 +307,9 @@ class Training:
         self.means = {name: total.item() / len(stays) for name, total in run.totals.items()}
 
     def parts(self, batches, counts: list[int], stays: int):
-        """Yield this rank's parts of a step's batch of `stays` stays, and the factor of each part's loss: the mean over
-        ranks of their sums is then the mean over all stays. The last part averages the gradient over ranks."""
+        """Yield this rank's parts of a step's batch of `stays` stays, and the factor of each part's loss: the
+        mean over ranks of their sums is then the mean over all stays. The last part averages the gradient
+        over ranks."""
         for i, (batch, self.count) in enumerate(zip(batches, counts)):
             last = i + 1 == len(counts)
             with nullcontext() if last or runs.WORLD == 1 else self.parallel.no_sync():
@@ -313,8 +327,8 @@ def set_rate(run: Run, optimizer, rate: float) -> None:
         then, now = (record["run"]["settings"] for record in (run.last.record, run.record))
         if then != now:
             before = optimizer.param_groups[0]["lr"]
-            tqdm.write(f"resume: the learning rate goes from {before:.3g} to {rate:.3g}: its cosine ends with the "
-                       "last epoch, which --max_epochs has changed")
+            tqdm.write(f"resume: the learning rate goes from {before:.3g} to {rate:.3g}: its cosine ends "
+                       "with the last epoch, which --max_epochs has changed")
     for group in optimizer.param_groups:
         group["lr"] = rate
 
@@ -330,8 +344,9 @@ def clip_and_step(model, optimizer, scaler, clip: float) -> torch.Tensor:
 
 
 def finite_or_stop(norm: torch.Tensor, step: int, batch_stays, scaler, every: int = 1) -> None:
-    """Stop at a gradient that is not finite, looked at `every` so many steps: the last good checkpoint stays. In fp16
-    the scaler skips such a step and halves its scale, as it must at first; from 2^16 to 2^-4 are 20 in a row."""
+    """Stop at a gradient that is not finite, looked at `every` so many steps: the last good checkpoint stays.
+    In fp16 the scaler skips such a step and halves its scale, as it must at first; from 2^16 to 2^-4 are 20
+    in a row."""
     if torch.isfinite(norm) or scaler.is_enabled() and scaler.get_scale() > 2**-4:
         return
     cause = "lower the learning rate"
@@ -339,8 +354,8 @@ def finite_or_stop(norm: torch.Tensor, step: int, batch_stays, scaler, every: in
         cause = "it overflows fp16 again and again: use --precision bf16 or fp32"
     before = f" or up to {every - 1} before" if every > 1 else ""
     named = ", ".join(batch_stays[:4])
-    raise InputError(f"step {step}{before}: the loss or its gradient is not finite (stays {named} ...); look at these "
-                     f"stays' values, or {cause}; best.pt and last.pt hold the last good weights")
+    raise InputError(f"step {step}{before}: the loss or its gradient is not finite (stays {named} ...); look "
+                     f"at these stays' values, or {cause}; best.pt and last.pt hold the last good weights")
 
 
 def skipped(row: dict) -> str:
@@ -348,9 +363,9 @@ def skipped(row: dict) -> str:
     return f", {row['skipped_steps']:.0f} steps skipped (fp16 overflow)" if row.get("skipped_steps") else ""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Pretraining
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def pretrain(arguments) -> Path:
     config = changed(PretrainConfig(), arguments.changes)
@@ -362,8 +377,8 @@ def pretrain(arguments) -> Path:
     split = make_splits(cohort, split_seed)
     train, valid = stays_of(cohort, split["train"]), stays_of(cohort, split["valid"])
     if not len(train) or not len(valid):
-        raise InputError(f"{cohort.reader}: its own split has {len(train)} train and {len(valid)} valid stays; "
-                         "give some to each, or leave the split out")
+        raise InputError(f"{cohort.reader}: its own split has {len(train)} train and {len(valid)} valid "
+                         "stays; give some to each, or leave the split out")
     known = variables_of(cohort, train)  # what other stays alone hold would have no scale and no weights
     normalizer = Normalizer.fit(cohort, train).of(known)
     print(normalizer.describe())
@@ -393,7 +408,8 @@ def pretrain(arguments) -> Path:
         return warm * (0.01 + 0.99 * cosine(1, step, steps))
 
     decayed, plain = ([p for p in model.parameters() if (p.dim() > 1) == matrix] for matrix in (True, False))
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay},
+              {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
     training = Training(run, optimizer, config.batch_size, arguments.seed, device, dtype)
     for epoch in run.epochs(epochs):
@@ -411,30 +427,33 @@ def pretrain(arguments) -> Path:
                 del losses["mu"]
                 training.report(losses)
             training.norm = clip_and_step(model, optimizer, training.scaler, config.clip)
-        row = {"epoch": epoch + 1, **training.means, **evaluate_pretraining(model, dataset, valid, device, dtype),
+        row = {"epoch": epoch + 1, **training.means,
+               **evaluate_pretraining(model, dataset, valid, device, dtype),
                "learning_rate": optimizer.param_groups[0]["lr"]}
         improved = row["val_loss"] < run.best["val_loss"]
         run.end_of_epoch(row, improved)
         star = " *" if improved else ""
         print(f"epoch {epoch + 1:3d}: loss {row['loss']:.4f}, val_loss {row['val_loss']:.4f}{star}, "
-              f"val_reconstruction {row['val_reconstruction']:.4f}, KL {row['val_kl']:.1f} a set, active units "
-              f"{row['active_units']}/{model_config.latent_dim}, {time.time() - began:.0f} s{skipped(row)}")
+              f"val_reconstruction {row['val_reconstruction']:.4f}, KL {row['val_kl']:.1f} a set, active "
+              f"units {row['active_units']}/{model_config.latent_dim}, {time.time() - began:.0f} "
+              f"s{skipped(row)}")
         if row["active_units"] < model_config.latent_dim // 20:
-            print("warning: the posterior has collapsed (hardly a unit of mu varies over the data); lower max_beta or "
-                  "raise free_bits")
-    return run.finish(f"val_loss {run.best['val_loss']:.4f}", ["train.py", "--mode", "finetune", "--pretrained_ckpt"])
+            print("warning: the posterior has collapsed (hardly a unit of mu varies over the data); lower "
+                  "max_beta or raise free_bits")
+    following = ["train.py", "--mode", "finetune", "--pretrained_ckpt"]
+    return run.finish(f"val_loss {run.best['val_loss']:.4f}", following)
 
 
 @torch.no_grad()
-def evaluate_pretraining(model: SeqSetVAEPretrain, dataset: StayDataset, stays: np.ndarray, device, dtype) -> dict:
-    """Validation loss (nothing hidden, nothing sampled: deterministic), its parts, and the active units of mu: variance
-    over the sets of the data above 0.01 (Burda et al. 2016, section 5.2)."""
+def evaluate_pretraining(model: SeqSetVAEPretrain, dataset: StayDataset, stays, device, dtype) -> dict:
+    """Validation loss (nothing hidden, nothing sampled: deterministic), its parts, and the active units of
+    mu: variance over the sets of the data above 0.01 (Burda et al. 2016, section 5.2)."""
     model.eval()
     totals = {}
     for batch in evaluation_loader(dataset, stays, device):
         with torch.amp.autocast(device.type, dtype, enabled=dtype != torch.float32):
             losses = model(batch, model.config.max_beta)
-        mu = losses.pop("mu")[real_sets(batch)].cpu().double()        # [sets, d]; float64 is not on every device
+        mu = losses.pop("mu")[real_sets(batch)].cpu().double()     # [sets, d]; float64 is not on every device
         current = {name: value.cpu().double() * len(batch) for name, value in losses.items()}
         current |= {"sets": len(mu), "first": mu.sum(0), "second": mu.square().sum(0)}
         totals = {name: totals.get(name, 0) + value for name, value in current.items()}
@@ -442,12 +461,13 @@ def evaluate_pretraining(model: SeqSetVAEPretrain, dataset: StayDataset, stays: 
     totals = {name: sum(part[name] for part in ranks) for name in ranks[0]}
     sets, first, second = (totals.pop(name) for name in ("sets", "first", "second"))
     active = int((second / sets - (first / sets).square() > 0.01).sum())
-    return {**{f"val_{name}": value.item() / len(stays) for name, value in totals.items()}, "active_units": active}
+    means = {f"val_{name}": value.item() / len(stays) for name, value in totals.items()}
+    return means | {"active_units": active}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Finetuning
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def labelled(cohort: Cohort, ids: list) -> np.ndarray:
     """The stays [n] with these ids that have a labelled point."""
@@ -466,8 +486,8 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
     given = data_options(arguments)
     checkpoint, cohort = open_checkpoint(arguments.pretrained_ckpt, given)
     if checkpoint.mode != "pretrain" and not checkpoint.original:
-        raise InputError(f"{arguments.pretrained_ckpt}: a checkpoint of --mode {checkpoint.mode}; --pretrained_ckpt "
-                         "takes one of --mode pretrain")
+        raise InputError(f"{arguments.pretrained_ckpt}: a checkpoint of --mode {checkpoint.mode}; "
+                         "--pretrained_ckpt takes one of --mode pretrain")
     print(cohort.describe())
     split_seed = arguments.seed if arguments.split_seed is None else arguments.split_seed
     # The checkpoint's split is kept, unless the data are others, or tell one that it did not know.
@@ -481,16 +501,17 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
     tested = stays_of(cohort, split["test"])
     if leaks := np.unique(cohort.subject[tested[np.isin(known[tested], (0, 1))]]).tolist():
         raise InputError(f"{arguments.split_file or arguments.label_file or cohort.reader}: the split tests "
-                         f"{len(leaks)} subjects ({', '.join(leaks[:3])} ...) that {arguments.pretrained_ckpt} was "
-                         "pretrained or selected on; pretrain with this split and these labels")
+                         f"{len(leaks)} subjects ({', '.join(leaks[:3])} ...) that "
+                         f"{arguments.pretrained_ckpt} was pretrained or selected on; pretrain with this "
+                         "split and these labels")
     task = Task()
     task.check(cohort, {name: split[name] for name in ("train", "valid")})
     train, valid = labelled(cohort, split["train"]), labelled(cohort, split["valid"])
     train = task.subset(cohort, train, arguments.label_fraction, arguments.seed)
     checkpoint = checkpoint.completed(cohort, train, arguments.set_heads, arguments.transformer_heads)
     if checkpoint.original and not cohort.vectors.shape[1]:
-        print("warning: no cached.csv lies in the data: the original checkpoint was trained on other variable vectors "
-              "than the hashed names used now")
+        print("warning: no cached.csv lies in the data: the original checkpoint was trained on other "
+              "variable vectors than the hashed names used now")
     dataset = checkpoint.dataset(cohort)
     print(dataset.describe_known())
 
@@ -499,8 +520,8 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
     listed = common_variables(cohort, dataset, stays_of(cohort, split["train"]), config.most_variables)
     model = new_classifier(arguments, task, config, checkpoint, listed, len(learned)).to(device)
     trainable, total = parameter_counts(model)
-    print(f"model: SeqSetVAE, {'full training' if full else 'frozen backbone'}, {trainable:,} of {total:,} parameters "
-          f"trainable ({trainable / total:.2%}); {device}, {dtype}".replace("torch.", ""))
+    print(f"model: SeqSetVAE, {'full training' if full else 'frozen backbone'}, {trainable:,} of {total:,} "
+          f"parameters trainable ({trainable / total:.2%}); {device}, {dtype}".replace("torch.", ""))
     if not full and trainable > config.max_trainable_ratio * total:
         raise InputError(f"finetune_config.py: the head is {trainable / total:.1%} of all parameters; "
                          f"narrow head_widths below {config.max_trainable_ratio:.0%}")
@@ -530,9 +551,9 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
 
 def new_classifier(arguments, task: Task, config: FinetuneConfig, checkpoint: Checkpoint, listed: np.ndarray,
                    points: int) -> SeqSetVAE:
-    """The model to be finetuned, with the checkpoint's backbone or an untrained one of its sizes; listed [K]: the
-    variables of which its head is told; points: from how many it learns. Raises InputError where weights of the
-    backbone are missing."""
+    """The model to be finetuned, with the checkpoint's backbone or an untrained one of its sizes; listed [K]:
+    the variables of which its head is told; points: from how many it learns. Raises InputError where weights
+    of the backbone are missing."""
     head = asdict(config) | tree_sizes(config, points)
     head |= {"classes": task.outputs, "classification_only": not arguments.full_training,
              "head_variables": len(listed), "drop_events": config.full_drop_events}
@@ -544,16 +565,17 @@ def new_classifier(arguments, task: Task, config: FinetuneConfig, checkpoint: Ch
     report = checkpoint.backbone_into(model)
     if not report.complete and not arguments.allow_partial:
         named = ", ".join((report.missing + report.mismatched)[:3])
-        raise InputError(f"{checkpoint.path}: {len(report.missing)} backbone weights missing, {len(report.mismatched)} "
-                         f"of another shape ({named} ...); give a matching checkpoint, or --allow_partial")
+        raise InputError(f"{checkpoint.path}: {len(report.missing)} backbone weights missing, "
+                         f"{len(report.mismatched)} of another shape ({named} ...); give a matching "
+                         "checkpoint, or --allow_partial")
     print(f"✅ Loaded pretrained weights: {len(report.loaded)} tensors\n{report}")
     return model
 
 
 @torch.no_grad()
 def prepare_head(model: SeqSetVAE, features, answer, weight, config: FinetuneConfig, seed: int) -> None:
-    """Standardise the head's untrained input with the training points' statistics, start its bias at the task's
-    prior, and fit the trees beside it; features [n, F], answer [n, A], weight [n]."""
+    """Standardise the head's untrained input with the training points' statistics, start its bias at the
+    task's prior, and fit the trees beside it; features [n, F], answer [n, A], weight [n]."""
     untrained = features[:, features.shape[1] - len(model.feature_mean):]
     model.feature_mean.copy_(untrained.mean(0))
     model.feature_std.copy_(untrained.std(0).clamp(min=1e-6))
@@ -565,8 +587,8 @@ def prepare_head(model: SeqSetVAE, features, answer, weight, config: FinetuneCon
 
 @torch.no_grad()
 def weigh_trees(model: SeqSetVAE, features, answers: np.ndarray) -> None:
-    """Give the trees the share of the logits that is best at these validation points: features [n, F], answers [n, A];
-    see `Task.shares`."""
+    """Give the trees the share of the logits that is best at these validation points: features [n, F],
+    answers [n, A]; see `Task.shares`."""
     if model.trees is None:
         return
     logits = []  # of the head, of the trees
@@ -593,10 +615,10 @@ def head_epoch(model, features, answer, weight, optimizer, config: FinetuneConfi
 
 
 class HeadTraining:
-    """Epochs of the head on cached features of the training points of a frozen backbone, encoded once. Equal to
-    uncached training, since the backbone is deterministic in evaluation mode. Of several ranks each trains the same
-    head on all features, from the same seed: that takes seconds, less than reducing the gradients of so small a model
-    at every step."""
+    """Epochs of the head on cached features of the training points of a frozen backbone, encoded once. Equal
+    to uncached training, since the backbone is deterministic in evaluation mode. Of several ranks each trains
+    the same head on all features, from the same seed: that takes seconds, less than reducing the gradients of
+    so small a model at every step."""
 
     def __init__(self, run: Run, train: np.ndarray, config: FinetuneConfig, seed: int, device):
         self.run, self.config, self.seed = run, config, seed
@@ -615,7 +637,8 @@ class HeadTraining:
         set_rate(self.run, self.optimizer, cosine(self.config.learning_rate, epoch, self.epochs))
         batches = epoch_batches(np.ones(len(self.answer)), self.config.batch_size, self.seed, epoch)
         bar = progress(batches, len(batches), f"epoch {epoch + 1}")
-        return head_epoch(self.run.model, self.features, self.answer, self.weight, self.optimizer, self.config, bar)
+        return head_epoch(self.run.model, self.features, self.answer, self.weight, self.optimizer,
+                          self.config, bar)
 
 
 def train_head(config: FinetuneConfig, run: Run, train, valid, seed: int, device) -> None:
@@ -631,12 +654,13 @@ def train_head(config: FinetuneConfig, run: Run, train, valid, seed: int, device
         if not math.isfinite(loss):
             raise InputError(f"epoch {epoch + 1}: the loss is not finite; give a lower rate, for instance "
                              f"--set learning_rate={config.learning_rate / 10:g}")
-        evaluate_and_save(run, {"epoch": epoch + 1, "loss": loss}, valid, val_features, keep_last=not config.patience)
+        row = {"epoch": epoch + 1, "loss": loss}
+        evaluate_and_save(run, row, valid, val_features, keep_last=not config.patience)
 
 
 def train_everything(arguments, config: FinetuneConfig, run: Run, train, valid, device, dtype) -> None:
-    """Full training: the head first, on the backbone as it is; then every parameter on classification + reconstruction
-    + KL."""
+    """Full training: the head first, on the backbone as it is; then every parameter on classification +
+    reconstruction + KL."""
     model, cohort, epochs = run.model, run.dataset.cohort, config.full_epochs(len(train))
     labels = labelled_points(cohort, train)
     learned, _ = model.task.training_points(cohort, train, config, arguments.seed, 0)
@@ -664,7 +688,7 @@ def train_everything(arguments, config: FinetuneConfig, run: Run, train, valid, 
                 with training.autocast():
                     terms = training.parallel(batch, losses=True)
                     logits = terms.pop("logits")
-                    classification = model.task.loss(logits, batch.answer, config, batch.weight, total=len(batch))
+                    classification = model.task.loss(logits, batch.answer, config, batch.weight, len(batch))
                     unlabelled = terms["reconstruction"] + model.config.max_beta * terms["kl"]
                     loss = (classification + head_penalty(model, config, len(learned))
                             + config.reconstruction_weight * unlabelled)
@@ -676,8 +700,8 @@ def train_everything(arguments, config: FinetuneConfig, run: Run, train, valid, 
 
 
 def evaluate_and_save(run: Run, row: dict, valid, val_features, keep_last: bool) -> None:
-    """The end of an epoch: judge the answers at the validation points [n] from their features [n, F]; best.pt is the
-    epoch of the best figure (`keep_last`: the last)."""
+    """The end of an epoch: judge the answers at the validation points [n] from their features [n, F]; best.pt
+    is the epoch of the best figure (`keep_last`: the last)."""
     cohort, task = run.dataset.cohort, run.model.task
     weigh_trees(run.model, val_features, cohort.answers[valid])
     with torch.no_grad():
