@@ -1,30 +1,82 @@
-"""Figures of probabilities: discrimination, calibration, alarms, with bootstrap intervals. Functions of flat arrays."""
+"""Figures of probabilities: discrimination, calibration, alarms, the utility of the challenge 2019, and how
+certain they are. Every function takes flat arrays over points."""
 
 import itertools
+from typing import NamedTuple
 
 import numpy as np
-from sklearn.metrics import (average_precision_score, brier_score_loss, confusion_matrix, f1_score, roc_auc_score)
+import pandas as pd
+from sklearn.metrics import (average_precision_score, brier_score_loss, confusion_matrix, f1_score,
+                             roc_auc_score)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Discrimination, calibration, alarms
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# Measures: functions of label, probability and weight [n], in the order of falling probability
+# ------------------------------------------------------------------------------------------------------------
 
 def ranks(label, p, weight) -> tuple[float, float]:
-    """AUROC and AUPRC as scikit-learn has them, of weighted points [n] in the order of falling p: without its sorting
-    and checking, which would be nearly all of a bootstrap's time."""
-    last = np.append(np.flatnonzero(np.diff(p)), len(p) - 1)                        # of each distinct p
-    tp, alarms = np.cumsum(weight * label)[last], np.cumsum(weight)[last]
+    """Returns AUROC and AUPRC as scikit-learn defines them. It leaves out scikit-learn's sorting and
+    checking, which would take nearly all of a bootstrap's time."""
+    last = np.append(np.flatnonzero(np.diff(p)), len(p) - 1)  # the last point of each distinct probability
+    tp = np.cumsum(weight * label)[last]
+    alarms = np.cumsum(weight)[last]
     fp, gained = alarms - tp, np.diff(tp, prepend=0)
     auroc = (np.diff(fp, prepend=0) * (tp - gained / 2)).sum() / (tp[-1] * fp[-1])
     return auroc, (gained * tp / np.maximum(alarms, 1e-300)).sum() / tp[-1]
 
 
-def bootstrap(group, label, *probabilities, measures=(ranks,), repeats: int = 1000, seed: int = 0) -> np.ndarray:
-    """[repeats, n, m] the m numbers that `measures` give of n methods on the same resampled groups, such as stays, of
-    points (Efron & Tibshirani 1993): paired between methods. group, label [points]; each measure is a function of
-    label, probability and weight [points], in the order of falling probability, and gives several numbers."""
-    rng = np.random.default_rng(seed)
+def logit(p, least: float = 1e-12) -> np.ndarray:
+    """Returns the log odds of probabilities, which are first clipped to [least, 1 - least]."""
+    p = np.clip(p, least, 1 - least)
+    return np.log(p / (1 - p))
+
+
+def recalibration(label, p, weight) -> tuple[float, float]:
+    """Returns slope and intercept of logit P(label) = intercept + slope logit(p) (Cox 1958), fitted by
+    Newton's method. They are 1 and 0 where p is calibrated, NaN where they are not determined (p is constant,
+    or it separates the classes)."""
+    rate = weight @ label / weight.sum()
+    x = np.stack([logit(p), np.ones(len(p))])  # [2, n]
+    fitted = np.array([0, logit(rate)])
+    for _ in range(25):
+        q = (1 + np.tanh(fitted @ x / 2)) / 2
+        hessian = (weight * q * (1 - q) * x) @ x.T
+        if not np.linalg.det(hessian) > 1e-12 * hessian[0, 0] * hessian[1, 1]:
+            break
+        step = np.linalg.solve(hessian, x @ (weight * (label - q)))
+        fitted += step
+        if abs(step).max() < 1e-6:
+            return tuple(fitted)
+    return np.nan, np.nan
+
+
+def alarm_from(threshold: float):
+    """Returns the measure of alarms from this probability on: sensitivity, positive predictive value (NaN
+    without any alarm), alarms per 100 points."""
+    def alarm(label, p, weight):
+        raised = p >= threshold
+        alarms, true = weight @ raised, weight @ (raised * label)
+        return true / (weight @ label), true / alarms if alarms else np.nan, 100 * alarms / weight.sum()
+    return alarm
+
+
+RANKS = {ranks: ("auroc", "auprc")}  # measures, and the names of the numbers that each returns
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Uncertainty: the bootstrap resamples patients, since the stays and points of one patient are alike
+# ------------------------------------------------------------------------------------------------------------
+
+RESAMPLED_LESS = 20_000  # from this number of points on a bootstrap draws 200 samples instead of 1,000
+FEW = 10                 # patients of each label, below which an interval means nothing
+
+
+def bootstrap(group, label, *probabilities, measures=(ranks,), repeats: int = 1000) -> np.ndarray:
+    """Returns [repeats, k, m]: the m numbers of `measures` for each of k methods, where every method is
+    scored on the same resampled groups of points (Efron & Tibshirani 1993), so that differences are paired.
+
+    group: [n] the patient of each point, any integer. Samples that hold one class alone are drawn anew. """
+    rng = np.random.default_rng(0)
     group = np.unique(group, return_inverse=True)[1]
     orders = [np.argsort(-p, kind="stable") for p in probabilities]
     methods = [(label[order], p[order], group[order]) for order, p in zip(orders, probabilities)]
@@ -37,53 +89,90 @@ def bootstrap(group, label, *probabilities, measures=(ranks,), repeats: int = 10
     return np.array(draws)
 
 
-def logit(p, least: float = 1e-12) -> np.ndarray:
-    """Log odds of probabilities, which are kept so far from 0 and 1."""
-    p = np.clip(p, least, 1 - least)
-    return np.log(p / (1 - p))
+def interval(draws: np.ndarray) -> list[float] | None:
+    """Returns the 95% interval: the 2.5th and the 97.5th percentile of the draws [repeats] that are finite.
+    Returns None where fewer than half of them are."""
+    finite = draws[np.isfinite(draws)]
+    return np.percentile(finite, [2.5, 97.5]).tolist() if len(finite) > len(draws) / 2 else None
 
 
-def recalibration(label, p, weight) -> tuple[float, float]:
-    """Slope and intercept of logit P(label) = intercept + slope logit(p) (Cox 1958), by Newton's method: 1 and 0 where
-    p is calibrated, NaN where they are not determined (p constant, or parting the classes). All [n]."""
-    rate = weight @ label / weight.sum()
-    x, slope, intercept = logit(p), 0.0, np.log(rate / (1 - rate))
-    for _ in range(25):
-        q = (1 + np.tanh((slope * x + intercept) / 2)) / 2
-        error, spread = weight * (label - q), weight * q * (1 - q)
-        gx, g1, hxx, hx1, h11 = error @ x, error.sum(), (spread * x) @ x, spread @ x, spread.sum()
-        determinant = hxx * h11 - hx1 ** 2
-        if not determinant > 1e-12 * hxx * h11:
-            break
-        step = (h11 * gx - hx1 * g1) / determinant, (hxx * g1 - hx1 * gx) / determinant
-        slope, intercept = slope + step[0], intercept + step[1]
-        if max(map(abs, step)) < 1e-6:
-            return slope, intercept
-    return np.nan, np.nan
+def bracketed(limits: list[float] | None, digits: int = 3) -> str:
+    """Returns an interval as text, empty where there is none."""
+    return f"[{limits[0]:.{digits}f}, {limits[1]:.{digits}f}]" if limits else ""
+
+
+def groups_with(label_value: int, group, label) -> int:
+    """Returns how many groups have a point of this label."""
+    return len(np.unique(group[label == label_value]))
+
+
+def enough(group, label) -> bool:
+    """Tells whether there are at least FEW groups of each label, so that an interval means something."""
+    return min(groups_with(1, group, label), groups_with(0, group, label)) >= FEW
+
+
+def with_intervals(group, label, probability, measures: dict) -> dict:
+    """Returns {name: {"value", "interval"}} of the measures, with a 95% interval by bootstrap over the
+    groups. The value is None where it is not determined, the interval where there are fewer than FEW groups
+    of a label."""
+    order = np.argsort(-probability, kind="stable")
+    ordered = label[order], probability[order], np.ones(len(order))
+    values = [number for measure in measures for number in measure(*ordered)]
+    intervals = [None] * len(values)
+    if enough(group, label):
+        repeats = 200 if len(label) > RESAMPLED_LESS else 1000
+        draws = bootstrap(group, label, probability, measures=measures, repeats=repeats)[:, 0]
+        intervals = [interval(column) for column in draws.T]
+    names = [name for names in measures.values() for name in names]
+    return {name: {"value": float(value) if np.isfinite(value) else None, "interval": limits}
+            for name, value, limits in zip(names, values, intervals)}
+
+
+def calibration_bins(group, label, probability) -> pd.DataFrame:
+    """Returns a row for each tenth of the range of probabilities that holds points.
+
+    Columns: from (lower edge), points, predicted (mean probability), observed (share of label 1), low and
+    high: its 95% interval (Agresti & Coull 1998), for the effective number of points where those of a group
+    are alike (Korn & Graubard 1998)."""
+    edge = np.minimum((probability * 10).astype(int), 9) / 10
+    points = pd.DataFrame({"from": edge, "group": group, "label": label, "probability": probability})
+    by_bin = points.groupby("from")
+    table = by_bin.agg(points=("label", "size"), predicted=("probability", "mean"),
+                       observed=("label", "mean"))
+    share = table["observed"]
+    points["error"] = label - by_bin["label"].transform("mean")
+    spread = points.groupby(["from", "group"])["error"].sum().pow(2).groupby("from").sum()
+    n = (share * (1 - share) * table["points"] ** 2 / spread).where(spread > 0, by_bin["group"].nunique())
+    n = n.clip(upper=table["points"]) + 1.96 ** 2
+    centre = share + 1.96 ** 2 * (.5 - share) / n
+    half = 1.96 * np.sqrt(centre * (1 - centre) / n)
+    return table.assign(low=(centre - half).clip(0, share), high=(centre + half).clip(share, 1)).reset_index()
+
+
+def calibration_error(bins: pd.DataFrame) -> float:
+    """Returns the expected calibration error over these `calibration_bins` (Guo et al. 2017, eq. 3)."""
+    gap = (bins["observed"] - bins["predicted"]).abs()
+    return float((gap * bins["points"]).sum() / bins["points"].sum())
+
+
+# ------------------------------------------------------------------------------------------------------------
+# All figures of the methods that are compared
+# ------------------------------------------------------------------------------------------------------------
+
+CHECKPOINT = "this checkpoint"
+THRESHOLDS = np.arange(1, 200) / 200
 
 
 def threshold_of(label, probability, sensitivity: float) -> float:
-    """The highest probability from which on an alarm finds this share of the positives."""
+    """Returns the highest threshold from which on alarms find this share of the positives."""
     positives = np.sort(probability[label == 1])[::-1]
     return float(positives[int(np.ceil(sensitivity * len(positives) - 1e-9)) - 1])
 
 
-def alarm_from(threshold: float):
-    """The measure of an alarm from this probability on: sensitivity, positive predictive value (NaN: no alarm), alarms
-    per 100 points."""
-    def alarm(label, p, weight):
-        raised = p >= threshold
-        alarms, true = weight @ raised, weight @ (raised * label)
-        return true / (weight @ label), true / alarms if alarms else np.nan, 100 * alarms / weight.sum()
-    return alarm
-
-
-THRESHOLDS = np.arange(1, 200) / 200
-
-
 def net_benefit(label, probability) -> dict:
-    """At each of THRESHOLDS t the share of true alarms less t / (1 - t) times that of false ones (Vickers & Elkin
-    2006), of alarms from probability t on and of alarms for all; of no alarm it is 0."""
+    """Returns, at each t of THRESHOLDS, the share of true alarms less t / (1 - t) times that of false ones
+    (Vickers & Elkin 2006): of alarms from probability t on, and of alarms for all. Without any alarm it is
+    0."""
     true, false = (len(p) - np.searchsorted(np.sort(p), THRESHOLDS)
                    for p in (probability[label == 1], probability[label == 0]))
     odds, prevalence = THRESHOLDS / (1 - THRESHOLDS), label.mean()
@@ -91,119 +180,96 @@ def net_benefit(label, probability) -> dict:
             "alarm_for_all": (prevalence - odds * (1 - prevalence)).tolist()}
 
 
-RESAMPLED_LESS = 20_000  # points, of which a bootstrap draws 200 samples, not 1,000
-FEW = 10              # stays with a positive label, or with a negative one, below which an interval means nothing
-
-
-def few(stays, label) -> str:
-    """What to say where there is too little to give an interval; else nothing. stays, label [points]."""
-    positive, negative = (len(np.unique(stays[label == value])) for value in (1, 0))
-    return (f"stays with a positive label: {positive}, with a negative one: {negative}; below {FEW} of each no "
-            "interval is given, and the figures may be chance" if min(positive, negative) < FEW else "")
-
-
-def with_intervals(stays, label, probability, measures: dict) -> dict:
-    """{name: {"value": .., "interval": 95% by resampling stays, None where they are few}} of these measures, functions
-    as `bootstrap` takes them with the names of the numbers that each gives."""
-    order = np.argsort(-probability, kind="stable")
-    ordered = label[order], probability[order], np.ones(len(order))
-    values = [number for measure in measures for number in measure(*ordered)]
-    intervals = [None] * len(values)
-    if not few(stays, label):
-        draws = bootstrap(stays, label, probability, measures=measures,
-                          repeats=200 if len(label) > RESAMPLED_LESS else 1000)[:, 0]
-        determined = [column[np.isfinite(column)] for column in draws.T]
-        intervals = [np.percentile(column, [2.5, 97.5]).tolist() if len(column) > len(draws) / 2 else None
-                     for column in determined]
-    names = [name for names in measures.values() for name in names]
-    return {name: {"value": float(value) if np.isfinite(value) else None, "interval": interval}
-            for name, value, interval in zip(names, values, intervals)}
-
-
-RANKS = {ranks: ("auroc", "auprc")}
-
-
-def interval(draws: np.ndarray) -> str:
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return f"[{low:.3f}, {high:.3f}]"
-
-
-def calibration_error(label, probability, bins: int = 10) -> float:
-    """Expected calibration error over bins of equal width (Guo et al. 2017, eq. 3)."""
-    which = np.minimum((probability * bins).astype(int), bins - 1)
-    count = np.bincount(which, minlength=bins)
-    gap = np.abs(np.bincount(which, label, bins) - np.bincount(which, probability, bins))
-    return float(gap[count > 0].sum() / len(label))
-
-
 def mean_of_logits(probabilities) -> np.ndarray:
-    """[n] of k of [n]."""
+    """Returns the mean over k methods, taken of their log odds: [k, n] -> [n]."""
     return 1 / (1 + np.exp(-logit(probabilities).mean(0)))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# All figures of a method
-# ----------------------------------------------------------------------------------------------------------------------
+class Points(NamedTuple):
+    """The points that are scored: [n] each."""
 
-CHECKPOINT = "this checkpoint"
+    stay: np.ndarray     # any integer
+    subject: np.ndarray  # the patient: any integer
+    minute: np.ndarray
+    label: np.ndarray    # 0 or 1
+
+    def size(self) -> dict:
+        return {"stays": len(np.unique(self.stay)), "patients": len(np.unique(self.subject)),
+                "points": len(self.label), "positive": int(self.label.sum())}
 
 
-def score_figures(stays, label, methods: dict, threshold: float, sensitivity: float = .8, groups: dict = {}) -> dict:
-    """Plain numbers about the probabilities [n] of each method on points of these stays [n] with `label` [n]; the
-    checkpoint's in full, also in groups: {variable: {group: mask [n]}}."""
-    probability, prevalence = methods[CHECKPOINT], label.mean()
+def score_figures(points: Points, methods: dict, threshold: float, sensitivity: float = .8,
+                  groups: dict = {}) -> dict:
+    """Returns plain numbers about the probabilities [n] of each method at these points.
+
+    methods: {name: [n]}, of which CHECKPOINT gets all measures, the others AUROC and AUPRC. threshold: where
+    the confusion is counted. groups: {variable: {group: mask [n]}}, in which the checkpoint's measures are
+    repeated. """
+    _, subject, _, label = points
+    size, probability, prevalence = points.size(), methods[CHECKPOINT], label.mean()
+    unit = "patients" if size["patients"] < size["stays"] else "stays"
+    few = (f"{unit} with a positive label: {groups_with(1, subject, label)}, with a negative one: "
+           f"{groups_with(0, subject, label)}; below {FEW} of each no interval is given, and the figures may "
+           "be chance")
     alarm = threshold_of(label, probability, sensitivity)
-    full = RANKS | {recalibration: ("slope", "intercept"), alarm_from(alarm): ("sensitivity", "ppv", "alarms")}
-    compared = {name: with_intervals(stays, label, p, full if name == CHECKPOINT else RANKS)
-                for name, p in methods.items()}
-    divided = {variable: {key: group_figures(stays[mask], label[mask], probability[mask], full)
-                          for key, mask in masks.items()} for variable, masks in groups.items()}
+    full = RANKS | {recalibration: ("slope", "intercept"),
+                    alarm_from(alarm): ("sensitivity", "ppv", "alarms")}
+    bins = calibration_bins(subject, label, probability)
     tn, fp, fn, tp = confusion_matrix(label, probability >= threshold).ravel().tolist()
-    return {"stays": len(np.unique(stays)), "points": len(label), "positive": int(label.sum()),
-            "prevalence": float(prevalence), "few": few(stays, label), "methods": compared,
+
+    def group_figures(mask):
+        group = Points(*(column[mask] for column in points))
+        both = 0 < group.label.sum() < len(group.label)
+        measured = with_intervals(group.subject, group.label, probability[mask], full) if both else {}
+        return group.size() | measured
+
+    return {**size, "prevalence": float(prevalence), "resampled": unit,
+            "few": "" if enough(subject, label) else few,
+            "methods": {name: with_intervals(subject, label, p, full if name == CHECKPOINT else RANKS)
+                        for name, p in methods.items()},
             "brier": float(brier_score_loss(label, probability)),
             "brier_of_prevalence": float(prevalence * (1 - prevalence)),
-            "calibration_error": calibration_error(label, probability),
-            "probability": {"mean": float(probability.mean()), "min": float(probability.min()),
-                            "max": float(probability.max()),
-                            "below_0.01": int((probability < .01).sum()), "above_0.99": int((probability > .99).sum())},
-            "alarm": {"sensitivity": sensitivity, "threshold": alarm}, "subgroups": divided,
+            "calibration_error": calibration_error(bins), "calibration": bins.to_dict("list"),
+            "probability": {**pd.Series(probability).agg(["mean", "min", "max"]),
+                            "below_0.01": int((probability < .01).sum()),
+                            "above_0.99": int((probability > .99).sum())},
+            "alarm": {"sensitivity": sensitivity, "threshold": alarm},
+            "subgroups": {variable: {key: group_figures(mask) for key, mask in masks.items()}
+                          for variable, masks in groups.items()},
             "net_benefit": net_benefit(label, probability),
             "threshold": threshold, "confusion": {"tp": tp, "fp": fp, "fn": fn, "tn": tn},
             "f1": float(f1_score(label, probability >= threshold))}
 
 
-def group_figures(stays, label, probability, measures: dict) -> dict:
-    """The size of a group and, where it holds both classes, its measures."""
-    size = {"stays": len(np.unique(stays)), "points": len(label), "positive": int(label.sum())}
-    return size | (with_intervals(stays, label, probability, measures) if 0 < label.sum() < len(label) else {})
-
-
-def best_shares(log_odds: np.ndarray, label: np.ndarray, steps: int = 10) -> np.ndarray:
-    """The shares (tenths) of k answers' log odds [k, n] that give the least cross-entropy at these labels [n]; equal
-    ones, where ten of a class are not there to tell: [k]."""
+def best_shares(log_odds: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """Returns the shares [k], in tenths, by which the log odds [k, n] of k answers are averaged with the
+    least cross-entropy at these labels [n]. They are equal where a class has fewer than ten labels."""
     if np.bincount(label, minlength=2).min() < 10:
         return np.full(len(log_odds), 1 / len(log_odds))
-    falling, sign = range(steps, -1, -1), np.where(label == 1, -1, 1)  # of equal ones the first answer's largest share
-    shares = np.array([s for s in itertools.product(falling, repeat=len(log_odds)) if sum(s) == steps]) / steps
+    tenths = range(10, -1, -1)  # falling: of equally good shares the first answer gets the most
+    shares = [s for s in itertools.product(tenths, repeat=len(log_odds)) if sum(s) == 10]
+    shares, sign = np.array(shares) / 10, np.where(label == 1, -1, 1)
     return min(shares, key=lambda share: np.logaddexp(0, sign * (share @ log_odds)).mean())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The PhysioNet/CinC Challenge 2019: how an hour's alarm is scored (Reyna et al., Crit Care Med 2020;48(2):210-217)
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# The PhysioNet/CinC Challenge 2019: how an hour's alarm is scored (Reyna et al., Crit Care Med
+# 2020;48(2):210-217)
+# ------------------------------------------------------------------------------------------------------------
 
-# The label of an hour turns 1 six hours before the onset of sepsis and stays 1; the record ends a few hours after it. An
-# alarm is worth most at the first label, little twelve hours before the onset, nothing from three hours after it on.
-# Everything here is a function of flat arrays over hours, [n] each: of the stay (any integer), the minute, the label.
+# The label of an hour turns 1 six hours before the onset of sepsis and stays 1. The record ends a few hours
+# after the onset. An alarm is worth most at the first label, little twelve hours before the onset, nothing
+# from three hours after it on. Arrays are [n], an element an hour: the stay (any integer), the minute, the
+# label.
 
 AHEAD, EARLY, LATE = 6, 12, 3  # hours: the label before the onset s; an alarm counts in [s - EARLY, s + LATE]
 FALSE_ALARM = -0.05            # utility of an hour's alarm without sepsis, or too early
 
 
 def of_challenge_2019(stay, minute, label) -> bool:
-    """Whether these labelled points are the challenge's: hourly, once 1 always 1, and 1 for no more hours than from the
-    first label to the end of the time that counts. Points of a stay rise and stand together."""
+    """Tells whether these labelled points are the challenge's: they are hourly, a stay's label stays 1 once
+    it is 1, and it is 1 for no more hours than from the first label to the end of the time that counts. The
+    points of a stay must stand together, in the order of time."""
     within = np.diff(stay) == 0
     hourly, rising = np.diff(minute)[within] == 60, np.diff(label)[within] >= 0
     longest = np.bincount(np.unique(stay, return_inverse=True)[1], label == 1).max(initial=0)
@@ -211,8 +277,8 @@ def of_challenge_2019(stay, minute, label) -> bool:
 
 
 def hours_since_onset(stay, minute, label) -> np.ndarray:
-    """[n] hours since the onset of the stay's sepsis (six hours after the first label 1), negative before it; -inf in a
-    stay without."""
+    """Returns the hours since the onset of the stay's sepsis, six hours after its first label 1: [n],
+    negative before the onset, -inf in a stay without sepsis."""
     stay = np.unique(stay, return_inverse=True)[1]
     first = np.full(stay.max(initial=-1) + 1, np.inf)
     np.minimum.at(first, stay[label == 1], minute[label == 1])
@@ -220,8 +286,9 @@ def hours_since_onset(stay, minute, label) -> np.ndarray:
 
 
 def utilities(since) -> tuple[np.ndarray, np.ndarray]:
-    """Utility [n] of no alarm, and of an alarm, at hours `since` the onset."""
-    early, late = since <= -AHEAD, (since > -AHEAD) & (since <= LATE)
+    """Returns the utility of no alarm and that of an alarm at each hour `since` the onset, [n] each."""
+    early = since <= -AHEAD
+    late = (since > -AHEAD) & (since <= LATE)
     septic = since > -np.inf
     quiet = np.where(late, -2 * (since + AHEAD) / (AHEAD + LATE), 0)
     rise = np.maximum((since + EARLY) / (EARLY - AHEAD), FALSE_ALARM)
@@ -230,51 +297,58 @@ def utilities(since) -> tuple[np.ndarray, np.ndarray]:
 
 
 def in_time(since) -> np.ndarray:
-    """Where the best possible has its alarms: from s - 12 to s + 3 in stays with sepsis, never in others."""
+    """Tells at which hours the best possible forecast has its alarms: from 12 before the onset to 3 after
+    it."""
     return (since >= -EARLY) & (since <= LATE)
 
 
-def stay_utilities(stay, since, alarm) -> np.ndarray:
-    """[P, 3] utility of each stay, in ascending order: with these alarms [n] bool, without any, with the best."""
+def utilities_by(group, since, alarm) -> np.ndarray:
+    """Returns the utility of each group of hours, a stay or a patient, in ascending order: [G, 3] with these
+    alarms [n] bool, without any alarm, with the best possible ones."""
     quiet, loud = utilities(since)
-    stay = np.unique(stay, return_inverse=True)[1]
-    return np.stack([np.bincount(stay, np.where(chosen, loud, quiet))
+    group = np.unique(group, return_inverse=True)[1]
+    return np.stack([np.bincount(group, np.where(chosen, loud, quiet))
                      for chosen in (alarm, np.zeros(len(alarm), dtype=bool), in_time(since))], axis=1)
 
 
 def normalised_utility(utility) -> np.ndarray:
-    """[..., 3] sums over stays of `stay_utilities` -> [...]: 0 without any alarm, 1 with the best possible."""
+    """Scales sums of `utilities_by`, [..., 3] -> [...]: 0 without any alarm, 1 with the best possible
+    ones."""
     own, none, best = np.moveaxis(utility, -1, 0)
     return (own - none) / (best - none)
 
 
-def utility_draws(utility: np.ndarray, repeats: int, seed: int = 0) -> np.ndarray:
-    """[repeats] normalised utility of as many stays, drawn from these [P, 3] anew; NaN: a sample without sepsis."""
-    stays = len(utility)
-    sums = np.random.default_rng(seed).multinomial(stays, np.full(stays, 1 / stays), repeats) @ utility
+def utility_draws(utility: np.ndarray, repeats: int = 200) -> np.ndarray:
+    """Returns the normalised utility [repeats] of samples of the groups [G, 3] of `utilities_by`, drawn with
+    replacement. It is NaN in a sample without sepsis."""
+    groups = len(utility)
+    sums = np.random.default_rng(0).multinomial(groups, np.full(groups, 1 / groups), repeats) @ utility
     draws, septic = np.full(repeats, np.nan), sums[:, 2] > sums[:, 1]
     draws[septic] = normalised_utility(sums[septic])
     return draws
 
 
 def best_utility_threshold(stay, since, probability) -> tuple[float, float]:
-    """The probability from which an alarm pays most over these hours, and the normalised utility that it gives."""
+    """Returns the threshold from which on alarms gain most over these hours, and their normalised utility."""
     quiet, loud = utilities(since)
     order = np.argsort(-probability, kind="stable")
     last = np.append(np.diff(probability[order]) != 0, True)       # hours of one probability go together
     gain, cut = np.cumsum((loud - quiet)[order])[last], probability[order][last]
     best = gain.argmax()
     threshold = cut[best] if gain[best] > 0 else np.nextafter(cut[0], np.inf)  # above all: no alarm
-    return float(threshold), float(normalised_utility(stay_utilities(stay, since, probability >= threshold).sum(0)))
+    utility = utilities_by(stay, since, probability >= threshold).sum(0)
+    return float(threshold), float(normalised_utility(utility))
 
 
 def ward_figures(stay, since, alarm) -> dict:
-    """What a ward would ask of these alarms [n] bool: of the stays with sepsis the share with one in the twelve hours
-    before the onset, the median lead time in hours from the first of these to the onset (stays whose first label is
-    already 1 aside), and false alarms a patient-day: those that begin outside the time that counts."""
-    begins = np.append(True, np.diff(stay) != 0)                   # the first hour of a stay
+    """Returns what a ward would ask of these alarms [n] bool: the share of the septic stays that have one in
+    the twelve hours before the onset; the median lead time in hours from the first such alarm to the onset,
+    over stays that are not labelled 1 from their first hour on; false alarms a patient-day, which begin
+    outside the time that counts."""
+    begins = np.append(True, np.diff(stay) != 0)      # the first hour of a stay
     stay = np.cumsum(begins) - 1
-    septic, late = since[begins] > -np.inf, since[begins] >= -AHEAD  # [P]; late: labelled 1 from its first hour on
+    septic = since[begins] > -np.inf                  # [P]
+    late = since[begins] >= -AHEAD                    # [P] labelled 1 from the first hour on
     warning, lead = alarm & (since >= -EARLY) & (since < 0), np.zeros(begins.sum())
     np.maximum.at(lead, stay[warning], -since[warning])
     false = alarm & (begins | ~np.append(False, alarm[:-1])) & ~in_time(since)
@@ -282,17 +356,22 @@ def ward_figures(stay, since, alarm) -> dict:
     return {"septic_stays": int(septic.sum()), "labelled_from_the_first_hour": int(late.sum()),
             "warned": int((lead > 0).sum()), "share_warned": float((lead > 0).sum() / septic.sum()),
             "lead_hours": float(np.median(timely)) if len(timely) else None, "lead_stays": len(timely),
-            "patient_days": days, "false_alarms": int(false.sum()), "false_alarms_a_day": float(false.sum() / days)}
+            "patient_days": days, "false_alarms": int(false.sum()),
+            "false_alarms_a_day": float(false.sum() / days)}
 
 
-def sepsis_figures(stay, minute, label, probability, threshold: float, repeats: int = 200, seed: int = 0) -> dict:
-    """Plain numbers about the risk at these hours: normalised utility with its 95% interval over stays (bootstrap),
-    AUROC and AUPRC of all hours and of those not after the onset, and what `ward_figures` tells."""
+def sepsis_figures(points: Points, probability, threshold: float) -> dict:
+    """Returns plain numbers about the risk at these hours: the normalised utility of alarms from the
+    threshold on, with its 95% interval by bootstrap over patients; AUROC and AUPRC of all hours and of those
+    up to the onset; and `ward_figures`."""
+    stay, subject, minute, label = points
     since, alarm = hours_since_onset(stay, minute, label), probability >= threshold
-    utility = stay_utilities(stay, since, alarm)
-    interval = np.nanpercentile(utility_draws(utility, repeats, seed), [2.5, 97.5]).tolist()
-    result = {"threshold": threshold, "utility": {"value": float(normalised_utility(utility.sum(0))), "interval": interval}}
+    utility = utilities_by(subject, since, alarm)
+    limits = interval(utility_draws(utility)) if enough(subject, label) else None
+    result = {"threshold": threshold,
+              "utility": {"value": float(normalised_utility(utility.sum(0))), "interval": limits}}
     for name, hours in (("all_hours", since < np.inf), ("until_the_onset", since <= 0)):
-        result[name] = {"hours": int(hours.sum()), "auroc": float(roc_auc_score(label[hours], probability[hours])),
-                        "auprc": float(average_precision_score(label[hours], probability[hours]))}
+        some = label[hours], probability[hours]
+        result[name] = {"hours": int(hours.sum()), "auroc": float(roc_auc_score(*some)),
+                        "auprc": float(average_precision_score(*some))}
     return result | ward_figures(stay, since, alarm)

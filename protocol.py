@@ -33,8 +33,8 @@ from data import (InputError, Normalizer, at_end, build_cohort, labelled_points,
                   stay_event_index, stays_of, variable_vectors)
 from finetune_config import MANY_POINTS, FinetuneConfig, head_optimizer, tree_sizes
 from history_statistics import summary_features
-from metrics import (best_shares, best_utility_threshold, bootstrap, hours_since_onset, interval, logit,
-                     normalised_utility, of_challenge_2019, stay_utilities, utility_draws)
+from metrics import (Points, best_shares, best_utility_threshold, bootstrap, bracketed, hours_since_onset, interval,
+                     logit, normalised_utility, of_challenge_2019, utilities_by, utility_draws)
 from model import ModelConfig, SeqSetVAE, SeqSetVAEPretrain
 from predictor import CPU, Predictor, encode_points, open_checkpoint, probability_at
 from readers import load_cohort
@@ -299,10 +299,11 @@ def scored_points(cohort, split: dict) -> np.ndarray:
 
 
 def save_predictions(folder: Path, cohort, split: dict, points, probability) -> None:
-    stay = cohort.stay_id[cohort.point_stay[points]]
-    table = pd.DataFrame({"stay_id": stay, "minute": cohort.point_minute[points], "label": cohort.label[points],
-                          "probability": probability,
-                          "split": np.where(np.isin(stay, split["valid"]), "valid", "test")})
+    stay = cohort.point_stay[points]
+    part = np.where(np.isin(cohort.stay_id[stay], split["valid"]), "valid", "test")
+    table = pd.DataFrame({"stay_id": cohort.stay_id[stay], "subject_id": cohort.subject[stay],
+                          "minute": cohort.point_minute[points], "label": cohort.label[points],
+                          "probability": probability, "split": part})
     write_atomically(folder / "predictions.csv", lambda out: table.to_csv(out, index=False))
 
 
@@ -331,8 +332,8 @@ def averaged(turns: dict[str, list[pd.DataFrame]]) -> dict[str, tuple[pd.DataFra
     points = pd.concat([table for table, *_ in turns.values()], ignore_index=True)
     told = {}
     for turn, (table, *_) in turns.items():
-        tested = table.loc[table["split"] == "test", "stay_id"]
-        used = (points["split"].eq("valid") & ~points["stay_id"].isin(tested)).to_numpy()
+        tested = table.loc[table["split"] == "test", "subject_id"]
+        used = (points["split"].eq("valid") & ~points["subject_id"].isin(tested)).to_numpy()
         best = best_shares(every[:, used], points["label"].to_numpy()[used])
         told[turn] = table.assign(probability=1 / (1 + np.exp(-best @ logits[turn]))), best
     return told
@@ -345,24 +346,26 @@ class Scores(NamedTuple):
     draws: np.ndarray  # [repeats, m] of resampled test stays, the same for all methods; NaN: no sepsis
 
 
-def parts(table: pd.DataFrame) -> list:
-    """Stay (an integer), minute, label and probability [n] of the points of the validation and of the test
-    part."""
-    table = table.assign(stay_id=np.unique(table["stay_id"], return_inverse=True)[1])
-    return [[table.loc[table["split"] == part, name].to_numpy()
-             for name in ("stay_id", "minute", "label", "probability")] for part in ("valid", "test")]
+def parts(table: pd.DataFrame) -> list[tuple[Points, np.ndarray]]:
+    """Returns the points of the validation and of the test part, with their probabilities. The table is
+    sorted by stay and minute."""
+    table = table.assign(**{name: pd.factorize(table[name])[0] for name in ("stay_id", "subject_id")})
+    both = (table[table["split"] == part] for part in ("valid", "test"))
+    return [(Points(*(rows[name].to_numpy() for name in ("stay_id", "subject_id", "minute", "label"))),
+             rows["probability"].to_numpy()) for rows in both]
 
 
 def scores(table: pd.DataFrame, hourly: bool, repeats: int = 200) -> Scores:
-    """Of the predictions of a method on a split; hourly: with the utility of alarms at the threshold that the
-    validation part chose."""
-    valid, (stay, minute, label, probability) = parts(table)
-    value = [roc_auc_score(label, probability), average_precision_score(label, probability)]
-    draws = bootstrap(stay, label, probability, repeats=repeats)[:, 0]
+    """Returns how the predictions of a method on a split do; hourly: with the utility of alarms from the
+    threshold on that the validation part chose."""
+    (valid, p_valid), (test, p) = parts(table)
+    value = [roc_auc_score(test.label, p), average_precision_score(test.label, p)]
+    draws = bootstrap(test.subject, test.label, p, repeats=repeats)[:, 0]
     if hourly:
-        since = hours_since_onset(*valid[:3])
-        threshold, _ = best_utility_threshold(valid[0], since, valid[3])
-        utility = stay_utilities(stay, hours_since_onset(stay, minute, label), probability >= threshold)
+        since = hours_since_onset(valid.stay, valid.minute, valid.label)
+        threshold, _ = best_utility_threshold(valid.stay, since, p_valid)
+        since = hours_since_onset(test.stay, test.minute, test.label)
+        utility = utilities_by(test.subject, since, p >= threshold)
         value.append(normalised_utility(utility.sum(0)))
         draws = np.column_stack([draws, utility_draws(utility, repeats)])
     return Scores(np.array(value), draws)
@@ -370,12 +373,13 @@ def scores(table: pd.DataFrame, hourly: bool, repeats: int = 200) -> Scores:
 
 def print_protocol(folder: Path) -> None:
     """The tables of RESULTS.md from what is finished: mean and standard deviation over the splits; the
-    difference to the best baseline (by mean AUROC) with a bootstrap interval, paired by stay and drawn within
-    each split."""
+    difference to the best baseline (by mean AUROC) with a bootstrap interval, paired by patient and drawn
+    within each split."""
     found = {}
     for path in sorted(folder.glob("*/*%/predictions.csv")):
         method, fraction = path.parent.name.rsplit(" ", 1)
-        table = pd.read_csv(path, dtype={"stay_id": str}, keep_default_na=False)
+        table = pd.read_csv(path, dtype={"stay_id": str, "subject_id": str}, keep_default_na=False)
+        table = table.assign(subject_id=table.get("subject_id", table["stay_id"]))  # older files name stays alone
         table = table.sort_values(["stay_id", "minute"], kind="stable")
         found.setdefault(fraction, {}).setdefault(method, {})[path.parent.parent.name] = table
     for fraction, tables in sorted(found.items(), key=lambda item: -float(item[0].rstrip("%"))):
@@ -387,8 +391,8 @@ def print_protocol(folder: Path) -> None:
             mean = np.mean([weights for _, weights in told.values()], axis=0)
             shares = [f"{share:.2f} {name}" for share, name in zip(mean, members)]
             print(f"\n{AVERAGE}, in the mean: {', '.join(shares)}")
-        hourly = all(of_challenge_2019(*part[:3])
-                     for turns in tables.values() for table in turns.values() for part in parts(table))
+        hourly = all(of_challenge_2019(part.stay, part.minute, part.label)
+                     for turns in tables.values() for table in turns.values() for part, _ in parts(table))
         rows = {method: {turn: scores(table, hourly) for turn, table in turns.items()}
                 for method, turns in tables.items()}
         mean = {method: np.mean([s.value for s in turns.values()], axis=0) for method, turns in rows.items()}
@@ -407,7 +411,7 @@ def print_protocol(folder: Path) -> None:
                 difference = np.mean([turns[t].value - rows[base][t].value for t in shared], axis=0)
                 draws = np.mean([turns[t].draws - rows[base][t].draws for t in shared], axis=0)
                 draws = draws[np.isfinite(draws).all(1)]
-                cells += [f"{d:+.3f} {interval(draws[:, i])}" for i, d in enumerate(difference)]
+                cells += [f"{d:+.3f} {bracketed(interval(draws[:, i]))}" for i, d in enumerate(difference)]
             print(f"| {method} | {len(values)} | {' | '.join(cells)} |")
 
 

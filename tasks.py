@@ -16,7 +16,7 @@ from sklearn.model_selection import train_test_split
 
 from data import (MINUTE, Cohort, InputError, at_end, labelled_points, ranges, stays_of, subjects_with_label,
                   with_points)
-from metrics import (CHECKPOINT, best_shares, best_utility_threshold, hours_since_onset, of_challenge_2019,
+from metrics import (CHECKPOINT, Points, best_shares, best_utility_threshold, hours_since_onset, of_challenge_2019,
                      score_figures, sepsis_figures)
 from tables import MISSING, TIME, Report, Table, column_names, read_table
 
@@ -42,7 +42,8 @@ def _split_codes(table: Table) -> np.ndarray:
 
 
 def _plain_ids(ids) -> pd.Index:
-    """Ids by which two tables meet: a whole number that one of them wrote as a float (200001.0) loses its .0."""
+    """Ids by which two tables meet: a whole number that one of them wrote as a float (200001.0) loses its
+    .0."""
     return pd.Index([text[:-2] if text.endswith(".0") and text[:-2].isdigit() else text for text in map(str, ids)],
                     dtype=object)
 
@@ -99,8 +100,8 @@ def _ids(column: pd.Categorical) -> np.ndarray:
 
 
 def _labels(table: Table, name: str, positive: str | None) -> np.ndarray:
-    """[rows] float labels, NaN where the cell is empty. positive: the word that is label 1; else they are 0 and 1, or
-    true and false."""
+    """[rows] float labels, NaN where the cell is empty. positive: the word that is label 1; else they are 0
+    and 1, or true and false."""
     words = [word.lower() for word in table[name].categories]
     known = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}
     empty = [word.lower() in map(str.lower, MISSING) for word in words]
@@ -120,12 +121,12 @@ def _labels(table: Table, name: str, positive: str | None) -> np.ndarray:
 
 
 def _with_labels(cohort: Cohort, files: list[Path], positive: str | None = None, points: bool = True) -> Cohort:
-    """The cohort with what its labels' files tell: an id, a label of 0 or 1 (or empty), and perhaps split, subject_id
-    and a time: `minute` or `hour` of the stay or `prediction_time`. With times a row is a prediction point, without one
-    a stay has one at its end.
+    """The cohort with what its labels' files tell: an id, a label of 0 or 1 (or empty), and perhaps split,
+    subject_id and a time: `minute` or `hour` of the stay or `prediction_time`. With times a row is a
+    prediction point, without one a stay has one at its end.
 
-    positive: the word that is label 1, the other one is 0. points: False takes split and subject alone. Raises
-    InputError for another label, and for two labels of one point.
+    positive: the word that is label 1, the other one is 0. points: False takes split and subject alone.
+    Raises InputError for another label, and for two labels of one point.
     """
     names = column_names(files[0])
     id_column, label_column = (_one_of(files[0], names, wanted) for wanted in (_IDS, _LABELS))
@@ -331,13 +332,15 @@ class Task:
     def figures(self, cohort: Cohort, points: np.ndarray, methods: dict, thresholds: dict, sensitivity: float,
                 groups: dict) -> dict:
         """Plain numbers about each method's probabilities [n] at these points [n], see `score_figures`; with
-        labels of the challenge 2019 also its utility, as `sepsis`. thresholds: of each method."""
-        stay, label = cohort.point_stay[points], cohort.label[points].astype(int)
-        figures = score_figures(stay, label, methods, thresholds[CHECKPOINT], sensitivity, groups)
-        hours = stay, cohort.point_minute[points], label
-        if of_challenge_2019(*hours):
-            figures["sepsis"] = {name: sepsis_figures(*hours, probability, thresholds[name])
-                                 for name, probability in methods.items()}
+        labels of the challenge 2019 also its utility, as `sepsis`. thresholds: of each method. Patients are
+        numbered as their first stays come: where each stay is a patient of its own, a bootstrap over them
+        draws stays."""
+        stay = cohort.point_stay[points]
+        subject = pd.factorize(cohort.subject)[0][stay]
+        scored = Points(stay, subject, cohort.point_minute[points], cohort.label[points].astype(int))
+        figures = score_figures(scored, methods, thresholds[CHECKPOINT], sensitivity, groups)
+        if of_challenge_2019(stay, scored.minute, scored.label):
+            figures["sepsis"] = {name: sepsis_figures(scored, p, thresholds[name]) for name, p in methods.items()}
         return figures
 
 

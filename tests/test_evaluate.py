@@ -25,7 +25,7 @@ import train
 from batches import StayDataset
 from checkpoint import Checkpoint
 from data import with_points
-from metrics import best_utility_threshold, hours_since_onset, sepsis_figures
+from metrics import Points, best_utility_threshold, hours_since_onset, sepsis_figures
 from model import ModelConfig, SeqSetVAE
 from predictor import Predictor
 from protocol import (AVERAGE, BASELINES, PLAIN_LOOP, STATISTICS, asked_at_the_end, assert_plain_loop_agrees, averaged,
@@ -267,8 +267,8 @@ def predictions_of(noise, seed, stays=60, hours=1):
     rng, hour = np.random.default_rng([seed, int(100 * noise)]), np.tile(np.arange(hours), stays)
     label = (np.repeat(np.arange(stays) % 3 == 0, hours) & (hour >= hours // 2)).astype(int)
     told = 1 / (1 + np.exp(-4 * label - 4 * noise * rng.normal(size=len(label)) + 2))
-    return pd.DataFrame({"stay_id": np.repeat([f"s{i:03d}" for i in range(stays)], hours), "minute": 60. * hour,
-                         "label": label, "probability": told,
+    stay = np.repeat([f"s{i:03d}" for i in range(stays)], hours)
+    return pd.DataFrame({"stay_id": stay, "subject_id": stay, "minute": 60. * hour, "label": label, "probability": told,
                          "split": np.repeat(np.where(np.arange(stays) % 4 == 1, "valid", "test"), hours)})
 
 
@@ -314,11 +314,12 @@ def test_the_protocol_scores_utility_where_labels_are_the_challenges(tmp_path, c
     utility = []
     for table in tables:
         table["stay_id"] = table["stay_id"].str[1:].astype(int)
-        arrays = {part: [rows[name].to_numpy() for name in ("stay_id", "minute", "label", "probability")]
+        arrays = {part: [rows[name].to_numpy() for name in ("stay_id", "stay_id", "minute", "label", "probability")]
                   for part, rows in table.groupby("split")}
-        stay, minute, label, p = arrays["valid"]
+        stay, _, minute, label, p = arrays["valid"]
         threshold, _ = best_utility_threshold(stay, hours_since_onset(stay, minute, label), p)
-        utility.append(sepsis_figures(*arrays["test"], threshold)["utility"]["value"])
+        *test, p = arrays["test"]
+        utility.append(sepsis_figures(Points(*test), p, threshold)["utility"]["value"])
     assert frozen[4].startswith(f"{np.mean(utility):.3f} ±") and frozen[7].startswith("+")
 
 
@@ -339,7 +340,7 @@ def test_an_average_takes_the_weights_that_fit_the_validation_parts_best():
 
     def other(part, stays=good["stay_id"]):  # a split in which the first method says the contrary
         contrary = good.assign(probability=1 - good["probability"])
-        return [table.assign(stay_id=stays, split=part) for table in (contrary, noise)]
+        return [table.assign(stay_id=stays, subject_id=stays, split=part) for table in (contrary, noise)]
 
     elsewhere = other("valid", [f"other {stay}" for stay in good["stay_id"]])
     assert weights(good, two=elsewhere)[0] < .3  # its validation part decides too

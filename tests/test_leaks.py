@@ -147,7 +147,7 @@ def test_the_threshold_is_the_best_of_the_validation_stays(shifted, tmp_path):
     test = table[table["split"] == "test"]
     alarms = int((test["probability"] >= recorded).sum())
     assert figures["confusion"]["tp"] + figures["confusion"]["fp"] == alarms
-    assert re.search(rf"Confusion +at {recorded:.4f} \(best F1 of the validation split\)", out.getvalue())
+    assert re.search(rf"F1 .* from {recorded:.4f} on \(best F1 of the validation split\): TP", out.getvalue())
 
 
 # ---- what is printed as 95% --------------------------------------------------------------------------------
@@ -155,15 +155,16 @@ def test_the_threshold_is_the_best_of_the_validation_stays(shifted, tmp_path):
 def test_an_interval_leaves_out_a_fortieth_of_the_draws_on_either_side(monkeypatch):
     """The 2.5th and the 97.5th percentile: of 1,001 draws 0 to 1,000, from 25 to 975."""
     draws = np.random.default_rng(0).permutation(np.arange(1001.0))
-    assert metrics.interval(draws) == "[25.000, 975.000]"
+    assert metrics.interval(draws) == [25, 975] and metrics.bracketed([25, 975]) == "[25.000, 975.000]"
     monkeypatch.setattr(metrics, "bootstrap", lambda *_, **__: np.stack([draws, draws], -1)[:, None])
     label = np.arange(40) % 2
     told = metrics.with_intervals(np.arange(40), label, label / 2, metrics.RANKS)
     assert [measure["interval"] for measure in told.values()] == [[25, 975]] * 2
     monkeypatch.setattr(metrics, "utility_draws", lambda *_: draws)
-    stay, minute = np.repeat([0, 1], 20), 60.0 * np.tile(np.arange(20), 2)
-    label = ((stay == 0) & (minute >= 600)).astype(int)
-    assert metrics.sepsis_figures(stay, minute, label, label / 2, .4)["utility"]["interval"] == [25, 975]
+    stay, minute = np.repeat(np.arange(20), 20), 60.0 * np.tile(np.arange(20), 20)
+    label = ((stay % 2 == 0) & (minute >= 600)).astype(int)
+    points = metrics.Points(stay, stay, minute, label)
+    assert metrics.sepsis_figures(points, label / 2, .4)["utility"]["interval"] == [25, 975]
 
 
 def test_an_interval_of_a_mean_is_as_wide_as_statistics_says():

@@ -10,9 +10,10 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 import train
 from checkpoint import Checkpoint
-from metrics import (CHECKPOINT, alarm_from, best_utility_threshold, bootstrap, hours_since_onset, net_benefit,
-                     normalised_utility, of_challenge_2019, ranks, recalibration, sepsis_figures, stay_utilities,
-                     threshold_of, utilities, ward_figures)
+from metrics import (CHECKPOINT, Points, alarm_from, best_utility_threshold, bootstrap, calibration_bins,
+                     calibration_error, hours_since_onset, net_benefit,
+                     normalised_utility, of_challenge_2019, ranks, recalibration, score_figures, sepsis_figures, threshold_of,
+                     utilities, utilities_by, ward_figures)
 from test_suite import main
 from tests.tiny import FINETUNE, PRETRAIN, SHARED, write
 
@@ -96,7 +97,7 @@ def flat(stays, *names):
 def test_the_utility_is_the_official_scorers(official):
     stay, minute, label, prediction = flat(official["stays"], "label", "prediction")
     assert of_challenge_2019(stay, minute, label)
-    utility = stay_utilities(stay, hours_since_onset(stay, minute, label), prediction == 1)
+    utility = utilities_by(stay, hours_since_onset(stay, minute, label), prediction == 1)
     expected = [[s["utility"], s["inaction"], s["best"]] for s in official["stays"]]
     np.testing.assert_allclose(utility, expected, rtol=0, atol=1e-9)
     assert abs(normalised_utility(utility.sum(0)) - official["normalised_utility"]) < 1e-9
@@ -106,7 +107,7 @@ def test_the_figures_of_hours_are_the_official_scorers(official):
     stay, minute, label, probability, prediction = flat(official["stays"], "label", "probability", "prediction")
     threshold = probability[prediction == 1].min()
     assert ((probability >= threshold) == prediction).all()
-    told = sepsis_figures(stay, minute, label, probability, threshold)
+    told = sepsis_figures(Points(stay, stay, minute, label), probability, threshold)
     assert abs(told["all_hours"]["auroc"] - official["auroc"]) < 1e-9
     assert abs(told["utility"]["value"] - official["normalised_utility"]) < 1e-9
     low, high = told["utility"]["interval"]
@@ -130,7 +131,7 @@ def random_hours(seed, stays=40):
 def test_the_threshold_is_the_best_of_all(seed):
     stay, minute, label, probability = random_hours(seed)
     since = hours_since_onset(stay, minute, label)
-    values = {cut: normalised_utility(stay_utilities(stay, since, probability >= cut).sum(0))
+    values = {cut: normalised_utility(utilities_by(stay, since, probability >= cut).sum(0))
               for cut in (*np.unique(probability), 9)}
     threshold, utility = best_utility_threshold(stay, since, probability)
     assert utility == max(values.values()) == values[threshold]
@@ -198,8 +199,52 @@ def test_hourly_sepsis_labels_are_scored_as_the_challenge_does(tmp_path, capsys,
         stay = pd.factorize(rows["stay_id"])[0]
         since = hours_since_onset(stay, rows["minute"].to_numpy(), rows["label"].to_numpy())
         probability = rows["probability"].to_numpy()
-        utility = normalised_utility(stay_utilities(stay, since, probability >= told["threshold"] - 1e-6).sum(0))
+        utility = normalised_utility(utilities_by(stay, since, probability >= told["threshold"] - 1e-6).sum(0))
         assert utility == pytest.approx(expected, abs=1e-9)
         if part == "valid":
             found = best_utility_threshold(stay, since, probability)[0]
             assert found == pytest.approx(metrics["threshold"], abs=1e-5)
+
+
+def test_six_stays_of_a_patient_are_one_patient():
+    """The share of alarms is a mean: its interval is as wide as that of the patients' means."""
+    rng, patients = np.random.default_rng(0), 400
+    subject, stay = np.repeat(np.arange(patients), 6), np.arange(6 * patients)
+    label, alike = (subject % 2 == 0).astype(int), rng.random(patients) < .5
+    p = np.where(alike[subject] ^ (rng.random(len(subject)) < .05), .9, .1)
+    figures = {unit: score_figures(Points(stay, group, 0 * stay, label), {CHECKPOINT: p}, .5, sensitivity=.4)
+               for unit, group in (("patients", subject), ("stays", stay))}
+    alarms = 100 * (p > .5).reshape(-1, 6).mean(1)  # [patients]
+    half = {unit: np.diff(told["methods"][CHECKPOINT]["alarms"]["interval"])[0] / 2
+            for unit, told in figures.items()}
+    assert half["patients"] == pytest.approx(1.96 * alarms.std(ddof=1) / np.sqrt(patients), rel=.1)
+    assert half["stays"] < .5 * half["patients"]
+    assert [told["resampled"] for told in figures.values()] == ["patients", "stays"]
+    assert [told["patients"] for told in figures.values()] == [patients, len(stay)]
+    wide, narrow = (np.subtract(told["calibration"]["high"], told["calibration"]["low"])
+                    for told in figures.values())
+    assert (wide > 2 * narrow).all()
+
+
+def test_few_patients_have_no_interval_however_many_their_stays():
+    subject = np.repeat(np.arange(18), 6)
+    label, stays = (subject % 2 == 0).astype(int), np.arange(len(subject))
+    p = np.random.default_rng(0).random(len(subject))
+    figures = score_figures(Points(stays, subject, np.zeros(len(stays)), label), {CHECKPOINT: p}, .5,
+                            groups={"part": {"all": subject >= 0}})
+    assert figures["few"].startswith("patients with a positive label: 9, with a negative one: 9; below 10")
+    for measures in (figures["methods"][CHECKPOINT], figures["subgroups"]["part"]["all"]):
+        assert measures["auroc"]["interval"] is None
+
+
+def test_the_interval_of_an_observed_share_is_that_of_independent_points_where_each_is_a_patient():
+    """Agresti & Coull 1998."""
+    label, p = np.array([1] * 8 + [0] * 12 + [0] * 20), np.repeat([.35, .05], 20)
+    bins = calibration_bins(np.arange(40), label, p)
+    assert bins["points"].tolist() == [20, 20] and bins["from"].tolist() == [0, .3]
+    assert bins["observed"].tolist() == [0, .4] and bins["predicted"].tolist() == pytest.approx([.05, .35])
+    centre = (8 + 1.96 ** 2 / 2) / (20 + 1.96 ** 2)
+    half = 1.96 * np.sqrt(centre * (1 - centre) / (20 + 1.96 ** 2))
+    assert bins.loc[1, ["low", "high"]].tolist() == pytest.approx([centre - half, centre + half])
+    assert bins.loc[0, "low"] == 0 < bins.loc[0, "high"] < .25
+    assert calibration_error(bins) == pytest.approx(.05)

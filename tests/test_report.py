@@ -1,6 +1,7 @@
 """Tests of report.py and plots.py: what is printed of a checkpoint, the files and pictures that it writes."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,14 +16,19 @@ from sklearn.metrics import roc_auc_score
 import plots
 import train
 from data import InputError, with_points
-from metrics import CHECKPOINT, logit, score_figures
+from metrics import CHECKPOINT, Points, logit, score_figures
 from predictor import Predictor
 from readers import synthetic_cohort, write_long_table
-from report import print_figures, print_subgroups, subgroups, write_meds_predictions
+from report import print_figures, subgroups, write_meds_predictions
 from tasks import Task
 from test_suite import main
 from tests.test_readers import meds
 from tests.tiny import one_error_line, write
+
+
+def points_of_stays(stays, label) -> Points:
+    """Points of stays that are each a patient of their own."""
+    return Points(stays, stays, np.zeros(len(stays)), label)
 
 
 def test_fewer_than_ten_positives_or_negatives_have_no_interval(capsys):
@@ -31,13 +37,15 @@ def test_fewer_than_ten_positives_or_negatives_have_no_interval(capsys):
     for positives, said in ((9, few), (10, "")):
         label = (np.arange(40) < positives).astype(int)
         methods = {CHECKPOINT: (label / 4 + rng.random(40)) / 2, "another": rng.random(40)}
-        figures = score_figures(np.arange(40), label, methods, .5)
+        figures = score_figures(points_of_stays(np.arange(40), label), methods, .5)
         intervals = [measure["interval"] for measures in figures["methods"].values() for measure in measures.values()]
         assert figures["few"].startswith(said) and all((i is None) == bool(said) for i in intervals)
         print_figures(figures | {"scored": "these", "model": model_figures_of()}, "best F1")
-        assert ("95% [" in capsys.readouterr().out) != bool(said)
+        out = capsys.readouterr().out
+        assert ("\n95% intervals by bootstrap over 40 stays\n" in out) == (" [0." in out) == (not said)
     # many points of few stays are no more evidence
-    assert score_figures(np.repeat(np.arange(9), 99), np.tile([0, 1, 1], 297), {CHECKPOINT: rng.random(891)}, .5)["few"]
+    assert score_figures(points_of_stays(np.repeat(np.arange(9), 99), np.tile([0, 1, 1], 297)),
+                         {CHECKPOINT: rng.random(891)}, .5)["few"]
 
 
 def test_a_planted_miscalibration_shows_in_its_group_and_nowhere_else(capsys):
@@ -46,17 +54,19 @@ def test_a_planted_miscalibration_shows_in_its_group_and_nowhere_else(capsys):
     label = (rng.random(n) < 1 / (1 + np.exp(-logit))).astype(int)
     told = np.where((sex == 1) & (unit == 0), 2 * logit + 1, logit)  # overconfident, and too high
     groups = {"unit and sex": {f"{u}{s}": (unit == u) & (sex == s) for u in (0, 1) for s in (0, 1)}}
-    figures = score_figures(np.arange(n), label, {CHECKPOINT: 1 / (1 + np.exp(-told))}, .5, groups=groups)
+    methods = {CHECKPOINT: 1 / (1 + np.exp(-told))}
+    figures = score_figures(points_of_stays(np.arange(n), label), methods, .5, groups=groups)
     for name, group in figures["subgroups"]["unit and sex"].items():
         (a, b), (c, d) = group["slope"]["interval"], group["intercept"]["interval"]
         assert (a < 1 < b, c < 0 < d) == ((False, False) if name == "01" else (True, True)), (name, group)
         assert group["stays"] == groups["unit and sex"][name].sum()
         assert group["sensitivity"]["interval"][0] < group["sensitivity"]["value"] < group["sensitivity"]["interval"][1]
     assert figures["methods"][CHECKPOINT]["sensitivity"]["value"] == pytest.approx(.8, abs=.001)
-    print_subgroups(figures)
-    rows = capsys.readouterr().out.splitlines()
-    assert [row[:28].split()[-1] for row in rows[2:-1]] == ["all", "00", "01", "10", "11"]
-    assert all(row.count("[") == 5 for row in rows[2:-1])
+    print_figures(figures | {"scored": "these"}, "best F1")
+    rows = capsys.readouterr().out.split("\nSubgroups")[1].splitlines()
+    assert rows[1].split() == ["stays", "positive", "AUROC", "AUPRC", "slope", "intercept", "sensitivity"]
+    named = ["all", *(f"unit and sex {group}" for group in ("00", "01", "10", "11"))]
+    assert [row.split("  ")[0] for row in rows[2:]] == named and all(row.count("[") == 5 for row in rows[2:])
 
 
 def test_subgroups_are_first_values_categories_quartiles_and_numbers_of_events(tmp_path, load):
@@ -80,6 +90,35 @@ def test_subgroups_are_first_values_categories_quartiles_and_numbers_of_events(t
     assert found == {"1": [0, 9], "3": [1, 2], "4": [3, 4, 5, 6, 7, 8]}  # by the stay's last point, for all of its own
 
 
+def test_stays_of_one_patient_are_resampled_together(tmp_path, capsys, small_finetuned):
+    """From labels.csv to the report: 48 stays of 24 patients; the file of predictions names the patients."""
+    cohort = synthetic_cohort(48)
+    ids = np.array([f"other-{i}" for i in range(48)])
+    folder = write_long_table(tmp_path / "data", replace(cohort, stay_id=ids, subject=ids), labels=False)
+    patients = np.repeat([f"p{i}" for i in range(24)], 2)
+    labels = pd.DataFrame({"stay_id": ids, "subject_id": patients, "label": np.arange(48) // 2 % 2})
+    labels.to_csv(folder / "labels.csv", index=False)
+    figures = {}
+    for unit in ("patients", "stays"):
+        assert main(["--checkpoint", str(small_finetuned), "--data_dir", str(folder), "--json", str(tmp_path / "json"),
+                     "--predictions", str(tmp_path / unit), "--subgroups", "Gender"]) == 0
+        figures[unit] = json.loads((tmp_path / "json").read_text())
+        printed = capsys.readouterr().out
+        if unit == "patients":
+            assert "Scored: 48 stays of 24 patients, 24 positive" in printed
+            assert "95% intervals by bootstrap over 24 patients\n" in printed
+            assert "no interval below 10 patients of a label" in printed
+        else:
+            assert "Scored: 48 stays, 24 positive" in printed and "bootstrap over 48 stays\n" in printed
+        labels.drop(columns="subject_id").to_csv(folder / "labels.csv", index=False)
+    auroc = {unit: told["methods"][CHECKPOINT]["auroc"] for unit, told in figures.items()}
+    assert auroc["patients"]["value"] == auroc["stays"]["value"]
+    assert auroc["patients"]["interval"] != auroc["stays"]["interval"]
+    table = pd.read_csv(tmp_path / "patients").set_index("stay_id")
+    assert table["subject_id"].to_dict() == dict(zip(ids, patients))
+    assert table["probability"].tolist() == pd.read_csv(tmp_path / "stays")["probability"].tolist()
+
+
 def model_figures_of():
     weights = dict.fromkeys(("mean", "std", "min", "max"), 0)
     return dict(head_parameters=1, parameters=2, head_weights=weights, active_units=3, latent_dim=4)
@@ -96,14 +135,14 @@ def test_the_analysis_writes_what_is_asked_for_with_or_without_labels(tmp_path, 
     assert main(["--checkpoint", str(finetuned), *options]) == 0
     printed, figures = capsys.readouterr().out, json.loads((tmp_path / "json").read_text())
     auroc = figures["methods"][CHECKPOINT]["auroc"]
-    assert auroc["interval"] is None and f"AUROC                {auroc['value']:.4f}\n" in printed
-    assert "Few                  stays with a positive label: 1, with a negative one: 4; below 10 of each" in printed
+    assert auroc["interval"] is None and re.search(f"AUROC +{auroc['value']:.4f}\n", printed)
+    assert "\nstays with a positive label: 1, with a negative one: 4; below 10 of each" in printed
     table, arrays = pd.read_csv(tmp_path / "predictions"), np.load(tmp_path / "embeddings")
     assert table["stay_id"].tolist() == arrays["stay_id"].tolist() == cohort.stay_id.tolist()
     assert table["label"].tolist() == cohort.label.tolist()
     test = table[table["split"] == "test"]
     assert auroc["value"] == roc_auc_score(test["label"], test["probability"]) and figures["stays"] == len(test)
-    assert list(table) == ["stay_id", "minute", "probability", "split", "label"]
+    assert list(table) == ["stay_id", "subject_id", "minute", "probability", "split", "label"]
     logits = model.classify(torch.from_numpy(arrays["features"]))
     np.testing.assert_allclose(Task().answer(logits.detach())[:, 0], table["probability"], atol=1e-6)
     assert arrays["h"].shape == (24, model.config.latent_dim)
