@@ -33,7 +33,8 @@ class Options(SharedSettings):
         (), group="analysis", nargs="+")
     baselines: bool = option("compare with hand-made baselines and an untrained backbone", False)
     predictions: str = option(
-        "file to write: stay_id, minute, probability, split, label of every stay of the data, labelled or not, as CSV or "
+        "file to write: stay_id, subject_id, minute, probability, split, label of every stay of the data, labelled "
+        "or not, as CSV or "
         ".parquet (which of MEDS data is what meds-evaluation takes)")
     embeddings: str = option("file to write (.npz): stay_id, minute, features and h of every question asked")
     trajectory: str = option("the risk after every set of this stay")
