@@ -41,8 +41,8 @@ def performance(arguments, baselines=None) -> None:
     scored_stays = stays_with(cohort, scored)
     to_file = arguments.predictions or arguments.embeddings
     if unscorable := task.lacking(cohort.answers[scored]):
-        unscorable = (f"{cohort.reader}: the stays to be scored hold {unscorable} ({len(scored_stays)} stays: {who}); "
-                      "AUROC needs both classes")
+        unscorable = (f"{cohort.reader}: the stays to be scored hold {unscorable} "
+                      f"({len(scored_stays)} stays: {who}); AUROC needs both classes")
         if not (to_file or arguments.trajectory):
             raise InputError(f"{unscorable}; --predictions needs no label")
     groups = {name: subgroups(cohort, scored, name) for name in arguments.subgroups}
