@@ -33,8 +33,8 @@ from data import (InputError, Normalizer, at_end, build_cohort, labelled_points,
                   stay_event_index, stays_of, variable_vectors)
 from finetune_config import MANY_POINTS, FinetuneConfig, head_optimizer, tree_sizes
 from history_statistics import summary_features
-from metrics import (Points, best_shares, best_utility_threshold, bootstrap, bracketed, hours_since_onset, interval,
-                     logit, normalised_utility, of_challenge_2019, utilities_by, utility_draws)
+from metrics import (Points, best_shares, best_utility_threshold, bootstrap, bracketed, hours_since_onset,
+                     interval, logit, normalised_utility, of_challenge_2019, utilities_by, utility_draws)
 from model import ModelConfig, SeqSetVAE, SeqSetVAEPretrain
 from predictor import CPU, Predictor, encode_points, open_checkpoint, probability_at
 from readers import load_cohort
@@ -379,7 +379,8 @@ def print_protocol(folder: Path) -> None:
     for path in sorted(folder.glob("*/*%/predictions.csv")):
         method, fraction = path.parent.name.rsplit(" ", 1)
         table = pd.read_csv(path, dtype={"stay_id": str, "subject_id": str}, keep_default_na=False)
-        table = table.assign(subject_id=table.get("subject_id", table["stay_id"]))  # older files name stays alone
+        # older files name stays alone
+        table = table.assign(subject_id=table.get("subject_id", table["stay_id"]))
         table = table.sort_values(["stay_id", "minute"], kind="stable")
         found.setdefault(fraction, {}).setdefault(method, {})[path.parent.parent.name] = table
     for fraction, tables in sorted(found.items(), key=lambda item: -float(item[0].rstrip("%"))):

@@ -16,8 +16,8 @@ from sklearn.model_selection import train_test_split
 
 from data import (MINUTE, Cohort, InputError, at_end, labelled_points, ranges, stays_of, subjects_with_label,
                   with_points)
-from metrics import (CHECKPOINT, Points, best_shares, best_utility_threshold, hours_since_onset, of_challenge_2019,
-                     score_figures, sepsis_figures)
+from metrics import (CHECKPOINT, Points, best_shares, best_utility_threshold, hours_since_onset,
+                     of_challenge_2019, score_figures, sepsis_figures)
 from tables import MISSING, TIME, Report, Table, column_names, read_table
 
 
@@ -42,8 +42,7 @@ def _split_codes(table: Table) -> np.ndarray:
 
 
 def _plain_ids(ids) -> pd.Index:
-    """Ids by which two tables meet: a whole number that one of them wrote as a float (200001.0) loses its
-    .0."""
+    """Ids by which two tables meet: a whole number that one of them wrote as a float (200001.0) loses its .0."""
     return pd.Index([text[:-2] if text.endswith(".0") and text[:-2].isdigit() else text for text in map(str, ids)],
                     dtype=object)
 
@@ -100,8 +99,8 @@ def _ids(column: pd.Categorical) -> np.ndarray:
 
 
 def _labels(table: Table, name: str, positive: str | None) -> np.ndarray:
-    """[rows] float labels, NaN where the cell is empty. positive: the word that is label 1; else they are 0
-    and 1, or true and false."""
+    """[rows] float labels, NaN where the cell is empty. positive: the word that is label 1; else they are 0 and 1, or
+    true and false."""
     words = [word.lower() for word in table[name].categories]
     known = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}
     empty = [word.lower() in map(str.lower, MISSING) for word in words]
@@ -121,12 +120,12 @@ def _labels(table: Table, name: str, positive: str | None) -> np.ndarray:
 
 
 def _with_labels(cohort: Cohort, files: list[Path], positive: str | None = None, points: bool = True) -> Cohort:
-    """The cohort with what its labels' files tell: an id, a label of 0 or 1 (or empty), and perhaps split,
-    subject_id and a time: `minute` or `hour` of the stay or `prediction_time`. With times a row is a
-    prediction point, without one a stay has one at its end.
+    """The cohort with what its labels' files tell: an id, a label of 0 or 1 (or empty), and perhaps split, subject_id
+    and a time: `minute` or `hour` of the stay or `prediction_time`. With times a row is a prediction point, without one
+    a stay has one at its end.
 
-    positive: the word that is label 1, the other one is 0. points: False takes split and subject alone.
-    Raises InputError for another label, and for two labels of one point.
+    positive: the word that is label 1, the other one is 0. points: False takes split and subject alone. Raises
+    InputError for another label, and for two labels of one point.
     """
     names = column_names(files[0])
     id_column, label_column = (_one_of(files[0], names, wanted) for wanted in (_IDS, _LABELS))
@@ -340,7 +339,8 @@ class Task:
         scored = Points(stay, subject, cohort.point_minute[points], cohort.label[points].astype(int))
         figures = score_figures(scored, methods, thresholds[CHECKPOINT], sensitivity, groups)
         if of_challenge_2019(stay, scored.minute, scored.label):
-            figures["sepsis"] = {name: sepsis_figures(scored, p, thresholds[name]) for name, p in methods.items()}
+            figures["sepsis"] = {name: sepsis_figures(scored, probability, thresholds[name])
+                                 for name, probability in methods.items()}
         return figures
 
 
