@@ -360,7 +360,7 @@ def split_batch(sizes: StaySizes, batch: np.ndarray, parts: int) -> list[np.ndar
 
 
 def balanced_parts(events: np.ndarray, parts: int) -> list[np.ndarray]:
-    """Positions into `events`, every one once and in order, in so many parts of nearly equal sums: the
+    """Positions into `events`, every one once and in order, in `parts` lists of nearly equal sums: the
     largest first, each to the part that has the least so far (Graham 1969)."""
     part, total, held = np.zeros(len(events), dtype=np.int64), np.zeros(parts), np.zeros(parts)
     for i in np.argsort(-events, kind="stable"):

@@ -146,7 +146,7 @@ class RunningStatistics:
 
 
 def summaries(exact: Statistics, since, hours) -> torch.Tensor:
-    """What the head is told of n variables at points: their statistics at the last set, whether they were
+    """What the head gets of n variables at points: their statistics at the last set, whether they were
     seen, the hours since then (log1p; see `hours_since` [B, Q, n]) and the `hours` [B, Q] since that set: [B,
     Q, (10 + 2) n + 1]."""
     seen, hours = exact.past_exists[:, :, HISTORY_STATISTICS.index("log count")].float(), hours[..., None]

@@ -421,7 +421,7 @@ class SetVAE(nn.Module):
 
     def ask(self, batch: EventBatch) -> Question:
         """What the read-outs of a training step, or of an evaluation, are asked for. The fixed order of
-        variables is that of their vectors' first entries, as good as random."""
+        variables is that of their vectors' first entries, which is arbitrary."""
         return ask(batch, self.config, self.vocabulary[:, 0], self.training, self.keys_of)
 
     def reconstruction_losses(self, code, batch: EventBatch, question: Question | None) -> dict:
@@ -434,8 +434,8 @@ class SetVAE(nn.Module):
             return {"chamfer": masked_mean(F.pad(chamfer, (0, 1))[batch.slot_set], real_sets(batch))}
         slots = batch.minute.numel()
         own = F.embedding(batch.cell_slot, self.decoder.value(code).float().flatten(0, 1))           # [C, r]
-        told = (own * F.embedding(batch.stay_variables.flatten()[batch.cell_pair], question.keys)).sum(-1)
-        error = F.smooth_l1_loss(told, batch.cell_value, reduction="none") * batch.cell_valued
+        read = (own * F.embedding(batch.stay_variables.flatten()[batch.cell_pair], question.keys)).sum(-1)
+        error = F.smooth_l1_loss(read, batch.cell_value, reduction="none") * batch.cell_valued
         error, number = (x.new_zeros(slots).index_add(0, batch.cell_slot, x).view(batch.minute.shape)
                          for x in (error, batch.cell_valued.float()))
         value = masked_mean(error / number.clamp(min=1), real_sets(batch))
@@ -731,7 +731,7 @@ class SeqSetVAE(nn.Module):
 
     def head_input(self, z, h, slots, exact, pool=None):
         """The head input [B, Q, F] at the sets `slots` [B, Q]: what z and h [B, L, d] tell, and there the
-        `summaries` of what was measured (None: it is not told); pool: the learned pool's keys and values, see
+        `summaries` of what was measured (None: left out); pool: the learned pool's keys and values, see
         `_extract_enhanced_features`."""
         features = [self._extract_enhanced_features(h, slots, pool)]
         if self.config.features == "multiscale":

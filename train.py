@@ -344,7 +344,7 @@ def clip_and_step(model, optimizer, scaler, clip: float) -> torch.Tensor:
 
 
 def finite_or_stop(norm: torch.Tensor, step: int, batch_stays, scaler, every: int = 1) -> None:
-    """Stop at a gradient that is not finite, looked at `every` so many steps: the last good checkpoint stays.
+    """Stop at a gradient that is not finite, which is looked at every `every` steps: the last good checkpoint stays.
     In fp16 the scaler skips such a step and halves its scale, as it must at first; from 2^16 to 2^-4 are 20
     in a row."""
     if torch.isfinite(norm) or scaler.is_enabled() and scaler.get_scale() > 2**-4:
@@ -552,7 +552,7 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
 def new_classifier(arguments, task: Task, config: FinetuneConfig, checkpoint: Checkpoint, listed: np.ndarray,
                    points: int) -> SeqSetVAE:
     """The model to be finetuned, with the checkpoint's backbone or an untrained one of its sizes; listed [K]:
-    the variables of which its head is told; points: from how many it learns. Raises InputError where weights
+    the variables whose summaries its head gets; points: from how many it learns. Raises InputError where weights
     of the backbone are missing."""
     head = asdict(config) | tree_sizes(config, points)
     head |= {"classes": task.outputs, "classification_only": not arguments.full_training,
