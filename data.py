@@ -41,7 +41,8 @@ class Cohort:
     variables: list[str]        # [V] vocabulary, sorted
     event_variable: np.ndarray  # [E] int16, or int32 for V > 32,767
     event_value: np.ndarray     # [E] float32, raw units; NaN: an event without a value
-    event_offset: np.ndarray    # [E] int32, microseconds since its whole minute; [0]: none are known
+    event_offset: np.ndarray    # [E] int32, microseconds since its set's whole minute; [0]: none are known;
+                                #     int64 where sets may span minutes
     set_start: np.ndarray       # [T+1] int64, in events
     set_minute: np.ndarray      # [T] float64, minutes since admission, rising within a stay; may be negative
     stay_start: np.ndarray      # [P+1] int64, in sets
@@ -88,16 +89,21 @@ class Cohort:
         return np.diff(self.set_start[self.stay_start])
 
     @property
-    def admission(self) -> np.ndarray:
-        """[P] the minute from which hours count: that of the stay's first set, or of its second where the
-        first holds a birth (MEDS_BIRTH)."""
+    def first_set(self) -> np.ndarray:
+        """[P] index of each stay's first set; where that holds a birth (MEDS_BIRTH), of its second."""
         first, last = self.stay_start[:-1], self.stay_start[1:] - 1
         births = [v for v, name in enumerate(self.variables) if name.startswith("MEDS_BIRTH")]
         if births:
             events = np.diff(self.set_start)[first]
             born = np.isin(self.event_variable[ranges(self.set_start[first], events)], births)
             first = first + (np.bincount(np.repeat(np.arange(len(self)), events), born) > 0) * (last > first)
-        return self.set_minute[first]
+        return first
+
+    @property
+    def admission(self) -> np.ndarray:
+        """[P] the minute from which hours count, in labels, `--hours` and pictures: 0, and of clock times that of the
+        first set that is no birth."""
+        return np.where(np.isnat(self.origin), 0, self.set_minute[self.first_set])
 
     @property
     def point_stay(self) -> np.ndarray:
@@ -123,7 +129,7 @@ class Cohort:
         lines = [f"data: {self.reader}: {len(self):,} stays, {len(self.set_minute):,} sets, "
                  f"{len(self.event_value):,} events, {len(self.variables)} variables, "
                  f"{self.labelled.sum():,} labelled ({(self.label == 1).sum():,} positive)"]
-        first, last = self.admission, self.set_minute[self.stay_start[1:] - 1]
+        first, last = self.set_minute[self.first_set], self.set_minute[self.stay_start[1:] - 1]
         hours, sets = np.median(last - first) / 60, np.median(np.diff(self.stay_start))
         lines.append(f"data: minutes {first.min():,.0f} to {last.max():,.0f}; a median stay lasts "
                      f"{hours:,.1f} hours and has {sets:,.0f} sets, "
@@ -201,7 +207,7 @@ def build_cohort(reader, variables, stay, minute, variable, value, stay_id, answ
         event_value=np.asarray(value, dtype=np.float32),
         set_start=np.append(set_first, len(stay)).astype(np.int64),
         set_minute=minute[set_first].astype(np.float64),
-        event_offset=offset.astype(np.int32),
+        event_offset=offset.astype(np.int32 if set_key is None else np.int64),
         stay_start=stay_start,
         stay_id=stay_id[used],
         subject=subject[used],
@@ -223,6 +229,53 @@ def answer_columns(answers, points: int) -> np.ndarray:
     """[Q, A] float32 from the answers of Q points: [Q], [Q, A], or None where no point has an answer."""
     answers = np.full(points, np.nan) if answers is None else np.asarray(answers)
     return (answers if answers.ndim == 2 else answers[:, None]).astype(np.float32)
+
+
+def sets_charted(minute: np.ndarray, stay: np.ndarray, key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The minute [e] of the first event of each event's set (told apart by stay and `key`, [e] each) and the
+    microseconds [e] since its whole minute. A set ends where another one begins: its later events are a set of their
+    own, so that the sets of a stay follow one another."""
+    events = pd.DataFrame({"stay": stay, "key": key, "minute": minute})
+    events["begin"] = events.groupby(["stay", "key"])["minute"].transform("min")
+    if (events["begin"] == minute).all():
+        return minute, np.rint((minute - np.floor(minute)) * MINUTE).astype(np.int64)
+    begins = events[["stay", "begin", "key"]].drop_duplicates()
+    shared = begins.groupby(["stay", "begin"])["key"].transform("size") > 1
+    begins = begins.assign(shared=shared).drop_duplicates(["stay", "begin"]).sort_values(["begin", "stay"])
+    order = np.argsort(minute, kind="stable")
+    latest = pd.merge_asof(events.loc[order, ["stay", "minute"]], begins.rename(columns={"begin": "latest"})
+                           [["stay", "latest", "shared"]], left_on="minute", right_on="latest", by="stay")
+    # Of sets that begin together each minute is one: they would otherwise lie within one another.
+    latest = np.where(latest["shared"], latest["minute"], latest["latest"])
+    events.loc[order, "latest"] = latest
+    charted = events.groupby(["stay", "key", "latest"])["minute"].transform("min").to_numpy()
+    return charted, np.rint((minute - np.floor(charted)) * MINUTE).astype(np.int64)
+
+
+def since_first(time: np.ndarray, stay: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Minutes [e] since the minute of each stay's first event, microseconds [e] within the minute (-1: static, at
+    minute 0), and that minute [stays] on the clock (NaT: all of the stay is static). time [e]: datetime64[us], NaT:
+    static, stay after stay."""
+    static, time, never = np.isnat(time), time.view(np.int64), np.iinfo(np.int64).max
+    minute = time // MINUTE
+    offset = time - minute * MINUTE
+    minute[static], offset[static] = never, -1
+    origin = np.minimum.reduceat(minute, np.flatnonzero(np.diff(stay, prepend=-1)))
+    minute -= origin[stay]
+    minute[static] = 0
+    origin[origin == never] = np.datetime64("NaT").astype(np.int64)
+    return minute, offset, origin.view("datetime64[m]")
+
+
+def duplicates(cohort: Cohort) -> int:
+    """How many events equal an earlier one of their set (by a 64-bit hash)."""
+    key = np.repeat(np.arange(len(cohort.set_minute), dtype=np.uint64),
+                    np.diff(cohort.set_start)) * np.uint64(len(cohort.variables))
+    key += cohort.event_variable.astype(np.uint64)
+    key *= np.uint64(0x9E3779B97F4A7C15)
+    key ^= cohort.event_value.view(np.uint32).astype(np.uint64) * np.uint64(0xC2B2AE3D27D4EB4F)
+    key.sort()
+    return int((key[1:] == key[:-1]).sum())
 
 
 def search_after(values: np.ndarray, key: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
@@ -292,9 +345,14 @@ def with_points(cohort: Cohort, count: np.ndarray, minute: np.ndarray, answers=N
         if len(later):
             set_minute = np.array(cohort.set_minute)
             set_minute[last[whole]] = exact[whole]
-            at, later, exact = last[~whole] + 1, later[~whole], exact[~whole]
+            at, later, exact, event_offset = last[~whole] + 1, later[~whole], exact[~whole], cohort.event_offset
+            moved = (np.floor(exact) - np.floor(set_minute[last[~whole]])).astype(np.int64) * MINUTE
+            if moved.any():  # a set of several minutes: its later part counts from its own minute
+                end = np.minimum(np.append(later[1:], len(event_offset)), cohort.set_start[at])
+                event_offset = np.array(event_offset)
+                event_offset[ranges(later, end - later)] -= np.repeat(moved, end - later)
             added = np.searchsorted(at, cohort.stay_start, side="right")
-            cohort = replace(cohort, set_start=np.insert(cohort.set_start, at, later),
+            cohort = replace(cohort, event_offset=event_offset, set_start=np.insert(cohort.set_start, at, later),
                              set_minute=np.insert(set_minute, at, exact),
                              stay_start=cohort.stay_start + added)
     unanswered = int((minute < cohort.set_minute[cohort.stay_start[stay]]).sum())
@@ -317,6 +375,15 @@ def pieces(parts: Iterable[Cohort]):
         sets += len(part.set_minute)
         events += len(part.event_value)
         points += len(part.answers)
+
+
+def whole_cohort(parts: Iterable[Cohort]) -> Cohort:
+    """The cohort of these parts, in memory."""
+    parts, rows = zip(*pieces(parts))
+    arrays = {name: np.concatenate([r[name] for r in rows if name in r]) for name in Cohort.ARRAYS}
+    cohort = replace(parts[-1], **arrays)
+    cohort.fingerprint = cohort.digest()
+    return cohort
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -606,3 +673,113 @@ def at_every_set(cohort: Cohort, points: np.ndarray, weight: np.ndarray,
 def stays_with(cohort: Cohort, points: np.ndarray) -> np.ndarray:
     """The stays [n] to which these points (ascending) belong, each once."""
     return np.unique(np.searchsorted(cohort.point_start, points, side="right") - 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The embedded synthetic cohort
+# ----------------------------------------------------------------------------------------------------------------------
+
+# name: (mean, standard deviation, loading on the four organ processes, panel it is charted with)
+_SYNTHETIC_VARIABLES = {
+    "HR": (86, 12, (.9, .3, 0, .3), "vitals"), "SysBP": (121, 15, (-.9, 0, 0, 0), "vitals"),
+    "DiasBP": (62, 9, (-.7, 0, 0, 0), "vitals"),
+    "MAP": (80, 10, (-.9, 0, 0, 0), "vitals"), "RespRate": (18, 4, (.2, .8, 0, .2), "vitals"),
+    "SpO2": (97, 2, (0, -.8, 0, 0), "vitals"),
+    "Temp": (37, .6, (0, 0, 0, .6), "vitals"), "Urine": (110, 60, (-.2, 0, -.8, 0), "vitals"),
+    "GCS": (12, 2.5, (0, -.2, 0, -.8), "neuro"),
+    "PupilSize": (3, .8, (0, 0, 0, .4), "neuro"), "CVP": (9, 3, (.5, 0, .3, 0), "neuro"),
+    "FiO2": (.5, .12, (0, .8, 0, 0), "gas"),
+    "pH": (7.38, .06, (-.3, -.4, -.5, 0), "gas"), "PaO2": (120, 40, (0, -.7, 0, 0), "gas"),
+    "PaCO2": (40, 7, (0, .5, 0, 0), "gas"),
+    "Lactate": (2, 1, (.9, .2, .2, .2), "gas"), "BaseExcess": (0, 3, (-.5, 0, -.5, 0), "gas"),
+    "SaO2": (96, 2, (0, -.7, 0, 0), "gas"),
+    "Na": (139, 4, (0, 0, .2, 0), "chemistry"), "K": (4.1, .5, (0, 0, .6, 0), "chemistry"),
+    "Cl": (105, 5, (0, 0, .2, 0), "chemistry"),
+    "HCO3": (24, 4, (-.2, 0, -.6, 0), "chemistry"), "BUN": (24, 12, (0, 0, .9, 0), "chemistry"),
+    "Creatinine": (1.3, .6, (.1, 0, .9, 0), "chemistry"), "Glucose": (135, 35, (.2, 0, 0, .4), "chemistry"),
+    "Mg": (2, .3, (0, 0, .2, 0), "chemistry"), "Ca": (8.4, .6, (0, 0, -.2, 0), "chemistry"),
+    "Phosphate": (3.5, 1, (0, 0, .5, 0), "chemistry"),
+    "HCT": (31, 4, (-.2, 0, 0, 0), "blood"), "Platelets": (200, 80, (0, 0, 0, -.5), "blood"),
+    "WBC": (12, 5, (.1, 0, 0, .7), "blood"),
+    "Haemoglobin": (10.4, 1.4, (-.2, 0, 0, 0), "blood"), "INR": (1.3, .3, (.2, 0, 0, .5), "blood"),
+    "PTT": (35, 10, (.1, 0, 0, .4), "blood"),
+    "ALT": (60, 40, (.3, 0, 0, .4), "liver"), "AST": (70, 50, (.4, 0, 0, .4), "liver"),
+    "Bilirubin": (1.2, .8, (0, 0, 0, .6), "liver"),
+    "Albumin": (3, .5, (0, 0, 0, -.5), "liver"), "ALP": (90, 35, (0, 0, 0, .3), "liver"),
+    "Troponin": (1, .7, (.8, 0, 0, 0), "liver"),
+}
+
+
+# panel: (chance an hour at severity 0, added chance a unit of severity, chance that one variable of a drawn panel is
+# missing)
+_SYNTHETIC_PANELS = {"vitals": (.55, .15, .15), "neuro": (.2, .08, .3), "gas": (.06, .06, .1),
+                     "chemistry": (.07, .03, .1),
+                     "blood": (.06, .02, .15), "liver": (.02, .015, .25)}
+_SYNTHETIC_HOURS = 48
+_SYNTHETIC_BLOCK = 1000  # stays
+SYNTHETIC_BYTES = 2500  # of a stay in the cache
+
+
+def synthetic_cohort(stays: int = 1000, seed: int = 2012) -> Cohort:
+    """The embedded cohort, whole in memory: deterministic in (stays, seed)."""
+    return whole_cohort(synthetic_parts(stays, seed))
+
+
+def synthetic_parts(stays: int, seed: int = 2012):
+    """Yield the embedded cohort in blocks of at most 1,000 stays and nearly equal size (so that each holds every
+    variable): what is held in memory does not grow with the cohort."""
+    blocks = -(-stays // _SYNTHETIC_BLOCK)
+    for block in range(blocks):
+        first, end = (stays * b // blocks for b in (block, block + 1))
+        # NumPy pads a seed with zeros: block 0 of a cohort draws what the whole cohort drew before there were blocks.
+        yield _synthetic_block([f"synthetic-{i:0{len(str(stays))}d}" for i in range(first, end)],
+                               np.random.default_rng([seed, stays, block]))
+
+
+def _synthetic_block(ids: list[str], rng: np.random.Generator) -> Cohort:
+    """The stays `ids` of the embedded cohort, vectorised over stays.
+
+    Four organ processes a stay (circulation, lungs, kidneys, brain/infection) wander as mean-reverting noise around a
+    level and a trend. Charted values load on them with a baseline of the stay's own, which hides the level; severe
+    hours are charted more often. Death depends on the *trajectory*: how much the organs worsened over the stay, and
+    whether two failed at once at the end.
+    """
+    stays, hours = len(ids), np.arange(_SYNTHETIC_HOURS)
+    # Organ processes [P, 48, 4]: level + trend + Ornstein-Uhlenbeck noise.
+    level, trend = rng.normal(0, .8, (stays, 1, 4)), rng.normal(0, 1, (stays, 1, 4))
+    noise = np.zeros((stays, _SYNTHETIC_HOURS, 4))
+    for hour in hours[1:]:
+        noise[:, hour] = .85 * noise[:, hour - 1] + rng.normal(0, .3, (stays, 4))
+    organs = level + trend * (hours[:, None] / _SYNTHETIC_HOURS) + noise
+    severity = organs.mean(-1).clip(-1, 3)  # [P, 48]
+
+    age = rng.normal(64, 15, stays).clip(18, 95)
+    worsening = (organs[:, -8:].mean(1) - organs[:, :12].mean(1)).sum(-1)  # [P]
+    two_failing = np.sort(organs[:, -8:].mean(1), axis=-1)[:, -2]
+    risk = 1.1 * worsening + 1.5 * (two_failing - 1).clip(0) + .02 * (age - 64)
+    label = (rng.random(stays) < 1 / (1 + np.exp(-(risk - 2.9)))).astype(np.int8)
+
+    names = list(_SYNTHETIC_VARIABLES) + ["Age", "Gender", "Height", "Weight"]
+    stay, minute, variable, value = [], [], [], []
+
+    def add(s, m, v, x):
+        stay.append(s), minute.append(m), variable.append(np.full(len(s), v)), value.append(x)
+
+    everyone = np.arange(stays)
+    for name, x in (("Age", age.round()), ("Gender", rng.integers(0, 2, stays)),
+                    ("Height", rng.normal(170, 10, stays).round(1)),
+                    ("Weight", rng.normal(82, 18, stays).clip(35).round(1))):
+        recorded = rng.random(stays) > (.3 if name == "Height" else .03)
+        add(everyone[recorded], np.zeros(recorded.sum()), names.index(name), x[recorded])
+    baseline = rng.normal(0, .8, (stays, len(_SYNTHETIC_VARIABLES)))
+    for panel, (chance, slope, missing) in _SYNTHETIC_PANELS.items():
+        s, hour = np.nonzero(rng.random(severity.shape) < (chance + slope * severity).clip(.01, .95))
+        at = hour * 60 + 5 * rng.integers(0 if panel == "vitals" else 6, 12, len(s)) + (hour == 0) * 5
+        for v, (mean, sd, loading, home) in enumerate(_SYNTHETIC_VARIABLES.values()):
+            if home == panel:
+                kept = rng.random(len(s)) > missing
+                error = rng.normal(0, .4, kept.sum())
+                z = baseline[s[kept], v] + organs[s[kept], hour[kept]] @ np.array(loading) + error
+                add(s[kept], at[kept], v, np.maximum(mean + sd * z, mean * .05 if mean > 0 else -np.inf))
+    return build_cohort("embedded synthetic cohort", names,
+                        *(np.concatenate(x) for x in (stay, minute, variable, value)), stay_id=ids, answers=label)

@@ -26,8 +26,7 @@ from readers import cohort_of_frame, read_map
 from runs import (choose_device, evaluation_batches, from_rank_0, gathered, loader, printable, progress,
                   read_cohort, summed)
 from settings import data_options
-from tables import BEYOND, MISSING, TRUTH, Report
-from tasks import _plain_ids
+from tables import BEYOND, MISSING, NAMELESS, TRUTH, Report, plain_name
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -396,6 +395,7 @@ def followed_event(line: str, rename: dict = {}) -> tuple[str, float, str, float
     if len(cells) != len(FOLLOWED):
         raise ValueError(f"{len(cells)} cells where {','.join(FOLLOWED)} is due")
     stay, minute, variable, value = cells
+    stay, variable = plain_name(stay), plain_name(variable, NAMELESS)
     if not stay or not variable:
         raise ValueError(f"no {'variable' if stay else 'stay_id'}")
     if "_" in minute + value:  # which Python takes for part of a number
@@ -407,7 +407,7 @@ def followed_event(line: str, rename: dict = {}) -> tuple[str, float, str, float
     value = value * factor + offset
     if not abs(minute) < 1e8 or abs(value) > float(np.finfo(np.float32).max):
         raise ValueError("a minute or value out of range")
-    return _plain_ids([stay])[0], minute, variable, value
+    return stay, minute, variable, value
 
 
 class Ward:

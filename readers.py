@@ -8,11 +8,11 @@ some stays at a time: what is held in memory does not grow with the data.
 import argparse
 import hashlib
 import json
-import pickle
+import os
 import re
 import shutil
 import sys
-import tempfile
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -22,130 +22,12 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from data import (MINUTE, READER_VERSION, SPLITS, Cohort, InputError, at_hours, build_cohort, pieces, ranges,
-                  with_points)
-from tables import (CACHE_MEND, TIME, VALUE, Report, Table, cache_home, clear_write_error, frame_tables, named_tables,
-                    open_cache, read_table, table_files, tables, write_cache)
-from tasks import _SPLIT_WORDS, _read_splits, _some, _with_labels, _with_splits
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Reader: the embedded synthetic cohort
-# ----------------------------------------------------------------------------------------------------------------------
-
-# name: (mean, standard deviation, loading on the four organ processes, panel it is charted with)
-_SYNTHETIC_VARIABLES = {
-    "HR": (86, 12, (.9, .3, 0, .3), "vitals"), "SysBP": (121, 15, (-.9, 0, 0, 0), "vitals"),
-    "DiasBP": (62, 9, (-.7, 0, 0, 0), "vitals"),
-    "MAP": (80, 10, (-.9, 0, 0, 0), "vitals"), "RespRate": (18, 4, (.2, .8, 0, .2), "vitals"),
-    "SpO2": (97, 2, (0, -.8, 0, 0), "vitals"),
-    "Temp": (37, .6, (0, 0, 0, .6), "vitals"), "Urine": (110, 60, (-.2, 0, -.8, 0), "vitals"),
-    "GCS": (12, 2.5, (0, -.2, 0, -.8), "neuro"),
-    "PupilSize": (3, .8, (0, 0, 0, .4), "neuro"), "CVP": (9, 3, (.5, 0, .3, 0), "neuro"),
-    "FiO2": (.5, .12, (0, .8, 0, 0), "gas"),
-    "pH": (7.38, .06, (-.3, -.4, -.5, 0), "gas"), "PaO2": (120, 40, (0, -.7, 0, 0), "gas"),
-    "PaCO2": (40, 7, (0, .5, 0, 0), "gas"),
-    "Lactate": (2, 1, (.9, .2, .2, .2), "gas"), "BaseExcess": (0, 3, (-.5, 0, -.5, 0), "gas"),
-    "SaO2": (96, 2, (0, -.7, 0, 0), "gas"),
-    "Na": (139, 4, (0, 0, .2, 0), "chemistry"), "K": (4.1, .5, (0, 0, .6, 0), "chemistry"),
-    "Cl": (105, 5, (0, 0, .2, 0), "chemistry"),
-    "HCO3": (24, 4, (-.2, 0, -.6, 0), "chemistry"), "BUN": (24, 12, (0, 0, .9, 0), "chemistry"),
-    "Creatinine": (1.3, .6, (.1, 0, .9, 0), "chemistry"), "Glucose": (135, 35, (.2, 0, 0, .4), "chemistry"),
-    "Mg": (2, .3, (0, 0, .2, 0), "chemistry"), "Ca": (8.4, .6, (0, 0, -.2, 0), "chemistry"),
-    "Phosphate": (3.5, 1, (0, 0, .5, 0), "chemistry"),
-    "HCT": (31, 4, (-.2, 0, 0, 0), "blood"), "Platelets": (200, 80, (0, 0, 0, -.5), "blood"),
-    "WBC": (12, 5, (.1, 0, 0, .7), "blood"),
-    "Haemoglobin": (10.4, 1.4, (-.2, 0, 0, 0), "blood"), "INR": (1.3, .3, (.2, 0, 0, .5), "blood"),
-    "PTT": (35, 10, (.1, 0, 0, .4), "blood"),
-    "ALT": (60, 40, (.3, 0, 0, .4), "liver"), "AST": (70, 50, (.4, 0, 0, .4), "liver"),
-    "Bilirubin": (1.2, .8, (0, 0, 0, .6), "liver"),
-    "Albumin": (3, .5, (0, 0, 0, -.5), "liver"), "ALP": (90, 35, (0, 0, 0, .3), "liver"),
-    "Troponin": (1, .7, (.8, 0, 0, 0), "liver"),
-}
-
-
-# panel: (chance an hour at severity 0, added chance a unit of severity, chance that one variable of a drawn panel is
-# missing)
-_SYNTHETIC_PANELS = {"vitals": (.55, .15, .15), "neuro": (.2, .08, .3), "gas": (.06, .06, .1),
-                     "chemistry": (.07, .03, .1),
-                     "blood": (.06, .02, .15), "liver": (.02, .015, .25)}
-_SYNTHETIC_HOURS = 48
-_SYNTHETIC_BLOCK = 1000  # stays
-_SYNTHETIC_BYTES = 2500  # of a stay in the cache
-
-
-def synthetic_cohort(stays: int = 1000, seed: int = 2012) -> Cohort:
-    """The embedded cohort, whole in memory: deterministic in (stays, seed)."""
-    return _whole(synthetic_parts(stays, seed))
-
-
-def _whole(parts: Iterable[Cohort]) -> Cohort:
-    """The cohort of these parts, in memory."""
-    parts, rows = zip(*pieces(parts))
-    arrays = {name: np.concatenate([r[name] for r in rows if name in r]) for name in Cohort.ARRAYS}
-    cohort = replace(parts[-1], **arrays)
-    cohort.fingerprint = cohort.digest()
-    return cohort
-
-
-def synthetic_parts(stays: int, seed: int = 2012):
-    """Yield the embedded cohort in blocks of at most 1,000 stays and nearly equal size (so that each holds every
-    variable): what is held in memory does not grow with the cohort."""
-    blocks = -(-stays // _SYNTHETIC_BLOCK)
-    for block in range(blocks):
-        first, end = (stays * b // blocks for b in (block, block + 1))
-        # NumPy pads a seed with zeros: block 0 of a cohort draws what the whole cohort drew before there were blocks.
-        yield _synthetic_block([f"synthetic-{i:0{len(str(stays))}d}" for i in range(first, end)],
-                               np.random.default_rng([seed, stays, block]))
-
-
-def _synthetic_block(ids: list[str], rng: np.random.Generator) -> Cohort:
-    """The stays `ids` of the embedded cohort, vectorised over stays.
-
-    Four organ processes a stay (circulation, lungs, kidneys, brain/infection) wander as mean-reverting noise around a
-    level and a trend. Charted values load on them with a baseline of the stay's own, which hides the level; severe
-    hours are charted more often. Death depends on the *trajectory*: how much the organs worsened over the stay, and
-    whether two failed at once at the end.
-    """
-    stays, hours = len(ids), np.arange(_SYNTHETIC_HOURS)
-    # Organ processes [P, 48, 4]: level + trend + Ornstein-Uhlenbeck noise.
-    level, trend = rng.normal(0, .8, (stays, 1, 4)), rng.normal(0, 1, (stays, 1, 4))
-    noise = np.zeros((stays, _SYNTHETIC_HOURS, 4))
-    for hour in hours[1:]:
-        noise[:, hour] = .85 * noise[:, hour - 1] + rng.normal(0, .3, (stays, 4))
-    organs = level + trend * (hours[:, None] / _SYNTHETIC_HOURS) + noise
-    severity = organs.mean(-1).clip(-1, 3)  # [P, 48]
-
-    age = rng.normal(64, 15, stays).clip(18, 95)
-    worsening = (organs[:, -8:].mean(1) - organs[:, :12].mean(1)).sum(-1)  # [P]
-    two_failing = np.sort(organs[:, -8:].mean(1), axis=-1)[:, -2]
-    risk = 1.1 * worsening + 1.5 * (two_failing - 1).clip(0) + .02 * (age - 64)
-    label = (rng.random(stays) < 1 / (1 + np.exp(-(risk - 2.9)))).astype(np.int8)
-
-    names = list(_SYNTHETIC_VARIABLES) + ["Age", "Gender", "Height", "Weight"]
-    stay, minute, variable, value = [], [], [], []
-
-    def add(s, m, v, x):
-        stay.append(s), minute.append(m), variable.append(np.full(len(s), v)), value.append(x)
-
-    everyone = np.arange(stays)
-    for name, x in (("Age", age.round()), ("Gender", rng.integers(0, 2, stays)),
-                    ("Height", rng.normal(170, 10, stays).round(1)),
-                    ("Weight", rng.normal(82, 18, stays).clip(35).round(1))):
-        recorded = rng.random(stays) > (.3 if name == "Height" else .03)
-        add(everyone[recorded], np.zeros(recorded.sum()), names.index(name), x[recorded])
-    baseline = rng.normal(0, .8, (stays, len(_SYNTHETIC_VARIABLES)))
-    for panel, (chance, slope, missing) in _SYNTHETIC_PANELS.items():
-        s, hour = np.nonzero(rng.random(severity.shape) < (chance + slope * severity).clip(.01, .95))
-        at = hour * 60 + 5 * rng.integers(0 if panel == "vitals" else 6, 12, len(s)) + (hour == 0) * 5
-        for v, (mean, sd, loading, home) in enumerate(_SYNTHETIC_VARIABLES.values()):
-            if home == panel:
-                kept = rng.random(len(s)) > missing
-                error = rng.normal(0, .4, kept.sum())
-                z = baseline[s[kept], v] + organs[s[kept], hour[kept]] @ np.array(loading) + error
-                add(s[kept], at[kept], v, np.maximum(mean + sd * z, mean * .05 if mean > 0 else -np.inf))
-    return build_cohort("embedded synthetic cohort", names,
-                        *(np.concatenate(x) for x in (stay, minute, variable, value)), stay_id=ids, answers=label)
+from data import (MINUTE, READER_VERSION, SPLITS, SYNTHETIC_BYTES, Cohort, InputError, at_hours, build_cohort,
+                  duplicates, ranges, sets_charted, since_first, synthetic_cohort, synthetic_parts, whole_cohort, with_points)
+from tables import (ANY, CACHE_MEND, ID, TIME, VALUE, Report, Table, cache_home, clear_write_error, column_names,
+                    files_in, frame_tables, named_tables, of_others, open_cache, plain_name, scratch, some, table_files, tables, write_cache)
+from tasks import (SPLIT_WORDS, read_columns, read_map, read_splits, read_statistics, read_vectors, with_labels,
+                   with_splits)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -153,6 +35,9 @@ def _synthetic_block(ids: list[str], rng: np.random.Generator) -> Cohort:
 # ----------------------------------------------------------------------------------------------------------------------
 
 BLOCK = 2**22  # events that are sorted at once; a stay is never divided
+CATEGORIES = 50  # more texts than this of one variable are no categories
+YEAR = 365 * 1440  # minutes
+HERE = "\0"  # stands for the data's folder in what is cached
 
 
 class Events(NamedTuple):
@@ -168,6 +53,7 @@ class Events(NamedTuple):
     set_key: np.ndarray | None = None      # [e] number that tells sets apart (None: their minutes do)
     subject: pd.Categorical | None = None  # [e] whose stay it is
     points: tuple | None = None            # codes of `stay`, minutes and answers [q] of prediction points
+    text: pd.Categorical | None = None     # [e] a value that is no number
 
 
 class Source(NamedTuple):
@@ -177,7 +63,7 @@ class Source(NamedTuple):
     events: Iterable[Events]
     by_id: bool = False  # stays are sorted by id; else they keep the source's order
     empty: bool = False  # an event without a value says that something happened; else it is left out
-    split: dict = {}     # stay id -> code
+    split: dict = {}     # stay id -> code, complete when all events were read
     given: dict = {}     # "statistics" and "vectors": DataFrames by variable
 
 
@@ -194,6 +80,7 @@ class _Spool:
         self.folder, self.report, self.rename = folder, report, rename
         self.stays, self.variables, self.subject, self.points = {}, {}, {}, []  # names -> codes
         self.types, self.memory, self.seconds = {}, {}, False
+        self.kinds, self.unmet = {}, set(rename)  # variable -> {text: its first place}; sources not met yet
         self.valued = np.zeros((2, 0), dtype=np.int64)  # [2, V] events without and with a value
         stretches = []
         with ExitStack() as stack:
@@ -229,6 +116,7 @@ class _Spool:
             scale = np.array([self.rename.get(name, (name, 1, 0))[1:] for name in variables] + [(1, 0)], dtype=float)
             value = value * scale[events.variable.codes, 0] + scale[events.variable.codes, 1]
             table.note("values renamed or rescaled by --variables", events.variable.isin(list(self.rename)), events.row)
+            self.unmet -= set(variables)
         with np.errstate(over="ignore"):
             value = value.astype(np.float32)
         unusable = np.isinf(value) if empty else ~np.isfinite(value)
@@ -238,11 +126,14 @@ class _Spool:
                             ("rows without a finite value", named & ~nameless & unusable)):
             table.note(reason, bad, events.row)
 
-        variable = events.variable.codes[used]
+        names = [self.rename.get(name, (name,))[0] for name in variables]
+        variable = np.array(events.variable.codes[used], dtype=np.int64)
+        if events.text is not None:
+            names = self.with_texts(names, variable, events.text.codes[used], events, np.flatnonzero(used))
         # A variable of which no event is usable does not exist.
         found = np.flatnonzero(np.bincount(variable, minlength=1))
-        code = np.zeros(len(variables), dtype=np.int32)
-        code[found] = _codes(self.variables, [self.rename.get(name, (name,))[0] for name in variables[found]])[:-1]
+        code = np.zeros(len(names) + 1, dtype=np.int32)
+        code[found] = _codes(self.variables, [names[v] for v in found])[:-1]
         arrays = {"time": time[used], "variable": code[variable], "value": value[used]}
         if events.set_key is not None:
             arrays["set_key"] = events.set_key[used]
@@ -264,6 +155,35 @@ class _Spool:
             stay, arrays = stay[order], {name: array[order] for name, array in arrays.items()}
         return stay, arrays
 
+    def with_texts(self, names: list, variable: np.ndarray, text: np.ndarray, events: Events, row: np.ndarray) -> list:
+        """Make an event [n] of `variable` with a `text` (-1: none) one of the variable "name=text", in place. Returns the
+        longer names; `merged` decides when all are known. row [n]: each event's row in the table."""
+        said, texts = np.flatnonzero((text >= 0) & (variable >= 0)), events.text.categories
+        pair, first, place = np.unique(variable[said] * len(texts) + text[said], return_index=True, return_inverse=True)
+        variable[said] = len(names) + place
+        pairs = [(names[p // len(texts)], texts[p % len(texts)]) for p in pair]
+        for (name, said_there), at in zip(pairs, row[said[first]]):
+            self.kinds.setdefault(name, {}).setdefault(said_there, events.table.place(int(at)))
+        return names + [f"{name}={said_there}" for name, said_there in pairs]
+
+    def merged(self) -> np.ndarray:
+        """[V] the code that each variable takes at last: a text beside numbers, or one of too many, only says that its
+        variable was recorded; else it is a category."""
+        code = np.arange(len(self.variables))
+        for name, texts in self.kinds.items():
+            mine = [self.variables[f"{name}={text}"] for text in texts]
+            among = name in self.variables and self.valued[1][self.variables[name]] > 0
+            if among or len(texts) > CATEGORIES:
+                code[mine] = self.variables.setdefault(name, len(self.variables))
+            code = np.append(code, np.arange(len(code), len(self.variables)))
+            reason = ("texts among numbers, or of more than "
+                      f"{CATEGORIES} kinds (they count as recorded, without a value)" if code[mine[0]] != mine[0] else
+                      "texts of variables without numbers, entered as categories (name=text, without a value)")
+            self.report.counts[reason] += int(self.valued[0][mine].sum())
+            text, place = next(iter(texts.items()))
+            self.report.examples.setdefault(reason, f"{place}, {name}={text}")
+        return code
+
     def note_subjects(self, table: Table, stay: np.ndarray, subject: pd.Categorical) -> None:
         """Whose stay each is; a stay of two subjects is wrong."""
         names = [*subject.categories, None]
@@ -278,14 +198,21 @@ class _Spool:
         is usable."""
         if not len(self.stretch_stay):
             raise InputError(f"{source.name}: no usable event in any stay; check the files' columns and values")
+        code = self.merged()
         stays, variables = (np.array(list(names), dtype=str) for names in (self.stays, self.variables))
         events = np.bincount(self.stretch_stay, self.stretch_length, len(stays)).astype(np.int64)  # [stays]
         used = np.flatnonzero(events)
         used = used[np.argsort(stays[used])] if source.by_id else used
-        rank, order = np.full(len(stays), len(used)), np.argsort(variables)
+        rank = np.full(len(stays), len(used))
         rank[used] = np.arange(len(used))
-        variables, variable_rank = variables[order], np.argsort(order).astype(np.int32)
-        self.note_variables(variables, self.valued[:, order], source)
+        kept = np.unique(code)
+        kept = kept[np.argsort(variables[kept])]
+        variable_rank = np.zeros(len(variables), dtype=np.int32)
+        variable_rank[kept] = np.arange(len(kept))
+        variable_rank, variables = variable_rank[code], variables[kept]
+        valued = np.zeros((2, len(code)), dtype=np.int64)
+        valued[:, :self.valued.shape[1]] = self.valued
+        self.note_variables(variables, valued[:, kept], source)
         self.report.counts["stays without a usable event"] += len(stays) - len(used)
         subject = np.array([self.subject.get(s, stays[s]) for s in used], dtype=str)
         split = np.array([source.split.get(name, -1) for name in stays[used]], dtype=np.int8)
@@ -310,14 +237,15 @@ class _Spool:
             if minute.dtype != np.float64:
                 minute, offset, origin = since_first(minute, stay)
             elif "set_key" in read:  # a set that spans several minutes is charted at its first
-                minute = pd.Series(minute).groupby([stay, read["set_key"]]).transform("min").to_numpy()
+                minute, offset = sets_charted(minute, stay, read["set_key"])
             part = build_cohort(source.name, variables, stay, minute, variable_rank[read["variable"]], read["value"],
                                 stays[used[a:b]], split=split[a:b], set_key=read.get("set_key"), subject=subject[a:b],
                                 origin=origin, offset=offset, whole=True, **source.given)
-            if not self.seconds:
+            if not self.seconds and "set_key" not in read:
                 part.event_offset = np.zeros(0, dtype=np.int32)
             again = "events given more than once (same stay, minute, variable and value; kept)"
             self.report.counts[again] += duplicates(part)
+            self.note_first_events(part)
             if points:
                 rows = slice(*np.searchsorted(points[0], (a, b)))
                 part = with_points(part, np.bincount(points[0][rows] - a, minlength=b - a), points[1][rows],
@@ -338,6 +266,8 @@ class _Spool:
             counts[reason], self.report.examples[reason] = sum(map(len, alike)), ", ".join(alike[0])
         reason = "events without a value of variables that have values elsewhere (their presence counts)"
         counts[reason] += int(valued[0][valued[1] > 0].sum())
+        if self.unmet:
+            counts[f"sources of --variables that met no event: {some(sorted(self.unmet))}"] = len(self.unmet)
         for name, rows in source.given.items():
             known = np.isin(variables, rows.index)
             how = "fitted" if name == "statistics" else "hashed from the name"
@@ -345,30 +275,15 @@ class _Spool:
             counts[f"given {name} of no variable"] = len(rows) - int(known.sum())
 
 
-def since_first(time: np.ndarray, stay: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Minutes [e] since the minute of each stay's first event, microseconds [e] within the minute (-1: static, at
-    minute 0), and that minute [stays] on the clock (NaT: all of the stay is static). time [e]: datetime64[us], NaT:
-    static, stay after stay."""
-    static, time, never = np.isnat(time), time.view(np.int64), np.iinfo(np.int64).max
-    minute = time // MINUTE
-    offset = time - minute * MINUTE
-    minute[static], offset[static] = never, -1
-    origin = np.minimum.reduceat(minute, np.flatnonzero(np.diff(stay, prepend=-1)))
-    minute -= origin[stay]
-    minute[static] = 0
-    origin[origin == never] = np.datetime64("NaT").astype(np.int64)
-    return minute, offset, origin.view("datetime64[m]")
-
-
-def duplicates(cohort: Cohort) -> int:
-    """How many events equal an earlier one of their set (by a 64-bit hash)."""
-    key = np.repeat(np.arange(len(cohort.set_minute), dtype=np.uint64),
-                    np.diff(cohort.set_start)) * np.uint64(len(cohort.variables))
-    key += cohort.event_variable.astype(np.uint64)
-    key *= np.uint64(0x9E3779B97F4A7C15)
-    key ^= cohort.event_value.view(np.uint32).astype(np.uint64) * np.uint64(0xC2B2AE3D27D4EB4F)
-    key.sort()
-    return int((key[1:] == key[:-1]).sum())
+    def note_first_events(self, part: Cohort) -> None:
+        """Count the stays that begin with what may be a date that stands for none, such as 1900-01-01."""
+        first = part.first_set
+        late = np.flatnonzero(part.set_minute[np.minimum(first + 1, part.stay_start[1:] - 1)]
+                              - part.set_minute[first] >= YEAR)
+        reason = "stays whose first event lies a year or more before their second"
+        self.report.counts[reason] += len(late)
+        if len(late):
+            self.report.examples.setdefault(reason, f"stay {part.stay_id[late[0]]}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -389,11 +304,11 @@ def _record_sets(folder: Path, name: str, letters: str) -> dict[str, Path]:
     return found
 
 
-def _record_files(sets: dict[str, Path], suffix: str) -> list[Path]:
+def _record_files(sets: dict[str, Path], suffix: str, counts: Counter) -> list[Path]:
     """The records of folders; an archive is one file."""
     files = []
     for path in sets.values():
-        records = sorted(path.glob(f"[!.]*{suffix}")) if path.is_dir() else [path]
+        records = [file for file in files_in(path, counts) if file == path or file.suffix == suffix]
         if not records:
             raise InputError(f"{path}: holds no <record>{suffix}; unpack {path.name}.tar.gz there again")
         files += records
@@ -402,18 +317,21 @@ def _record_files(sets: dict[str, Path], suffix: str) -> list[Path]:
 
 def _stay_a_file(table: Table, known: dict) -> pd.Categorical:
     """[rows] stays named by their files. known: stay -> file; InputError where two files give one name."""
-    for path in table.paths:
-        if known.setdefault(path.stem, path) != path:
-            raise InputError(f"{path}: stay {path.stem} occurs more than once, see {known[path.stem]}; give each stay "
-                             "an id of its own")
-    return pd.Categorical.from_codes(table.file, [path.stem for path in table.paths])
+    names = [plain_name(path.stem) for path in table.paths]
+    for path, name in zip(table.paths, names):
+        if name is None:
+            raise InputError(f"{path}: its name is no id of a stay; rename it")
+        if known.setdefault(name, path) != path:
+            raise InputError(f"{path}: stay {name} occurs more than once, see {known[name]}; give each stay an id of "
+                             "its own")
+    return pd.Categorical.from_codes(table.file, names)
 
 
 def _physionet2012_sets(folder: Path) -> dict[str, Path]:
     return _record_sets(folder, "set-", "abc")
 
 
-def read_physionet2012(folder: Path, report: Report) -> Source:
+def read_physionet2012(folder: Path, files: list[Path], report: Report) -> Source:
     """Sets a, b, c of the Challenge 2012 (Silva et al. 2012), whichever lie in `folder`. Label: in-hospital death, of
     Outcomes-a.txt.
 
@@ -421,10 +339,9 @@ def read_physionet2012(folder: Path, report: Report) -> Source:
     value 1.
     """
     def events(known={}):
-        for table in tables(_record_files(sets, ".txt"), {"Time": str, "Parameter": str, "Value": VALUE},
-                            report=report):
-            stay, time, parameter, value = _stay_a_file(table,
-                                                        known), table["Time"], table["Parameter"], table["Value"].copy()
+        for table in tables(files, {"Time": str, "Parameter": str, "Value": VALUE}, report=report):
+            stay, time, parameter = _stay_a_file(table, known), table["Time"], table["Parameter"]
+            value = table["Value"].copy()
             clock = np.array([bool(_CLOCK.fullmatch(text)) for text in time.categories] + [False])[time.codes]
             table.refuse("Time", ~clock, ", not HH:MM; mend or remove the line")
             minutes = np.array([int(t[:-3]) * 60 + int(t[-2:]) if _CLOCK.fullmatch(t) else np.nan
@@ -443,103 +360,25 @@ def read_physionet2012(folder: Path, report: Report) -> Source:
             value[icu] = 1
             yield Events(table, stay, minutes[time.codes], pd.Categorical.from_codes(code, kinds), value,
                          skip=identity | unrecorded)
-    sets = _physionet2012_sets(folder)
-    return Source("PhysioNet 2012 set " + "+".join(sets), events())
+    return Source("PhysioNet 2012 set " + "+".join(_physionet2012_sets(folder)), events())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Reader: the original implementation's layout
 # ----------------------------------------------------------------------------------------------------------------------
 
-def _original_files(folder: Path) -> list[Path]:
+def _original_files(folder: Path, counts: Counter) -> list[Path]:
     """The stays' files: patient_ehr/{train,valid,test}/*.parquet or *.csv of `folder`, which may be patient_ehr
     itself."""
     home = folder if folder.name == "patient_ehr" else folder / "patient_ehr"
-    return [path for split in SPLITS for path in sorted((home / split).glob("[!.]*"))
-            if path.suffix in (".parquet", ".csv")]
+    return [path for split in SPLITS for path in files_in(home / split, counts)
+            if path.parent.name == split and path.suffix in (".parquet", ".csv")]
 
 
-def _original_sources(folder: Path) -> list[Path]:
-    files = _original_files(folder)
-    cached = files[0].parents[2] / "cached.csv"
-    return files + [cached] * cached.is_file()
-
-
-class _NumberType:
-    """Stands in for numpy.dtype in a pickle: keeps the code (f8) and the byte order, and can do nothing else."""
-
-    def __init__(self, code, *_):
-        self.code, self.order = code, "="
-
-    def __setstate__(self, state):
-        self.order = {"<": "<", ">": ">"}.get(state[1], "=")
-
-    @staticmethod
-    def scalar(kind, raw):
-        if not re.fullmatch("[fiu][248]|[iub]1", kind.code):
-            raise pickle.UnpicklingError(f"a NumPy scalar of type {kind.code!r}")
-        return np.frombuffer(raw, kind.order + kind.code)[0].item()
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Admits containers, strings, numbers and NumPy scalars, the last by stand-ins: nothing that the file names is
-    imported or called."""
-
-    _STAND_INS = {("numpy", "dtype"): _NumberType, ("numpy._core.multiarray", "scalar"): _NumberType.scalar,
-                  ("numpy.core.multiarray", "scalar"): _NumberType.scalar, ("_codecs", "encode"): lambda text,
-                  _: text.encode("latin1")}
-
-    def find_class(self, module, name):
-        try:
-            return self._STAND_INS[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}") from None
-
-
-def _read_statistics(path: Path) -> pd.DataFrame:
-    """mean and std by variable, from a CSV (variable,mean,std) or a pickle {variable: {"mean": .., "std": ..}}. Left
-    out: those of a variable whose mean is not finite or whose std is zero or not finite, so that they are fitted.
-    InputError for a negative std."""
-    if path.suffix == ".pkl":
-        try:
-            with open(path, "rb") as file:
-                content = _PlainUnpickler(file).load()
-            known = {str(name): (float(entry["mean"]), float(entry["std"])) for name, entry in content.items()}
-        except Exception as error:  # a damaged or hostile pickle raises anything
-            raise InputError(f"{path}: not a plain pickle of {{variable: {{'mean': number, 'std': number}}}} "
-                             f"({type(error).__name__}: {error}); "
-                             "write it so, or as CSV with variable,mean,std") from None
-        given = pd.DataFrame.from_dict(known, orient="index", columns=["mean", "std"])
-        if (given["std"] < 0).any():
-            raise InputError(f"{path}: std of {given.index[given['std'] < 0][0]} is negative; mend it")
-    elif path.suffix == ".csv":
-        table = read_table([path], {"variable": str, "mean": float, "std": float})
-        names = pd.Index(table["variable"])
-        table.refuse("variable", names.isna() | names.duplicated(),
-                     ", where each line names another one; mend or remove the line")
-        table.refuse("std", table["std"] < 0, ", below 0; mend the line")
-        table.report.settle()
-        given = pd.DataFrame({"mean": table["mean"], "std": table["std"]}, index=names.astype(object))
-    else:
-        raise InputError(f"{path}: statistics of this kind are not read; give .csv with variable,mean,std or .pkl")
-    given = given.astype(np.float32)
-    return given[np.isfinite(given).all(axis=1) & (given["std"] > 0)]
-
-
-def _read_vectors(path: Path) -> pd.DataFrame:
-    """One vector a variable: `Key`, then a column each dimension. A column without a name (a row number that pandas
-    wrote) is none."""
-    table = read_table([path], {"Key": str}, rest=float)
-    names = pd.Index(table["Key"])
-    table.refuse("Key", names.isna() | names.duplicated(),
-                 ", where each line names another variable; mend or remove the line")
-    columns = {name: column for name, column in table.columns.items() if name != "Key"}
-    if not columns:
-        raise InputError(f"{path}: no column beside Key; add one for each dimension")
-    for name, column in columns.items():
-        table.refuse(name, ~np.isfinite(column), ", not finite; mend the line")
-    table.report.settle()
-    return pd.DataFrame(columns, index=names.astype(object), dtype=np.float32)
+def _original_sources(folder: Path, counts: Counter) -> list[Path]:
+    files = _original_files(folder, counts)
+    cached = folder.parent / "cached.csv" if folder.name == "patient_ehr" else folder / "cached.csv"
+    return files + [cached] * (bool(files) and cached.is_file())
 
 
 def _minutes(table: Table) -> np.ndarray:
@@ -550,28 +389,27 @@ def _minutes(table: Table) -> np.ndarray:
     return np.where(good, minute, np.array(np.nan if minute.dtype == np.float64 else "NaT", minute.dtype))
 
 
-def read_original(folder: Path, report: Report, params_map: Path | None = None) -> Source:
+def read_original(folder: Path, files: list[Path], report: Report, params_map: Path | None = None) -> Source:
     """patient_ehr/{train,valid,test}/<id>.parquet or .csv: variable, value, minute and perhaps set_index, which then
     tells the sets apart.
 
-    The folder is the stay's split. params_map: see `_read_statistics`; cached.csv beside patient_ehr: see
-    `_read_vectors`. A set that spans several minutes is charted at its first.
+    The folder is the stay's split. params_map: see `read_statistics`; cached.csv beside patient_ehr: see
+    `read_vectors`. A set that spans several minutes is charted at its first, and cut where a question lies within.
     """
     def events(known={}):
-        for table in tables(files, {"variable": str, "value": VALUE, "minute": float}, {"set_index": float},
+        for table in tables(stays, {"variable": str, "value": VALUE, "minute": TIME}, {"set_index": float},
                             report=report):
             key = table["set_index"] if "set_index" in table else None
             if key is not None:
                 table.refuse("set_index", ~np.isfinite(key), "; number the set, or leave the column out of all files")
             yield Events(table, _stay_a_file(table, known), _minutes(table), table["variable"], table["value"],
                          set_key=key)
-    files = _original_files(folder)
-    cached, given = files[0].parents[2] / "cached.csv", {}
+    stays, given = [path for path in files if path.name != "cached.csv"], {}
     if params_map:
-        given["statistics"] = _read_statistics(params_map)
-    if cached.is_file():
-        given["vectors"] = _read_vectors(cached)
-    split = {path.stem: SPLITS.index(path.parent.name) for path in files}
+        given["statistics"] = read_statistics(params_map)
+    if len(stays) < len(files):
+        given["vectors"] = read_vectors(files[-1])
+    split = {plain_name(path.stem): SPLITS.index(path.parent.name) for path in stays}
     return Source("original layout (patient_ehr)", events(), split=split, given=given)
 
 
@@ -579,73 +417,86 @@ def read_original(folder: Path, report: Report, params_map: Path | None = None) 
 # Reader: one long table
 # ----------------------------------------------------------------------------------------------------------------------
 
-def read_long_table(folder: Path, report: Report) -> Source:
+def read_long_table(folder: Path, files: list[Path], report: Report) -> Source:
     """The table `events` (see `named_tables`): stay_id, minute, variable, value, and perhaps subject_id. Minutes count
-    from admission (in Parquet they may be durations, or clock times, which then count from the stay's first); an event
-    without a value says that something happened."""
-    files = named_tables(folder, "events")
+    from admission (they may be durations, or clock times, which then count from the stay's first); an event without a
+    value says that something happened. A variable whose values are all text becomes categories."""
     return Source(f"long table {files[0].name}" + f" and {len(files) - 1} more" * (len(files) > 1),
-                  _long_events(tables(files, LONG, {"subject_id": str}, report=report)), by_id=True, empty=True)
+                  _long_events(tables(files, LONG, {"subject_id": ID}, report=report)), by_id=True, empty=True)
 
 
-LONG = {"stay_id": str, "minute": TIME, "variable": str, "value": VALUE}
+LONG = {"stay_id": ID, "minute": TIME, "variable": str, "value": ANY}
 
 
 def _long_events(parts: Iterable[Table]) -> Iterator[Events]:
     for table in parts:
         table.refuse("stay_id", table["stay_id"].codes < 0, "; name the stay or remove the line")
         subject = table["subject_id"] if "subject_id" in table else None
-        yield Events(table, table["stay_id"], _minutes(table), table["variable"], table["value"], subject=subject)
+        yield Events(table, table["stay_id"], _minutes(table), table["variable"], table["value"], subject=subject,
+                     text=table.texts.get("value"))
 
 
 def cohort_of_frame(events: pd.DataFrame, report: Report, rename: dict = {}) -> tuple[Cohort | None, np.ndarray]:
     """The cohort of a long table in memory (None: no event is usable), and the ids of all its stays in their order;
     rename: see `read_map`. Nothing is written. Raises InputError as `load_cohort` does."""
-    source = Source("events", _long_events(frame_tables(events, "events", LONG, {"subject_id": str}, report)),
+    source = Source("events", _long_events(frame_tables(events, "events", LONG, {"subject_id": ID}, report)),
                     by_id=True, empty=True)
     spool = _Spool(source, report, None, rename)
     ids = np.array(sorted(spool.stays), dtype=str)
-    return _whole(spool.parts(source)) if len(spool.stretch_stay) else None, ids
+    return whole_cohort(spool.parts(source)) if len(spool.stretch_stay) else None, ids
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Reader: MEDS (Medical Event Data Standard)
 # ----------------------------------------------------------------------------------------------------------------------
 
-def _meds_events(folder: Path) -> list[Path]:
-    return sorted((folder / "data").rglob("[!.]*.parquet"))
+def _meds_events(folder: Path, counts: Counter) -> list[Path]:
+    home = folder / "data"
+    return [path for path in files_in(home, counts) if path.suffix == ".parquet"] if home.is_dir() else []
 
 
-def _meds_labels(folder: Path, task: str | None) -> list[Path]:
-    """The files of one task: a file or folder directly in labels/; entries named by numbers, or like splits, are shards
-    of one."""
-    tasks = {}
-    for path in sorted((folder / "labels").glob("[!.]*")):
-        if files := table_files(path):
-            shard = path.stem.isdigit() or path.stem in _SPLIT_WORDS
-            tasks.setdefault("labels" if shard else path.stem, []).extend(files)
+# Names of files and folders that hold a part of a task.
+_SHARD = re.compile(rf"((part|shard|chunk|data)?[-_.]?\d+\b.*|{'|'.join(SPLIT_WORDS)})", re.IGNORECASE)
+
+
+def _meds_labels(folder: Path, task: str | None, counts: Counter) -> list[Path]:
+    """The files of one task: a file or folder in labels/, at any depth, named by its path there (mortality/first_24h);
+    what is named by a number, or like a split, is a shard of one."""
+    tasks, home = {}, folder / "labels"
+    for path in table_files(home, counts) if home.is_dir() else []:
+        *folders, name = path.relative_to(home).parts
+        name = "/".join(part for part in (*folders, name.partition(".")[0]) if not _SHARD.fullmatch(part))
+        tasks.setdefault(name or "labels", []).append(path)
     if len(tasks) > 1 and task is None or task is not None and task not in tasks:
-        raise InputError(f"{folder / 'labels'}: holds the tasks {', '.join(tasks) or '(none)'}; choose one with --task "
-                         "NAME")
+        raise InputError(f"{home}: holds the tasks {', '.join(tasks) or '(none)'}; choose one with --task NAME")
     return tasks[task or next(iter(tasks))] if tasks else []
 
 
-def read_meds(folder: Path, report: Report) -> Source:
+def read_meds(folder: Path, files: list[Path], report: Report) -> Source:
     """data/**/*.parquet (subject_id, time or null = static, code, and perhaps numeric_value): a subject is a stay.
 
     Minutes count from the minute of the subject's first timed event; static events lie at minute 0. A code without a
-    number is an event without a value. MEDS_DEATH never enters.
+    number is an event without a value. MEDS_DEATH never enters. Folders of data/ that are named like splits are the
+    subjects' split.
     """
+    split = {}
+
     def events():
-        columns = {"subject_id": str, "time": np.datetime64, "code": str}
-        for table in tables(_meds_events(folder), columns, {"numeric_value": float}, report=report):
-            table.refuse("subject_id", table["subject_id"].codes < 0, "; name the subject or remove the row")
+        columns = {"subject_id": ID, "time": np.datetime64, "code": str}
+        for table in tables(files, columns, {"numeric_value": float}, report=report):
+            subject = table["subject_id"]
+            table.refuse("subject_id", subject.codes < 0, "; name the subject or remove the row")
+            part = SPLIT_WORDS.get(table.paths[0].relative_to(folder / "data").parts[0])
+            if part is not None:
+                other = [split.setdefault(name, part) != part for name in subject.categories] + [False]
+                table.refuse("subject_id", np.array(other)[subject.codes], ", and in another split's folder too; keep "
+                                                                           "each subject in one")
             code = table["code"]
             death = np.array([name.startswith("MEDS_DEATH") for name in code.categories] + [False])[code.codes]
             table.note("MEDS_DEATH events", death)
             value = table["numeric_value"] if "numeric_value" in table else np.full(len(death), np.nan)
-            yield Events(table, table["subject_id"], table["time"], code, value, skip=death)
-    return Source("MEDS", events(), by_id=True, empty=True)
+            yield Events(table, subject, table["time"], code, value, skip=death)
+    return Source("MEDS", events(), by_id=True, empty=True, split=split)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -659,7 +510,7 @@ def _physionet2019_sets(folder: Path) -> dict[str, Path]:
     return _record_sets(folder, "training_set", "AB")
 
 
-def read_physionet2019(folder: Path, report: Report) -> Source:
+def read_physionet2019(folder: Path, files: list[Path], report: Report) -> Source:
     """training_setA/*.psv or training_setA.tar.gz, and training_setB (Reyna et al. 2019): a stay a file, a row an hour
     (minute 60 * row), NaN = not measured.
 
@@ -668,8 +519,7 @@ def read_physionet2019(folder: Path, report: Report) -> Source:
     lasted when the record begins; later hours are the minutes themselves).
     """
     def events(known={}):
-        for table in tables(_record_files(_physionet2019_sets(folder), ".psv"), {}, {"SepsisLabel": float}, rest=VALUE,
-                            report=report):
+        for table in tables(files, {}, {"SepsisLabel": float}, rest=VALUE, report=report):
             file, sepsis = table.file, np.full(table.rows.sum(), np.nan)
             if "SepsisLabel" in table:
                 sepsis = table["SepsisLabel"]
@@ -693,32 +543,27 @@ def read_physionet2019(folder: Path, report: Report) -> Source:
 # ----------------------------------------------------------------------------------------------------------------------
 
 class Reader(NamedTuple):
-    name: str                                   # what it reads
-    matches: Callable[[Path], bool]             # does it lie in this folder?
-    sources: Callable[[Path], list[Path]]       # the files that its cohort depends on
-    read: Callable[..., Source]                 # (folder, report, **options)
-    labels: Callable[[Path, str | None], list[Path]] = lambda folder, task: []  # its labels' files; of which task
-    splits: Callable[[Path], list[Path]] = lambda folder: []                    # its split's files
-    options: tuple[str, ...] = ()               # what only it takes: params_map, task
+    name: str                                      # what it reads
+    sources: Callable[[Path, Counter], list[Path]]  # the files of a folder that its cohort depends on; none: not its own
+    read: Callable[..., Source]                    # (folder, those files, report, **options)
+    labels: Callable = lambda folder, task, counts: []         # its labels' files; of which task
+    splits: Callable[[Path], list[Path]] = lambda folder: []   # its split's files
+    options: tuple[str, ...] = ()                  # what only it takes: params_map, task
 
 
-READERS = [  # the first that matches is taken
+READERS = [  # the first that finds its files is taken
     Reader("PhysioNet 2012 (set-a.tar.gz or set-a/ with Outcomes-a.txt)",
-           lambda folder: bool(_physionet2012_sets(folder)),
-           lambda folder: _record_files(_physionet2012_sets(folder), ".txt"), read_physionet2012,
-           lambda folder, _: [path for letter in _physionet2012_sets(folder)
-                              if (path := folder / f"Outcomes-{letter}.txt").is_file()]),
+           lambda folder, counts: _record_files(_physionet2012_sets(folder), ".txt", counts), read_physionet2012,
+           lambda folder, *_: [path for letter in _physionet2012_sets(folder)
+                               if (path := folder / f"Outcomes-{letter}.txt").is_file()]),
     Reader("the original layout (patient_ehr/{train,valid,test}/<id>.parquet or .csv)",
-           lambda folder: bool(_original_files(folder)),
            _original_sources, read_original, options=("params_map",)),
     Reader("a long table (events.csv or events.parquet, and labels.csv)",
-           lambda folder: bool(named_tables(folder, "events")),
-           lambda folder: named_tables(folder, "events"), read_long_table,
-           lambda folder, _: named_tables(folder, "labels")),
+           lambda folder, counts: named_tables(folder, "events", counts), read_long_table,
+           lambda folder, _, counts: named_tables(folder, "labels", counts)),
     Reader("PhysioNet 2019 (training_setA/*.psv or training_setA.tar.gz, training_setB)",
-           lambda folder: bool(_physionet2019_sets(folder)),
-           lambda folder: _record_files(_physionet2019_sets(folder), ".psv"), read_physionet2019),
-    Reader("MEDS (data/**/*.parquet)", lambda folder: bool(_meds_events(folder)), _meds_events, read_meds, _meds_labels,
+           lambda folder, counts: _record_files(_physionet2019_sets(folder), ".psv", counts), read_physionet2019),
+    Reader("MEDS (data/**/*.parquet)", _meds_events, read_meds, _meds_labels,
            lambda folder: sorted(folder.glob("metadata/subject_splits.parquet")), ("task",)),
 ]
 
@@ -728,40 +573,25 @@ def _choose_reader(folder: Path) -> tuple[Reader, Path]:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; --data_dir takes the folder that holds the data")
     for reader in READERS:
-        if reader.matches(folder):
+        if reader.sources(folder, Counter()):
             return reader, folder
-    if folder.name == "data" and READERS[-1].matches(folder.parent):
+    if folder.name == "data" and READERS[-1].sources(folder.parent, Counter()):
         return READERS[-1], folder.parent
-    inside = [path for path in sorted(folder.iterdir()) if path.is_dir()
-              and any(reader.matches(path) for reader in READERS)]
+    inside = [path for path in sorted(folder.iterdir()) if path.is_dir() and path.name[0] not in "._"
+              and any(reader.sources(path, Counter()) for reader in READERS)]
     if len(inside) == 1:
         return _choose_reader(inside[0])
     if inside:
-        raise InputError(f"{folder}: the folders {_some([path.name for path in inside])} each hold data; name one with "
+        raise InputError(f"{folder}: the folders {some([path.name for path in inside])} each hold data; name one with "
                          "--data_dir")
     raise InputError(f"{folder}: no data that a reader knows; expected one of: "
                      + "; ".join(reader.name for reader in READERS))
 
 
-def read_map(path: Path) -> dict:
-    """variable -> (name, factor, offset), of a CSV source,name,factor and perhaps offset: value * factor + offset is
-    what enters."""
-    table = read_table([path], {"source": str, "name": str, "factor": float}, {"offset": float})
-    source, name, factor = table["source"], table["name"], table["factor"]
-    offset = table["offset"] if "offset" in table else np.zeros(len(factor))
-    table.refuse("source", (source.codes < 0) | pd.Series(source.codes).duplicated().to_numpy(),
-                 ", where each line names another variable; mend or remove the line")
-    table.refuse("name", name.codes < 0, "; give the name that the variable takes")
-    table.refuse("factor", ~np.isfinite(factor), "; give 1 where the unit stays")
-    table.refuse("offset", np.isinf(offset), "; give 0 where there is none")
-    table.report.settle()
-    return dict(zip(source, zip(name, factor.tolist(), np.nan_to_num(offset).tolist())))
-
-
 def load_cohort(data_dir: str | None = None, synthetic_stays: int = 1000, cache_dir: Path | None = None,
                 params_map: str | None = None, label_file: str | None = None, task: str | None = None,
-                hours: float | None = None, split_file: str | None = None,
-                positive: str | None = None, variables_map: str | dict | None = None) -> Cohort:
+                hours: float | None = None, split_file: str | None = None, positive: str | None = None,
+                variables_map: str | dict | None = None, columns: str | None = None) -> Cohort:
     """The cohort at `data_dir` (None: the embedded one), parsed once and then memory-mapped from the cache; labels,
     subjects and splits are attached to it at each call, so that one cached cohort serves every task and its fingerprint
     knows none of them.
@@ -769,24 +599,27 @@ def load_cohort(data_dir: str | None = None, synthetic_stays: int = 1000, cache_
     Args:
         cache_dir: None: where the system keeps caches.
         params_map: statistics of the original layout.
-        label_file: a file or folder of labels that lie elsewhere, see `_with_labels`; positive: the word in it that is
+        label_file: a file or folder of labels that lie elsewhere, see `with_labels`; positive: the word in it that is
             label 1.
         task: which of several in a MEDS folder.
-        hours: one question a stay, asked so long after its first set (but a birth), or at its end if that comes
-            earlier.
+        hours: one question a stay, asked so long after its admission (see `Cohort.admission`), or at its end if that
+            comes earlier.
         split_file: CSV stay_id,split that overrides the data's own.
         variables_map: CSV that renames and rescales variables as they are read, see `read_map`, or what it says.
+        columns: the tables' own names of columns, see `read_columns`.
     Raises InputError where the folder is missing, fits no reader, or holds a malformed file, and where an option is
     given that the reader does not take.
     """
     given = {"params_map": params_map, "label_file": label_file, "split_file": split_file}
     options = {name: Path(path) for name, path in given.items() if path}
     rename = variables_map if isinstance(variables_map, dict) else read_map(Path(variables_map)) if variables_map else {}
-    folder = data_dir and Path(data_dir)
+    folder, own, listed = data_dir and Path(data_dir), read_columns(columns), Counter()
     if not folder:
-        reader = Reader(f"the embedded cohort of {synthetic_stays} stays", None, lambda _: [], None)
+        reader, files = Reader(f"the embedded cohort of {synthetic_stays} stays", None, None), []
     else:
         reader, folder = _choose_reader(folder)
+        files = reader.sources(folder, listed)
+        listed["files read"] = len(files)
     for name, value in (("params_map", params_map), ("task", task)):
         if value and name not in reader.options:
             raise InputError(f"--{name} {value}: not read with {reader.name}; leave the option out")
@@ -798,51 +631,71 @@ def load_cohort(data_dir: str | None = None, synthetic_stays: int = 1000, cache_
     if rename and folder is None:
         raise InputError("--variables: the embedded cohort has its names and units; leave the option out, or give none "
                          "where a checkpoint keeps a map")
+    labels = [] if label_file and "task" in reader.options else reader.labels(folder, task, listed)
+    elsewhere = table_files(options["label_file"], listed) if label_file else []
+    if label_file and not elsewhere:
+        raise InputError(f"--label_file {label_file}: a folder without CSV or Parquet files; name the labels' file")
+    if own:
+        split = [options[name] for name in ("split_file",) if name in options]
+        found = {name for tables_ in (files, labels, elsewhere, split) for file in tables_[:1] for name in column_names(file)}
+        if unknown := sorted(own.keys() - found):
+            raise InputError(f"--columns {columns}: no table has a column {', '.join(unknown)}; correct the names")
 
-    cohort = _cached(reader, folder, synthetic_stays, Path(cache_dir or cache_home()),
+    cohort = _cached(reader, folder, files, synthetic_stays, cache_dir and Path(cache_dir), own,
                      {"params_map": options["params_map"]} if params_map else {}, rename)
+    cohort = replace(cohort, notes=cohort.notes | listed)
     if splits := reader.splits(folder):
-        cohort = _with_splits(cohort, _read_splits(splits))
-    if not (label_file and "task" in reader.options) and (files := reader.labels(folder, task)):
-        cohort = _with_labels(cohort, files, positive, points=not label_file)
-    if label_file:
-        if not (files := table_files(options["label_file"])):
-            raise InputError(f"--label_file {label_file}: a folder without CSV or Parquet files; name the labels' file")
-        cohort = _with_labels(cohort, files, positive)
+        cohort = with_splits(cohort, read_splits(splits, own))
+    if labels:
+        cohort = with_labels(cohort, labels, positive, own, points=not label_file)
+    if elsewhere:
+        cohort = with_labels(cohort, elsewhere, positive, own)
     if hours and (cohort := at_hours(cohort, hours)) is None:
         raise InputError(f"--hours {hours:g}: these labels have times of their own; leave the option out")
     if split_file:
-        cohort = _with_splits(cohort, told := _read_splits([options["split_file"]]))
+        split = read_splits([options["split_file"]], own)
+        cohort = with_splits(cohort, split)
         if (cohort.split < 0).all():
             raise InputError(f"--split {split_file}: names none of the stays, which are called "
-                             f"{', '.join(cohort.stay_id[:3])} ... (the file's first: {told.index[0]}); give their ids")
+                             f"{', '.join(cohort.stay_id[:3])} ... (the file's first: {split.index[0]}); give their ids")
     return replace(cohort, reader=f"{cohort.reader} in {folder}") if folder and folder != Path(data_dir) else cohort
 
 
-def _cached(reader: Reader, folder: Path | None, synthetic_stays: int, home: Path, options: dict[str, Path],
-            rename: dict) -> Cohort:
-    """The data alone, from the cache in `home`; read into it where they are not there yet."""
-    key = {"reader": reader.name, "options": list(options), "version": READER_VERSION, "sources":
-           [[str(p.resolve()), (s := p.stat()).st_size, s.st_mtime_ns]
-            for p in [*reader.sources(folder), *options.values()]], "rename": sorted(rename.items())}
-    cached = home / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    cohort = open_cache(cached)
-    if cohort is not None:
-        return cohort
-    with clear_write_error(cached, CACHE_MEND):
-        cached.parent.mkdir(parents=True, exist_ok=True)
-    if folder is None:
-        if (size := synthetic_stays * _SYNTHETIC_BYTES) > (free := shutil.disk_usage(cached.parent).free):
-            raise InputError(f"--synthetic_stays {synthetic_stays}: takes {size // 10**6:,} MB in {cached.parent}, "
-                             f"where {free // 10**6:,} MB are free; give fewer, or another place with --cache_dir")
-        write_cache(cached, synthetic_parts(synthetic_stays))
-    else:
-        report = Report()
-        source = reader.read(folder, report, **options)
-        with (clear_write_error(cached, CACHE_MEND),
-              tempfile.TemporaryDirectory(prefix=".reading-", dir=home) as temporary):
-            write_cache(cached, _Spool(source, report, Path(temporary), rename).parts(source))
-    return open_cache(cached)
+def _cached(reader: Reader, folder: Path | None, files: list[Path], synthetic_stays: int, home: Path | None,
+            columns: dict, options: dict[str, Path], rename: dict) -> Cohort:
+    """The data alone, from the cache in `home` (None: the system's place, where caches of other users are passed
+    over); read into it where they are not there yet."""
+    own, home = home is None, home or cache_home()
+    key = {"reader": reader.name, "options": list(options), "columns": columns, "version": READER_VERSION,
+           "rename": sorted(rename.items()),
+           "sources": [[str(p.resolve()), (s := p.stat()).st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino]
+                       for p in [*files, *options.values()]]}
+    cached, notes = home / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16], {}
+    if own and of_others(cached):
+        notes = {f"cache of another user, not used: {cached}": 1}
+        cached = cached.with_name(f"{cached.name}-{os.geteuid()}")
+        if of_others(cached):
+            raise InputError(f"{cached}: another user's cache; name another place with --cache_dir")
+    if (cohort := open_cache(cached)) is None:
+        with clear_write_error(cached, CACHE_MEND):
+            home.mkdir(parents=True, exist_ok=True)
+            if folder is None and (size := synthetic_stays * SYNTHETIC_BYTES) > (free := shutil.disk_usage(home).free):
+                raise InputError(f"--synthetic_stays {synthetic_stays}: takes {size // 10**6:,} MB in {home}, where "
+                                 f"{free // 10**6:,} MB are free; give fewer, or another place with --cache_dir")
+            with scratch(home) as temporary:
+                if folder is None:
+                    parts = synthetic_parts(synthetic_stays)
+                else:
+                    report = Report(columns)
+                    source = reader.read(folder, files, report, **options)
+                    parts = (replace(part, examples={reason: place.replace(str(folder), HERE)
+                                                     for reason, place in part.examples.items()})
+                             for part in _Spool(source, report, temporary, rename).parts(source))
+                write_cache(cached, parts)
+        cohort = open_cache(cached)
+    # A place is kept as it is called within the folder, which may have another name today.
+    examples = {reason: place.replace(HERE, str(folder)) for reason, place in cohort.examples.items()}
+    return replace(cohort, examples=examples, notes=cohort.notes | notes)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

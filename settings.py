@@ -133,13 +133,14 @@ class DataSettings:
         names=("--label_file", "--label_path"), scope="path")
     task: str = option("which of several tasks in the data's labels/")
     positive: str = option("the word in the label column that means 1, such as yes")
-    hours: float = option("ask once a stay, this many hours after its first set, from what is known by then; end: at its "
-                          "end, wherever a checkpoint learned", low=0, high=1e6, words={"end": 0.})
+    hours: float = option("ask once a stay, this many hours after admission (minute 0; of clock times the first event); "
+                          "end: at its end, wherever a checkpoint learned", low=0, high=1e6, words={"end": 0.})
     split_file: str = option("CSV stay_id,split of train, valid and test, instead of the data's own",
                              names=("--split", "--split_file"), scope="path")
     variables_map: str = option("CSV source,name,factor[,offset]: other names and units of the data's variables, which a "
                                 "checkpoint keeps; none drops them",
                                 names=("--variables", "--variables_map"), scope="path", words={"none": ""})
+    columns: str = option("the tables' own names of columns, such as stay_id=encounter_id,minute=charted")
     cache_dir: str = option("where data that were read are kept (default: seqsetvae where the system keeps caches)",
                             scope="call")
     params_map: str = option("statistics of its data, CSV variable,mean,std or .pkl", group="original", scope="path",

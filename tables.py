@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import os
+import platform
 import re
 import secrets
 import shutil
@@ -19,8 +20,8 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields, replace
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Iterable, Iterator
 
@@ -29,36 +30,93 @@ import pandas as pd
 
 from data import MINUTE, Cohort, InputError, pieces
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
-PART_BYTES, PART_ROWS = 2**25, 2**20  # of text, and of Parquet, that are parsed at once
-_RECORD_BYTES, _ARCHIVE_BYTES = 2**26, 2**31  # a record has a few thousand, an archive of 4,000 some 30 million
+
+PART_BYTES, PART_ROWS = 2**25, 2**20  # of text, and of Parquet, that are parsed at once; no line is longer
+_RECORD_BYTES, _ARCHIVE_BYTES = 2**26, 2**29  # a record has a few thousand, an archive of 20,000 some 130 million
 
 
-# In a column of numbers; in a column of text NA may be sodium.
-MISSING = ["", "NA", "N/A", "NaN", "nan", "null", "NULL", "None"]
+# What stands for no value: in numbers and ids all of these, in other text all but NA, which may be sodium.
+_QUIET = ["", "NA", "N/A", "NaN", "nan", "null", "NULL", "None"]
+MISSING = _QUIET + ["n/a", "#N/A", "<NA>", "NaT", r"\N", "."]  # these are counted where a number is due
+NAMELESS = [word for word in MISSING if word != "NA"]
 _TABLE = re.compile(r"(.*?)(\.(csv|parquet|csv\.gz|csv\.zip))?")
+_WHOLE = re.compile(r"(-?\d+)\.0+")
+_SCIENTIFIC = re.compile(r"-?\d(\.\d+)?[eE]\+\d+")
+_COMMA = re.compile(r"[<>]?=?\s*[-+]?[\d.]*,[\d.,]*\d")
+_POINT = re.compile(r"[<>]?=?\s*[-+]?\d*\.\d+")
+_DATE, _DURATION = re.compile(r"\d{4}-\d\d-\d\d"), re.compile(r"-?\d+ days?\b")
+_WHOLE_NUMBERS = {16: 2.0**11, 32: 2.0**24, 64: 2.0**53}  # below which a float of so many bits holds all
 TRUTH = {"true": "1", "false": "0"}  # as pandas reads a column of them alone
 BEYOND = re.compile(r"[<>]=?\s*([-+]?[\d.]+)\s*[^\d.]*")  # >100, <0.5, >60/minute
 
 
 # What a column may hold, beside str, float and np.datetime64 (a clock time):
+ID = "id"        # text, which must not be a word for nothing
 VALUE = "value"  # a number, or one beyond a measuring range (>100, <0.5), which enters as its bound
-TIME = "time"    # a number, in Parquet also a duration (minutes) or a clock time
+ANY = "any"      # a VALUE or other text, which is kept in `Table.texts`
+TIME = "time"    # minutes; or a duration (which becomes minutes) or a clock time
+HOURS = "hours"  # hours, which become minutes
+_NUMBERS = (float, VALUE, ANY, TIME, HOURS)
+
+
+def plain_name(text, missing=MISSING) -> str | None:
+    """The one spelling of an id or a name: stripped, and a whole number that was written as a float (1001.0) without
+    its .0. None where it is one of the words `missing`."""
+    text = str(text).strip()
+    whole = _WHOLE.fullmatch(text)
+    text = whole[1] if whole else text
+    return None if text in missing else text
+
+
+def _inexact(text: str, limit: float) -> bool:
+    """Whether a float of so few digits may have been another id: at or beyond `limit`, or in scientific notation."""
+    whole = _WHOLE.fullmatch(text)
+    return bool(_SCIENTIFIC.fullmatch(text) or whole and abs(float(whole[1])) >= limit)
+
+
+def rounded(minutes: np.ndarray) -> np.ndarray:
+    """Minutes to the microsecond, so that 2.05 hours are minute 123."""
+    return np.rint(minutes * MINUTE) / MINUTE
+
+
+def some(names) -> str:
+    """The first few names, and how many more there are."""
+    names = list(map(str, names))
+    return ", ".join(names[:5]) + f" and {len(names) - 5} more" * (len(names) > 5)
 
 
 class Report:
-    """What was met while reading: how many rows are left out or told of, the place of the first, and what is wrong."""
+    """What was met while reading: how many rows are left out or named, the place of the first, and what is wrong.
 
-    def __init__(self):
+    columns: {a table's own name of a column: the name by which it is read}, in lower case."""
+
+    def __init__(self, columns: dict = {}):
         self.counts, self.examples, self.problems = Counter(), {}, {}
+        self.columns, self.unread = columns, {}
+        self.marks = {}  # decimal mark -> the place of the first number with it
 
     def lines(self) -> list[str]:
         """What was met, a line each, with the place of the first."""
         return [f"{count:,} {reason}" + (f", the first: {self.examples[reason]}" if reason in self.examples else "")
                 for reason, count in self.counts.items() if count]
 
+    def note_unread(self, name: str) -> None:
+        """Count the columns of the table `name` that were not read."""
+        if self.unread:
+            self.counts[f"columns of {name} not read: {some(self.unread)}"] = len(self.unread)
+            self.unread = {}
+
     def settle(self) -> None:
         """Raise the InputError that says everything that is wrong; pass where nothing is."""
+        if len(self.marks) > 1:
+            (mark, place), (other, there) = self.marks.items()
+            self.problems["mark"] = (f"{there}: a number with {other!r}, where {place} has one with {mark!r}: which "
+                                     "is the decimal mark? write all numbers alike"), 1
         if self.problems:
             raise InputError(". Also: ".join(first + f" ({count:,} such rows)" * (count > 1)
                                              for first, count in self.problems.values()))
@@ -74,6 +132,7 @@ class Table:
     first: list[int]   # the number of each piece's first row in its file
     rows: np.ndarray   # [pieces] rows of each
     columns: dict
+    texts: dict = field(default_factory=dict)  # of a column of type ANY: pd.Categorical of what is no number
 
     def __getitem__(self, name: str):
         return self.columns[name]
@@ -113,46 +172,63 @@ class Table:
             self.report.problems[name, problem] = first, count + int(np.count_nonzero(bad))
 
 
-def text_column(codes: np.ndarray, categories) -> pd.Categorical:
-    """Categories stripped; those that become equal are one, the empty one is none."""
-    place, names = pd.factorize(np.array([str(text).strip() or None for text in categories] + [None], dtype=object))
-    return pd.Categorical.from_codes(place[codes], names)
-
-
-def table_files(path: Path) -> list[Path]:
-    """The CSV and Parquet files in a folder, at any depth, or the file itself."""
+def files_in(path: Path, counts: Counter) -> list[Path]:
+    """The files in a folder at any depth, or the file itself, sorted. Links to folders are followed, each folder is
+    entered once. What a name that begins with _ or . hides is left out and counted in `counts`."""
     if not path.is_dir():
         return [path]
-    return sorted(p for p in path.rglob("[!._]*") if _TABLE.fullmatch(p.name)[2] and p.is_file())
+    files, entered = [], set()
+    for home, folders, names in os.walk(path, followlinks=True):
+        if (own := os.path.realpath(home)) in entered:
+            folders.clear()
+            counts["folders met again through a link, not read again"] += 1
+            continue
+        entered.add(own)
+        hidden = [name for name in folders + names if name[0] in "._"]
+        counts["files and folders whose names begin with _ or ., not read"] += len(hidden)
+        folders[:] = sorted(name for name in folders if name[0] not in "._")
+        files += [Path(home, name) for name in names if name[0] not in "._"]
+    return sorted(files)
 
 
-def named_tables(folder: Path, name: str) -> list[Path]:
+def table_files(path: Path, counts: Counter) -> list[Path]:
+    """The CSV and Parquet files among `files_in`."""
+    return [file for file in files_in(path, counts) if file == path or _TABLE.fullmatch(file.name)[2]]
+
+
+def named_tables(folder: Path, name: str, counts: Counter) -> list[Path]:
     """The files of the table `name` in a folder: name.csv (.gz, .zip), name.parquet, parts such as name-000.csv, or a
     folder of parts called name, name.csv or name.parquet. InputError where several of these lie there."""
     found = {}
     for path in sorted(folder.glob(f"{name}*")):
         stem, suffix = _TABLE.fullmatch(path.name).group(1, 2)
         if (path.is_dir() or suffix) and (part := re.fullmatch(rf"{name}([-_].*)?", stem)):
-            if files := table_files(path):
+            if files := table_files(path, counts):
                 found.setdefault(f"{name}-*{suffix}" if part[1] else path.name, []).extend(files)
     if len(found) > 1:
         raise InputError(f"{folder}: holds both {' and '.join(list(found)[:2])}; keep one of them")
     return sum(found.values(), [])
 
 
-def column_names(path: Path) -> list[str]:
-    """The names of a table's columns, in lower case."""
+def column_names(path: Path, columns: dict = {}) -> dict[str, bool]:
+    """The names of a table's columns, in lower case, and whether each holds clock times or durations. columns: see
+    `Report`."""
     if path.suffix == ".parquet":
         with _open_parquet(path) as file:
+            from pyarrow import types
             names = file.schema_arrow.names
+            clock = [types.is_temporal(kind) for kind in file.schema_arrow.types]
     else:
-        names, _ = _header(next(_pieces(path))[1], path)
-    return [name.strip().lower() for name in names]
+        _, header, _, rows = next(_pieces(path))
+        names, separator = _header(header, path)
+        first = rows.partition(b"\n")[0].decode(errors="replace").split(separator)
+        clock = [bool(_DATE.match(cell.strip(' "'))) for cell in first] + [False] * len(names)
+    return {_called(name, names, columns): is_clock for name, is_clock in zip(names, clock)}
 
 
-def read_table(paths: list[Path], columns: dict, optional: dict = {}, rest=None) -> Table:
+def read_table(paths: list[Path], columns: dict, optional: dict = {}, rest=None, report=None) -> Table:
     """A small table, whole. See `tables`."""
-    parts = list(tables(paths, columns, optional, rest))
+    parts = list(tables(paths, columns, optional, rest, report))
     join = lambda *x: pd.api.types.union_categoricals(x) if isinstance(x[0], pd.Categorical) else np.concatenate(x)
     return Table(parts[0].report, sum((t.paths for t in parts), []), sum((t.first for t in parts), []),
                  np.concatenate([t.rows for t in parts]),
@@ -164,7 +240,8 @@ def tables(paths: list[Path], columns: dict, optional: dict = {}, rest=None,
     """Yield the rows of files (all CSV in UTF-8, or all Parquet) in parts of bounded size.
 
     columns, optional: {name: type}, found whatever their case; rest: the type of every other named column (None: not
-    read). Separators are told from the header, a decimal comma is one where they are semicolons. Raises InputError for
+    read, which is counted). Separators are found in the header, a decimal comma is one where they are semicolons. Raises
+    InputError for
     an empty or damaged file, a missing column, a row of another width and no row at all; and after the last part for
     all that `Table.refuse` met, cells of another type among it.
     """
@@ -175,17 +252,27 @@ def tables(paths: list[Path], columns: dict, optional: dict = {}, rest=None,
     for table in read(paths, columns, optional, rest, report):
         rows += table.rows.sum()
         yield table
+    report.note_unread(paths[0].name)
     report.settle()
     if not rows:
         raise InputError(f"{paths[0]}: a header and no row; write the file again")
 
 
-def _choose_columns(path: Path, names: list[str], columns: dict, optional: dict, rest) -> list:
+def _called(name: str, names: list[str], columns: dict) -> str:
+    """The name by which a column is read, in lower case; empty where another column of the table has that name by
+    `Report.columns`."""
+    name = name.strip().lower()
+    taken = {columns[own] for other in names if (own := other.strip().lower()) in columns}
+    return columns[name] if name in columns else "" if name in taken else name
+
+
+def _choose_columns(path: Path, names: list[str], columns: dict, optional: dict, rest, report: Report) -> list:
     """(name, type) by which each column is read, None where it is not; InputError where one is missing or occurs
     twice."""
     known = {name.lower(): (name, kind) for name, kind in (optional | columns).items()}
-    chosen = [known.get(name.strip().lower(), (name.strip(), rest) if rest and name.strip() else None)
+    chosen = [known.get(_called(name, names, report.columns), (name.strip(), rest) if rest and name.strip() else None)
               for name in names]
+    report.unread |= dict.fromkeys(name.strip() for name, c in zip(names, chosen) if not c and name.strip())
     found = [c[0] for c in chosen if c]
     missing = [name for name in columns if name not in found]
     if missing:
@@ -211,13 +298,14 @@ class _Unpacked(gzip.GzipFile):
 
 def _records(path: Path) -> list[tuple[str, bytes]]:
     """(name, content) of the .txt and .psv files of an archive, in order of name. Nothing is unpacked to disk."""
-    records = []
+    records = []  # of which at most `_ARCHIVE_BYTES` are held
     with _Unpacked(path) as unpacked, tarfile.open(fileobj=unpacked, mode="r:") as archive:
         for member in archive:
             inside = Path(member.name)
-            if not (member.isfile() or member.isdir()) or inside.is_absolute() or ".." in inside.parts:
-                raise InputError(f"{path}: member {member.name} is a link, a device or leaves the folder; download the "
-                                 "archive again")
+            plain = member.isdir() or member.isfile() and not member.issparse()  # holes take no room in the archive
+            if not plain or inside.is_absolute() or ".." in inside.parts:
+                raise InputError(f"{path}: member {member.name} is a link, a device, a sparse file or leaves the "
+                                 "folder; download the archive again")
             if member.size > _RECORD_BYTES or member.offset > _ARCHIVE_BYTES:
                 raise InputError(f"{path}: member {member.name} of {member.size:,} bytes, {member.offset:,} bytes into "
                                  "the archive, is too large for a record; download the archive again, or pack records "
@@ -253,6 +341,9 @@ def _pieces(path: Path) -> Iterator[tuple[Path, bytes, int, bytes]]:
             while block := file.read(PART_BYTES):
                 block = rest + block
                 if header is None:
+                    if b"\n" not in block and len(block) > PART_BYTES // 2:
+                        raise InputError(f"{place} line 1: a header of more than {len(block):,} bytes; write the file "
+                                         "again")
                     header, _, block = block.removeprefix(b"\xef\xbb\xbf").partition(b"\n")
                 cut = block.rfind(b"\n") + 1
                 if cut > PART_BYTES // 2:
@@ -260,6 +351,9 @@ def _pieces(path: Path) -> Iterator[tuple[Path, bytes, int, bytes]]:
                     yield place, header, first, block[:cut]
                     first, block = first + block.count(b"\n", 0, cut), block[cut:]
                 rest = block
+                if len(rest) > PART_BYTES:
+                    raise InputError(f"{place} line {first + 2} or below: a line of more than {PART_BYTES:,} bytes, or "
+                                     "as many blank ones; write the file again")
             if header is None:
                 raise InputError(f"{place}: an empty file; write it again, or remove it")
             rest = rest.rstrip(b"\r\n")
@@ -288,7 +382,7 @@ def _csv_tables(paths, columns, optional, rest, report) -> Iterator[Table]:
     for place, line, first, body in (piece for path in paths for piece in _pieces(path)):
         if header is None:
             header, (names, separator) = line.rstrip(), _header(line, place)
-            chosen = _choose_columns(place, names, columns, optional, rest)
+            chosen = _choose_columns(place, names, columns, optional, rest, report)
         if line.rstrip() != header:
             raise InputError(f"{place} line 1: other columns than in {paths[0].name}; give all files one header")
         held.append((place, first, body))
@@ -307,26 +401,28 @@ def _parse(held, separator, chosen, report) -> Table:
     source = b"".join(bodies)
     wanted = dict(c for c in chosen if c)
     places = [c[0] if c else f"ignored {i}" for i, c in enumerate(chosen)]
-    missing = {name: MISSING if wanted.get(name) in (float, VALUE, TIME) else [""] for name in places}
+    missing = {name: _QUIET if wanted.get(name) in _NUMBERS else [""] for name in places}
 
-    def parse(number):
+    def parse(number, decimal="."):
         return pd.read_csv(io.BytesIO(source), header=None, names=places, sep=separator, na_values=missing,
-                           keep_default_na=False, skip_blank_lines=False, index_col=False,
-                           decimal="," if separator == ";" and b"," in source else ".",
-                           dtype={name: number if wanted.get(name) in (float, VALUE, TIME) else object
-                                  for name in places},
+                           keep_default_na=False, skip_blank_lines=False, index_col=False, decimal=decimal,
+                           dtype={name: number if wanted.get(name) in _NUMBERS else object for name in places},
                            usecols=[name for name in places if name in wanted])
     try:
         if _rows_in_doubt(source, separator, len(places)):
             _blame_row(table, source.decode(), separator, len(places))
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)
-            try:
-                frame = parse(float)
-            except UnicodeDecodeError:
-                raise
-            except (ValueError, OverflowError):  # some cell is no number
-                frame = parse(object)
+            for number, mark in ((float, "."), (float, ","), (object, ".")):
+                try:
+                    if mark == "." or separator == ";":
+                        frame = parse(number, mark)
+                        break
+                except UnicodeDecodeError:
+                    raise
+                except (ValueError, OverflowError):  # some cell is no number
+                    if number is object:
+                        raise
     except UnicodeDecodeError:
         raise InputError(f"{paths[0]}{' or a file beside it' * (len(paths) > 1)}: not UTF-8 text; save it with that "
                          "encoding") from None
@@ -339,18 +435,23 @@ def _parse(held, separator, chosen, report) -> Table:
                          "remove it")
     for name, kind in wanted.items():
         column = frame[name]
-        if kind in (float, VALUE, TIME):
-            plain = column.dtype == float
-            table.columns[name] = column.to_numpy() if plain else _numbers(table, name, column, kind, separator)
-        elif kind is np.datetime64:
-            time = pd.to_datetime(column, format="ISO8601", errors="coerce", utc=True)
-            table.columns[name] = column.to_numpy()
-            table.refuse(name, (time.isna() & column.notna()).to_numpy(),
-                         ", not a time like 2150-03-01 12:00:00; mend the line")
-            table.columns[name] = time.to_numpy("datetime64[us]")
+        if kind in _NUMBERS and column.dtype == float:
+            _add_numbers(table, name, column.to_numpy(), kind)
+            if separator == ";" and (fraction := np.mod(column, 1) > 0).any():
+                report.marks.setdefault(mark, table.place(int(np.argmax(fraction))))
         else:  # not dtype="category" above: pandas makes numbers of such categories where it can, of 007 and 7 one stay
-            table.columns[name] = text_column(*pd.factorize(column))
+            _add_texts(table, name, *pd.factorize(column), kind, separator)
     return table
+
+
+def _add_numbers(table: Table, name: str, numbers: np.ndarray, kind) -> None:
+    """A column of numbers; times are rounded once, and here only."""
+    if kind in (TIME, HOURS):
+        if numbers.dtype.kind == "f" and numbers.itemsize < 8:  # the decimal that was written: 10.1, not 10.10000038
+            numbers, place = np.unique(numbers, return_inverse=True)
+            numbers = numbers.astype(str).astype(float)[place]
+        numbers = rounded(numbers * (60.0 if kind == HOURS else 1.0))
+    table.columns[name] = numbers.astype(float, copy=False)
 
 
 def _rows_in_doubt(source: bytes, separator: str, width: int) -> bool:
@@ -372,21 +473,57 @@ def _blame_row(table: Table, source: str, separator: str, width: int) -> None:
             raise InputError(f"{table.place(row)}: {len(cells)} cells where the columns are {width}; mend the line")
 
 
-def _numbers(table: Table, name: str, column: pd.Series, kind, separator: str) -> np.ndarray:
-    """A column of numbers that holds other cells too: those beyond a measuring range enter as their bound, others are
-    refused."""
-    codes, texts = pd.factorize(column)
-    plain = [text.strip().replace(",", ".") if separator == ";" else text.strip() for text in texts]
-    beyond = [kind == VALUE and BEYOND.fullmatch(text) for text in plain]
-    bound = np.array([*map(bool, beyond), False])
-    plain = [b[1] if b else TRUTH.get(text.lower(), text) for text, b in zip(plain, beyond)]
-    number = pd.to_numeric(pd.Series(plain, dtype=object), errors="coerce")
-    number = np.append(number.to_numpy(float), np.nan)
-    wrong = np.isnan(number) & np.array([text not in MISSING for text in plain] + [False], dtype=bool)
-    table.columns[name] = column.to_numpy(object)
-    table.refuse(name, wrong[codes], ", not a number; mend or remove the line")
-    table.note("values beyond a measuring range (>100, <0.5), entered as their bound", (bound & ~wrong)[codes])
-    return number[codes]
+def _add_texts(table: Table, name: str, codes: np.ndarray, texts, kind, separator=",", limit=2.0**53) -> None:
+    """A column of texts, by their type: names, clock times, or numbers among other cells.
+
+    codes [rows] into texts, -1: none. limit: from which on a float of the source does not hold every whole number."""
+    texts = [str(text).strip() for text in texts]
+    first = next((text for text in texts if text not in MISSING), "")
+    if kind in (str, ID):
+        missing = MISSING if kind == ID else NAMELESS
+        place, names = pd.factorize(np.array([plain_name(text, missing) for text in texts] + [None], dtype=object))
+        table.columns[name] = pd.Categorical.from_codes(place[codes], names)
+        lost = np.array([_inexact(text, limit) for text in texts] + [False])
+        table.refuse(name, lost[codes], f", a float of so many digits that other {name}s may have become the same; "
+                                        "write whole numbers or text")
+        return
+    empty = np.array([text in MISSING for text in texts] + [True])[codes]
+    table.columns[name] = np.array([*texts, None], dtype=object)[codes]  # what `Table.refuse` shows
+    if kind is np.datetime64 or kind == TIME and _DATE.match(first):
+        time = pd.to_datetime(pd.Series([*texts, None], dtype=object), format="ISO8601", errors="coerce", utc=True)
+        time = time.to_numpy("datetime64[us]")[codes]
+        table.refuse(name, np.isnat(time) & ~empty, ", not a time like 2150-03-01 12:00:00; mend the line")
+        table.columns[name] = time
+        return
+    if kind == TIME and _DURATION.match(first):
+        number = pd.to_timedelta(pd.Series([*texts, None], dtype=object), errors="coerce") / pd.Timedelta(minutes=1)
+        beyond = [None] * len(texts)
+    else:
+        plain = texts
+        if separator == ";":
+            for mark, form in ((",", _COMMA), (".", _POINT)):
+                found = np.array([*map(bool, map(form.fullmatch, texts)), False])[codes]
+                if found.any():
+                    table.report.marks.setdefault(mark, table.place(int(np.argmax(found))))
+            plain = [text.replace(",", ".") for text in texts]
+        beyond = [kind in (VALUE, ANY) and BEYOND.fullmatch(text) for text in plain]
+        plain = [b[1] if b else TRUTH.get(text.lower(), text) for text, b in zip(plain, beyond)]
+        number = pd.to_numeric(pd.Series([*plain, None], dtype=object), errors="coerce")
+    number = number.to_numpy(float)[codes]
+    wrong = np.isnan(number) & ~empty
+    comma = wrong & np.array([*(bool(_COMMA.fullmatch(text)) for text in texts), False])[codes]
+    table.refuse(name, comma, ", with a decimal comma or a comma between thousands; write a decimal point, or save the "
+                              "table with semicolons between its columns")
+    if kind == ANY:
+        place, names = pd.factorize(np.array([*texts, None], dtype=object))
+        table.texts[name] = pd.Categorical.from_codes(np.where(wrong, place[codes], -1), names)
+    else:
+        table.refuse(name, wrong & ~comma, ", not a number; mend or remove the line")
+    table.note("values beyond a measuring range (>100, <0.5), entered as their bound",
+               np.array([*map(bool, beyond), False])[codes] & ~wrong)
+    odd = np.array([text in MISSING and text not in _QUIET for text in texts] + [False])
+    table.note(r"cells of \N, <NA>, #N/A, n/a, NaT or . where a number is due, read as missing", odd[codes])
+    _add_numbers(table, name, number, kind)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -420,33 +557,43 @@ def _parquet_tables(paths, columns, optional, rest, report) -> Iterator[Table]:
         with _open_parquet(path) as file:
             from pyarrow import RecordBatch
             names, first = file.schema_arrow.names, 0
-            wanted = {own: c for own, c in zip(names, _choose_columns(path, names, columns, optional, rest)) if c}
+            chosen = _choose_columns(path, names, columns, optional, rest, report)
+            wanted = {own: c for own, c in zip(names, chosen) if c}
             empty = [RecordBatch.from_pylist([], schema=file.schema_arrow)]  # no row, yet its columns are checked
             for batch in file.iter_batches(PART_ROWS, columns=list(wanted)) if file.metadata.num_rows else empty:
-                yield Table(report, [path], [first], np.array([batch.num_rows]),
-                            {name: _parquet_column(path, own, batch[own], kind)
-                             for own, (name, kind) in wanted.items()})
+                table = Table(report, [path], [first], np.array([batch.num_rows]), {})
+                for own, (name, kind) in wanted.items():
+                    _add_parquet_column(table, own, name, batch[own], kind)
+                yield table
                 first += batch.num_rows
 
 
-def _parquet_column(path: Path, name: str, column, kind) -> np.ndarray | pd.Categorical:
+def _add_parquet_column(table: Table, own: str, name: str, column, kind) -> None:
     from pyarrow import DictionaryArray, duration, float64, int64, timestamp, types
-    own = column.type
+    type_ = column.type
     kinds = (types.is_integer, types.is_floating, types.is_boolean, types.is_decimal, types.is_null)
-    number = any(of_kind(own) for of_kind in kinds)
-    clock = types.is_timestamp(own) or types.is_date(own)
-    if kind in (float, VALUE, TIME) and number:
-        return column.cast(float64(), safe=False).to_numpy(zero_copy_only=False)
-    if kind == TIME and types.is_duration(own):
-        return column.cast(duration("us")).cast(int64()).cast(float64()).to_numpy(zero_copy_only=False) / MINUTE
-    if kind in (np.datetime64, TIME) and (clock or types.is_null(own)):
-        return column.cast(timestamp("us"), safe=False).to_numpy(zero_copy_only=False).astype("datetime64[us]")
-    if kind is str and (number or types.is_string(own) or types.is_large_string(own) or types.is_dictionary(own)):
+    number = any(of_kind(type_) for of_kind in kinds)
+    clock = types.is_timestamp(type_) or types.is_date(type_)
+    text = types.is_string(type_) or types.is_large_string(type_) or types.is_dictionary(type_)
+    short = types.is_floating(type_) and type_.bit_width < 64
+    if kind in _NUMBERS and number:
+        column = column if short else column.cast(float64(), safe=False)
+        _add_numbers(table, name, column.to_numpy(zero_copy_only=False), kind)
+    elif kind == TIME and types.is_duration(type_):
+        microseconds = column.cast(duration("us"), safe=False).cast(int64()).cast(float64())
+        table.columns[name] = microseconds.to_numpy(zero_copy_only=False) / MINUTE
+    elif kind in (np.datetime64, TIME) and (clock or types.is_null(type_)):
+        time = column.cast(timestamp("us"), safe=False).to_numpy(zero_copy_only=False)
+        table.columns[name] = time.astype("datetime64[us]")
+    elif text or kind in (str, ID) and number:
         column = column if isinstance(column, DictionaryArray) else column.dictionary_encode()
-        return text_column(column.indices.fill_null(-1).to_numpy(zero_copy_only=False), column.dictionary.to_pylist())
-    expected = {str: "text or whole numbers", np.datetime64: "timestamps"}.get(kind, "numbers")
-    own = own.value_type if types.is_dictionary(own) else own
-    raise InputError(f"{path}: column {name} holds {own} where {expected} belong; convert it")
+        codes = column.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+        limit = _WHOLE_NUMBERS[type_.bit_width] if short else 2.0**53
+        _add_texts(table, name, codes, column.dictionary.to_pylist(), kind, limit=limit)
+    else:
+        expected = {str: "text or whole numbers", ID: "text or whole numbers", np.datetime64: "timestamps"}
+        raise InputError(f"{table.paths[0]}: column {own} holds {type_} where {expected.get(kind, 'numbers')} belong; "
+                         "convert it")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -466,35 +613,33 @@ def frame_tables(frame: pd.DataFrame, name: str, columns: dict, optional: dict =
     what it may in Parquet, or text as in CSV; the frame is not changed."""
     path, report = Path(name), report or Report()
     table = FrameTable(report, [path], [0], np.array([len(frame)]), {})
-    chosen = _choose_columns(path, [str(column) for column in frame.columns], columns, optional, None)
+    chosen = _choose_columns(path, [str(column) for column in frame.columns], columns, optional, None, report)
     for place, column in enumerate(chosen):
         if column:
-            table.columns[column[0]] = _frame_column(table, *column, frame.iloc[:, place])
+            _add_frame_column(table, *column, frame.iloc[:, place])
     yield table
     report.settle()
 
 
-def _frame_column(table: Table, name: str, kind, column: pd.Series) -> np.ndarray | pd.Categorical:
+def _add_frame_column(table: Table, name: str, kind, column: pd.Series) -> None:
     if column.dtype == object or isinstance(column.dtype, pd.CategoricalDtype):
         column = column.astype(object).infer_objects()
     types = pd.api.types
     clock = types.is_datetime64_any_dtype(column.dtype)
-    duration = types.is_timedelta64_dtype(column.dtype)
-    if kind in (float, VALUE, TIME) and types.is_numeric_dtype(column.dtype):
-        return column.to_numpy(np.float64, na_value=np.nan)
-    if kind in (np.datetime64, TIME) and clock:
+    if kind in _NUMBERS and types.is_numeric_dtype(column.dtype):
+        plain = isinstance(column.dtype, np.dtype)
+        _add_numbers(table, name, column.to_numpy() if plain else column.to_numpy(float, na_value=np.nan), kind)
+    elif kind in (np.datetime64, TIME) and clock:
         column = column.dt.tz_convert("UTC").dt.tz_localize(None) if column.dt.tz else column
-        return column.to_numpy("datetime64[us]")
-    if kind == TIME and duration:
-        time = column.to_numpy("timedelta64[us]")
-        return np.where(np.isnat(time), np.nan, time.astype(np.int64) / MINUTE)
-    if kind is not np.datetime64 and not clock and not duration:
-        if kind is str:
-            return text_column(*pd.factorize(column))
-        text = column.astype(object).where(column.notna(), None).map(str, na_action="ignore")
-        return _numbers(table, name, text, kind, ",")
-    expected = {str: "text or whole numbers", np.datetime64: "timestamps"}.get(kind, "numbers")
-    raise InputError(f"{table.paths[0]}: column {name} holds {column.dtype} where {expected} belong; convert it")
+        table.columns[name] = column.to_numpy("datetime64[us]")
+    elif kind == TIME and types.is_timedelta64_dtype(column.dtype):
+        _add_numbers(table, name, (column / pd.Timedelta(minutes=1)).to_numpy(float), kind)
+    elif clock or types.is_timedelta64_dtype(column.dtype):
+        expected = {str: "text or whole numbers", ID: "text or whole numbers"}.get(kind, "numbers")
+        raise InputError(f"{table.paths[0]}: column {name} holds {column.dtype} where {expected} belong; convert it")
+    else:
+        short = types.is_float_dtype(column.dtype) and 8 * column.dtype.itemsize
+        _add_texts(table, name, *pd.factorize(column), kind, limit=_WHOLE_NUMBERS[short or 64])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -553,48 +698,97 @@ def open_cache(folder: Path) -> Cohort | None:
         if any(list(arrays[name].shape) != shape for name, shape in meta.pop("shapes").items()):
             return None
         return Cohort(**meta, **arrays)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, NotADirectoryError, EOFError, ValueError, KeyError, TypeError):
         return None
+    except OSError as error:
+        raise InputError(f"{folder}: the cache cannot be read ({error.strerror or error}); name another place with "
+                         "--cache_dir") from None
+
+
+def of_others(folder: Path) -> bool:
+    """Whether somebody else than the user or root owns this folder, or the link that stands for it."""
+    return os.path.exists(folder) and not {os.stat(folder).st_uid, os.lstat(folder).st_uid} <= {os.geteuid(), 0}
+
+
+@contextmanager
+def alone_in(folder: Path):
+    """Processes that do this with one folder do it one after another, where the file system has locks."""
+    handle = os.open(folder, os.O_RDONLY) if fcntl else None
+    try:
+        if fcntl:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        if fcntl:
+            os.close(handle)
+
+
+@contextmanager
+def scratch(home: Path):
+    """A new folder in `home`, removed at the end; those that dead processes of this machine left are removed too."""
+    mine = f".{platform.node()}-"
+    for left in home.glob(f"{mine}*"):
+        number = left.name.removeprefix(mine).partition("-")[0]
+        if number.isdigit() and not _alive(int(number)):
+            shutil.rmtree(left, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"{mine}{os.getpid()}-", dir=home))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        pass
+    return True
 
 
 def write_cache(folder: Path, parts: Iterable[Cohort]) -> None:
     """Append part after part to files in a temporary folder beside the target, sync, rename: one part at a time is held
-    in memory, and a reader never sees a half-written cache."""
-    with clear_write_error(folder, CACHE_MEND):
-        temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
-        try:
-            headers, notes, examples = {}, Counter(), {}
-            with ExitStack() as stack:
-                files = {name: stack.enter_context(open(temporary / f"{name}.npy", "wb")) for name in Cohort.ARRAYS}
-                for part, rows in pieces(parts):
-                    notes.update(part.notes)
-                    examples |= part.examples
-                    for name, array in rows.items():
-                        array = np.ascontiguousarray(array)
-                        if name not in headers:
-                            headers[name] = np.lib.format.header_data_from_array_1_0(array)
-                            np.lib.format.write_array_header_1_0(files[name], headers[name])
-                        else:
-                            headers[name]["shape"] = (headers[name]["shape"][0] + len(array), *array.shape[1:])
-                        array.tofile(files[name])
-                for name, header in headers.items():  # NumPy leaves room in a header for the rows to grow
-                    files[name].seek(0)
-                    np.lib.format.write_array_header_1_0(files[name], header)
-            cohort = replace(part, notes=dict(notes), examples=examples,
-                             **{name: np.load(temporary / f"{name}.npy", mmap_mode="r") for name in Cohort.ARRAYS})
-            cohort.fingerprint = cohort.digest()
-            meta = {f.name: getattr(cohort, f.name) for f in fields(Cohort) if f.name not in Cohort.ARRAYS}
-            meta["shapes"] = {name: list(header["shape"]) for name, header in headers.items()}
-            (temporary / "meta.json").write_text(json.dumps(meta))
-            for path in temporary.iterdir():
-                sync(path)
-            shutil.rmtree(folder, ignore_errors=True)
-            temporary.rename(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    in memory, and a reader never sees a half-written cache. Where another process was first, its cache stays."""
+    with scratch(folder.parent) as temporary:
+        headers, notes, examples = {}, Counter(), {}
+        with ExitStack() as stack:
+            files = {name: stack.enter_context(open(temporary / f"{name}.npy", "wb")) for name in Cohort.ARRAYS}
+            for part, rows in pieces(parts):
+                notes.update(part.notes)
+                examples |= part.examples
+                for name, array in rows.items():
+                    array = np.ascontiguousarray(array)
+                    if name not in headers:
+                        headers[name] = np.lib.format.header_data_from_array_1_0(array)
+                        np.lib.format.write_array_header_1_0(files[name], headers[name])
+                    else:
+                        headers[name]["shape"] = (headers[name]["shape"][0] + len(array), *array.shape[1:])
+                    array.tofile(files[name])
+            for name, header in headers.items():  # NumPy leaves room in a header for the rows to grow
+                files[name].seek(0)
+                np.lib.format.write_array_header_1_0(files[name], header)
+        cohort = replace(part, notes=dict(notes), examples=examples,
+                         **{name: np.load(temporary / f"{name}.npy", mmap_mode="r") for name in Cohort.ARRAYS})
+        cohort.fingerprint = cohort.digest()
+        meta = {f.name: getattr(cohort, f.name) for f in fields(Cohort) if f.name not in Cohort.ARRAYS}
+        meta["shapes"] = {name: list(header["shape"]) for name, header in headers.items()}
+        (temporary / "meta.json").write_text(json.dumps(meta))
+        for path in temporary.iterdir():
+            sync(path)
+        with alone_in(folder.parent):
+            if open_cache(folder) is None:
+                shutil.rmtree(folder, ignore_errors=True)
+                temporary.rename(folder)
 
 
 def cache_home() -> Path:
-    """Where the system keeps caches."""
-    home = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
-    return Path(os.environ.get("XDG_CACHE_HOME") or home) / "seqsetvae"
+    """Where the system keeps caches. Raises InputError where the user has no home folder."""
+    try:
+        home = os.environ.get("XDG_CACHE_HOME") or (
+            Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache"))
+    except RuntimeError:
+        raise InputError("this user has no home folder to keep what was read; name a place with --cache_dir") from None
+    return Path(home) / "seqsetvae"

@@ -1,7 +1,9 @@
-"""What is asked: the files of labels, splits and subjects beside the events; the `Task`, which says how an
-outcome is learned, answered and judged; and the boosted trees that help to answer."""
+"""What is asked: the files beside the events (labels, splits, subjects, names of variables and columns); the `Task`,
+which says how an outcome is learned, answered and judged; and the boosted trees that help to answer."""
 
 import math
+import pickle
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,11 +16,116 @@ from sklearn.ensemble import GradientBoostingClassifier
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 from sklearn.model_selection import train_test_split
 
-from data import (MINUTE, Cohort, InputError, at_end, labelled_points, ranges, stays_of, subjects_with_label,
-                  with_points)
+from data import (MINUTE, Cohort, InputError, at_end, labelled_points, ranges, search_after, stays_of,
+                  subjects_with_label, with_points)
 from metrics import (CHECKPOINT, Points, best_shares, best_utility_threshold, hours_since_onset,
                      of_challenge_2019, score_figures, sepsis_figures)
-from tables import MISSING, TIME, Report, Table, column_names, read_table
+from tables import HOURS, ID, MISSING, TIME, Report, Table, column_names, plain_name, read_table, some
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is told of variables and columns
+# ----------------------------------------------------------------------------------------------------------------------
+
+def read_columns(text: str | None) -> dict:
+    """{a table's own name of a column: the name by which it is read}, in lower case, of stay_id=encounter_id,..."""
+    pairs = [pair.partition("=")[::2] for pair in text.lower().split(",")] if text else []
+    columns = {own.strip(): name.strip() for name, own in pairs}
+    if len(columns) < len(pairs) or not all((*columns, *columns.values())):
+        raise InputError(f"--columns {text}: takes pairs such as stay_id=encounter_id,minute=charted_at")
+    return columns
+
+
+def read_map(path: Path) -> dict:
+    """variable -> (name, factor, offset), of a CSV source,name,factor and perhaps offset: value * factor + offset is
+    what enters."""
+    table = read_table([path], {"source": str, "name": str, "factor": float}, {"offset": float})
+    source, name, factor = table["source"], table["name"], table["factor"]
+    offset = table["offset"] if "offset" in table else np.zeros(len(factor))
+    table.refuse("source", (source.codes < 0) | pd.Series(source.codes).duplicated().to_numpy(),
+                 ", where each line names another variable; mend or remove the line")
+    table.refuse("name", name.codes < 0, "; give the name that the variable takes")
+    table.refuse("factor", ~np.isfinite(factor), "; give 1 where the unit stays")
+    table.refuse("offset", np.isinf(offset), "; give 0 where there is none")
+    table.report.settle()
+    return dict(zip(source, zip(name, factor.tolist(), np.nan_to_num(offset).tolist())))
+
+
+class _NumberType:
+    """Stands in for numpy.dtype in a pickle: keeps the code (f8) and the byte order, and can do nothing else."""
+
+    def __init__(self, code, *_):
+        self.code, self.order = code, "="
+
+    def __setstate__(self, state):
+        self.order = {"<": "<", ">": ">"}.get(state[1], "=")
+
+    @staticmethod
+    def scalar(kind, raw):
+        if not re.fullmatch("[fiu][248]|[iub]1", kind.code):
+            raise pickle.UnpicklingError(f"a NumPy scalar of type {kind.code!r}")
+        return np.frombuffer(raw, kind.order + kind.code)[0].item()
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Admits containers, strings, numbers and NumPy scalars, the last by stand-ins: nothing that the file names is
+    imported or called."""
+
+    _STAND_INS = {("numpy", "dtype"): _NumberType, ("numpy._core.multiarray", "scalar"): _NumberType.scalar,
+                  ("numpy.core.multiarray", "scalar"): _NumberType.scalar, ("_codecs", "encode"): lambda text,
+                  _: text.encode("latin1")}
+
+    def find_class(self, module, name):
+        try:
+            return self._STAND_INS[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}") from None
+
+
+def read_statistics(path: Path) -> pd.DataFrame:
+    """mean and std by variable, from a CSV (variable,mean,std) or a pickle {variable: {"mean": .., "std": ..}}. Left
+    out: those of a variable whose mean is not finite or whose std is zero or not finite, so that they are fitted.
+    InputError for a negative std."""
+    if path.suffix == ".pkl":
+        try:
+            with open(path, "rb") as file:
+                content = _PlainUnpickler(file).load()
+            known = {str(name): (float(entry["mean"]), float(entry["std"])) for name, entry in content.items()}
+        except Exception as error:  # a damaged or hostile pickle raises anything
+            raise InputError(f"{path}: not a plain pickle of {{variable: {{'mean': number, 'std': number}}}} "
+                             f"({type(error).__name__}: {error}); "
+                             "write it so, or as CSV with variable,mean,std") from None
+        given = pd.DataFrame.from_dict(known, orient="index", columns=["mean", "std"])
+        if (given["std"] < 0).any():
+            raise InputError(f"{path}: std of {given.index[given['std'] < 0][0]} is negative; mend it")
+    elif path.suffix == ".csv":
+        table = read_table([path], {"variable": str, "mean": float, "std": float})
+        names = pd.Index(table["variable"])
+        table.refuse("variable", names.isna() | names.duplicated(),
+                     ", where each line names another one; mend or remove the line")
+        table.refuse("std", table["std"] < 0, ", below 0; mend the line")
+        table.report.settle()
+        given = pd.DataFrame({"mean": table["mean"], "std": table["std"]}, index=names.astype(object))
+    else:
+        raise InputError(f"{path}: statistics of this kind are not read; give .csv with variable,mean,std or .pkl")
+    given = given.astype(np.float32)
+    return given[np.isfinite(given).all(axis=1) & (given["std"] > 0)]
+
+
+def read_vectors(path: Path) -> pd.DataFrame:
+    """One vector a variable: `Key`, then a column each dimension. A column without a name (a row number that pandas
+    wrote) is none."""
+    table = read_table([path], {"Key": str}, rest=float)
+    names = pd.Index(table["Key"])
+    table.refuse("Key", names.isna() | names.duplicated(),
+                 ", where each line names another variable; mend or remove the line")
+    columns = {name: column for name, column in table.columns.items() if name != "Key"}
+    if not columns:
+        raise InputError(f"{path}: no column beside Key; add one for each dimension")
+    for name, column in columns.items():
+        table.refuse(name, ~np.isfinite(column), ", not finite; mend the line")
+    table.report.settle()
+    return pd.DataFrame(columns, index=names.astype(object), dtype=np.float32)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -27,30 +134,25 @@ from tables import MISSING, TIME, Report, Table, column_names, read_table
 
 _IDS = ("stay_id", "ts_id", "RecordID", "subject_id")
 _LABELS = ("label", "boolean_value", "in_hospital_mortality", "In-hospital_death")
-_TIMES = {"minute": TIME, "hour": float, "prediction_time": np.datetime64}
-_SPLIT_WORDS = {"train": 0, "valid": 1, "val": 1, "validation": 1, "dev": 1, "tuning": 1, "test": 2, "held_out": 2,
+_TIMES = {"minute": TIME, "hour": HOURS, "prediction_time": np.datetime64}
+_LIKE_A_TIME = re.compile(r"(^|[^a-z])(date|day|hour|minute|offset)s?($|[^a-z])|^time|(time|date|offset)$|stamp")
+SPLIT_WORDS = {"train": 0, "valid": 1, "val": 1, "validation": 1, "dev": 1, "tuning": 1, "test": 2, "held_out": 2,
                 "heldout": 2}
 
 
 def _split_codes(table: Table) -> np.ndarray:
     """[rows] code of column `split`, None where it is empty."""
     split = table["split"]
-    codes = np.array([_SPLIT_WORDS.get(word.lower(), -1) for word in split.categories] + [None],
+    codes = np.array([SPLIT_WORDS.get(word.lower(), -1) for word in split.categories] + [None],
                      dtype=object)[split.codes]
     table.refuse("split", codes == -1, "; it is one of train, valid, test (or val, validation, dev, tuning, held_out)")
     return codes
 
 
-def _plain_ids(ids) -> pd.Index:
-    """Ids by which two tables meet: a whole number that one of them wrote as a float (200001.0) loses its .0."""
-    return pd.Index([text[:-2] if text.endswith(".0") and text[:-2].isdigit() else text for text in map(str, ids)],
-                    dtype=object)
-
-
-def _one_of(path: Path, names: list[str], wanted) -> str:
+def _one_of(path: Path, names, wanted) -> str:
     found = [name for name in wanted if name.lower() in names]
     if not found:
-        raise InputError(f"{path}: no column {' or '.join(wanted)} (it has {', '.join(names[:8])}); rename or add it")
+        raise InputError(f"{path}: no column {' or '.join(wanted)} (it has {', '.join([*names][:8])}); rename or add it")
     return found[0]
 
 
@@ -61,7 +163,7 @@ def _told(table: Table, ids: np.ndarray, column: str, value) -> pd.Series:
     again = said["id"].duplicated()
     rows = np.isin(np.arange(len(ids)), said.index[again])
     table.refuse(column, rows,
-                 f", and another elsewhere for the same stay ({_some(said['id'][again].unique())}); give one")
+                 f", and another elsewhere for the same stay ({some(said['id'][again].unique())}); give one")
     return said[~again].set_index("id")["value"]
 
 
@@ -69,24 +171,18 @@ def _noted(cohort: Cohort, report: Report) -> Cohort:
     return replace(cohort, notes=cohort.notes | report.counts, examples=cohort.examples | report.examples)
 
 
-def _some(names) -> str:
-    """The first few, and how many more."""
-    return ", ".join(map(str, names[:5])) + f" and {len(names) - 5} more" * (len(names) > 5)
-
-
-def _with_splits(cohort: Cohort, told: pd.Series) -> Cohort:
+def with_splits(cohort: Cohort, told: pd.Series) -> Cohort:
     """The cohort with the split of these ids; a stay that is not told of belongs to none."""
-    ids = _plain_ids(cohort.stay_id)
-    split = told.reindex(ids, fill_value=-1).to_numpy(np.int8)
+    split = told.reindex(cohort.stay_id, fill_value=-1).to_numpy(np.int8)
     return replace(cohort, split=split, notes=cohort.notes | {
         "stays without a split (neither trained on nor scored)": int((split < 0).sum()),
-        "splits of no stay with a usable event": int((~told.index.isin(ids)).sum())})
+        "splits of no stay with a usable event": int((~told.index.isin(cohort.stay_id)).sum())})
 
 
-def _read_splits(files: list[Path]) -> pd.Series:
-    """Split code by stay, of a file with an id and `split`."""
-    id_column = _one_of(files[0], column_names(files[0]), _IDS)
-    table = read_table(files, {id_column: str, "split": str})
+def read_splits(files: list[Path], own: dict = {}) -> pd.Series:
+    """Split code by stay, of a file with an id and `split`; own: see `read_columns`."""
+    id_column = _one_of(files[0], column_names(files[0], own), _IDS)
+    table = read_table(files, {id_column: ID, "split": str}, report=Report(own))
     table.refuse(id_column, table[id_column].codes < 0, "; name the stay or remove the line")
     told = _told(table, _ids(table[id_column]), "split", _split_codes(table))
     table.report.settle()
@@ -94,48 +190,53 @@ def _read_splits(files: list[Path]) -> pd.Series:
 
 
 def _ids(column: pd.Categorical) -> np.ndarray:
-    """[rows] plain ids, None where the cell is empty."""
-    return np.append(_plain_ids(column.categories).to_numpy(object), None)[column.codes]
+    """[rows] ids, None where the cell is empty."""
+    return np.append(column.categories.to_numpy(object), None)[column.codes]
 
 
 def _labels(table: Table, name: str, positive: str | None) -> np.ndarray:
     """[rows] float labels, NaN where the cell is empty. positive: the word that is label 1; else they are 0 and 1, or
     true and false."""
     words = [word.lower() for word in table[name].categories]
-    known = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}
+    known = {"0": 0, "false": 0, "1": 1, "true": 1}
     empty = [word.lower() in map(str.lower, MISSING) for word in words]
     if positive is not None:
         given = [word for word, none in zip(words, empty) if not none]
-        if positive.lower() not in given and set(given) <= known.keys():
+        positive = plain_name(positive, missing=[]).lower()
+        if positive not in given and set(given) <= known.keys():
             table.note(f"labels that are 0 and 1, where the word {positive} is not looked for", table[name].codes >= 0)
-        elif positive.lower() not in given or len(given) > 2:
-            raise InputError(f"{table.paths[0]}: --positive {positive}: {name} is one of {_some(given)}; give one of "
+        elif positive not in given or len(given) > 2:
+            raise InputError(f"{table.paths[0]}: --positive {positive}: {name} is one of {some(given)}; give one of "
                              "two words")
         else:
-            known = {word: word == positive.lower() for word in given}
+            known = {word: word == positive for word in given}
     label = np.array([np.nan if none else known.get(word, -1) for word, none in zip(words, empty)] + [np.nan])
     label = label[table[name].codes]
     table.refuse(name, label == -1, ", not 0 or 1; mend the line, or say which word is positive with --positive WORD")
     return label
 
 
-def _with_labels(cohort: Cohort, files: list[Path], positive: str | None = None, points: bool = True) -> Cohort:
+def with_labels(cohort: Cohort, files: list[Path], positive: str | None = None, own: dict = {},
+                 points: bool = True) -> Cohort:
     """The cohort with what its labels' files tell: an id, a label of 0 or 1 (or empty), and perhaps split, subject_id
     and a time: `minute` or `hour` of the stay or `prediction_time`. With times a row is a prediction point, without one
     a stay has one at its end.
 
-    positive: the word that is label 1, the other one is 0. points: False takes split and subject alone. Raises
+    positive: the word that is label 1, the other one is 0. own: see `read_columns`. points: False takes split and subject alone. Raises
     InputError for another label, and for two labels of one point.
     """
-    names = column_names(files[0])
+    names = column_names(files[0], own)
     id_column, label_column = (_one_of(files[0], names, wanted) for wanted in (_IDS, _LABELS))
     timed = next((name for name in _TIMES if name in names), None)
-    if not timed and "time" in names:
-        raise InputError(f"{files[0]}: its column time has no unit; name it minute or hour")
-    columns = {id_column: str, label_column: str} | ({timed: _TIMES[timed]} if timed else {})
-    table = read_table(files, columns, {name: str for name in ("split", "subject_id") if name not in columns})
+    times = [name for name, clock in names.items() if clock or _LIKE_A_TIME.search(name)]
+    if not timed and times:
+        raise InputError(f"{files[0]}: its column {times[0]} looks like a time, of no known unit; call it minute, hour or "
+                         f"prediction_time, here or by --columns hour={times[0]} (other={times[0]}: not read)")
+    columns = {id_column: ID, label_column: str} | ({timed: _TIMES[timed]} if timed else {})
+    optional = {name: kind for name, kind in (("split", str), ("subject_id", ID)) if name not in columns}
+    table = read_table(files, columns, optional, report=Report(own))
     table.refuse(id_column, table[id_column].codes < 0, "; name the stay or remove the line")
-    ids, stays, label = _ids(table[id_column]), _plain_ids(cohort.stay_id), _labels(table, label_column, positive)
+    ids, stays, label = _ids(table[id_column]), cohort.stay_id, _labels(table, label_column, positive)
     subject = _told(table, ids, "subject_id", _ids(table["subject_id"])) if "subject_id" in table else None
     split = _told(table, ids, "split", _split_codes(table)) if "split" in table else None
     if timed:
@@ -145,17 +246,17 @@ def _with_labels(cohort: Cohort, files: list[Path], positive: str | None = None,
         subject = subject.reindex(stays)
         cohort = replace(cohort, subject=np.where(subject.isna(), cohort.subject, subject).astype(str))
     if split is not None:
-        cohort = _with_splits(cohort, split)
+        cohort = with_splits(cohort, split)
     if not points:
         return cohort
 
     rows = pd.DataFrame({"id": ids, "label": label, "at": 0})
     if timed:
-        rows["at"] = table[timed] if timed != "hour" else table[timed] * 60
+        rows["at"] = table[timed]
     again = rows.duplicated().to_numpy()
     other = rows.duplicated(["id", "at"]).to_numpy() & ~again
     table.refuse(id_column, other,
-                 f", labelled twice and not alike ({_some(rows['id'][other].unique())}); keep one line of each")
+                 f", labelled twice and not alike ({some(rows['id'][other].unique())}); keep one line of each")
     table.report.settle()
     table.note("labels given more than once", again)
     table.note("outcomes of no stay with a usable event", ~again & ~rows["id"].isin(stays).to_numpy())
@@ -164,8 +265,8 @@ def _with_labels(cohort: Cohort, files: list[Path], positive: str | None = None,
     place = pd.Index(asked).get_indexer(stays)                             # [P] of each stay in `asked`, -1: nowhere
     count = np.append(count, 0)[place]                                     # [P]
     row = ranges(np.append(first, 0)[place], count)                        # [Q]
-    stay, label, at = np.repeat(np.arange(len(cohort)),
-                                count), rows["label"].to_numpy()[row], rows["at"].to_numpy()[row]
+    stay = np.repeat(np.arange(len(cohort)), count)
+    label, at = (rows[name].to_numpy()[row] for name in ("label", "at"))
     if not timed:
         answers = np.full(len(cohort), np.nan)
         answers[stay] = label
@@ -183,7 +284,40 @@ def _with_labels(cohort: Cohort, files: list[Path], positive: str | None = None,
         cohort = replace(cohort, origin=origin)
         since = at.astype("datetime64[us]").astype(np.int64) - origin[stay].astype(np.int64)
         at = since // MINUTE + since % MINUTE / MINUTE
+    elif timed == "hour":
+        at = at + cohort.admission[stay]
     return with_points(_noted(cohort, table.report), count, at, label)
+
+
+def telling_variables(cohort: Cohort, points: np.ndarray, enough: int = 10, above: float = .98) -> dict[str, float]:
+    """{variable: AUROC} of those whose presence or last value alone tells the first answer (0 or 1) of these points [n]
+    with an AUROC above `above`: it may be the outcome itself. Looks at the last of these points of at most 5,000 stays;
+    a value counts where at least `enough` points of each class have one."""
+    stay = cohort.point_stay[points]
+    points = points[np.append(stay[1:] != stay[:-1], True)[:len(points)]]
+    points = points[::1 + len(points) // 5000]
+    stay, positive = cohort.point_stay[points], cohort.answers[points, 0] == 1
+    total = np.bincount(positive, minlength=2)                                                  # negatives, positives
+    if total.min() < enough:
+        return {}
+    first = cohort.set_start[cohort.stay_start[stay]]
+    end = search_after(cohort.set_minute, cohort.point_minute[points], cohort.stay_start[stay],
+                       cohort.stay_start[stay + 1])
+    count = cohort.set_start[end] - first
+    event = ranges(first, count)
+    asked = np.repeat(np.arange(len(points)), count)
+    last = pd.DataFrame({"variable": cohort.event_variable[event], "value": cohort.event_value[event],
+                         "positive": positive[asked], "point": asked}).groupby(["variable", "point"]).last()
+    held = last.groupby("variable")["positive"].agg(["sum", "size"])
+    present = held["sum"] / total[1] - (held["size"] - held["sum"]) / total[0]
+    scores = [(1 + present) / 2]
+    valued = last.dropna().assign(rank=lambda rows: rows.groupby("variable")["value"].rank())
+    of = valued.groupby("variable")["positive"].agg(["sum", "size"])
+    ones, zeros = of["sum"], of["size"] - of["sum"]
+    sums = valued["rank"].where(valued["positive"], 0).groupby("variable").sum()
+    scores.append(((sums - ones * (ones + 1) / 2) / (ones * zeros))[(ones >= enough) & (zeros >= enough)])
+    best = pd.concat([np.maximum(x, 1 - x) for x in scores]).groupby(level=0).max().sort_values(ascending=False)
+    return {cohort.variables[v]: float(auc) for v, auc in best[best > above].items()}
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ from runs import (PRECISIONS, Run, Signals, choose_device, data_parallel, end_ra
                   summed)
 from settings import (SEED, SHARE, Parser, SharedSettings, changed, check_settings, data_options, option,
                       recorded, setting, value_of)
-from tasks import Task
+from tasks import Task, telling_variables
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -514,6 +514,9 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
               "variable vectors than the hashed names used now")
     dataset = checkpoint.dataset(cohort)
     print(dataset.describe_known())
+    for name, auc in telling_variables(cohort, labelled_points(cohort, train)).items():
+        print(f"warning: {name} alone tells the training labels, by its presence or last value (AUROC {auc:.4f}): is it "
+              "the outcome? leave it out of the events")
 
     torch.manual_seed(arguments.seed)
     learned, _ = task.training_points(cohort, train, config, arguments.seed, 0)

@@ -9,7 +9,6 @@ import pandas as pd
 import pytest
 import torch
 
-import readers
 import runs
 import train
 from batches import StayDataset, StaySizes, epoch_batches, group_widths, round_up, sorted_batches, split_batch
@@ -17,7 +16,7 @@ from data import (Cohort, InputError, Normalizer, at_every_set, build_cohort, ma
                   subjects_of, variable_vectors, with_points)
 from finetune_config import FinetuneConfig
 from model import SeqSetVAE, SeqSetVAEPretrain
-from readers import load_cohort, synthetic_cohort
+from readers import load_cohort, synthetic_cohort, synthetic_parts
 from tasks import Task
 from tests.plain_loop import close, plain_grid
 from tests.tiny import NAMES, PLAIN, PRETRAIN, as_lists, batch_of, build, cohort_of, random_stays, tiny
@@ -362,8 +361,8 @@ def test_synthetic_cohort_is_deterministic():
 
 
 def test_a_large_synthetic_cohort_is_cached_part_by_part(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "_SYNTHETIC_BLOCK", 25)
-    parts, cached = list(readers.synthetic_parts(60)), load_cohort(None, 60, cache_dir=tmp_path)
+    monkeypatch.setattr("data._SYNTHETIC_BLOCK", 25)
+    parts, cached = list(synthetic_parts(60)), load_cohort(None, 60, cache_dir=tmp_path)
     assert [len(part) for part in parts] == [20, 20, 20] and len({part.fingerprint for part in parts}) == 3
     assert as_lists(cached) == {stay: sets for part in parts for stay, sets in as_lists(part).items()}
     assert cached.label.tolist() == [label for part in parts for label in part.label] and cached.notes == parts[0].notes

@@ -103,7 +103,7 @@ def test_opening_a_checkpoint_draws_nothing_from_the_global_generator(small_fine
 
 @pytest.mark.parametrize("change, named", [
     (dict(minute=[0, 1, 2, "soon"]), "events row 3: minute is 'soon', not a number"),
-    (dict(value=[80, None, "high", 37]), "events row 2: value is 'high', not a number"),
+    (dict(value=[80, None, "1,5", 37]), "events row 2: value is '1,5', with a decimal comma"),
     (dict(stay_id=[7, None, 8, 8]), "events row 1: stay_id is missing"),
     (dict(stay_id=pd.Timestamp("2150-03-01")), "events: column stay_id holds datetime64"),
     (dict(minute=[0, 1, np.nan, 3]), "events row 2: minute is missing")], ids=str)

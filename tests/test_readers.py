@@ -19,8 +19,9 @@ import pandas as pd
 import pytest
 
 import readers
-from data import Cohort, InputError, Normalizer, make_splits, variable_vectors
+from data import Cohort, InputError, Normalizer, at_end, build_cohort, make_splits, variable_vectors, with_points
 from readers import load_cohort
+from tasks import telling_variables
 from tests.tiny import (EVENTS, OUTCOMES, RECORDS, SHARED, Call, as_lists, counted, events_of, labels_of,
                         splits_of, write, write_physionet)
 
@@ -53,7 +54,8 @@ def test_physionet_reader_gives_the_expected_cohort(tmp_path, archive):
         "132540": [(0, [("Age", 76), ("Gender", 1), ("Height", np.float32(175.3)), ("ICUType=2", 1), ("Weight", 80)]),
                    (70, [("HR", 88)])]}
     assert cohort.label.tolist() == [0, 1] and {k: v for k, v in cohort.notes.items() if v} == {
-        "rows with an empty variable": 1, "descriptors not recorded (-1)": 2}
+        "rows with an empty variable": 1, "descriptors not recorded (-1)": 2, "files read": 1 if archive else 2,
+        "columns of Outcomes-a.txt not read: SAPS-I, SOFA, Length_of_stay, Survival": 4}
     # no outcome among them
     assert cohort.variables == ["Age", "BaseExcess", "Gender", "HR", "Height", "ICUType=2", "ICUType=4", "Weight"]
 
@@ -113,8 +115,9 @@ def test_sets_a_b_and_c_of_physionet_2012_are_read_in_full_and_fast(tmp_path):
     assert (len(cohort), len(cohort.variables), len(cohort.set_minute)) == (12_000, 44, 898_352)
     # Every row but the stays' own numbers, the rows without a parameter and the descriptors that were not recorded.
     rows, notes = 1_757_980 + 1_762_535 + 1_765_303, counted(cohort)
-    assert notes == {"rows with an empty variable": 2403, "descriptors not recorded (-1)": 6739}
-    assert len(cohort.event_value) == rows - len(cohort) - sum(notes.values()) == 5_264_676
+    left_out = {"rows with an empty variable": 2403, "descriptors not recorded (-1)": 6739}
+    assert notes == left_out | {"columns of Outcomes-a.txt not read: SAPS-I, SOFA, Length_of_stay, Survival": 4}
+    assert len(cohort.event_value) == rows - len(cohort) - sum(left_out.values()) == 5_264_676
     assert parsed < 12 and cached < 0.5
 
 
@@ -174,7 +177,8 @@ def test_parquet_and_csv_of_one_table_are_one_cohort(tmp_path, load):
     ("id;minute;variable;value\n1;2;a;3\n", None, r"no column stay_id \(it has id, minute, variable, value\)"),
     ("stay_id,minute,variable\n1,2,a\n", None, r"no column value \(it has stay_id, minute, variable\)"),
     ("stay_id,minute,variable,value,value\n1,2,a,3,3\n", None, r"column value occurs twice"),
-    ("stay_id,minute,variable,value\n1,2,a,3\n1,2,a,high\n", None, r"events.csv line 3: value is 'high', not a number"),
+    ("stay_id,minute,variable,value\n1,2,a,3\n1,2,a,\"35,8\"\n", None,
+     r"events.csv line 3: value is '35,8', with a decimal comma"),
     ("stay_id,minute,variable,value\n1,00:30,a,3\n", None, r"line 2: minute is '00:30', not a number"),
     ("stay_id,minute,variable,value\n1,2,a,3\n1,1e9,a,3\n", None,
      r"line 3: minute is 1e\+09; give minutes since admission"),
@@ -193,8 +197,8 @@ def test_parquet_and_csv_of_one_table_are_one_cohort(tmp_path, load):
     (EVENTS, "stay_id,label\n7,2\n", r"labels.csv line 2: label is '2', not 0 or 1"),
     (EVENTS, "stay_id,label\n8,0\n7,dead\n", r"labels.csv line 3: label is 'dead', not 0 or 1"),
     (EVENTS, "stay_id,label\n7,1\n8,0\n7.0,0\n",
-     r"labels.csv line 4: stay_id is '7.0', labelled twice and not alike \(7\); keep one line of each"),
-    (EVENTS, "stay_id,label,time\n7,1,3\n", r"labels.csv: its column time has no unit; name it minute or hour"),
+     r"labels.csv line 4: stay_id is '7', labelled twice and not alike \(7\); keep one line of each"),
+    (EVENTS, "stay_id,label,time\n7,1,3\n", r"labels.csv: its column time looks like a time, of no known unit; call it minute, hour or prediction_time"),
     (EVENTS, "stay_id,label,minute\n7,1,3\n8,1,\n",
      r"labels.csv line 3: minute is missing; give the time of the question"),
     (EVENTS, "stay_id,label,prediction_time\n7,1,2020-01-01\n",
@@ -223,7 +227,7 @@ def test_windows_text_reads_the_same(tmp_path, load):
 
 
 @pytest.mark.parametrize("columns, message", [
-    ({"value": ["high"]}, "column value holds (large_)?string where numbers belong"),
+    ({"value": [[1.0]]}, "column value holds list.* where numbers belong"),
     ({"stay_id": [pd.Timestamp(0)]}, "column stay_id holds timestamp.* where text or whole numbers belong"),
     ({"minute": [1e8]}, "events.parquet row 1: minute is 1e\\+08"),
 ])
@@ -277,10 +281,10 @@ def original(tmp_path):
 
 def test_original_layout_gives_the_exact_cohort(original, load):
     cohort = load(original, params_map=str(original / "stats.csv"), label_file=str(original / "oc.csv"))
-    assert events_of(cohort) == {"200001.0": [(0, [("HR", 80), ("HR", 90)]), (30, [("K", 4)])],
-                                 "200002.0": [(15, [("HR", 70)])], "200003.0": [(1, [("New", 3)])]}
-    assert labels_of(cohort) == {"200001.0": 1, "200002.0": -1, "200003.0": 0}
-    assert splits_of(cohort) == {"200001.0": 0, "200002.0": 1, "200003.0": 2}
+    assert events_of(cohort) == {"200001": [(0, [("HR", 80), ("HR", 90)]), (30, [("K", 4)])],
+                                 "200002": [(15, [("HR", 70)])], "200003": [(1, [("New", 3)])]}
+    assert labels_of(cohort) == {"200001": 1, "200002": -1, "200003": 0}
+    assert splits_of(cohort) == {"200001": 0, "200002": 1, "200003": 2}
     np.testing.assert_array_equal(cohort.statistics, np.array([[85, 10], [np.nan] * 2, [np.nan] * 2], dtype=np.float32))
     np.testing.assert_array_equal(cohort.vectors, np.array([[1, 0, .5], [0, 2, 0], [np.nan] * 3], dtype=np.float32))
     assert counted(cohort) == {"rows without a finite value": 1, "stays without an outcome (unlabelled)": 1,
@@ -311,7 +315,7 @@ def test_original_layout_set_index_tells_sets_apart(tmp_path, load):
     write(tmp_path / "patient_ehr/train/1.csv",
           "variable,value,minute,set_index\na,1,10,0\nb,2,10,1\nc,3,10,0\nd,4,20,2\ne,5,15,2\n")
     cohort = load(tmp_path)
-    assert events_of(cohort) == {"1": [(10, [("a", 1), ("c", 3)]), (10, [("b", 2)]), (15, [("d", 4), ("e", 5)])]}
+    assert events_of(cohort) == {"1": [(10, [("a", 1), ("c", 3)]), (10, [("b", 2)]), (15, [("e", 5), ("d", 4)])]}
     write(tmp_path / "patient_ehr/train/1.csv", "variable,value,minute,set_index\na,1,10,0\nb,2,10,\n")
     with pytest.raises(InputError, match=r"1.csv line 3: set_index is missing"):
         load(tmp_path)
@@ -339,7 +343,7 @@ def test_original_layout_in_parquet_equals_csv(original, tmp_path, load):
      "200002.0.csv line 3: minute is -2e\\+08"),
     ("patient_ehr/valid/200002.0.csv", "variable,value,minute\nHR,80,1,3\n",
      "200002.0.csv line 2: 4 cells where the columns are 3"),
-    ("patient_ehr/valid/200001.0.csv", "variable,value,minute\nHR,80,1\n", "stay 200001.0 occurs more than once"),
+    ("patient_ehr/valid/200001.0.csv", "variable,value,minute\nHR,80,1\n", "stay 200001 occurs more than once"),
     ("oc.csv", "ts_id,in_hospital_mortality\n200001,3\n", "oc.csv line 2: in_hospital_mortality is '3', not 0 or 1"),
     ("oc.csv", "ts_id,in_hospital_mortality\n200001,1\n200001,0\n", "oc.csv line 3: ts_id is '200001', labelled twice"),
     ("oc.csv", "id,in_hospital_mortality\n200001,1\n", "oc.csv: no column stay_id or ts_id or RecordID or subject_id"),
@@ -403,9 +407,9 @@ def test_options_are_refused_where_nothing_reads_them(original, tmp_path, load):
 
 def test_cache_follows_the_options_and_their_files(original, load):
     assert (load(original).label == -1).all()
-    assert labels_of(load(original, label_file=str(original / "oc.csv")))["200001.0"] == 1
+    assert labels_of(load(original, label_file=str(original / "oc.csv")))["200001"] == 1
     write(original / "oc.csv", "ts_id,in_hospital_mortality\n200001,0\n200003,1\n")
-    assert labels_of(load(original, label_file=str(original / "oc.csv")))["200001.0"] == 0
+    assert labels_of(load(original, label_file=str(original / "oc.csv")))["200001"] == 0
 
 
 # ---- MEDS ------------------------------------------------------------------------------------------------------------
@@ -536,7 +540,7 @@ def test_one_question_a_stay_after_some_hours_or_at_its_end(tmp_path, load):
     write(tmp_path / "events.csv", "stay_id,minute,variable,value\n1,-10,a,1\n1,50,a,1\n1,51,a,1\n2,5,a,1\n2,9,a,1\n")
     write(tmp_path / "labels.csv", "stay_id,label\n1,1\n")
     assert points_of(load(tmp_path)) == {"1": [(51, 1)], "2": [(9, -1)]}
-    assert points_of(load(tmp_path, hours=1)) == {"1": [(50, 1)], "2": [(9, -1)]}
+    assert points_of(load(tmp_path, hours=50 / 60)) == {"1": [(50, 1)], "2": [(9, -1)]}
 
 
 @pytest.mark.parametrize("name, columns",
@@ -623,7 +627,7 @@ def test_meds_keeps_distinct_minutes_apart_decades_after_birth(tmp_path, load):
 @pytest.mark.parametrize("name, columns, message", [
     ("data/1.parquet", {"subject_id": [5], "time": [at("01 00:00")]}, "1.parquet: no column code"),
     ("data/1.parquet", {"subject_id": [5], "time": [at("01 00:00")], "code": [3.5], "numeric_value": ["x"]},
-     "1.parquet: column numeric_value holds (large_)?string where numbers"),
+     "1.parquet row 1: numeric_value is 'x', not a number"),
     ("data/1.parquet", {"subject_id": [None], "time": [at("01 00:00")], "code": ["a"]},
      "data/1.parquet row 1: subject_id is missing"),
     ("metadata/subject_splits.parquet", {"subject_id": [5], "split": ["holdout"]},
@@ -813,13 +817,14 @@ def test_values_beyond_a_measuring_range_enter_as_their_bound(tmp_path, load):
 
 def test_one_error_says_everything_that_is_wrong_with_its_number_and_first_place(tmp_path, load):
     write(tmp_path / "events.csv",
-          "stay_id,minute,variable,value\n1,0,a,1\n,1,a,1\n1,x,a,1\n1,y,a,high\n1,,a,>\n1,5,a,2\n,6,a,1\n")
+          "stay_id,minute,variable,value\n1,0,a,1\n,1,a,1\n1,x,a,1\n1,y,a,\"1,5\"\n1,,a,\"1,2\"\n1,5,a,2\n,6,a,1\n")
     with pytest.raises(InputError) as caught:
         load(tmp_path)
     place = tmp_path / "events.csv"
     assert str(caught.value) == (
         f"{place} line 4: minute is 'x', not a number; mend or remove the line (2 such rows). "
-        f"Also: {place} line 5: value is 'high', not a number; mend or remove the line (2 such rows). "
+        f"Also: {place} line 5: value is '1,5', with a decimal comma or a comma between thousands; write a decimal "
+        "point, or save the table with semicolons between its columns (2 such rows). "
         f"Also: {place} line 3: stay_id is missing; name the stay or remove the line (2 such rows). "
         f"Also: {place} line 4: minute is missing; give minutes since admission, between -1e8 and 1e8 (190 years) "
         "(3 such rows)")
@@ -901,3 +906,248 @@ def test_the_cache_lies_where_the_system_keeps_caches(tmp_path, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr("sys.platform", "darwin")
     assert readers.cache_home() == Path.home() / "Library/Caches/seqsetvae"
+
+
+# ---- one spelling of ids, one zero of hours, nothing silent ----------------------------------------------------------
+
+HEAD = "stay_id,minute,variable,value\n"
+
+
+def parquet(path, **columns):
+    pytest.importorskip("pyarrow")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(columns).to_parquet(path, index=False)
+
+
+def said(cohort) -> str:
+    return cohort.describe()
+
+
+def test_an_id_and_an_item_number_have_one_spelling_wherever_they_enter(tmp_path, load):
+    events = dict(minute=[0, 1], value=[1.0, 2.0])
+    parquet(tmp_path / "d/events/0.parquet", stay_id=[1001, 1002], variable=[220045, 7], **events)
+    parquet(tmp_path / "d/events/1.parquet", stay_id=[1001.0, 1002.0], variable=[220045.0, 7.0], subject_id=[5.0, 6.0],
+            **events)
+    write(tmp_path / "d/labels.csv", "stay_id,label\n1001.00,1\n 1002 ,0\n")
+    write(tmp_path / "split.csv", "stay_id,split\n1001.0,train\n1002,test\n")
+    write(tmp_path / "map.csv", "source,name,factor\n220045.0,HR,10\n")
+    cohort = load(tmp_path / "d", split_file=str(tmp_path / "split.csv"), variables_map=str(tmp_path / "map.csv"))
+    assert events_of(cohort) == {"1001": [(0, [("HR", 10), ("HR", 10)])], "1002": [(1, [("7", 2), ("7", 2)])]}
+    assert labels_of(cohort) == {"1001": 1, "1002": 0} and splits_of(cohort) == {"1001": 0, "1002": 2}
+    assert cohort.subject.tolist() == ["5", "6"]
+
+
+@pytest.mark.parametrize("ids", [[2.0**53, 2.0**53 + 2], [123456789012345678.0, 1.0],
+                                 np.array([2**24, 7], dtype=np.float32), ["1.23457E+17", "x"],
+                                 ["9007199254740993.0", "x"]])
+def test_a_float_id_that_may_have_been_another_is_refused(tmp_path, load, ids):
+    parquet(tmp_path / "events.parquet", stay_id=ids, minute=[0, 1], variable=["a", "a"], value=[1.0, 1.0])
+    with pytest.raises(InputError, match="events.parquet row 1: stay_id is .* a float of so many digits"):
+        load(tmp_path)
+    parquet(tmp_path / "events.parquet", stay_id=[2**53 + 1, 2**53], minute=[0, 1], variable=["a", "a"], value=[1., 1.])
+    assert len(load(tmp_path)) == 2
+
+
+def test_words_for_no_id_are_missing_ids(tmp_path, load):
+    words = ["", "NaN", "nan", "None", "<NA>", "NaT", "null", "NA", "\\N"]
+    write(tmp_path / "c/events.csv", HEAD + "1,0,a,1\n" + "".join(f"{word},1,a,1\n" for word in words))
+    parquet(tmp_path / "p/events.parquet", stay_id=[1, np.nan, np.nan], minute=0, variable="a", value=1.0)
+    for folder, row, count in (("c", "csv line 3", len(words)), ("p", "parquet row 2", 2)):
+        with pytest.raises(InputError, match=rf"events.{row}: stay_id is missing; .* \({count} such rows\)"):
+            load(tmp_path / folder)
+
+
+def test_words_for_no_number_are_missing_and_counted(tmp_path, load):
+    rows = "".join(f"1\t{i}\ta\t{cell}\n" for i, cell in enumerate([1, r"\N", "<NA>", "#N/A", "n/a", ".", "", "NULL"]))
+    write(tmp_path / "events.csv", HEAD.replace(",", "\t") + rows)
+    cohort = load(tmp_path)
+    assert np.isnan(cohort.event_value).tolist() == [False] + [True] * 7
+    reason = r"cells of \N, <NA>, #N/A, n/a, NaT or . where a number is due, read as missing"
+    assert f"data: 5 {reason}, the first: {tmp_path / 'events.csv'} line 3" in said(cohort)
+
+
+def test_a_meds_task_is_named_by_its_path_and_shards_are_none(tmp_path, load):
+    meds(tmp_path, "data/0.parquet", subject_id=[5], time=[at("01 10:00")], code=["a"])
+    one = dict(subject_id=[5], prediction_time=[at("01 12:00")])
+    names = ["mortality/in_icu/first_24h/0", "mortality/in_hospital/first_48h/train/part-00000-ab.c000", "aki/tuning"]
+    for i, name in enumerate(names):
+        meds(tmp_path, f"labels/{name}.parquet", **one, boolean_value=[i == 1])
+    with pytest.raises(InputError, match="tasks aki, mortality/in_hospital/first_48h, mortality/in_icu/first_24h; choose"):
+        load(tmp_path)
+    assert load(tmp_path, task="mortality/in_icu/first_24h").label.tolist() == [0]
+    assert load(tmp_path, task="mortality/in_hospital/first_48h").label.tolist() == [1]
+
+
+def test_folders_of_meds_data_that_are_named_like_splits_are_the_split(tmp_path, load):
+    for subject, part in enumerate(("train", "tuning", "held_out")):
+        meds(tmp_path, f"data/{part}/0.parquet", subject_id=[subject], time=[at("01 10:00")], code=["a"])
+    assert splits_of(load(tmp_path)) == {"0": 0, "1": 1, "2": 2}
+    meds(tmp_path, "metadata/subject_splits.parquet", subject_id=[0, 1, 2], split=["tuning", "train", "train"])
+    assert splits_of(load(tmp_path)) == {"0": 1, "1": 0, "2": 0}
+    meds(tmp_path, "data/held_out/1.parquet", subject_id=[0], time=[at("01 10:00")], code=["a"])
+    with pytest.raises(InputError, match="row 1: subject_id is '0', and in another split's folder too"):
+        load(tmp_path)
+
+
+def test_columns_that_are_not_read_are_named_and_a_time_among_them_stops(tmp_path, load):
+    write(tmp_path / "d/events.csv", "stay_id,minute,variable,value,ward,bed\n1,0,a,1,x,y\n1,9,a,1,x,y\n")
+    write(tmp_path / "d/labels.csv", "stay_id,label,age\n1,1,30\n")
+    lines = said(load(tmp_path / "d"))
+    assert "data: 2 columns of events.csv not read: ward, bed" in lines
+    assert "data: 1 columns of labels.csv not read: age" in lines
+    for name, cell in (("timestamp", 5), ("asked_at", "2020-01-01 10:00"), ("label_hour", 1), ("Date", 1)):
+        write(tmp_path / "d/labels.csv", f"stay_id,label,{name}\n1,1,{cell}\n")
+        with pytest.raises(InputError, match=f"labels.csv: its column {name.lower()} looks like a time"):
+            load(tmp_path / "d")
+    assert load(tmp_path / "d", columns="minute=Date").point_minute.tolist() == [1]
+    assert load(tmp_path / "d", columns="other=date").point_minute.tolist() == [9]
+
+
+def test_a_time_is_rounded_once_so_that_a_question_meets_its_event(tmp_path, load):
+    minutes = np.arange(0, 3000)
+    write(tmp_path / "h/events.csv", HEAD + "".join(f"{m},{m},a,1\n{m},{m + 1},a,1\n" for m in minutes))
+    write(tmp_path / "h/labels.csv", "stay_id,label,hour\n" + "".join(f"{m},1,{m / 60}\n" for m in minutes))
+    cohort = load(tmp_path / "h")
+    assert np.array_equal(cohort.point_minute, cohort.set_minute[::2])
+    tenths = np.arange(3000) / 10
+    parquet(tmp_path / "f/events.parquet", stay_id=np.arange(3000), minute=tenths.astype(np.float32), variable="a",
+            value=1.0)
+    write(tmp_path / "f/labels.csv", "stay_id,label,minute\n" + "".join(f"{i},1,{m}\n" for i, m in enumerate(tenths)))
+    cohort = load(tmp_path / "f")
+    assert np.array_equal(cohort.point_minute, cohort.set_minute)
+
+
+def test_hours_have_one_zero_minute_0_or_the_first_event_that_is_no_birth(tmp_path, load):
+    write(tmp_path / "t/events.csv", HEAD + "1,-600,a,1\n1,100,a,1\n1,500,a,1\n")
+    write(tmp_path / "t.csv", "stay_id,label,hour\n1,1,2\n")
+    asked = load(tmp_path / "t", hours=2), load(tmp_path / "t", label_file=str(tmp_path / "t.csv"))
+    assert [cohort.point_minute.tolist() for cohort in asked] == [[120], [120]] and asked[0].admission.tolist() == [0]
+    meds(tmp_path, "m/data/0.parquet", subject_id=[1] * 3, code=["MEDS_BIRTH", "a", "b"],
+         time=[pd.Timestamp("1950-01-01"), at("01 10:00"), at("03 00:00")])
+    asked = load(tmp_path / "m", hours=2), load(tmp_path / "m", label_file=str(tmp_path / "t.csv"))
+    assert [cohort.clock(np.array([0]), cohort.point_minute) for cohort in asked] == [np.datetime64(at("01 12:00"))] * 2
+
+
+def test_hidden_parts_are_skipped_and_counted_and_links_followed_once(tmp_path, load):
+    write(tmp_path / "d/events/0.csv", HEAD + "1,0,a,1\n")
+    for name in ("_temporary/0/1.csv", ".ipynb_checkpoints/0.csv", "_1.csv"):
+        write(tmp_path / "d/events" / name, HEAD + "1,0,a,9\n")
+    write(tmp_path / "elsewhere/2.csv", HEAD + "2,0,a,1\n")
+    (tmp_path / "d/events/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/loop").symlink_to(tmp_path / "d/events")
+    cohort = load(tmp_path / "d")
+    assert cohort.stay_id.tolist() == ["1", "2"] and cohort.event_value.tolist() == [1, 1]
+    for line in ("3 files and folders whose names begin with _ or ., not read", "2 files read",
+                 "1 folders met again through a link, not read again"):
+        assert f"data: {line}" in said(cohort)
+
+
+@pytest.mark.parametrize("separator, cells, values", [
+    (";", ["36,6", "1250", "80,5"], [36.6, 1250, 80.5]), (";", ["36.6", "1250"], [36.6, 1250]),
+    (";", ["36.6", "1,250"], None), (";", ["1,250.5"], None), ("\t", ["35,8"], None), (",", ['"1,250"'], None)])
+def test_a_table_has_one_decimal_mark(tmp_path, load, separator, cells, values):
+    rows = "".join(f"1,{i},x,@\n".replace(",", separator).replace("@", cell) for i, cell in enumerate(cells))
+    write(tmp_path / "events.csv", HEAD.replace(",", separator) + rows)
+    if values is None:
+        with pytest.raises(InputError, match="events.csv line .: .*(decimal|thousands)"):
+            load(tmp_path)
+    else:
+        assert load(tmp_path).event_value.tolist() == np.float32(values).tolist()
+
+
+def test_sources_of_a_map_that_met_no_event_are_named(tmp_path, load):
+    write(tmp_path / "d/events.csv", HEAD + "1,0,a,1\n")
+    write(tmp_path / "map.csv", "source,name,factor\nA,b,2\na,c,1\n")
+    cohort = load(tmp_path / "d", variables_map=str(tmp_path / "map.csv"))
+    assert "data: 1 sources of --variables that met no event: A" in said(cohort)
+
+
+def test_a_first_event_long_before_the_second_is_counted(tmp_path, load):
+    parquet(tmp_path / "events.parquet", stay_id=[1, 1, 2, 2], variable="a", value=1.0,
+            minute=pd.to_datetime(["1900-01-01", "2020-01-01", "2020-01-01", "2020-01-02"]))
+    assert ("data: 1 stays whose first event lies a year or more before their second, the first: stay 1"
+            in said(load(tmp_path)))
+
+
+def test_a_variable_of_texts_becomes_categories_and_a_text_among_numbers_its_presence(tmp_path, load, monkeypatch):
+    monkeypatch.setattr("tables.PART_BYTES", 40)
+    rows = "1,0,Sex,Female\n1,0,HR,80\n1,1,HR,refused\n2,0,Sex,Male\n2,0,CRP,<5\n2,1,CRP,haemolysed\n2,2,Sex,Female\n"
+    write(tmp_path / "d/events.csv", HEAD + rows)
+    cohort = load(tmp_path / "d")
+    assert events_of(cohort) == {"1": [(0, [("Sex=Female", None), ("HR", 80)]), (1, [("HR", None)])],
+                                 "2": [(0, [("Sex=Male", None), ("CRP", 5)]), (1, [("CRP", None)]),
+                                       (2, [("Sex=Female", None)])]}
+    assert cohort.variables == ["CRP", "HR", "Sex=Female", "Sex=Male"]
+    place = tmp_path / "d/events.csv"
+    assert ("data: 3 texts of variables without numbers, entered as categories (name=text, without a value), the first: "
+            f"{place} line 2, Sex=Female") in said(cohort)
+    assert (f"data: 2 texts among numbers, or of more than {readers.CATEGORIES} kinds (they count as recorded, without a "
+            f"value), the first: {place} line 4, HR=refused") in said(cohort)
+    write(tmp_path / "e/events.csv", HEAD + "".join(f"1,{i},note,text {i}\n" for i in range(readers.CATEGORIES + 1)))
+    assert load(tmp_path / "e").variables == ["note"]
+    parquet(tmp_path / "p/events.parquet", **pd.read_csv(tmp_path / "d/events.csv", dtype={"value": str}))
+    assert events_of(load(tmp_path / "p")) == events_of(cohort)
+
+
+def test_a_tables_own_column_names_are_taken(tmp_path, load):
+    write(tmp_path / "d/events.csv", "Encounter_ID,charted,stay_id,item,value\n1,5,bed 3,a,2\n")
+    write(tmp_path / "d/labels.csv", "encounter_id,died\n1,1\n")
+    columns = "stay_id=encounter_id, minute=charted,variable=item,label=died"
+    cohort = load(tmp_path / "d", columns=columns)
+    assert events_of(cohort) == {"1": [(5, [("a", 2)])]} and cohort.label.tolist() == [1]
+    with pytest.raises(InputError, match="--columns .*: no table has a column chartd"):
+        load(tmp_path / "d", columns=columns.replace("charted", "chartd"))
+    with pytest.raises(InputError, match="--columns x: takes pairs"):
+        load(tmp_path / "d", columns="x")
+
+
+def test_clock_times_and_durations_are_read_from_csv_as_from_parquet(tmp_path, load):
+    clock = pd.to_datetime(["2020-03-01 10:00:30", "2020-03-01 11:00:00", "2020-03-02 09:00:00"])
+    table = pd.DataFrame({"stay_id": [1, 1, 2], "variable": "a", "value": [1.0, 2.0, 3.0]})
+    for name, minute in {"clock": clock, "duration": clock - clock[0]}.items():
+        parquet(tmp_path / name / "p/events.parquet", **table.assign(minute=minute))
+        (tmp_path / name / "c").mkdir()
+        table.assign(minute=minute).to_csv(tmp_path / name / "c/events.csv", index=False)
+        assert load(tmp_path / name / "p").fingerprint == load(tmp_path / name / "c").fingerprint
+    write(tmp_path / "clock/c/events.csv", HEAD + "1,2020-03-01 10:00,a,1\n1,soon,a,1\n")
+    with pytest.raises(InputError, match="line 3: minute is 'soon', not a time like"):
+        load(tmp_path / "clock/c")
+
+
+def test_a_set_of_several_minutes_is_cut_at_the_question(tmp_path, load):
+    write(tmp_path / "patient_ehr/train/1.csv", "variable,value,minute,set_index\n"
+          "a,1,10,0\nb,2,69,0\nc,3,40,0\nd,4,70.5,1\ne,5,130,1\n")
+    labels = write(tmp_path / "l.csv", "stay_id,label,minute\n1,1,10\n1,0,50\n1,1,80\n")
+    whole = {"1": [(10, [("a", 1), ("c", 3), ("b", 2)]), (70.5, [("d", 4), ("e", 5)])]}
+    assert events_of(load(tmp_path)) == whole
+    cohort = load(tmp_path, label_file=str(labels))
+    assert events_of(cohort) == {"1": [(10, [("a", 1)]), (40, [("c", 3)]), (69, [("b", 2)]), (70.5, [("d", 4)]),
+                                       (130, [("e", 5)])]}
+    again = with_points(cohort, np.array([2]), np.array([10.0, 50.0]))
+    assert events_of(again) == events_of(cohort)
+
+
+def test_sets_that_begin_within_one_another_are_cut_where_the_other_begins(tmp_path, load):
+    write(tmp_path / "patient_ehr/train/1.csv", "variable,value,minute,set_index\n"
+          "a,1,10,0\nb,2,60,0\nc,3,20,1\nd,4,30,1\ne,5,30,2\nf,6,31,2\n")
+    cohort = load(tmp_path)
+    assert events_of(cohort) == {"1": [(10, [("a", 1)]), (20, [("c", 3)]), (30, [("d", 4)]), (30, [("e", 5), ("f", 6)]),
+                                       (60, [("b", 2)])]}
+
+
+@pytest.mark.parametrize("tells", ["presence", "value", "nothing"])
+def test_a_variable_that_tells_the_label_alone_is_found(tells):
+    rng, n = np.random.default_rng(0), 200
+    label = rng.random(n) < .2
+    events = [(i, 0, 0, rng.normal()) for i in range(n)] + [(i, 1, 1, float(rng.random() < .5)) for i in range(n)]
+    if tells == "value":
+        events += [(i, 2, 2, float(y)) for i, y in enumerate(label)]
+    if tells == "presence":
+        events += [(i, 2, 2, np.nan) for i, y in enumerate(label) if y]
+    cohort = at_end(build_cohort("x", ["HR", "coin", "died"], *(np.array(x) for x in zip(*events)),
+                                 stay_id=np.arange(n)), label)
+    found = telling_variables(cohort, np.arange(n))
+    assert found == ({} if tells == "nothing" else {"died": pytest.approx(1)})
+    assert telling_variables(cohort, np.flatnonzero(~label)) == {}
+    early = replace(cohort, point_minute=np.ones(n))  # before the event that tells it
+    assert telling_variables(early, np.arange(n)) == {}

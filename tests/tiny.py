@@ -175,7 +175,8 @@ def splits_of(cohort) -> dict:
 
 
 def counted(cohort) -> dict:
-    return {reason: count for reason, count in cohort.notes.items() if count}
+    """What the reader noted, but how many files it read."""
+    return {reason: count for reason, count in cohort.notes.items() if count and reason != "files read"}
 
 
 EVENTS = """stay_id,minute,variable,value
