@@ -467,8 +467,7 @@ def new_models(config, dataset) -> tuple[SeqSetVAEPretrain, SeqSetVAE, FinetuneC
 
 
 def assert_plain_loop_agrees(config, dataset, stays) -> None:
-    """The plain loop's losses and features are the batched model's, to 1e-5 (with learned seeds, as noise is
-    never drawn alike)."""
+    """The plain loop's losses and features are the batched model's, to 1e-5 (with learned seeds, no noise)."""
     from tests.plain_loop import close, plain_features, plain_pass
     model, head, _ = new_models(replace(config, learned_seeds=True), dataset)
     lists = plain_stays(dataset, stays)
@@ -480,8 +479,7 @@ def assert_plain_loop_agrees(config, dataset, stays) -> None:
 
 
 def pretraining_pass(how, config, batches, dataset, device):
-    """Make, forward, backward and optimizer step of every batch. The plain loop goes backward after each
-    stay, so it holds one stay in memory."""
+    """Steps on every batch. The plain loop goes backward after each stay, so it holds one in memory."""
     from tests.plain_loop import plain_pass
     model = new_models(config, dataset)[0].to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
@@ -579,8 +577,7 @@ def take_turns(works: dict, device, rounds: int) -> dict:
 
 
 def benchmark(arguments) -> None:
-    """Print how long the batched model takes beside the plain loop, and append the table to
-    checkpoints/benchmark.csv."""
+    """Print times and memory beside the plain loop, and append the table to checkpoints/benchmark.csv."""
     if arguments.cache_dir:
         raise InputError(f"--cache_dir {arguments.cache_dir}: --benchmark measures reading, into a temporary "
                          "folder of its own; leave the option out")
@@ -680,9 +677,8 @@ def zipf_cohort(variables: int, stays: int, sets: int = 150, events: int = 4):
     rng, n = np.random.default_rng(0), stays * sets * events
     stay = np.repeat(np.arange(stays), sets * events)
     minute = np.tile(np.repeat(20.0 * np.arange(sets), events), stays)
-    names = [f"v{i:05d}" for i in range(variables)]
-    return build_cohort("Zipf", names, stay, minute, zipf(rng, n, variables), rng.normal(size=n),
-                        np.arange(stays).astype(str))
+    names, ids = [f"v{i:05d}" for i in range(variables)], np.arange(stays).astype(str)
+    return build_cohort("Zipf", names, stay, minute, zipf(rng, n, variables), rng.normal(size=n), ids)
 
 
 def pretraining_of(variables: int, stays: int):
