@@ -1,4 +1,5 @@
-"""The settings of finetuning, in one place: what trains, the head, its optimizer, schedule, loss and early stopping."""
+"""The settings of finetuning, in one place: what trains, the head, its optimizer, schedule, loss and early
+stopping."""
 
 import math
 from dataclasses import dataclass
@@ -15,10 +16,10 @@ class FinetuneConfig:
     # What the head gets, and the head
     features: str = setting("stable", choices=FEATURES)  # of the backbone; see ModelConfig
     fuse: bool = True                # mu and logvar fused, or mu alone
-    summaries: bool = True           # exact summaries of the stay, variable by variable, beside the learned features
-    most_variables: int = setting(128, low=0)  # summarised, at most: the most common ones of the training stays
-    head_widths: tuple = setting((), items=(int,))  # hidden widths of the head. By default there are none: the head is linear
-    trees: int | None = 400          # boosted trees of the summaries beside the head; validation chooses their share
+    summaries: bool = True           # exact summaries of the stay beside the learned features
+    most_variables: int = setting(128, low=0)  # summarised, at most: those most common in training stays
+    head_widths: tuple = setting((), items=(int,))  # hidden widths of the head. None: the head is linear
+    trees: int | None = 400          # boosted trees of the summaries; validation chooses their share
     tree_depth: int = 4
     tree_rate: float = 0.03          # shrinkage
     tree_subsample: float = setting(0.5, low=1e-9, high=1)  # share of the stays that a tree sees
@@ -35,8 +36,9 @@ class FinetuneConfig:
     learned_prior: float = 300.0     # on the inputs that the backbone learned
     summaries_prior: float = 1000.0  # on the exact summaries
     clip: float = 0.5                # largest norm of the gradient
-    # Each point with the outcome is learned from, and for each of them this many others (full training draws another
-    # sample each epoch). A cohort of fewer than `few_points` is learned whole. Weights stand for what is left out
+    # Each point with the outcome is learned from, and for each of them this many others (full training draws
+    # another sample each epoch). A cohort of fewer than `few_points` is learned whole. Weights stand for what
+    # is left out
     negatives: float = 10.0
     few_points: int = 65_536
     # Loss
@@ -44,11 +46,13 @@ class FinetuneConfig:
     focal_alpha: float = setting(0.25, high=1)
     focal_gamma: float = 2.0
     label_smoothing: float = setting(0.0, high=1)  # of the cross-entropy
-    # Epochs without a better validation AUROC after which the head stops. 0: it never stops, and the last epoch is kept:
-    # on a few hundred validation stays the best epoch is mostly luck, and the regularised head does not overfit
+    # Epochs without a better validation AUROC after which the head stops. 0: it never stops, and the last
+    # epoch is kept: on a few hundred validation stays the best epoch is mostly luck, and the regularised head
+    # does not overfit
     patience: int = setting(0, low=0)
-    max_trainable_ratio: float = setting(0.05, high=1)  # share of all parameters, where the backbone is frozen
-    # Full training. First the head is trained on the frozen backbone, as above (Kumar et al. 2022), then everything
+    max_trainable_ratio: float = setting(0.05, high=1)  # of all parameters, where the backbone is frozen
+    # Full training. First the head is trained on the frozen backbone, as above (Kumar et al. 2022), then
+    # everything
     full_batch_size: int = 16        # stays a step, of all processes together
     full_max_epochs: int | None = None  # None: as many as make 1,800 steps, but at most 5
     full_learning_rate: float = 1e-4  # of a pretrained backbone
@@ -62,35 +66,36 @@ class FinetuneConfig:
     __post_init__ = check_settings
 
     def epochs(self, points: int) -> int:
-        """Of the head over so many points."""
+        """Returns the head's number of epochs over this many training points."""
         return self.max_epochs or epochs_of_steps(10_000, points, self.batch_size, most=20)
 
     def full_epochs(self, stays: int) -> int:
-        """Of full training over so many stays."""
+        """Returns the number of epochs of full training over this many stays."""
         return self.full_max_epochs or epochs_of_steps(1800, stays, self.full_batch_size, most=5)
 
 
 def epochs_of_steps(steps: int, stays: int, batch_size: int, most: int) -> int:
-    """Epochs that make so many steps, but `most` at most: what is learned follows the steps, of which a large cohort
-    has many an epoch."""
+    """Returns the number of epochs that make this many steps, at most `most`. What is learned follows the
+    steps, and an epoch of a large cohort has many."""
     return min(most, math.ceil(steps / math.ceil(stays / batch_size)))
 
 
 def head_penalty(model: SeqSetVAE, config: FinetuneConfig, points: int) -> torch.Tensor:
-    """L2 penalty on the head's first layer, whose inputs outnumber the positive stays, beside the mean loss over so
-    many training points: Gaussian priors, of what the backbone tells and of the summaries, which count the less the
-    more points there are. -> []."""
-    square = model.cls_head[0].weight.square()                                                         # [c, F]
+    """Returns the L2 penalty on the head's first layer, [], beside the mean loss over this number of training
+    points. The layer's inputs outnumber the positive stays. The penalty stands for two Gaussian priors, on
+    the inputs that the backbone learned and on the summaries. The more points there are, the less it
+    counts."""
+    square = model.cls_head[0].weight.square()  # [c, F]
     learned, exact = square.tensor_split([square.shape[1] - model.feature_sizes()["summaries"]], dim=1)
     return 0.5 / points * (config.learned_prior * learned.sum() + config.summaries_prior * exact.sum())
 
 
-MANY_POINTS = 20_000  # beyond so many exact boosting takes hours: histograms, and fewer, larger trees
+MANY_POINTS = 20_000  # for more, exact boosting takes hours: histograms, and fewer, larger trees
 
 
 def tree_sizes(config: FinetuneConfig, points: int) -> dict:
-    """Number and depth of the trees that so many points are worth, as fields of ModelConfig: none without summaries,
-    which are all that they see."""
+    """Returns the number and depth of the trees for this number of training points, as fields of ModelConfig.
+    Without summaries there are no trees, which see nothing else."""
     trees = config.trees if config.summaries else None
     if trees and points > MANY_POINTS:
         return {"head_trees": min(trees, 100), "tree_depth": max(config.tree_depth, 6)}
@@ -98,15 +103,15 @@ def tree_sizes(config: FinetuneConfig, points: int) -> dict:
 
 
 def boosted_trees(config: FinetuneConfig, points: int, seed: int):
-    """What fits the trees beside the head to so many points: stochastic gradient boosting (Friedman 2002), or boosting
-    on histograms (Ke et al. 2017)."""
+    """Returns the estimator of the trees for this number of training points: stochastic gradient boosting
+    (Friedman 2002), or boosting on histograms (Ke et al. 2017) for more than MANY_POINTS."""
     trees, depth = tree_sizes(config, points).values()
     shared = dict(max_depth=depth, min_samples_leaf=config.tree_leaf, random_state=seed)
     if points > MANY_POINTS:
         return HistGradientBoostingClassifier(max_iter=trees, learning_rate=0.1, l2_regularization=10.,
                                               max_features=0.2, early_stopping=False, **shared)
-    return GradientBoostingClassifier(n_estimators=trees, learning_rate=config.tree_rate,
-                                      max_features=config.tree_features, subsample=config.tree_subsample, **shared)
+    return GradientBoostingClassifier(n_estimators=trees, learning_rate=config.tree_rate, **shared,
+                                      max_features=config.tree_features, subsample=config.tree_subsample)
 
 
 def head_optimizer(model: SeqSetVAE, config: FinetuneConfig) -> torch.optim.Optimizer:
@@ -122,6 +127,6 @@ def full_optimizer(model: SeqSetVAE, config: FinetuneConfig) -> torch.optim.Opti
 
 
 def cosine(rate: float, done: int, total: int) -> float:
-    """The learning rate when so many of all steps, or epochs, are done: it falls to zero at the end (Loshchilov &
-    Hutter 2017)."""
+    """Returns the learning rate when `done` of `total` steps, or epochs, are done. It falls to zero at the
+    end (Loshchilov & Hutter 2017)."""
     return rate * 0.5 * (1 + math.cos(math.pi * min(1, done / total)))

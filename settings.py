@@ -1,5 +1,6 @@
-"""The mechanism of settings: each is a field of a dataclass, whose metadata serve the command line, the checks and the
-records of a run. The options that both commands share and the settings of the model are declared at the end."""
+"""The mechanism of settings: each is a field of a dataclass, whose metadata serve the command line, the
+checks and the records of a run. The options that both commands share and the settings of the model are
+declared at the end."""
 
 import argparse
 import ast
@@ -11,22 +12,23 @@ from data import InputError
 from history_statistics import summary_features
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # A setting and its value
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def setting(default=MISSING, **metadata) -> Field:
     """A field of a dataclass of settings. A `tuple` holds numbers. All metadata are optional:
 
-    low, high: bounds of its numbers (default: 1 for whole numbers, 0 for others; 1e9); length, items: how many numbers
-        its tuple has, and of which types.
+    low, high: bounds of its numbers (default: 1 for whole numbers, 0 for others; 1e9); length, items: how
+        many numbers its tuple has, and of which types.
     words: values that a text stands for.
-    choices, metavar, nargs, const, type, action: of an option, as argparse takes them; names: of an option, where they
-        are not --NAME.
+    choices, metavar, nargs, const, type, action: of an option, as argparse takes them; names: of an option,
+        where they are not --NAME.
     group: the group of --help that begins with this option.
     mode: the mode of train.py that alone has it.
-    scope: of an option, None (a run records it and cannot change it), "path" or "machine" (a run records it, and takes it
-        anew when it is resumed) or "call" (no run records it); of a setting of the model, see ModelConfig.
+    scope: of an option, None (a run records it and cannot change it), "path" or "machine" (a run records it,
+        and takes it anew when it is resumed) or "call" (no run records it); of a setting of the model, see
+        ModelConfig.
     """
     return field(default=default, metadata=metadata)
 
@@ -41,13 +43,14 @@ def value_of(f: Field, value):
     with suppress(ValueError, SyntaxError, TypeError):
         value = f.metadata.get("words", {}).get(value, value)
         if isinstance(value, str) and not isinstance(value, f.type):
-            value = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(value.lower(), value))
+            words = {"true": "True", "false": "False", "none": "None"}
+            value = ast.literal_eval(words.get(value.lower(), value))
     return checked(f, value)
 
 
 def checked(f: Field, value):
-    """The value of a setting, which may come from JSON. Raises InputError where it is not of the setting's type, none
-    of its choices or outside its bounds. (The default bounds lie far within float32.)"""
+    """The value of a setting, which may come from JSON. Raises InputError where it is not of the setting's
+    type, none of its choices or outside its bounds. (The default bounds lie far within float32.)"""
     if value is f.default or f.type in (list, dict):
         return value
     about = f.metadata
@@ -62,7 +65,8 @@ def checked(f: Field, value):
             and (within or isinstance(value, str | None))
             and value in about.get("choices", [value])
             and len(items) == about.get("length", len(items))):
-        takes = " or ".join(about.get("choices", [])) or f"{getattr(f.type, '__name__', f.type)}, {low:g} to {high:g}"
+        kind = getattr(f.type, "__name__", f.type)
+        takes = " or ".join(about.get("choices", [])) or f"{kind}, {low:g} to {high:g}"
         raise InputError(f"{f.name} is {repr(value)[:40]}; it takes {takes}")
     return value
 
@@ -75,20 +79,21 @@ def check_settings(settings) -> None:
 
 def changed(settings, changes: dict):
     """A dataclass of settings with those changes, values or texts, that are its own."""
-    return replace(settings, **{f.name: value_of(f, changes[f.name]) for f in fields(settings) if f.name in changes})
+    own = [f for f in fields(settings) if f.name in changes]
+    return replace(settings, **{f.name: value_of(f, changes[f.name]) for f in own})
 
 
 def recorded(settings) -> dict:
-    """The options that a run records: those that have a value, paths whole, so that they hold in another working
-    folder."""
+    """The options that a run records: those that have a value, paths whole, so that they hold in another
+    working folder."""
     return {f.name: str(Path(value).resolve()) if f.metadata.get("scope") == "path" and value else value
             for f in fields(settings)
             if (value := getattr(settings, f.name)) is not None and f.metadata.get("scope") != "call"}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Command lines
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 ARGPARSE = ("help", "choices", "metavar", "nargs", "const", "type", "action")
 
@@ -115,9 +120,9 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see --help")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Options that both commands take
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 SEED = {"low": 0, "high": 2**32 - 1}
 SHARE = {"low": 1e-12, "high": 1}
@@ -126,25 +131,28 @@ SHARE = {"low": 1e-12, "high": 1}
 @dataclass
 class DataSettings:
     """What the data are and what is asked of them: the arguments of `load_cohort`. None: not given."""
-    data_dir: str = option("folder of the data, of any layout that README.md lists", group="data", scope="path")
+    data_dir: str = option("folder of the data, of any layout that README.md lists", group="data",
+                           scope="path")
     synthetic_stays: int = option("size of the embedded cohort (default: 1000)")
     label_file: str = option(
-        "labels that lie elsewhere: a file or folder, CSV or Parquet, of stay_id,label and perhaps minute or hour",
+        "labels that lie elsewhere: a file or folder, CSV or Parquet, of stay_id,label and perhaps minute or "
+        "hour",
         names=("--label_file", "--label_path"), scope="path")
     task: str = option("which of several tasks in the data's labels/")
     positive: str = option("the word in the label column that means 1, such as yes")
-    hours: float = option("ask once a stay, this many hours after admission (minute 0; of clock times the first event); "
-                          "end: at its end, wherever a checkpoint learned", low=0, high=1e6, words={"end": 0.})
+    hours: float = option("ask once a stay, this many hours after admission (minute 0; of clock times the first "
+                          "event); end: at its end, wherever a checkpoint learned", low=0, high=1e6,
+                          words={"end": 0.})
     split_file: str = option("CSV stay_id,split of train, valid and test, instead of the data's own",
                              names=("--split", "--split_file"), scope="path")
-    variables_map: str = option("CSV source,name,factor[,offset]: other names and units of the data's variables, which a "
-                                "checkpoint keeps; none drops them",
+    variables_map: str = option("CSV source,name,factor[,offset]: other names and units of the data's "
+                                "variables, which a checkpoint keeps; none drops them",
                                 names=("--variables", "--variables_map"), scope="path", words={"none": ""})
     columns: str = option("the tables' own names of columns, such as stay_id=encounter_id,minute=charted")
-    cache_dir: str = option("where data that were read are kept (default: seqsetvae where the system keeps caches)",
-                            scope="call")
-    params_map: str = option("statistics of its data, CSV variable,mean,std or .pkl", group="original", scope="path",
-                             names=("--params_map", "--params_map_path"))
+    cache_dir: str = option("where data that were read are kept (default: seqsetvae where the system keeps "
+                            "caches)", scope="call")
+    params_map: str = option("statistics of its data, CSV variable,mean,std or .pkl", group="original",
+                             scope="path", names=("--params_map", "--params_map_path"))
 
     __post_init__ = check_settings
 
@@ -153,7 +161,8 @@ class DataSettings:
 class SharedSettings(DataSettings):
     """What both commands take beside the data."""
     set_heads: int = option("attention heads of the set encoder, for a bare state dict", mode="finetune")
-    transformer_heads: int = option("attention heads of the Transformer, for a bare state dict", mode="finetune")
+    transformer_heads: int = option("attention heads of the Transformer, for a bare state dict",
+                                    mode="finetune")
     device: str = option("auto (cuda if there is one, else cpu), cpu, cuda, cuda:1 (default: auto)", "auto",
                          group="run", scope="machine")
 
@@ -188,7 +197,7 @@ class ModelConfig:
     levels: int = setting(1, high=256)  # ISAB levels
     set_heads: int = 2
     inducing: int = setting(4, high=256)  # m
-    mab_residual: bool = True       # MAB of Lee et al. 2019; False: the original SeqSetVAE's, without residuals
+    mab_residual: bool = True       # MAB of Lee et al. 2019; False: the original's, without residuals
     presence: bool = True           # learned term that says *that* a variable was measured
     # History
     layers: int = setting(3, high=256)

@@ -1,11 +1,11 @@
 """Everything that looks at SeqSetVAE from outside.
 
-    python test_suite.py                       runs every test below through pytest
-    python test_suite.py --soak                runs the kill and damage tests at length and prints their counts
-    python test_suite.py --checkpoint C        analyses a finetuned checkpoint on its test split [--baselines]
-    python test_suite.py --checkpoint C --follow   reads events as they come, prints each stay's risk after every set
-    python test_suite.py --protocol --data_dir D   measures the tables of RESULTS.md: several splits, every method
-    python test_suite.py --benchmark [--data_dir D]   measures speed and memory beside a plain loop over single sets
+    python test_suite.py                           runs every test below through pytest
+    python test_suite.py --soak                    runs the kill and damage tests at length, with counts
+    python test_suite.py --checkpoint C            analyses a finetuned checkpoint on its test split
+    python test_suite.py --checkpoint C --follow   reads events as they come, prints each stay's risk
+    python test_suite.py --protocol --data_dir D   measures the tables of RESULTS.md
+    python test_suite.py --benchmark [--data_dir D]   measures speed and memory beside a plain loop
 """
 
 import os
@@ -29,52 +29,54 @@ TESTS = str(Path(__file__).with_name("tests"))
 class Options(SharedSettings):
     """The options of test_suite.py."""
     checkpoint: list = option(
-        "the finetuned checkpoint, of train.py or of the original implementation; of several, the mean of their logits",
+        "the finetuned checkpoint, of train.py or of the original implementation; of several, the mean of "
+        "their logits",
         (), group="analysis", nargs="+")
     baselines: bool = option("compare with hand-made baselines and an untrained backbone", False)
     predictions: str = option(
-        "file to write: stay_id, subject_id, minute, probability, split, label of every stay of the data, labelled "
-        "or not, as CSV or "
-        ".parquet (which of MEDS data is what meds-evaluation takes)")
+        "file to write: stay_id, subject_id, minute, probability, split, label of every stay of the data, "
+        "labelled or not, as CSV or .parquet (which of MEDS data is what meds-evaluation takes)")
     embeddings: str = option("file to write (.npz): stay_id, minute, features and h of every question asked")
     trajectory: str = option("the risk after every set of this stay")
     follow: bool = option(
-        "instead of the analysis: read lines stay_id,minute,variable,value from standard input as they come, and after "
-        "each set (a later minute of the stay, an empty line) print stay_id,minute,risk; needs the checkpoint alone (and "
-        "--variables, where the names or units are others)", False)
+        "instead of the analysis: read lines stay_id,minute,variable,value from standard input as they come, "
+        "and after each set (a later minute of the stay, an empty line) print stay_id,minute,risk; needs the "
+        "checkpoint alone (and --variables, where the names or units are others)", False)
     plots: str = option(
-        "folder to draw in: curves, ROC and precision-recall, calibration, features and the --trajectory (needs "
-        "matplotlib)")
+        "folder to draw in: curves, ROC and precision-recall, calibration, features and the --trajectory "
+        "(needs matplotlib)")
     sensitivity: float = option("share of the positives that an alarm shall find (default: 0.8)", .8, **SHARE)
     subgroups: list = option(
-        "the report in groups by these variables, such as Gender,Age,ICUType: by their first value in the stay, numbers "
-        "in quartiles; events: by how many it had by then", (), type=lambda text: text.split(","))
+        "the report in groups by these variables, such as Gender,Age,ICUType: by their first value in the "
+        "stay, numbers in quartiles; events: by how many it had by then", (),
+        type=lambda text: text.split(","))
     json: str = option("file to write: the analysis' figures")
     export: str = option(
         "instead: write the checkpoint (of either mode) without ids, paths and commands, to give it away")
     protocol: str = option(
-        "pretrain, finetune in every way and score, on several splits of --data_dir, keeping what is finished in this "
-        "folder (default: checkpoints/protocol)", group="protocol", nargs="?", const=str(CHECKPOINTS / "protocol"))
-    seeds: tuple = option("of the splits, the weights and the batches (default: 0 1 2 3 4)", (0, 1, 2, 3, 4), nargs="+",
-                          type=int, **SEED)
+        "pretrain, finetune in every way and score, on several splits of --data_dir, keeping what is "
+        "finished in this folder (default: checkpoints/protocol)", group="protocol", nargs="?",
+        const=str(CHECKPOINTS / "protocol"))
+    seeds: tuple = option("of the splits, the weights and the batches (default: 0 1 2 3 4)", (0, 1, 2, 3, 4),
+                          nargs="+", type=int, **SEED)
     splits: list = option("instead of drawn splits: files as --split takes", (None,), nargs="+")
-    methods: list = option(f"some of: {'; '.join(METHODS)} (default: all)", METHODS, nargs="+", choices=METHODS,
-                           metavar="NAME")
+    methods: list = option(f"some of: {'; '.join(METHODS)} (default: all)", METHODS, nargs="+",
+                           choices=METHODS, metavar="NAME")
     fractions: tuple = option("shares of the training labels (default: 1 0.1 0.03)", (1., .1, .03), nargs="+",
                               type=float, **SHARE)
     benchmark: str = option(
         "speed and memory on --data_dir or the embedded cohort; scale: how both grow with the vocabulary "
         "(OMP_NUM_THREADS sets the threads)", group="benchmark", nargs="?", const="speed",
         choices=("speed", "scale"))
-    soak: bool = option("run the tests of killed processes and damaged inputs at length: 60 kills, 2,000 inputs", False,
-                        group="tests")
+    soak: bool = option("run the tests of killed processes and damaged inputs at length: 60 kills, 2,000 "
+                        "inputs", False, group="tests")
 
 
 def main(argv=None) -> int:
     parser = Parser(
         Options, {"analysis": "analysis of a checkpoint",
-                  "data": "data (default: the checkpoint's, of which the recorded test split is scored; of other data "
-                          "all stays are; --split: its test part)",
+                  "data": "data (default: the checkpoint's, of which the recorded test split is scored; of "
+                          "other data all stays are; --split: its test part)",
                   "original": "original implementation", "run": "device", "protocol": "protocol",
                   "benchmark": "benchmark", "tests": "tests"},
         description="Without options: run every test. With --checkpoint: analyse a finetuned checkpoint. "

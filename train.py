@@ -73,17 +73,18 @@ class PretrainConfig:
 class RunSettings(SharedSettings):
     """The options of train.py."""
     split_seed: int = option("seed of the split alone (default: --seed)", group="data", **SEED)
-    label_fraction: float = option("finetune: share of the training labels used (default: 1)", 1.0, mode="finetune",
-                                   **SHARE)
-    objective: str = option("pretrain: our objective, or the original's (default: readout)", "readout", group="model",
-                            mode="pretrain", choices=("readout", "original"))
+    label_fraction: float = option("finetune: share of the training labels used (default: 1)", 1.0,
+                                   mode="finetune", **SHARE)
+    objective: str = option("pretrain: our objective, or the original's (default: readout)", "readout",
+                            group="model", mode="pretrain", choices=("readout", "original"))
     pretrained_ckpt: str = option(
-        "finetune: the pretrained checkpoint (needed); the original implementation's will do", mode="finetune",
-        scope="path")
+        "finetune: the pretrained checkpoint (needed); the original implementation's will do",
+        mode="finetune", scope="path")
     random_init: bool = option(
-        "finetune: the checkpoint's architecture, data and split, but an untrained backbone", False, mode="finetune")
-    allow_partial: bool = option("finetune: go on although backbone weights are missing in the checkpoint", False,
-                                 mode="finetune")
+        "finetune: the checkpoint's architecture, data and split, but an untrained backbone", False,
+        mode="finetune")
+    allow_partial: bool = option("finetune: go on although backbone weights are missing in the checkpoint",
+                                 False, mode="finetune")
     mode: str = option("needed", group="training", scope="call", choices=("pretrain", "finetune"))
     full_training: bool = option("finetune: train everything, not the head alone", False, mode="finetune")
     batch_size: int = option(
@@ -91,14 +92,14 @@ class RunSettings(SharedSettings):
         f"{FinetuneConfig.batch_size}, full training {FinetuneConfig.full_batch_size})", scope="call")
     max_epochs: int = option(
         "passes over the training stays (default: pretrain 10, finetune 20, full training 5; of large "
-        "cohorts fewer)",
-        scope="call")
+        "cohorts fewer)", scope="call")
     changes: dict = option(
         "any field of PretrainConfig (train.py), FinetuneConfig (finetune_config.py) or ModelConfig "
-        "(settings.py); may be repeated", names=["--set"], scope="call", metavar="NAME=VALUE", action="append",
-        type=lambda text: text.partition("=")[::2])
+        "(settings.py); may be repeated", names=["--set"], scope="call", metavar="NAME=VALUE",
+        action="append", type=lambda text: text.partition("=")[::2])
     seed: int = option("of the split, the weights and the order of the batches (default: 0)", 0, **SEED)
-    run_dir: str = option("folder of this run (default: a new one under checkpoints/)", group="run", scope="call")
+    run_dir: str = option("folder of this run (default: a new one under checkpoints/)", group="run",
+                          scope="call")
     config: str = option(
         "take all settings from another run's config.json; what the command line says besides goes before it",
         scope="call")
@@ -123,7 +124,7 @@ def settable(mode: str, random_init: bool) -> dict[str, Field]:
 
 
 EXAMPLES = """examples:
-  python train.py --mode pretrain --data_dir my_table --run_dir checkpoints/mine --set latent_dim=96 --set patience=3
+  python train.py --mode pretrain --data_dir my_table --run_dir checkpoints/mine --set latent_dim=96
   python train.py --mode finetune --pretrained_ckpt checkpoints/mine/best.pt --full_training --max_epochs 5
 """
 
@@ -154,7 +155,8 @@ def run_settings(**given) -> RunSettings:
     for f in fields(settings):
         if f.metadata.get("mode", mode) != mode and getattr(settings, f.name) != f.default:
             raise InputError(f"--{f.name}: no option of --mode {mode}; leave it out")
-    changes |= {f"full_{name}" if full else name: given[name] for name in ("batch_size", "max_epochs") if name in given}
+    for name in [name for name in ("batch_size", "max_epochs") if name in given]:
+        changes[f"full_{name}" if full else name] = given[name]
     known = settable(mode, settings.random_init)
     for name in changes:
         if name not in known:
@@ -188,11 +190,12 @@ def recorded_options(record: dict) -> dict:
     mode, run = record["mode"], record["run"]
     options = {name: value for name, value in run["options"].items() if value is not None}
     known = settable(mode, options.get("random_init"))
-    changes = record["model_config"] | run["settings"]
+    settings = record["model_config"] | run["settings"]
+    changes = {name: value for name, value in settings.items() if name in known}
     if unknown := [name for name in (*options, *run["settings"])
                    if name not in known and name not in RunSettings.__dataclass_fields__]:
         print(f"config: no longer a setting, and left out: {', '.join(unknown)}")
-    return options | {"mode": mode, "changes": {name: value for name, value in changes.items() if name in known}}
+    return options | {"mode": mode, "changes": changes}
 
 
 def folder_to_resume(given: dict) -> str | None:
