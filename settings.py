@@ -140,8 +140,8 @@ class DataSettings:
         names=("--label_file", "--label_path"), scope="path")
     task: str = option("which of several tasks in the data's labels/")
     positive: str = option("the word in the label column that means 1, such as yes")
-    hours: float = option("ask once a stay, this many hours after admission (minute 0; of clock times the first "
-                          "event); end: at its end, wherever a checkpoint learned", low=0, high=1e6,
+    hours: float = option("ask once a stay, this many hours after admission (minute 0; of clock times the "
+                          "first event); end: at its end, wherever a checkpoint learned", low=0, high=1e6,
                           words={"end": 0.})
     split_file: str = option("CSV stay_id,split of train, valid and test, instead of the data's own",
                              names=("--split", "--split_file"), scope="path")
