@@ -401,7 +401,8 @@ def pretrain(arguments) -> Path:
     print(f"model: SeqSetVAEPretrain, {parameter_counts(model)[1]:,} parameters, all trainable; "
           f"{device}, {dtype}".replace("torch.", ""))
     print(f"split: {len(train):,} train, {len(valid):,} valid, {len(split['test']):,} test stays "
-          f"(seed {split_seed}); labels unused; run folder {run.folder}")
+          f"({'of the data' if (cohort.split >= 0).any() else f'seed {split_seed}'}); labels unused; run folder "
+          f"{run.folder}")
 
     epochs = config.epochs(len(train))
     steps = epochs * math.ceil(len(train) / config.batch_size)
