@@ -10,11 +10,12 @@ import re
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -55,17 +56,6 @@ BASELINES = ("logistic regression on summaries", "gradient boosting on summaries
 STATISTICS = ("first", "last", "min", "max", "mean", "sd", "slope", "count", "hours since")
 
 
-def running(x: np.ndarray, first: np.ndarray, combine) -> np.ndarray:
-    """[n] each x combined (np.add, np.maximum, np.minimum) with all before it in its segment, which begins at
-    index `first` [n]. By doubling steps (Hillis & Steele 1986): nothing of another segment enters a sum, so
-    nothing cancels."""
-    x, index, step = x.copy(), np.arange(len(x)), 1
-    while len(index := index[index - step >= first[index]]):
-        x[index] = combine(x[index], x[index - step])
-        step *= 2
-    return x
-
-
 def summary_table(cohort, points, variables) -> np.ndarray:
     """Hand-made features of the stay up to each prediction point: STATISTICS of these variables [K] (indices
     in the cohort), descriptors included: [n, K, 9] float32, raw units, slope a day; NaN where there is none
@@ -92,12 +82,13 @@ def summary_table(cohort, points, variables) -> np.ndarray:
         owner = np.searchsorted(cohort.set_start[cohort.stay_start], mine, side="right") - 1
         first = np.searchsorted(owner, owner)
         x, day, n = value - value[first], day - day[first], np.arange(len(mine)) - first + 1
-        mean, square, days, spread, product = (running(term, first, np.add) / n
-                                               for term in (x, x * x, day, day * day, x * day))
+        terms = pd.DataFrame({"x": x, "xx": x * x, "t": day, "tt": day * day, "tx": day * x})
+        mean, square, days, spread, product = terms.groupby(owner).cumsum().to_numpy().T / n
         variance, spread = np.maximum(square - mean ** 2, 0), spread - days ** 2
-        sd = np.sqrt(np.where(n > 1, variance * n / np.maximum(n - 1, 1), np.nan))
-        slope = np.where(spread > 1e-9, (product - days * mean) / np.where(spread > 1e-9, spread, 1), 0)
-        low, high = (running(value, first, how) for how in (np.minimum, np.maximum))
+        sd = np.sqrt(variance * n / np.where(n > 1, n - 1, np.nan))
+        slope = np.where(spread > 1e-9, (product - days * mean) / np.maximum(spread, 1e-9), 0)
+        so_far = pd.Series(value).groupby(owner)
+        low, high = so_far.cummin(), so_far.cummax()
         statistics = np.stack([value[first], value, low, high, value[first] + mean, sd, slope], axis=1)
         last, before = np.searchsorted(mine, end) - 1, np.searchsorted(mine, begin)
         seen = last >= before
@@ -253,39 +244,35 @@ def protocol(given: dict, splits: list, seeds: list, methods: list, fractions: l
                 raise InputError(f"{home}: holds what was measured on other data, labels or splits, or asked "
                                  f"otherwise ({then['data']}); give another --protocol FOLDER")
     for (method, fraction), (home, data, seed) in itertools.product(plan, turns):
-        with finished(home / "pretrain") as partial:
-            if partial:
-                pretrain(run_settings(mode="pretrain", seed=seed, run_dir=str(partial), resume="auto",
-                                      **data))
+        common = dict(seed=seed, resume="auto", **data)
+        once(home / "pretrain", lambda to: pretrain(run_settings(mode="pretrain", run_dir=str(to), **common)))
         checkpoint = home / "pretrain" / "best.pt"
         if method == "baselines":
             predict_baselines(checkpoint, home, seed, fraction, data)
             continue
-        with finished(folder_of(home, method, fraction)) as partial:
-            if partial:
-                best = finetune(run_settings(
-                    mode="finetune", pretrained_ckpt=str(checkpoint), label_fraction=fraction, seed=seed,
-                    run_dir=str(partial), resume="auto", **CELLS[method], **data))
-                predictor, dataset = Predictor.with_data(best, data, "cpu")
-                cohort, split = dataset.cohort, predictor.checkpoint.split
-                points = scored_points(cohort, split)
-                probability = probability_at(predictor.model, dataset, points, CPU)
-                save_predictions(partial, cohort, split, points, probability)
-                (partial / "last.pt").unlink()
+
+        def finetune_and_score(to: Path) -> None:
+            best = finetune(run_settings(mode="finetune", pretrained_ckpt=str(checkpoint), run_dir=str(to),
+                                         label_fraction=fraction, **CELLS[method], **common))
+            predictor, dataset = Predictor.with_data(best, data, "cpu")
+            split = predictor.checkpoint.split
+            points = scored_points(dataset.cohort, split)
+            probability = probability_at(predictor.model, dataset, points, CPU)
+            save_predictions(to, dataset.cohort, split, points, probability)
+            (to / "last.pt").unlink()
+
+        once(folder_of(home, method, fraction), finetune_and_score)
     print_protocol(folder)
 
 
-@contextlib.contextmanager
-def finished(folder: Path):
-    """Give the partial folder of a work that is to be done, or gone on with, which then takes the name
-    `folder`; None where that is there."""
+def once(folder: Path, work) -> None:
+    """Do `work` in a partial folder, which then takes the name `folder`; nothing where that is there."""
     if folder.exists():
-        yield None
         return
     partial = folder.with_name(f"{folder.name}.partial")
     with clear_write_error(folder):
         partial.mkdir(parents=True, exist_ok=True)
-    yield partial
+    work(partial)
     partial.rename(folder)
 
 
@@ -317,9 +304,8 @@ def predict_baselines(checkpoint: Path, home: Path, seed: int, fraction: float, 
     points = scored_points(cohort, split)
     valid = labelled_points(cohort, stays_of(cohort, split["valid"]))
     for method, probability in without_backbone(dataset, train, valid, points, seed).items():
-        with finished(folder_of(home, method, fraction)) as partial:
-            if partial:
-                save_predictions(partial, cohort, split, points, probability)
+        once(folder_of(home, method, fraction),
+             lambda to: save_predictions(to, cohort, split, points, probability))
 
 
 def averaged(turns: dict[str, list[pd.DataFrame]]) -> dict[str, tuple[pd.DataFrame, np.ndarray]]:
@@ -339,13 +325,6 @@ def averaged(turns: dict[str, list[pd.DataFrame]]) -> dict[str, tuple[pd.DataFra
     return told
 
 
-class Scores(NamedTuple):
-    """How a method did on a split."""
-
-    value: np.ndarray  # [m] AUROC, AUPRC and, where the labels are those of the challenge 2019, utility
-    draws: np.ndarray  # [repeats, m] of resampled test stays, the same for all methods; NaN: no sepsis
-
-
 def parts(table: pd.DataFrame) -> list[tuple[Points, np.ndarray]]:
     """Returns the points of the validation and of the test part, with their probabilities. The table is
     sorted by stay and minute."""
@@ -355,20 +334,21 @@ def parts(table: pd.DataFrame) -> list[tuple[Points, np.ndarray]]:
              rows["probability"].to_numpy()) for rows in both]
 
 
-def scores(table: pd.DataFrame, hourly: bool, repeats: int = 200) -> Scores:
-    """Returns how the predictions of a method on a split do; hourly: with the utility of alarms from the
-    threshold on that the validation part chose."""
+def scores(table: pd.DataFrame, hourly: bool, repeats: int = 200) -> np.ndarray:
+    """Returns how the predictions of a method on a split do, [1 + repeats, m]: AUROC, AUPRC and, if `hourly`,
+    the utility of alarms from the threshold on that the validation part chose. Row 0 is of the test part, the
+    others are of its resampled patients, the same for all methods; NaN: no sepsis."""
     (valid, p_valid), (test, p) = parts(table)
     value = [roc_auc_score(test.label, p), average_precision_score(test.label, p)]
-    draws = bootstrap(test.subject, test.label, p, repeats=repeats)[:, 0]
+    found = np.vstack([value, bootstrap(test.subject, test.label, p, repeats=repeats)[:, 0]])
     if hourly:
         since = hours_since_onset(valid.stay, valid.minute, valid.label)
         threshold, _ = best_utility_threshold(valid.stay, since, p_valid)
         since = hours_since_onset(test.stay, test.minute, test.label)
         utility = utilities_by(test.subject, since, p >= threshold)
-        value.append(normalised_utility(utility.sum(0)))
-        draws = np.column_stack([draws, utility_draws(utility, repeats)])
-    return Scores(np.array(value), draws)
+        utility = np.append(normalised_utility(utility.sum(0)), utility_draws(utility, repeats))
+        found = np.column_stack([found, utility])
+    return found
 
 
 def print_protocol(folder: Path) -> None:
@@ -396,24 +376,24 @@ def print_protocol(folder: Path) -> None:
                      for turns in tables.values() for table in turns.values() for part, _ in parts(table))
         rows = {method: {turn: scores(table, hourly) for turn, table in turns.items()}
                 for method, turns in tables.items()}
-        mean = {method: np.mean([s.value for s in turns.values()], axis=0) for method, turns in rows.items()}
-        base = max((m for m in rows if m in BASELINES), key=lambda m: mean[m][0], default=None)
-        names = ("AUROC", "AUPRC", "utility")[:len(next(iter(mean.values())))]
+        values = {method: pd.DataFrame([each[0] for each in turns.values()]) for method, turns in rows.items()}
+        ranked = sorted(rows, key=lambda method: -values[method][0].mean())
+        base = next((method for method in ranked if method in BASELINES), None)
+        names = ["AUROC", "AUPRC", *(["utility"] if hourly else [])]
         print(f"\n{fraction} of the training labels\n\n| method | splits | {' | '.join(names)} "
               f"| difference to {base}: {' | '.join(names)} |\n|---|---|{'---|' * 2 * len(names)}")
-        for method, turns in sorted(rows.items(), key=lambda row: -mean[row[0]][0]):
-            values = np.array([s.value for s in turns.values()])
-            spread = values.std(0, ddof=1) if len(values) > 1 else np.zeros(len(names))
-            cells = [f"{m:.3f} ± {d:.3f}" for m, d in zip(mean[method], spread)]
-            shared = [turn for turn in turns if turn in rows.get(base, {})]
-            if method == base or not shared:
-                cells += [""] * len(names)
+        for method in ranked:
+            mean, spread = values[method].mean(), values[method].std().fillna(0)
+            cells = [f"{m:.3f} ± {d:.3f}" for m, d in zip(mean, spread)]
+            pairs = [each - rows[base][turn] for turn, each in rows[method].items()
+                     if method != base and turn in rows.get(base, {})]
+            if pairs:
+                difference, *draws = np.mean(pairs, axis=0)
+                limits = map(interval, np.transpose(draws))
+                cells += [f"{d:+.3f} {bracketed(each)}" for d, each in zip(difference, limits)]
             else:
-                difference = np.mean([turns[t].value - rows[base][t].value for t in shared], axis=0)
-                draws = np.mean([turns[t].draws - rows[base][t].draws for t in shared], axis=0)
-                draws = draws[np.isfinite(draws).all(1)]
-                cells += [f"{d:+.3f} {bracketed(interval(draws[:, i]))}" for i, d in enumerate(difference)]
-            print(f"| {method} | {len(values)} | {' | '.join(cells)} |")
+                cells += [""] * len(names)
+            print(f"| {method} | {len(values[method])} | {' | '.join(cells)} |")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -439,20 +419,6 @@ def spread(items, n: int) -> list:
     return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, n + 2)[1:-1].round().astype(int))]
 
 
-def plain_stays(dataset, stays) -> list:
-    """Stays as the plain loop takes them: lists of (minute, events), an event being (variable, normalised
-    value)."""
-    cohort, lists = dataset.cohort, []
-    for p in stays:
-        lists.append([])
-        for t in range(cohort.stay_start[p], cohort.stay_start[p + 1]):
-            events = slice(cohort.set_start[t], cohort.set_start[t + 1])
-            variable = dataset.variable[cohort.event_variable[events]]
-            value = dataset.normalizer(variable, cohort.event_value[events])
-            lists[-1].append((float(cohort.set_minute[t]), list(zip(variable.tolist(), value.tolist()))))
-    return lists
-
-
 def new_models(config, dataset) -> tuple[SeqSetVAEPretrain, SeqSetVAE, FinetuneConfig]:
     """A model to pretrain, a classifier of its sizes and the settings of its head: the default ones, or, with
     the original's decoder, the original's features, widths and loss."""
@@ -466,21 +432,9 @@ def new_models(config, dataset) -> tuple[SeqSetVAEPretrain, SeqSetVAE, FinetuneC
     return SeqSetVAEPretrain(config, vectors), SeqSetVAE(replace(config, **head), vectors), settings
 
 
-def assert_plain_loop_agrees(config, dataset, stays) -> None:
-    """The plain loop's losses and features are the batched model's, to 1e-5 (with learned seeds, no noise)."""
-    from tests.plain_loop import close, plain_features, plain_pass
-    model, head, _ = new_models(replace(config, learned_seeds=True), dataset)
-    lists = plain_stays(dataset, stays)
-    with torch.no_grad():
-        losses, (_, plain) = model.eval()(dataset[stays], beta=1.0), plain_pass(model, lists)
-        close(torch.stack([losses["reconstruction"], losses["kl"]]), torch.stack(plain))
-        features = torch.stack([plain_features(head.eval(), stay) for stay in lists])
-        close(head.features(dataset[stays])[:, 0], features)
-
-
 def pretraining_pass(how, config, batches, dataset, device):
     """Steps on every batch. The plain loop goes backward after each stay, so it holds one in memory."""
-    from tests.plain_loop import plain_pass
+    from tests.plain_loop import plain_pass, plain_stays
     model = new_models(config, dataset)[0].to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     scaler, clip = torch.amp.GradScaler(device.type, enabled=False), PretrainConfig().clip
@@ -502,7 +456,7 @@ def pretraining_pass(how, config, batches, dataset, device):
 def classifier_pass(task, epochs, how, config, batches, dataset, device):
     """Inference, or a finetuning on the frozen backbone, of which the plain loop runs one epoch: it encodes
     every stay at each."""
-    from tests.plain_loop import plain_features
+    from tests.plain_loop import plain_features, plain_stays
     _, model, settings = new_models(config, dataset)
     stays = np.sort(np.concatenate(batches))
     optimizer = head_optimizer(model.to(device), settings)
@@ -541,39 +495,39 @@ def peak_memory(device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def timed_process(pipe, threads: int, device, work) -> None:
-    """Get ready; then at every message run a pass, and send its seconds and the peak memory."""
+def get_ready(threads: int, device, work) -> None:
+    """Make the pass that this process alone runs, see `timed_pass`."""
+    global run_pass
     keep_freed_memory()
     torch.set_num_threads(threads)
-    wait, run = torch.cuda.synchronize if device.type == "cuda" else lambda: None, work()
-    with contextlib.suppress(EOFError):  # the other end was closed
-        while pipe.recv():
-            wait()
-            began = time.perf_counter()
-            run()
-            wait()
-            pipe.send((time.perf_counter() - began, peak_memory(device)))
+    run_pass = work()
+
+
+def timed_pass(device) -> tuple[float, float]:
+    """The seconds of a pass, and the peak memory so far."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    began = time.perf_counter()
+    run_pass()
+    wait()
+    return time.perf_counter() - began, peak_memory(device)
 
 
 def take_turns(works: dict, device, rounds: int) -> dict:
     """For each work, which makes a pass in a process of its own: seconds of the fastest pass, peak memory in
     MB. The passes take turns, so that whatever else the machine does slows all alike."""
-    context, pipes, passes = multiprocessing.get_context("forkserver"), {}, {name: [] for name in works}
+    context, passes = multiprocessing.get_context("forkserver"), []
     context.set_forkserver_preload([Path(__file__).stem, "torch._dynamo"])  # which every optimizer imports
     with contextlib.ExitStack() as stack:
-        for name, work in works.items():
-            mine, theirs = context.Pipe()
-            pipes[name] = stack.enter_context(mine)
-            arguments = theirs, torch.get_num_threads(), device, work
-            context.Process(target=timed_process, args=arguments).start()
-            theirs.close()
-        for _, (name, pipe) in itertools.product(range(rounds), pipes.items()):
+        pools = {name: stack.enter_context(ProcessPoolExecutor(
+            1, context, get_ready, (torch.get_num_threads(), device, work))) for name, work in works.items()}
+        for _, (name, pool) in itertools.product(range(rounds), pools.items()):
             try:
-                pipe.send("run")
-                passes[name].append(pipe.recv())
-            except (EOFError, BrokenPipeError):
+                passes.append((name, *pool.submit(timed_pass, device).result()))
+            except BrokenProcessPool:
                 raise InputError(f"--benchmark: the process of {name} ended early; see above") from None
-    return {name: (min(done)[0], done[-1][1]) for name, done in passes.items()}
+    passes = pd.DataFrame(passes, columns=["work", "seconds", "MB"]).groupby("work", sort=False)
+    return passes.agg({"seconds": "min", "MB": "max"})
 
 
 def benchmark(arguments) -> None:
@@ -596,8 +550,6 @@ def benchmark(arguments) -> None:
         config = make_config(len(dataset.normalizer.variables))
         trained = epoch_batches(lengths, PretrainConfig().batch_size, 0, 0)[:steps]
         scored = spread(sorted_batches(dataset.sizes(np.arange(len(cohort)))), passes)
-        if PLAIN_LOOP in hows:
-            assert_plain_loop_agrees(config, dataset, scored[-1][:2])
         for task, make_pass, batches in ((PRETRAIN_STEP, pretraining_pass, trained),
                                          (FINETUNING, partial(classifier_pass, FINETUNING, epochs), scored),
                                          (INFERENCE, partial(classifier_pass, INFERENCE, epochs), scored)):
@@ -607,7 +559,7 @@ def benchmark(arguments) -> None:
             used = {how: [looped] if how == PLAIN_LOOP else batches for how in hows if bf16 or how != "bf16"}
             works = {how: partial(make_pass, how, config, mine, dataset, device)
                      for how, mine in used.items()}
-            for how, (seconds, memory) in take_turns(works, device, ROUNDS).items():
+            for how, seconds, memory in take_turns(works, device, ROUNDS).itertuples():
                 seconds *= epochs if (task, how) == (FINETUNING, PLAIN_LOOP) else 1
                 mine = np.concatenate(used[how])
                 rows[sizes, task, how] = {"ms a stay": 1e3 * seconds / len(mine),
@@ -623,8 +575,7 @@ def benchmark(arguments) -> None:
           f"The plain loop runs {LOOPED} of the stays, and of a finetuning one epoch, whose time is "
           "multiplied.\nx plain: how many times faster a set is done.\n")
     print(table.to_string(float_format=lambda x: f"{x:,.0f}" if x >= 100 else f"{x:.3g}", na_rep=""))
-    for what, value in bedside_latency(dataset).items():
-        print(f"{what}: {value:.3g}")
+    print_bedside_latency(dataset)
     path = CHECKPOINTS / "benchmark.csv"
     table = table.reset_index().assign(date=time.strftime("%Y-%m-%d %H:%M"), **machine)
     if path.exists():
@@ -641,51 +592,42 @@ def machine_name(device) -> str:
     return named[1] if named else platform.processor() or platform.machine()
 
 
-def bedside_latency(dataset, sets: int = 200, events: int = 6, timed: int = 100) -> dict:
+def print_bedside_latency(dataset, sets: int = 200, events: int = 6, timed: int = 100) -> None:
     """The median times of our default classifier, on one thread of the CPU: of appending a set of some events
     to a stay of some sets, and of asking for the risk after it."""
-    variables, rng = len(dataset.normalizer.variables), np.random.default_rng(0)
-    times = np.zeros((sets + timed, 2))
-    model, threads = new_models(ModelConfig(variables), dataset)[1], torch.get_num_threads()
+    names, rng, times = dataset.normalizer.variables, np.random.default_rng(0), []
+    model, threads = new_models(ModelConfig(len(names)), dataset)[1], torch.get_num_threads()
     predictor = Predictor(Checkpoint.of(model, dataset.normalizer), "cpu")
     state = predictor.start()
     torch.set_num_threads(1)
-    for i in range(sets + timed):
-        names = [dataset.normalizer.variables[v] for v in rng.integers(0, variables, events)]
-        pairs = list(zip(names, rng.normal(size=events).tolist()))
+    for minute in 20. * np.arange(sets + timed):
+        pairs = [(rng.choice(names), rng.normal()) for _ in range(events)]
         began = time.perf_counter()
-        predictor.step(state, 20.0 * i, pairs)
+        predictor.step(state, minute, pairs)
         stepped = time.perf_counter()
-        predictor.ask(state, 20.0 * i)
-        times[i] = stepped - began, time.perf_counter() - stepped
+        predictor.ask(state, minute)
+        times.append([stepped - began, time.perf_counter() - stepped])
     torch.set_num_threads(threads)
     step, ask = 1e3 * np.median(times[sets:], axis=0)
-    return {f"bedside, a set of {events} events after {sets} sets, one thread, ms": step,
-            f"bedside, a question after {sets} sets, one thread, ms": ask}
+    print(f"bedside, a set of {events} events after {sets} sets, one thread: {step:.3g} ms\n"
+          f"bedside, a question then: {ask:.3g} ms")
 
 
 # ---- scale: the cost follows the events, not the vocabulary ------------------------------------------------
 
-def zipf(rng, size, variables: int) -> np.ndarray:
-    """Indices of variables, drawn by Zipf's law with exponent 1."""
-    chance = np.cumsum(1 / np.arange(1, variables + 1))
-    return np.searchsorted(chance, rng.random(size) * chance[-1])
-
-
-def zipf_cohort(variables: int, stays: int, sets: int = 150, events: int = 4):
-    """Stays of the same number of sets and events, whatever the vocabulary."""
+def pretraining_of(variables: int, stays: int, sets: int = 150, events: int = 4):
+    """A pass of an epoch of pretraining with the defaults. The stays have the same number of sets and events,
+    whatever the vocabulary, of variables drawn by Zipf's law with exponent 1."""
     rng, n = np.random.default_rng(0), stays * sets * events
-    stay = np.repeat(np.arange(stays), sets * events)
+    chance = 1 / np.arange(1, variables + 1)
     minute = np.tile(np.repeat(20.0 * np.arange(sets), events), stays)
-    names, ids = [f"v{i:05d}" for i in range(variables)], np.arange(stays).astype(str)
-    return build_cohort("Zipf", names, stay, minute, zipf(rng, n, variables), rng.normal(size=n), ids)
-
-
-def pretraining_of(variables: int, stays: int):
-    """A pass of an epoch of pretraining with the defaults."""
-    dataset = asked_at_the_end(zipf_cohort(variables, stays))
-    config = ModelConfig(len(dataset.cohort.variables))
-    batches = epoch_batches(np.diff(dataset.cohort.stay_start), PretrainConfig().batch_size, 0, 0)
+    cohort = build_cohort("Zipf", [f"v{i:05d}" for i in range(variables)],
+                          np.repeat(np.arange(stays), sets * events), minute,
+                          rng.choice(variables, n, p=chance / chance.sum()), rng.normal(size=n),
+                          np.arange(stays).astype(str))
+    dataset = asked_at_the_end(cohort)
+    config = ModelConfig(len(cohort.variables))
+    batches = epoch_batches(np.diff(cohort.stay_start), PretrainConfig().batch_size, 0, 0)
     return pretraining_pass("float32", config, batches, dataset, CPU)
 
 
@@ -695,5 +637,5 @@ def scale() -> None:
           f"one epoch of pretraining, {ZIPF_STAYS} stays x 150 sets x 4 events of V variables (Zipf), the "
           f"fastest of {ROUNDS} turns")
     works = {variables: partial(pretraining_of, variables, ZIPF_STAYS) for variables in VOCABULARIES}
-    table = pd.DataFrame(take_turns(works, CPU, ROUNDS), index=["seconds", "peak MB"]).T.rename_axis("V")
+    table = take_turns(works, CPU, ROUNDS).rename_axis("V")
     print(table.assign(**{"x first": table["seconds"] / table["seconds"].iloc[0]}).round(2).to_string())

@@ -177,3 +177,16 @@ def plain_features(model, stay):
     mu, logvar = plain_posterior(model.setvae, stay)
     h = plain_history(model.history, model.fused(mu, logvar), [minute for minute, _ in stay])
     return 0.7 * h[-1] + 0.3 * (h @ h[-1]).softmax(0) @ h
+
+
+def plain_stays(dataset, stays) -> list:
+    """Stays as the plain loop takes them: lists of (minute, events), an event being (variable, normalised value)."""
+    cohort, lists = dataset.cohort, []
+    for p in stays:
+        lists.append([])
+        for t in range(cohort.stay_start[p], cohort.stay_start[p + 1]):
+            events = slice(cohort.set_start[t], cohort.set_start[t + 1])
+            variable = dataset.variable[cohort.event_variable[events]]
+            value = dataset.normalizer(variable, cohort.event_value[events])
+            lists[-1].append((float(cohort.set_minute[t]), list(zip(variable.tolist(), value.tolist()))))
+    return lists
