@@ -15,7 +15,7 @@ import torch
 from sklearn.model_selection import train_test_split
 
 
-READER_VERSION = 6  # raise it when a reader's output changes: older caches are then rebuilt
+READER_VERSION = 7  # raise it when a reader's output changes: older caches are then rebuilt
 SPLITS = ("train", "valid", "test")  # codes 0, 1, 2 in `Cohort.split`; -1 is unassigned
 MINUTE = 60_000_000  # microseconds
 
@@ -305,11 +305,13 @@ def at_hours(cohort: Cohort, hours: float) -> Cohort | None:
     return with_points(cohort, np.ones(len(cohort), dtype=np.int64), minute, cohort.answers)
 
 
-def hours_asked(cohort: Cohort, points: np.ndarray) -> float | None:
-    """The hour after admission at which all these points lie; None: there are several, or they are the
-    ends."""
+def hours_asked(cohort: Cohort, points: np.ndarray, given: float | None = None) -> float | None:
+    """The hour after admission at which all these points lie: that `given` by --hours (inf: the ends), or
+    their own. None: there are several, or they are the ends."""
+    if given is not None:
+        return given if np.isfinite(given) else None
     hours = (cohort.point_minute[points] - cohort.admission[cohort.point_stay[points]]) / 60
-    one = len(points) and np.ptp(hours) < 1e-6 and hours[0] > 0 and at_hours(cohort, 1) is None
+    one = len(points) and np.ptp(hours) < 1e-6 and at_hours(cohort, 1) is None
     return float(hours[0]) if one else None
 
 

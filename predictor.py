@@ -317,7 +317,7 @@ def find_stay(dataset, stay_id) -> int | None:
     if stay_id is None:
         return None
     cohort = dataset.cohort
-    found = np.flatnonzero(cohort.stay_id == stay_id)
+    found = np.flatnonzero(cohort.stay_id == plain_name(stay_id))
     if not len(found):
         raise InputError(f"--trajectory {stay_id}: no such stay in the data ({', '.join(cohort.stay_id[:3])} "
                          "...); give the id of one")
@@ -402,9 +402,12 @@ def followed_event(line: str, rename: dict = {}) -> tuple[str, float, str, float
         raise ValueError("a minute or value that is no number")
     value = TRUTH.get(value.lower(), value)
     beyond = BEYOND.fullmatch(value)
-    minute, value = float(minute), float("nan" if value in MISSING else beyond[1] if beyond else value)
+    minute, text = float(minute), "nan" if value in MISSING else beyond[1] if beyond else value
     variable, factor, offset = rename.get(variable, (variable, 1, 0))
-    value = value * factor + offset
+    try:
+        value = float(text) * factor + offset
+    except ValueError:  # a category
+        variable, value = f"{variable}={text}", math.nan
     if not abs(minute) < 1e8 or abs(value) > float(np.finfo(np.float32).max):
         raise ValueError("a minute or value out of range")
     return stay, minute, variable, value

@@ -650,7 +650,7 @@ def load_cohort(data_dir: str | None = None, synthetic_stays: int = 1000, cache_
         cohort = with_labels(cohort, labels, positive, own, points=not label_file)
     if elsewhere:
         cohort = with_labels(cohort, elsewhere, positive, own)
-    if hours and (cohort := at_hours(cohort, hours)) is None:
+    if hours is not None and (cohort := at_hours(cohort, hours)) is None:
         raise InputError(f"--hours {hours:g}: these labels have times of their own; leave the option out")
     if split_file:
         split = read_splits([options["split_file"]], own)

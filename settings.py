@@ -4,6 +4,7 @@ declared at the end."""
 
 import argparse
 import ast
+import math
 from contextlib import suppress
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from pathlib import Path
@@ -141,8 +142,8 @@ class DataSettings:
     task: str = option("which of several tasks in the data's labels/")
     positive: str = option("the word in the label column that means 1, such as yes")
     hours: float = option("ask once a stay, this many hours after admission (minute 0; of clock times the "
-                          "first event); end: at its end, wherever a checkpoint learned", low=0, high=1e6,
-                          words={"end": 0.})
+                          "first event); end: at its end, wherever a checkpoint learned", low=0, high=math.inf,
+                          words={"end": math.inf})
     split_file: str = option("CSV stay_id,split of train, valid and test, instead of the data's own",
                              names=("--split", "--split_file"), scope="path")
     variables_map: str = option("CSV source,name,factor[,offset]: other names and units of the data's "

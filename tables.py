@@ -16,6 +16,7 @@ import shutil
 import sys
 import tarfile
 import tempfile
+import unicodedata
 import warnings
 import zipfile
 import zlib
@@ -65,9 +66,9 @@ _NUMBERS = (float, VALUE, ANY, TIME, HOURS)
 
 
 def plain_name(text, missing=MISSING) -> str | None:
-    """The one spelling of an id or a name: stripped, and a whole number that was written as a float (1001.0) without
-    its .0. None where it is one of the words `missing`."""
-    text = str(text).strip()
+    """The one spelling of an id or a name: stripped, accents in one piece (Unicode NFC), and a whole number that was
+    written as a float (1001.0) without its .0. None where it is one of the words `missing`."""
+    text = unicodedata.normalize("NFC", str(text)).strip()
     whole = _WHOLE.fullmatch(text)
     text = whole[1] if whole else text
     return None if text in missing else text
@@ -611,6 +612,9 @@ def frame_tables(frame: pd.DataFrame, name: str, columns: dict, optional: dict =
                  report: Report | None = None) -> Iterator[Table]:
     """Yield the rows of a DataFrame, called `name` in messages, as `tables` does those of a file. A column may hold
     what it may in Parquet, or text as in CSV; the frame is not changed."""
+    if not isinstance(frame, pd.DataFrame):
+        raise InputError(f"{name}: {type(frame).__name__} where a DataFrame belongs, with the columns "
+                         f"{', '.join(columns)}; convert it")
     path, report = Path(name), report or Report()
     table = FrameTable(report, [path], [0], np.array([len(frame)]), {})
     chosen = _choose_columns(path, [str(column) for column in frame.columns], columns, optional, None, report)
@@ -618,6 +622,7 @@ def frame_tables(frame: pd.DataFrame, name: str, columns: dict, optional: dict =
         if column:
             _add_frame_column(table, *column, frame.iloc[:, place])
     yield table
+    report.note_unread(name)
     report.settle()
 
 
@@ -639,7 +644,12 @@ def _add_frame_column(table: Table, name: str, kind, column: pd.Series) -> None:
         raise InputError(f"{table.paths[0]}: column {name} holds {column.dtype} where {expected} belong; convert it")
     else:
         short = types.is_float_dtype(column.dtype) and 8 * column.dtype.itemsize
-        _add_texts(table, name, *pd.factorize(column), kind, limit=_WHOLE_NUMBERS[short or 64])
+        try:
+            codes, texts = pd.factorize(column)
+        except TypeError:
+            raise InputError(f"{table.paths[0]}: column {name} holds lists or the like where text or numbers belong; "
+                             "convert it") from None
+        _add_texts(table, name, codes, texts, kind, limit=_WHOLE_NUMBERS[short or 64])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

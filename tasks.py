@@ -231,7 +231,8 @@ def with_labels(cohort: Cohort, files: list[Path], positive: str | None = None, 
     times = [name for name, clock in names.items() if clock or _LIKE_A_TIME.search(name)]
     if not timed and times:
         raise InputError(f"{files[0]}: its column {times[0]} looks like a time, of no known unit; call it minute, hour or "
-                         f"prediction_time, here or by --columns hour={times[0]} (other={times[0]}: not read)")
+                         f"prediction_time, here or by --columns {'prediction_time' if names[times[0]] else 'hour'}="
+                         f"{times[0]} (other={times[0]}: not read)")
     columns = {id_column: ID, label_column: str} | ({timed: _TIMES[timed]} if timed else {})
     optional = {name: kind for name, kind in (("split", str), ("subject_id", ID)) if name not in columns}
     table = read_table(files, columns, optional, report=Report(own))

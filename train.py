@@ -540,7 +540,7 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
         lambda: hashlib.sha256(Path(arguments.pretrained_ckpt).read_bytes()).hexdigest()[:16])
     run = Run(arguments, config, model, dataset, split, source, best={"epoch": 0, **task.untrained},
               seen=checkpoint.subjects, kept={"task": task.state_dict(), "maps": maps_of(data),
-                                              "asked_at": data.get("hours") or hours_asked(cohort, learned)})
+                                              "asked_at": hours_asked(cohort, learned, data.get("hours"))})
     counts = [f"{len(stays):,} {name} ({task.count(cohort, stays)})"
               for name, stays in (("train", train), ("valid", valid))]
     print(f"split: {', '.join(counts)}, {len(split['test']):,} test stays"

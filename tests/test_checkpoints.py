@@ -192,14 +192,14 @@ def test_a_question_at_one_hour_is_kept_and_asked_of_later_stays(tmp_path, capsy
     path, other = tmp_path / "fine" / "best.pt", table(tmp_path / "other", first=100)
     assert Checkpoint.open(path).asked_at == 2
     minutes = {}
-    for name, words in (("kept", []), ("3", ["--hours", "3"]), ("end", ["--hours", "end"])):
+    for name, words in (("kept", []), ("0", ["--hours", "0"]), ("3", ["--hours", "3"]), ("end", ["--hours", "end"])):
         capsys.readouterr()
         assert main(["--checkpoint", str(path), "--data_dir", str(other), *words, "--predictions",
                      str(tmp_path / "p.csv")]) == 0
         minutes[name], out = set(pd.read_csv(tmp_path / "p.csv")["minute"]), capsys.readouterr().out
         assert ("asked 2 hours after admission" in out) == (name == "kept")
         assert ("its training questions lie at hour 2; asked now: " in out) == (name != "kept")
-    assert minutes == {"kept": {120}, "3": {180}, "end": {300}}
+    assert minutes == {"kept": {120}, "0": {0}, "3": {180}, "end": {300}}
     events = pd.read_csv(other / "events.csv")
     assert set(Predictor(path, "cpu").predict(events)["minute"]) == {120}
     late = table(tmp_path / "late", minute=240, first=100)                 # its labels have times of their own

@@ -51,7 +51,7 @@ def test_predict_gives_what_predictions_writes_for_the_same_table(tmp_path, fine
     np.testing.assert_allclose(table["probability"], written["probability"], rtol=0, atol=1e-6)
     whole = predictor.predict(cohort)
     np.testing.assert_allclose(whole["probability"], written["probability"], rtol=0, atol=1e-6)
-    risk = predictor.trajectory(events, cohort.stay_id[2])
+    risk = predictor.trajectory(events, f" {cohort.stay_id[2]}")
     assert risk["events"].sum() == cohort.stay_events[2]
     assert risk["risk"].iloc[-1] == pytest.approx(written["probability"][2], abs=1e-6)
     h = predictor.embed(events)
@@ -76,7 +76,7 @@ FRAMES = {  # the same events in every way in which a DataFrame can hold them
                                                 + pd.to_timedelta(t["minute"], "min")),
     "objects that are durations": lambda t: t.assign(minute=[pd.Timedelta(m, "min") for m in t["minute"]]).astype(object),
     "another index": lambda t: t.set_index(pd.Index([3, 3, 1, 1])),
-    "other columns, in capitals": lambda t: t.rename(columns=str.upper).assign(unit="mmHg")}
+    "columns in capitals": lambda t: t.rename(columns=str.upper)}
 
 
 @pytest.mark.parametrize("form", FRAMES)
@@ -106,6 +106,7 @@ def test_opening_a_checkpoint_draws_nothing_from_the_global_generator(small_fine
     (dict(value=[80, None, "1,5", 37]), "events row 2: value is '1,5', with a decimal comma"),
     (dict(stay_id=[7, None, 8, 8]), "events row 1: stay_id is missing"),
     (dict(stay_id=pd.Timestamp("2150-03-01")), "events: column stay_id holds datetime64"),
+    (dict(value=[[80], [90], [7.4], [37]]), "events: column value holds lists or the like"),
     (dict(minute=[0, 1, np.nan, 3]), "events row 2: minute is missing")], ids=str)
 def test_an_error_names_the_row_and_column_of_the_frame(small_finetuned, change, named):
     predictor = Predictor(small_finetuned, "cpu")
@@ -113,6 +114,8 @@ def test_an_error_names_the_row_and_column_of_the_frame(small_finetuned, change,
         predictor.predict(small_table().assign(**change))
     with pytest.raises(InputError, match="events: no column value"):
         predictor.predict(small_table().drop(columns="value"))
+    with pytest.raises(InputError, match="events: str where a DataFrame belongs"):
+        predictor.predict("events.csv")
 
 
 def test_what_python_leaves_out_is_warned_of_and_each_stay_has_its_row(small_finetuned):
@@ -120,10 +123,11 @@ def test_what_python_leaves_out_is_warned_of_and_each_stay_has_its_row(small_fin
     more = pd.DataFrame({"stay_id": [9, 10, 7, 7], "minute": 0, "variable": ["HR", "Nothing Known", "GCS", None],
                          "value": [np.inf, 1, np.nan, 1]})
     with pytest.warns(UserWarning) as caught:
-        told = predictor.predict(pd.concat([small_table(), more]))
+        told = predictor.predict(pd.concat([small_table(), more]).assign(unit="mmHg"))
     (text,) = [str(warning.message) for warning in caught]
     assert "1 rows without a finite value, the first: events row 4" in text
     assert "1 rows with an empty variable, the first: events row 7" in text
+    assert "1 columns of events not read: unit" in text
     assert "1 variables unknown to the checkpoint: Nothing Known (1 events)" in text
     assert "1 rows without a value of variables that had numbers in training (their presence counts): GCS (1)" in text
     assert told["stay_id"].tolist() == ["10", "7", "8", "9"]
@@ -291,10 +295,13 @@ def test_a_line_of_follow_is_read_as_the_long_table_is():
     assert followed_event('7, 60 ,"Na, serum",>100\n') == ("7", 60, "Na, serum", 100)
     assert [np.isnan(followed_event(f"7,-1.5,HR,{text}")[3]) for text in ("", "NA", "null")] == [True] * 3
     assert [followed_event(f"7,1,Ventilated,{text}")[3] for text in ("true", "False")] == [1, 0]
-    for line in ("7,nan,HR,1", "7,1e8,HR,1", "7,1,,1", "7,1,HR,inf", "7,1,HR,high", "7,1,HR,1_000"):
+    for line in ("7,nan,HR,1", "7,1e8,HR,1", "7,1,,1", "7,1,HR,inf", "7,soon,HR,1", "7,1,HR,1_000"):
         with pytest.raises(ValueError):
             followed_event(line)
     assert followed_event("1001.0,1,HR,80")[0] == "1001"  # ids in one spelling
+    assert followed_event("u\u0308,1,HR,80")[0] == "\xfc"
+    _, _, category, value = followed_event("7,0,sex,Female", {"sex": ("Sex", 1, 0)})
+    assert category == "Sex=Female" and np.isnan(value)
     assert followed_event("7,1,HR,2", {"HR": ("Pulse", 3, -1)})[2:] == ("Pulse", 5)
     with pytest.raises(ValueError, match="out of range"):
         followed_event("7,1,HR,3e38", {"HR": ("HR", 2, 0)})
@@ -307,7 +314,7 @@ def test_a_followed_risk_is_printed_before_more_is_read(small_finetuned):
         for chunk, minute in ((b"x,1,HR,80\nx,1,Temp,37\nx,2.5,HR,90\n", b"1"), (b"\n", b"2.5")):
             process.stdin.write(chunk), process.stdin.flush()
             assert process.stdout.readline().startswith(b"x,%b,0." % minute)
-        rest, error = process.communicate(b"x,2.5,HR,\xff\n")
+        rest, error = process.communicate(b"x,2.5\xff,HR,1\n")
     assert process.returncode == 0 and rest == b"" and b"2 risks of 1 stays" in error and b"1 malformed" in error
 
 

@@ -541,6 +541,8 @@ def test_one_question_a_stay_after_some_hours_or_at_its_end(tmp_path, load):
     write(tmp_path / "labels.csv", "stay_id,label\n1,1\n")
     assert points_of(load(tmp_path)) == {"1": [(51, 1)], "2": [(9, -1)]}
     assert points_of(load(tmp_path, hours=50 / 60)) == {"1": [(50, 1)], "2": [(9, -1)]}
+    assert points_of(load(tmp_path, hours=0)) == {"1": [(0, 1)], "2": [(0, -1)]}
+    assert points_of(load(tmp_path, hours=np.inf)) == points_of(load(tmp_path))
 
 
 @pytest.mark.parametrize("name, columns",
@@ -935,6 +937,8 @@ def test_an_id_and_an_item_number_have_one_spelling_wherever_they_enter(tmp_path
     assert events_of(cohort) == {"1001": [(0, [("HR", 10), ("HR", 10)])], "1002": [(1, [("7", 2), ("7", 2)])]}
     assert labels_of(cohort) == {"1001": 1, "1002": 0} and splits_of(cohort) == {"1001": 0, "1002": 2}
     assert cohort.subject.tolist() == ["5", "6"]
+    write(tmp_path / "accents/events.csv", HEAD + "\xfc,0,\xe9,1\nu\u0308,1,e\u0301,1\n")
+    assert events_of(load(tmp_path / "accents")) == {"\xfc": [(0, [("\xe9", 1)]), (1, [("\xe9", 1)])]}
 
 
 @pytest.mark.parametrize("ids", [[2.0**53, 2.0**53 + 2], [123456789012345678.0, 1.0],
@@ -997,8 +1001,9 @@ def test_columns_that_are_not_read_are_named_and_a_time_among_them_stops(tmp_pat
     assert "data: 1 columns of labels.csv not read: age" in lines
     for name, cell in (("timestamp", 5), ("asked_at", "2020-01-01 10:00"), ("label_hour", 1), ("Date", 1)):
         write(tmp_path / "d/labels.csv", f"stay_id,label,{name}\n1,1,{cell}\n")
-        with pytest.raises(InputError, match=f"labels.csv: its column {name.lower()} looks like a time"):
+        with pytest.raises(InputError, match=f"labels.csv: its column {name.lower()} looks like a time") as error:
             load(tmp_path / "d")
+        assert f"{'prediction_time' if name == 'asked_at' else 'hour'}={name.lower()}" in str(error.value)
     assert load(tmp_path / "d", columns="minute=Date").point_minute.tolist() == [1]
     assert load(tmp_path / "d", columns="other=date").point_minute.tolist() == [9]
 
