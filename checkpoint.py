@@ -3,6 +3,7 @@ and exported here. A file of the original implementation becomes the same object
 
 import hashlib
 import io
+import re
 import secrets
 import shutil
 import subprocess
@@ -29,12 +30,9 @@ from tasks import Task
 FORMAT = 3  # 2 had none of the optional entries
 _REQUIRED = {"mode": str, "model_config": dict, "model": dict, "vocabulary": torch.Tensor, "normalizer": dict,
              "split": dict, "subjects": dict, "source": dict, "metrics": dict}
-_OPTIONAL = {"run": dict, "task": dict, "maps": dict, "asked_at": float, "calibration": dict, "sites": list,
-             "trainer": dict}
-_ENTRIES = {"normalizer": ("variables", "mean", "std", "log_scale", "clip"), "split": SPLITS,
-            "subjects": SPLITS, "metrics": ("epoch",),
-            "source": ("data", "fingerprint", "seed", "command", "versions")}
-_DATA = {f.name: (f.type, type(None)) for f in fields(DataSettings) if f.metadata.get("scope") != "call"}
+_OPTIONAL = {"run": dict | None, "task": dict | None, "maps": dict | None, "asked_at": float | None,
+             "calibration": dict | None, "sites": list | None, "trainer": dict | None}
+_DATA = {f.name: f.type | None for f in fields(DataSettings) if f.metadata.get("scope") != "call"}
 _SOURCE = {"data": dict, "fingerprint": str, "command": str, "versions": dict, "seed": int}
 _FORGED = "it is damaged or forged: make it again"
 
@@ -46,11 +44,10 @@ def _read(path) -> dict:
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
-            if any(member.compress_type != zipfile.ZIP_STORED for member in members) or (
-                    sum(member.file_size for member in members) > Path(path).stat().st_size):
-                raise zipfile.BadZipFile("packed")
-            if archive.testzip():  # torch.load takes a flipped bit for a weight
-                raise zipfile.BadZipFile("checksum")
+            packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
+            size = sum(member.file_size for member in members)
+            if packed or size > Path(path).stat().st_size or archive.testzip():
+                raise zipfile.BadZipFile  # torch.load takes a flipped bit for a weight
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint; give the path that train.py printed") from None
@@ -58,8 +55,8 @@ def _read(path) -> dict:
         raise InputError(f"{path}: a folder, not a checkpoint; give the best.pt in it") from None
     except Exception as error:  # torch.load raises many types for damaged files; all mean the same
         raise InputError(f"{path}: not a readable checkpoint of tensors and plain types "
-                         f"({type(error).__name__}); it may be truncated or of another program: make it "
-                         "again") from None
+                         f"({type(error).__name__}); it is truncated or of another program: make it again"
+                         ) from None
     if not isinstance(content, dict) or not content:
         raise InputError(f"{path}: holds {type(content).__name__}, not a checkpoint; give a file that "
                          "train.py wrote")
@@ -76,35 +73,32 @@ def _check(content: dict, path) -> None:
     if version == 2 and content.get("trainer") is not None:
         raise InputError(f"{path}: the last.pt of an earlier version; commit 96d43df resumes it (its best.pt "
                          "is read)")
-    lacking = [name for name, kind in _REQUIRED.items() if not isinstance(content.get(name), kind)]
-    lacking = lacking or [f"{name}[{entry}]" for name, entries in _ENTRIES.items() for entry in entries
-                          if entry not in content[name]]
-    lacking += [name for name, kind in _OPTIONAL.items()
-                if not isinstance(content.get(name), (kind, type(None)))]
-    if lacking:
-        raise InputError(f"{path}: a checkpoint without {', '.join(lacking)}; it was not written by "
-                         "train.py: make it again")
-    source = content["source"]
-    threshold = content["metrics"].get("threshold", 0.5)
-    texts = {f"{name} of {part}": ids for name in ("split", "subjects")
-             for part, ids in content[name].items()}
-    strange = [name for name, ids in texts.items()
-               if not isinstance(ids, list) or not all(isinstance(text, str) for text in ids)]
-    strange += [f"{name} of the source" for name, kind in _SOURCE.items()
-                if not isinstance(source[name], kind)]
-    if isinstance(source["data"], dict):
-        strange += [f"{str(name)[:40]!r} of the source's data" for name, value in source["data"].items()
-                    if type(value) is bool or not isinstance(value, _DATA.get(name, ()))]
-    maps = content.get("maps") or {}
+    for name, sound in _entries(content):
+        if not sound:
+            raise InputError(f"{path}: {name} is missing, or nothing that train.py writes; {_FORGED}")
+
+
+def _entries(content: dict):
+    """Yields the name of every entry and whether it is what train.py writes. The outer ones come first, so
+    that whoever stops at a wrong one never looks into it."""
+    for name, kind in (_REQUIRED | _OPTIONAL).items():
+        yield name, isinstance(content.get(name), kind)
+    source, metrics, maps = content["source"], content["metrics"], content.get("maps") or {}
+    for name, kind in _SOURCE.items():
+        yield f"{name} of the source", isinstance(source.get(name), kind)
+    for name, value in source["data"].items():
+        yield f"{str(name)[:40]!r} of the source's data", name in _DATA and isinstance(value, _DATA[name])
+    for name in ("split", "subjects"):
+        for part, ids in (dict.fromkeys(SPLITS) | content[name]).items():
+            yield f"{part} of {name}", isinstance(ids, list) and set(map(type, ids)) <= {str}
     renamed = maps.get("variables", {})
-    if not isinstance(maps.get("positive", ""), str) or not isinstance(renamed, dict) or not all(
-            isinstance(source, str) and isinstance(to, tuple) and [*map(type, to)] == [str, float, float]
-            for source, to in renamed.items()):
-        strange.append("an entry of maps")
-    if type(threshold) is not float or not 0 <= threshold <= 1:
-        strange.append("the threshold")
-    if strange:
-        raise InputError(f"{path}: {strange[0]} is nothing that train.py writes; {_FORGED}")
+    yield "maps", isinstance(maps.get("positive", ""), str) and isinstance(renamed, dict)
+    for source, to in renamed.items():
+        kinds = [*map(type, to)] if isinstance(to, tuple) else None
+        yield "a variable of maps", isinstance(source, str) and kinds == [str, float, float]
+    threshold = metrics.get("threshold", 0.5)
+    yield "the threshold", type(threshold) is float and 0 <= threshold <= 1
+    yield "the epoch", "epoch" in metrics
 
 
 def _config(content: dict, path) -> ModelConfig:
@@ -113,15 +107,11 @@ def _config(content: dict, path) -> ModelConfig:
     sizes, vocabulary = content["model_config"], content["vocabulary"]
     if content["mode"] == "pretrain":  # finetuning chooses the features; earlier versions knew others
         sizes = {name: value for name, value in sizes.items() if name != "features"}
-    known = {f.name for f in fields(ModelConfig)}
-    unknown = sorted(set(sizes) - known | {"num_variables"} - set(sizes), key=str)
-    if unknown:
-        raise InputError(f"{path}: unknown or missing entry {unknown[0]!r} in its model config; "
-                         "use the version that wrote it")
     try:
         config = ModelConfig(**sizes)
-    except InputError as error:
-        raise InputError(f"{path}: {error}; it is damaged, or of another version") from None
+    except (InputError, TypeError) as error:  # a TypeError names the unknown or missing entry
+        raise InputError(f"{path}: its model config: {error}; it is damaged, or use the version that wrote "
+                         "it") from None
     variables = len(content["normalizer"]["variables"])
     if vocabulary.dtype != torch.float32 or variables != config.num_variables or (
             vocabulary.shape != (variables, config.input_dim)):
@@ -135,7 +125,8 @@ def _config(content: dict, path) -> ModelConfig:
 # Weights
 # ------------------------------------------------------------------------------------------------------------
 
-_WRAPPERS = ("module.", "_orig_mod.", "model.")  # DDP, torch.compile, a LightningModule's attribute
+# DDP, torch.compile, a LightningModule's attribute
+_WRAPPERS = re.compile(r"((module|_orig_mod|model)\.)+")
 # Prefix in the original implementation -> ours.
 _ORIGINAL_NAMES = {
     "setvae.setvae.": "setvae.", "set_encoder.": "setvae.", "decoder.": "setvae.decoder.",
@@ -157,8 +148,8 @@ def _weights(state, path, original: bool) -> dict[str, torch.Tensor]:
                          "implementation wrote")
     ours = {}
     for name, tensor in state.items():
-        while (prefix := next((p for p in _WRAPPERS if name.startswith(p)), None)):
-            name = name[len(prefix):]
+        if wrapper := _WRAPPERS.match(name):
+            name = name[wrapper.end():]
         if original and (prefix := next((p for p in _ORIGINAL_NAMES if name.startswith(p)), None)):
             # The original's sign error kept its bias at zero for the whole past: slope 0 reproduces its
             # outputs.
@@ -171,13 +162,11 @@ def _weights(state, path, original: bool) -> dict[str, torch.Tensor]:
 def load_weights(model: SeqSetVAE, state: dict[str, torch.Tensor], path) -> None:
     """Copy every weight of a checkpoint into the model of its config. Raises InputError where they
     disagree."""
-    own = model.state_dict()
-    wrong = sorted(own.keys() ^ state.keys()) + [name for name in own.keys() & state.keys()
-                                                 if own[name].shape != state[name].shape
-                                                 or own[name].dtype != state[name].dtype]
-    if wrong:
-        raise InputError(f"{path}: weight {wrong[0]} is missing, unknown or of another shape or type than "
-                         "its model config says; use the version that wrote it")
+    own, given = ({(name, weight.shape, weight.dtype) for name, weight in weights.items()}
+                  for weights in (model.state_dict(), state))
+    if wrong := own ^ given:
+        raise InputError(f"{path}: weight {min(name for name, *_ in wrong)} is missing, unknown or of "
+                         "another shape or type than its model config says; use the version that wrote it")
     model.load_state_dict(state)
     trees = getattr(model, "trees", None)
     if trees is not None and not (
@@ -200,11 +189,8 @@ class WeightReport:
         return not (self.missing or self.mismatched)
 
     def __str__(self) -> str:
-        rows = [("loaded", self.loaded), ("skipped by rule", self.skipped), ("missing", self.missing),
-                ("unexpected", self.unexpected), ("shape mismatch", self.mismatched)]
-        lines = [f"{title:>16}: {len(names):4d}"
-                 + (f"  {', '.join(names[:6])}{' ...' if len(names) > 6 else ''}" if names and i else "")
-                 for i, (title, names) in enumerate(rows)]
+        lines = [f"{what:>16}: {len(names):4d}  {', '.join(names[:6])}{' ...' * (len(names) > 6)}".rstrip()
+                 for what, names in vars(self).items()]
         return "\n".join(lines)
 
 
@@ -251,6 +237,7 @@ class Checkpoint:
         if content["format"] == 2:
             hours = content["source"]["data"].get("hours")
             rest["asked_at"] = hours if content["mode"] == "finetune" else None
+        normalizer = Normalizer.from_state(content["normalizer"], path)
         config, weights = _config(content, path), _weights(content["model"], path, original=False)
         # A forged config may ask for more than the file holds: at most four times as much is built, and 16
         # MB.
@@ -259,7 +246,7 @@ class Checkpoint:
             raise InputError(f"{path}: its model config asks for about {config.weights:.0e} weights, which "
                              f"the file does not hold; {_FORGED}")
         return cls(path, config=config, weights=weights, vocabulary=content["vocabulary"],
-                   normalizer=Normalizer.from_state(content["normalizer"], path), **rest)
+                   normalizer=normalizer, **rest)
 
     @classmethod
     def of(cls, model: SeqSetVAE, normalizer: Normalizer) -> "Checkpoint":
@@ -286,34 +273,26 @@ class Checkpoint:
         it is."""
         if not self.original:
             return self
-        names = {"reduced": "setvae.dim_reducer.weight", "embed": "setvae.embed.0.weight",
-                 "inducing": "setvae.encoder_layers.0.inducing", "ff": "history.layers.0.linear1.weight",
-                 "decoder": "setvae.decoder.out.weight"}
-        if lacking := [name for name in names.values()
-                       if name not in self.weights or self.weights[name].dim() != 2]:
-            raise InputError(f"{self.path}: no {lacking[0]} in its state dict; give a checkpoint of "
-                             "train.py, or the whole model of the original implementation")
-        shape = {size: self.weights[name].shape for size, name in names.items()}
-        heads = {"set_heads": set_heads or self.source["heads"][0],
-                 "heads": transformer_heads or self.source["heads"][1]}
-        for (name, number), option in zip(heads.items(), ("--set_heads", "--transformer_heads")):
-            if type(number) is not int or number < 1:
-                raise InputError(f"{self.path}: a bare state dict does not tell its numbers of attention "
-                                 f"heads; give {option} (the original's default: "
-                                 f"{getattr(ModelConfig.original(1), name)})")
-            if shape["embed"][0] % number:
-                raise InputError(f"{self.path}: {number} heads do not divide its width of "
-                                 f"{shape['embed'][0]}; correct {option}")
-        levels, layers = (
-            len({name[len(prefix):].split(".")[0] for name in self.weights if name.startswith(prefix)})
-            for prefix in ("setvae.encoder_layers.", "history.layers."))
-        sizes = dict(input_dim=shape["reduced"][1], reduced_dim=shape["reduced"][0],
-                     set_dim=shape["embed"][0], latent_dim=shape["embed"][0], inducing=shape["inducing"][0],
-                     ff_dim=shape["ff"][0], levels=levels, layers=layers)
+        given = self.source["heads"]
+        layers = sum(name.endswith("linear1.weight") for name in self.weights)
+        levels = sum("encoder_layers" in name and name.endswith("inducing") for name in self.weights)
+        shape = {name: tensor.shape for name, tensor in self.weights.items() if tensor.dim() == 2}
         try:
-            config = ModelConfig.original(len(cohort.variables), **heads, **sizes)
+            reduced_dim, input_dim = shape["setvae.dim_reducer.weight"]
+            width, _ = shape["setvae.embed.0.weight"]
+            config = ModelConfig.original(
+                len(cohort.variables), input_dim=input_dim, reduced_dim=reduced_dim, set_dim=width,
+                latent_dim=width, inducing=shape["setvae.encoder_layers.0.inducing"][0],
+                ff_dim=shape["history.layers.0.linear1.weight"][0], levels=levels, layers=layers,
+                set_heads=set_heads or given[0], heads=transformer_heads or given[1])
+        except KeyError as error:
+            raise InputError(f"{self.path}: no {error} in its state dict; give a checkpoint of train.py, or "
+                             "the whole model of the original implementation") from None
         except InputError as error:
-            raise InputError(f"{self.path}: {error}; it is damaged, or of another version") from None
+            raise InputError(f"{self.path}: {error}; a bare state dict does not tell its numbers of "
+                             "attention heads: give --set_heads and --transformer_heads (the original's "
+                             f"defaults: {ModelConfig.original(1).set_heads}, {ModelConfig.original(1).heads})"
+                             ) from None
         return replace(self, config=config, normalizer=Normalizer.fit(cohort, stays),
                        vocabulary=variable_vectors(cohort.variables, config.input_dim, cohort.vectors),
                        source=self.source | {"fingerprint": cohort.fingerprint})
@@ -405,9 +384,13 @@ class Checkpoint:
         """The same with the cohort's ids in place of their hashes; an id without a match is kept as it is."""
         salts = {name.split(":")[1] for parts in (self.split, self.subjects) for ids in parts.values()
                  for name in ids if name.startswith(HASHED)}
-        ids = np.union1d(cohort.subject, cohort.stay_id).tolist() if salts else []
+        ids = np.union1d(cohort.subject, cohort.stay_id).tolist()
         known = {salted(salt, name): name for salt in salts for name in ids}
-        split, subjects = ({part: [known.get(name, name) for name in ids] for part, ids in parts.items()}
+        return self.renamed(lambda name: known.get(name, name)) if salts else self
+
+    def renamed(self, rename) -> "Checkpoint":
+        """The same with other names of stays and subjects, sorted: rename is a function of one."""
+        split, subjects = ({part: sorted(map(rename, ids)) for part, ids in parts.items()}
                            for parts in (self.split, self.subjects))
         return replace(self, split=split, subjects=subjects)
 
@@ -420,16 +403,16 @@ class Checkpoint:
                              "pretrain on this data, or rename its variables")
         return dataset
 
-    def known_part(self, cohort: Cohort, new: bool) -> np.ndarray:
+    def known_part(self, cohort: Cohort) -> np.ndarray:
         """[P] code of the part in which it knows each stay, -1 where it does not. By the subject's name, by
-        the stay's where it or the data name no patients, and in its own data (not `new`), where labels may
-        name patients that were not known then. All stays of a subject are in the first of train, valid,
-        test."""
-        part, nameless = np.full(len(cohort), -1, dtype=np.int8), cohort.subject == cohort.stay_id
+        the stay's where it or the data name no patients, and in its own data, where labels may name patients
+        that were not known then. All stays of a subject are in the first of train, valid, test."""
+        part = np.full(len(cohort), -1, dtype=np.int8)
+        by_stay = (cohort.subject == cohort.stay_id) | (not self.is_new(cohort))
         for code, name in reversed([*enumerate(SPLITS)]):
             subjects = self.subjects.get(name, [])
             mine = np.isin(cohort.subject, subjects) | np.isin(cohort.stay_id, subjects)
-            mine |= (nameless | (not new)) & np.isin(cohort.stay_id, self.split.get(name, []))
+            mine |= by_stay & np.isin(cohort.stay_id, self.split.get(name, []))
             part[np.isin(cohort.subject, cohort.subject[mine])] = code
         return part
 
@@ -464,12 +447,11 @@ class Checkpoint:
         kept = {name: source[name] for name in names if name in source} | {
             "command": "a command that an exported checkpoint does not tell",
             "data": data | ({"data_dir": None} if source["data"].get("data_dir", "") != "" else {})}
-        split, subjects = (
-            {part: sorted(text if text.startswith(HASHED) else salted(salt, text) for text in ids)
-             for part, ids in parts.items()} for parts in (self.split, self.subjects))
-        replace(self, source=kept, split=split, subjects=subjects, run=None, trainer=None).save(path)
+        given = self.renamed(lambda name: name if name.startswith(HASHED) else salted(salt, name))
+        replace(given, source=kept, run=None, trainer=None).save(path)
+        stays = sum(map(len, self.split.values()))
         print(f"exported: {path}, without paths and commands; salted hashes stand for the ids of "
-              f"{sum(map(len, split.values())):,} stays, names and statistics of the variables are in it")
+              f"{stays:,} stays, names and statistics of the variables are in it")
 
 
 def salted(salt: str, name: str) -> str:
@@ -513,10 +495,8 @@ def git_commit() -> str | None:
     if not (home / ".git").exists() or not shutil.which("git"):
         return None
 
-    def git(*words):
-        return subprocess.run(["git", "-C", home, *words], capture_output=True, text=True).stdout.strip()
-    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
-    return f"{commit}{' + changes' if changes else ''}" or None
+    words = ["git", "-C", home, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty= + changes"]
+    return subprocess.run(words, capture_output=True, text=True).stdout.strip() or None
 
 
 def difference(then: dict, now: dict) -> str:

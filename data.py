@@ -603,8 +603,8 @@ class Normalizer:
     @classmethod
     def from_state(cls, state: dict, path) -> "Normalizer":
         """From the checkpoint at `path`. Raises InputError where the state is not that of a normalizer."""
-        arrays = [state[name] for name in ("mean", "std", "log_scale")]
-        names, clip = state["variables"], state["clip"]
+        arrays = [state.get(name) for name in ("mean", "std", "log_scale")]
+        names, clip = state.get("variables"), state.get("clip")
         sound = isinstance(names, list) and isinstance(clip, float) and all(isinstance(x, str) for x in names)
         sound = sound and clip > 0 and len(set(names)) == len(names) and all(
             torch.is_tensor(x) and x.shape == (len(names),) and x.dtype == torch.float32

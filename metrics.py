@@ -101,14 +101,14 @@ def bracketed(limits: list[float] | None, digits: int = 3) -> str:
     return f"[{limits[0]:.{digits}f}, {limits[1]:.{digits}f}]" if limits else ""
 
 
-def groups_with(label_value: int, group, label) -> int:
-    """Returns how many groups have a point of this label."""
-    return len(np.unique(group[label == label_value]))
+def groups_of_labels(group, label) -> list[int]:
+    """Returns how many groups have a point of label 0, and how many one of label 1."""
+    return [len(np.unique(group[label == value])) for value in (0, 1)]
 
 
 def enough(group, label) -> bool:
     """Tells whether there are at least FEW groups of each label, so that an interval means something."""
-    return min(groups_with(1, group, label), groups_with(0, group, label)) >= FEW
+    return min(groups_of_labels(group, label)) >= FEW
 
 
 def with_intervals(group, label, probability, measures: dict) -> dict:
@@ -152,7 +152,7 @@ def calibration_bins(group, label, probability) -> pd.DataFrame:
 def calibration_error(bins: pd.DataFrame) -> float:
     """Returns the expected calibration error over these `calibration_bins` (Guo et al. 2017, eq. 3)."""
     gap = (bins["observed"] - bins["predicted"]).abs()
-    return float((gap * bins["points"]).sum() / bins["points"].sum())
+    return float(np.average(gap, weights=bins["points"]))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -208,9 +208,9 @@ def score_figures(points: Points, methods: dict, threshold: float, sensitivity: 
     _, subject, _, label = points
     size, probability, prevalence = points.size(), methods[CHECKPOINT], label.mean()
     unit = "patients" if size["patients"] < size["stays"] else "stays"
-    few = (f"{unit} with a positive label: {groups_with(1, subject, label)}, with a negative one: "
-           f"{groups_with(0, subject, label)}; below {FEW} of each no interval is given, and the figures may "
-           "be chance")
+    negative, positive = groups_of_labels(subject, label)
+    few = (f"{unit} with a positive label: {positive}, with a negative one: {negative}; below {FEW} of each "
+           "no interval is given, and the figures may be chance")
     alarm = threshold_of(label, probability, sensitivity)
     full = RANKS | {recalibration: ("slope", "intercept"),
                     alarm_from(alarm): ("sensitivity", "ppv", "alarms")}
@@ -272,28 +272,22 @@ def of_challenge_2019(stay, minute, label) -> bool:
     points of a stay must stand together, in the order of time."""
     within = np.diff(stay) == 0
     hourly, rising = np.diff(minute)[within] == 60, np.diff(label)[within] >= 0
-    longest = np.bincount(np.unique(stay, return_inverse=True)[1], label == 1).max(initial=0)
+    longest = pd.Series(label == 1).groupby(stay).sum().max()
     return bool(within.any() and hourly.all() and rising.all() and 1 < longest <= AHEAD + LATE + 1)
 
 
 def hours_since_onset(stay, minute, label) -> np.ndarray:
     """Returns the hours since the onset of the stay's sepsis, six hours after its first label 1: [n],
     negative before the onset, -inf in a stay without sepsis."""
-    stay = np.unique(stay, return_inverse=True)[1]
-    first = np.full(stay.max(initial=-1) + 1, np.inf)
-    np.minimum.at(first, stay[label == 1], minute[label == 1])
-    return (minute - first[stay]) / 60 - AHEAD
+    first = pd.Series(np.where(label == 1, minute, np.inf)).groupby(stay).transform("min").to_numpy()
+    return (minute - first) / 60 - AHEAD
 
 
 def utilities(since) -> tuple[np.ndarray, np.ndarray]:
     """Returns the utility of no alarm and that of an alarm at each hour `since` the onset, [n] each."""
-    early = since <= -AHEAD
-    late = (since > -AHEAD) & (since <= LATE)
-    septic = since > -np.inf
-    quiet = np.where(late, -2 * (since + AHEAD) / (AHEAD + LATE), 0)
-    rise = np.maximum((since + EARLY) / (EARLY - AHEAD), FALSE_ALARM)
-    alarm = np.where(early & septic, rise, np.where(late, (LATE - since) / (AHEAD + LATE), 0))
-    return np.where(septic, quiet, 0), np.where(septic, alarm, FALSE_ALARM)
+    quiet = np.interp(since, [-AHEAD, LATE], [0, -2], right=0)
+    rise_from = -EARLY + FALSE_ALARM * (EARLY - AHEAD)  # at -EARLY an alarm is worth nothing, before less
+    return quiet, np.interp(since, [rise_from, -AHEAD, LATE], [FALSE_ALARM, 1, 0])
 
 
 def in_time(since) -> np.ndarray:
@@ -306,9 +300,9 @@ def utilities_by(group, since, alarm) -> np.ndarray:
     """Returns the utility of each group of hours, a stay or a patient, in ascending order: [G, 3] with these
     alarms [n] bool, without any alarm, with the best possible ones."""
     quiet, loud = utilities(since)
-    group = np.unique(group, return_inverse=True)[1]
-    return np.stack([np.bincount(group, np.where(chosen, loud, quiet))
-                     for chosen in (alarm, np.zeros(len(alarm), dtype=bool), in_time(since))], axis=1)
+    table = pd.DataFrame({"own": np.where(alarm, loud, quiet), "none": quiet,
+                          "best": np.where(in_time(since), loud, quiet)})
+    return table.groupby(group).sum().to_numpy()
 
 
 def normalised_utility(utility) -> np.ndarray:
@@ -345,13 +339,11 @@ def ward_figures(stay, since, alarm) -> dict:
     the twelve hours before the onset; the median lead time in hours from the first such alarm to the onset,
     over stays that are not labelled 1 from their first hour on; false alarms a patient-day, which begin
     outside the time that counts."""
-    begins = np.append(True, np.diff(stay) != 0)      # the first hour of a stay
-    stay = np.cumsum(begins) - 1
-    septic = since[begins] > -np.inf                  # [P]
-    late = since[begins] >= -AHEAD                    # [P] labelled 1 from the first hour on
-    warning, lead = alarm & (since >= -EARLY) & (since < 0), np.zeros(begins.sum())
-    np.maximum.at(lead, stay[warning], -since[warning])
-    false = alarm & (begins | ~np.append(False, alarm[:-1])) & ~in_time(since)
+    lead = np.where(alarm & (since >= -EARLY) & (since < 0), -since, 0)
+    hours = pd.DataFrame({"since": since, "alarm": alarm, "lead": lead}).groupby(stay)
+    first, lead = hours["since"].first(), hours["lead"].max()  # [P] each
+    septic, late = first > -np.inf, first >= -AHEAD            # late: labelled 1 from the first hour on
+    false = alarm & ~hours["alarm"].shift(fill_value=False).to_numpy(bool) & ~in_time(since)
     timely, days = lead[~late & (lead > 0)], len(stay) / 24
     return {"septic_stays": int(septic.sum()), "labelled_from_the_first_hour": int(late.sum()),
             "warned": int((lead > 0).sum()), "share_warned": float((lead > 0).sum() / septic.sum()),

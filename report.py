@@ -12,7 +12,8 @@ import pandas as pd
 import torch
 
 from checkpoint import Checkpoint, label_digest
-from data import InputError, labelled_points, make_splits, point_slots, stay_event_index, stays_of, stays_with
+from data import (SPLITS, InputError, labelled_points, make_splits, point_slots, stay_event_index, stays_of,
+                  stays_with)
 from history_statistics import real_sets
 from metrics import CHECKPOINT, FEW, bracketed, mean_of_logits
 from plots import (LABEL_NAMES, picture_folder, plot_calibration, plot_curves, plot_decision, plot_features,
@@ -103,7 +104,7 @@ def origin(paths: list, checkpoint: Checkpoint, dataset) -> dict:
                "versions": source["versions"], "reader": dataset.cohort.reader, "scored": None}
     print(dataset.cohort.describe())
     print(dataset.describe_known())
-    print("checkpoint: {checkpoint}, epoch {epoch}, made by: {command}".format(**figures))
+    print(f"checkpoint: {figures['checkpoint']}, epoch {figures['epoch']}, made by: {source['command']}")
     versions = ", ".join(f"{name} {version}" for name, version in source["versions"].items())
     print(f"checkpoint: seed {source.get('seed', 'unknown')}, data {source['fingerprint']}, {versions}")
     return figures
@@ -125,7 +126,7 @@ def tested_stays(checkpoint: Checkpoint, cohort, split_file=None) -> tuple[np.nd
         recorded_by = "data" if checkpoint.original else "checkpoint"
         stays = stays_of(cohort, checkpoint.split["test"])
         who = f"the test split that the {recorded_by} recorded"
-    seen = np.isin(checkpoint.known_part(cohort, new)[stays], (0, 1))
+    seen = np.isin(checkpoint.known_part(cohort)[stays], (0, 1))
     if seen.any():
         who += f"; {seen.sum():,} stays left out of subjects that the checkpoint was trained or selected on"
     return stays[~seen], who
@@ -156,8 +157,9 @@ def subgroups(cohort, points, name: str) -> dict[str, np.ndarray]:
     point. More than six different numbers are put into quartiles. Variables without numbers such as ICUType=2
     or GENDER//F are the categories of one. """
     stays = np.unique(cohort.point_stay[points])
-    found = events_until(cohort, points, stays) if name == "events" else first_values(cohort, stays, name)
-    is_number = np.array([isinstance(value, float) for value in found], dtype=bool)
+    found = events_until(cohort, points) if name == "events" else first_values(cohort, stays, name)
+    found = found.astype(object)
+    is_number = found.map(lambda value: isinstance(value, float)).astype(bool)
     number = found[is_number].astype(float).sort_values()
     if number.nunique() > 6:
         edges = np.unique(number.quantile([.25, .5, .75]))
@@ -174,31 +176,29 @@ def subgroups(cohort, points, name: str) -> dict[str, np.ndarray]:
 def first_values(cohort, stays, name: str) -> pd.Series:
     """Returns the first value of a variable in each of these stays that has one: a number, or a category's
     name."""
-    kinds = {text: text[len(name) + len(mark):] for text in cohort.variables for mark in ("=", "//")
-             if text.startswith(name + mark)}
-    if name not in cohort.variables and not kinds:
+    pattern = re.compile(f"(?s){re.escape(name)}(?:(?:=|//)(.*))?")
+    kinds = {v: found[1] for v, text in enumerate(cohort.variables) if (found := pattern.fullmatch(text))}
+    if not kinds:
         known = {re.split("=|//", text)[0] for text in cohort.variables} | {"events"}
         near = difflib.get_close_matches(name, known, n=4, cutoff=.4)
         raise InputError(f"--subgroups {name}: no variable of the data{'; near: ' * bool(near)}"
                          f"{', '.join(near)}; give the names of variables, separated by commas, or events")
-    is_kind = np.isin(cohort.variables, list(kinds))                                      # [V]
-    is_asked = is_kind | (np.array(cohort.variables) == name)
     events = stay_event_index(cohort, stays)
-    variable, value = cohort.event_variable[events], cohort.event_value[events]
-    used = is_asked[variable] & (is_kind[variable] | ~np.isnan(value))
-    stay, first = np.unique(np.repeat(stays, cohort.stay_events[stays])[used], return_index=True)
-    pairs = zip(variable[used][first], value[used][first].tolist())
-    return pd.Series([kinds.get(cohort.variables[v], x) for v, x in pairs], index=stay, dtype=object)
+    table = pd.DataFrame({"stay": np.repeat(stays, cohort.stay_events[stays]),
+                          "variable": cohort.event_variable[events],
+                          "value": cohort.event_value[events].astype(float)})
+    table = table[table["variable"].isin(list(kinds))]
+    kind = table["variable"].map(kinds)  # None: the variable itself, whose value counts
+    return kind.where(kind.notna(), table["value"]).dropna().groupby(table["stay"]).first()
 
 
-def events_until(cohort, points, stays) -> pd.Series:
-    """Returns how many events each of these stays had by the last of its points."""
-    last = points[np.searchsorted(cohort.point_stay[points], stays, side="right") - 1]
-    index, slot = point_slots(cohort, stays)
-    first = cohort.stay_start[stays]
-    after = first + slot[np.searchsorted(index, last)] + 1
-    count = cohort.set_start[after] - cohort.set_start[first]
-    return pd.Series(count.astype(float), index=stays, dtype=object)
+def events_until(cohort, points) -> pd.Series:
+    """Returns how many events each stay of these points had by the last of them."""
+    stay = cohort.point_stay[points]
+    _, slot = point_slots(cohort, np.arange(len(cohort)))
+    first = cohort.stay_start[stay]
+    count = cohort.set_start[first + slot[points] + 1] - cohort.set_start[first]
+    return pd.Series(count.astype(float)).groupby(stay).max()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -231,13 +231,6 @@ def baseline_answers(arguments, baselines, opened: tuple, scored) -> tuple[dict,
     return {name: p[np.searchsorted(asked, scored)] for name, p in answers.items()}, thresholds
 
 
-def parts_of_all(splits: list[dict]) -> dict[str, list[str]]:
-    """Returns the split of several checkpoints together: a stay is of the first of train, valid and test in
-    which one of them has it."""
-    part_of = {stay: part for part in ("test", "valid", "train") for split in splits for stay in split[part]}
-    return {part: [stay for stay, of in part_of.items() if of == part] for part in ("train", "valid", "test")}
-
-
 def write_answers(arguments, opened: list, points, probability, threshold: float, stays) -> None:
     """Writes --predictions and --embeddings. stays: those that may be scored."""
     predictor, dataset = opened[0]
@@ -249,30 +242,30 @@ def write_answers(arguments, opened: list, points, probability, threshold: float
     if path and dataset.cohort.reader.startswith("MEDS") and Path(path).suffix == ".parquet":
         write_meds_predictions(path, dataset.cohort, points, probability, threshold, stays)
     elif path:
-        split = parts_of_all([each.checkpoint.split for each, _ in opened])
-        write_predictions(path, split, dataset.cohort, points, probability)
+        splits = [each.checkpoint.split for each, _ in opened]
+        write_predictions(path, splits, dataset.cohort, points, probability)
     if arguments.embeddings:
         write_embeddings(arguments.embeddings, predictor, dataset, points)
 
 
 def write_table(path, table: pd.DataFrame) -> None:
     """Writes Parquet where the path ends in .parquet, else CSV."""
-    if Path(path).suffix != ".parquet":
-        return write_atomically(path, lambda out: table.to_csv(out, index=False))
+    write = table.to_parquet if Path(path).suffix == ".parquet" else table.to_csv
     try:
-        import pyarrow  # noqa: F401 (pandas uses it)
+        write_atomically(path, lambda out: write(out, index=False))
     except ImportError:
         raise InputError(f"--predictions {path}: Parquet needs pyarrow; pip install pyarrow") from None
-    write_atomically(path, lambda out: table.to_parquet(out, index=False))
 
 
-def write_predictions(path, split: dict, cohort, points, probability) -> None:
+def write_predictions(path, splits: list[dict], cohort, points, probability) -> None:
     """Writes a row for every prediction point of the data, with its probability (empty: no answer), its label
-    (empty: none) and the part of the checkpoint's split that holds its stay."""
+    (empty: none) and the part of the checkpoint's split that holds its stay: of several splits the first of
+    train, valid and test in which one of them has it."""
     stay = cohort.point_stay
     part, answers = np.full(len(cohort), "", dtype=object), np.full(len(stay), np.nan)
-    for name, ids in split.items():
-        part[stays_of(cohort, ids)] = name
+    for name in reversed(SPLITS):
+        for split in splits:
+            part[stays_of(cohort, split[name])] = name
     answers[points] = probability
     table = pd.DataFrame({"stay_id": cohort.stay_id[stay], "subject_id": cohort.subject[stay],
                           "minute": cohort.point_minute, "probability": answers, "split": part[stay],
@@ -323,16 +316,13 @@ def write_embeddings(path, predictor, dataset, points) -> None:
 
 @torch.no_grad()
 def model_figures(predictor, dataset, stays) -> dict:
-    """Returns sizes and weights of the head, and the active units: those of mu whose variance over the sets
-    of these stays exceeds 0.01 (Burda et al. 2016, section 5.2)."""
+    """Returns the sizes of head and model, and the active units: those of mu whose variance over the sets of
+    these stays exceeds 0.01 (Burda et al. 2016, section 5.2)."""
     model = predictor.model
-    head = model.cls_head
-    weights = torch.cat([p.flatten() for name, p in head.named_parameters() if name.endswith("weight")])
     mu = torch.cat([model.setvae.encode(batch)[0][real_sets(batch)]
                     for batch in evaluation_loader(dataset, stays, predictor.device)])
-    return {"head_parameters": sum(p.numel() for p in head.parameters()),
+    return {"head_parameters": sum(p.numel() for p in model.cls_head.parameters()),
             "parameters": sum(p.numel() for p in model.parameters()),
-            "head_weights": {name: getattr(weights, name)().item() for name in ("mean", "std", "min", "max")},
             "active_units": int((mu.var(0) > 0.01).sum()), "latent_dim": model.config.latent_dim}
 
 
@@ -347,10 +337,9 @@ def threshold_source(checkpoints: list[Checkpoint]) -> str:
 
 def show(title: str, table: pd.DataFrame) -> None:
     """Prints a table of texts under its title, after an empty line, with the texts to the left."""
-    width = {name: max(len(name), *table[name].str.len()) for name in table}
-    table = table.apply(lambda column: column.str.ljust(width[column.name]))
-    print(f"\n{title}")
-    print(*(line.rstrip() for line in table.to_string(justify="left").splitlines()), sep="\n")
+    table = table.apply(lambda column: column.str.ljust(max(len(column.name), *column.str.len())))
+    lines = table.to_string(justify="left").splitlines()
+    print(f"\n{title}", *map(str.rstrip, lines), sep="\n")
 
 
 def cell(measure: dict, digits: int = 4) -> str:
@@ -427,11 +416,7 @@ def headline(figures: dict, threshold_is: str) -> pd.DataFrame:
         "F1": ("{f1:.4f}", f"from {{threshold:.4f}} on ({threshold_is}): TP {{confusion[tp]}}, "
                            "FP {confusion[fp]}, FN {confusion[fn]}, TN {confusion[tn]}")}
     if "model" in figures:
-        rows |= {"Head parameters": ("{model[head_parameters]:,}",
-                                     "of {model[parameters]:,}; weights mean "
-                                     "{model[head_weights][mean]:.4f}, std {model[head_weights][std]:.4f}, "
-                                     "range {model[head_weights][min]:.3f} to "
-                                     "{model[head_weights][max]:.3f}"),
+        rows |= {"Head parameters": ("{model[head_parameters]:,}", "of {model[parameters]:,}"),
                  "Active units": ("{model[active_units]}",
                                   "of {model[latent_dim]} (variance of mu over sets > 0.01)")}
     table = pd.DataFrame.from_dict(rows, orient="index", columns=["value and 95% interval", ""])
@@ -461,7 +446,8 @@ def draw(folder: Path, figures: dict, predictor, dataset, traced, points, label,
     """Writes the pictures. points: those with an answer; label: that of the scored ones, [n] as each of
     `methods`."""
     checkpoint = predictor.checkpoint
-    pictures = {"curves": plot_curves(checkpoint.path, checkpoint.source.get("pretrained_ckpt"))}
+    curves = plot_curves(checkpoint.path, checkpoint.source.get("pretrained_ckpt"))
+    pictures = {"curves": curves} if curves else {}
     if figures["scored"]:
         pictures |= {"ranking": plot_ranking(label, methods, figures["methods"]),
                      "calibration": plot_calibration(figures), "decision": plot_decision(label, methods)}
@@ -472,7 +458,6 @@ def draw(folder: Path, figures: dict, predictor, dataset, traced, points, label,
     if traced is not None:
         threshold = checkpoint.metrics["threshold"]
         pictures["trajectory"] = plot_trajectory(figures["trajectory"], dataset, traced, threshold)
-    drawn = {f"{name}.png": figure for name, figure in pictures.items() if figure}
-    for name, figure in drawn.items():
-        save_figure(figure, folder / name)
-    print(f"pictures: {', '.join(sorted(drawn))} in {folder}")
+    for name, figure in pictures.items():
+        save_figure(figure, folder / f"{name}.png")
+    print(f"pictures: {', '.join(f'{name}.png' for name in sorted(pictures))} in {folder}")

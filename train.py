@@ -496,7 +496,7 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
     split_seed = arguments.seed if arguments.split_seed is None else arguments.split_seed
     # The checkpoint's split is kept, unless the data are others, or tell one that it did not know.
     new, split = checkpoint.is_new(cohort), checkpoint.split
-    known, kept = checkpoint.known_part(cohort, new), split
+    known, kept = checkpoint.known_part(cohort), split
     told = make_splits(cohort, split_seed) if (cohort.split >= 0).any() else None
     if told and (new or {"split_file", "label_file"} & given.keys() or set(told["test"]) != set(kept["test"])):
         split = told

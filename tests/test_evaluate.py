@@ -76,7 +76,8 @@ def test_an_original_checkpoint_is_finetuned_and_scored(tmp_path, capsys, origin
     command = [*FINETUNE, str(bare), *original_data, "--run_dir", str(tmp_path / "bare")]
     one_error_line(capsys, train.main(command), "--set_heads")
     one_error_line(capsys, train.main([*command, "--set_heads", "2"]), "--transformer_heads")
-    one_error_line(capsys, train.main([*command, "--set_heads", "5", "--transformer_heads", "4"]), "do not divide")
+    one_error_line(capsys, train.main([*command, "--set_heads", "5", "--transformer_heads", "4"]),
+                   "of set_heads 5")
     assert train.main([*command, *HEADS]) == 0
     runs = [torch.load(tmp_path / run / "best.pt", weights_only=True) for run in ("whole", "bare")]
     assert runs[0]["model_config"] == runs[1]["model_config"]
