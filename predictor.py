@@ -500,7 +500,9 @@ def follow(arguments) -> None:
         say(predictor.checkpoint.describe_kept({})[0])
     ward = Ward(predictor)
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")  # what is no text is a malformed line or an unknown variable
+        # As tables are read, with a mark before the first line or without; what is no text is a malformed
+        # line or an unknown variable.
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="replace")
     try:
         for number, line in enumerate(sys.stdin, 1):
             if not line.strip():

@@ -311,7 +311,7 @@ def test_a_line_of_follow_is_read_as_the_long_table_is():
 def test_a_followed_risk_is_printed_before_more_is_read(small_finetuned):
     command = [sys.executable, test_suite.__file__, "--checkpoint", str(small_finetuned), "--follow"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        for chunk, minute in ((b"x,1,HR,80\nx,1,Temp,37\nx,2.5,HR,90\n", b"1"), (b"\n", b"2.5")):
+        for chunk, minute in ((b"\xef\xbb\xbfx,1,HR,80\nx,1,Temp,37\nx,2.5,HR,90\n", b"1"), (b"\n", b"2.5")):
             process.stdin.write(chunk), process.stdin.flush()
             assert process.stdout.readline().startswith(b"x,%b,0." % minute)
         rest, error = process.communicate(b"x,2.5\xff,HR,1\n")
