@@ -201,7 +201,7 @@ def plot_trajectory(trajectory: dict, dataset, stay: int, threshold: float):
     corner.set_axis_off()
     draw_risk(risk, trajectory, time, threshold)
     draw_events(chart, dataset, stay, rows, time)
-    chart.set(xlabel=f"{unit}s since admission", xlim=np.array([-.01, 1.01]) * last / length,
+    chart.set(xlabel=f"{unit}s since admission", xlim=np.array([-.01, 1.01]) * max(last, 60) / length,
               ylabel=f"{len(rows)} of the {len(moved)} most charted variables" if len(rows) < len(moved)
               else "variables")
     if trajectory["onset"] is not None:

@@ -661,7 +661,7 @@ def write_atomically(path, write) -> None:
     old file or the new. Of a symbolic link the target is written; a pipe or a device is given to `write` itself."""
     with clear_write_error(path):
         if os.path.exists(path) and not os.path.isfile(path):
-            write(path)
+            write(Path(path))
             return
         target = Path(os.path.realpath(path))
         # The number of the process tells leftovers (see `Run`); nobody can guess the name and put a link there.

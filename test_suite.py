@@ -23,6 +23,8 @@ from settings import SEED, SHARE, Parser, SharedSettings, changed, data_options,
 
 
 TESTS = str(Path(__file__).with_name("tests"))
+INSTEAD = ("soak", "protocol", "benchmark", "export", "follow")  # options of which each is a command of its own
+ANALYSIS = ("baselines", "predictions", "embeddings", "trajectory", "plots", "subgroups", "json")
 
 
 @dataclass
@@ -94,6 +96,9 @@ def run_tests(*options: str) -> int:
 def run(given: dict) -> int | None:
     """Do what the options given ask for. Returns the exit code of the tests."""
     arguments = changed(Options(), given)
+    instead = [name for name in INSTEAD if getattr(arguments, name)]
+    if instead and (unused := [name for name in (*instead[1:], *ANALYSIS) if getattr(arguments, name)]):
+        raise InputError(f"--{instead[0]} does not go with --{', --'.join(unused)}; give them one after another")
     if arguments.soak:
         os.environ["SEQSETVAE_SOAK"] = "1"
         return run_tests("-s", "-k", "random")

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -173,6 +174,16 @@ def test_scoring_needs_neither_pytest_nor_the_tests():
     assert ended.stdout == "[]\n", ended.stderr
 
 
+def test_a_stay_of_one_set_is_drawn_without_a_warning(tmp_path, small_finetuned):
+    pytest.importorskip("matplotlib")
+    write(tmp_path / "events.csv", "stay_id,minute,variable,value\n1,0,HR,80\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert main(["--checkpoint", str(small_finetuned), "--data_dir", str(tmp_path), "--trajectory", "1",
+                     "--plots", str(tmp_path / "plots")]) == 0
+    assert (tmp_path / "plots/trajectory.png").stat().st_size
+
+
 def test_a_stay_without_a_known_variable_has_no_probability_and_no_part_in_the_score(tmp_path, capsys, small_finetuned):
     cohort = synthetic_cohort(24)
     folder = write_long_table(tmp_path / "d", replace(cohort, stay_id=np.array([f"new-{i}" for i in range(24)]),
@@ -251,6 +262,10 @@ def test_analysis_options_need_a_checkpoint_and_plots_need_matplotlib(capsys, mo
     one_error_line(capsys, main(["--protocol", "--methods", "frozen", "luck"]), "--methods: invalid choice: 'luck'")
     one_error_line(capsys, main(["--protocol", "--data_dir", "x", "--splits", "none.csv"]), "--splits none.csv: no such")
     one_error_line(capsys, main(["--benchmark", "luck"]), "invalid choice: 'luck'")
+    for words, line in ((["--export", "y", "--json", "z"], "--export does not go with --json"),
+                        (["--follow", "--predictions", "z", "--export", "y"],
+                         "--export does not go with --follow, --predictions")):
+        one_error_line(capsys, main(["--checkpoint", "x", *words]), line)
     one_error_line(capsys, main(["--seeds", "1", "-1"]), "seeds is (1, -1)")
 
 
