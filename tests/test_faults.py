@@ -251,7 +251,7 @@ def test_a_link_is_written_through_and_a_pipe_or_device_directly(tmp_path):
     reader = subprocess.Popen(["cat", str(pipe)], stdout=subprocess.PIPE, text=True)
     write_atomically(pipe, lambda out: Path(out).write_text("through"))
     assert reader.communicate(timeout=20)[0] == "through" and pipe.is_fifo()
-    write_atomically("/dev/null", lambda out: Path(out).write_text("gone"))
+    write_atomically("/dev/null", lambda out: out.write_text("gone"))
     assert Path("/dev/null").is_char_device()
     if os.path.isdir("/proc/self/fd"):
         code = "from tables import write_atomically; write_atomically('/dev/stdout', lambda out: open(out, 'w').write('a'))"
