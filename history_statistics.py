@@ -57,22 +57,27 @@ def past_statistics(sums, largest, latest, first) -> Statistics:
     return Statistics(past.masked_fill(~exists, 0), exists)
 
 
-def interval_of(slots: torch.Tensor, length: int) -> torch.Tensor:
-    """slots [B, Q], ascending positions (padding: `length`) -> [B, length], the place in `slots` of the first
-    one at or after each position, Q where there is none: the interval between asked sets in which a set
-    lies."""
-    position = torch.arange(length, device=slots.device).expand(len(slots), length).contiguous()
-    return torch.searchsorted(slots.contiguous(), position)
-
-
 def row_of_cells(batch: EventBatch, slots, column, width: int) -> torch.Tensor:
     """[C] where each of the batch's measurements counts: (stay * (Q + 1) + interval between asked sets) *
-    width + variable; B (Q + 1) width: left out. The arguments are those of `statistics_at`."""
+    width + variable; B (Q + 1) width: left out. The interval of a set is the place in `slots` of the first one
+    at or after it, Q where there is none. The arguments are those of `statistics_at`."""
     (stays, length), asked = batch.minute.shape, slots.shape[1]
     column = column.flatten()[batch.cell_pair]
-    interval = interval_of(slots, length).flatten()[batch.cell_slot]
+    position = torch.arange(length, device=slots.device).expand(stays, length).contiguous()
+    interval = torch.searchsorted(slots.contiguous(), position).flatten()[batch.cell_slot]
     row = (batch.cell_slot // length * (asked + 1) + interval) * width + column
     return torch.where(column < width, row, stays * (asked + 1) * width)
+
+
+def by_interval(cells, row, shape: tuple, start, reduce: str = "amax"):
+    """cells [k, C] -> [k, *shape], those of each interval reduced by `reduce`, `start` where there is none;
+    row [C]: see `row_of_cells`; shape: (B, Q + 1, n)."""
+    k, size = len(cells), math.prod(shape)
+    rows = (row + (size + 1) * torch.arange(k, device=row.device)[:, None]).flatten()
+    reduced = cells.new_full((k * (size + 1),), start)
+    reduced = reduced.index_add(0, rows, cells.flatten()) if reduce == "sum" else \
+        reduced.scatter_reduce(0, rows, cells.flatten(), reduce)
+    return reduced.view(k, size + 1)[:, :size].view(k, *shape)
 
 
 def statistics_at(batch: EventBatch, slots, column, width: int) -> Statistics:
@@ -80,25 +85,15 @@ def statistics_at(batch: EventBatch, slots, column, width: int) -> Statistics:
     compose: O(C + B Q width). slots [B, Q]: positions of sets, ascending, L where padding; column [B, D]: the
     place among `width` variables of each of the stay's variables, `width` where it is left out."""
     stays, asked = slots.shape
-    size = stays * (asked + 1) * width
+    shape = stays, asked + 1, width
     first = batch.first_value.new_zeros(stays, width + 1)
     first = first.scatter(1, column, batch.first_value)[:, None, :width]                           # [B, 1, n]
     x, valued = batch.cell_value - batch.first_value.flatten()[batch.cell_pair], batch.cell_valued    # [C]
     row = row_of_cells(batch, slots, column, width)        # of a stay's variable: ascending in time
-
-    def by_interval(cells, start, reduce):
-        """cells [k, C] -> [k, B, Q + 1, n], those of each interval reduced by `reduce`."""
-        k = len(cells)
-        rows = (row + (size + 1) * torch.arange(k, device=row.device)[:, None]).flatten()
-        reduced = cells.new_full((k * (size + 1),), start)
-        reduced = reduced.index_add(0, rows, cells.flatten()) if reduce == "sum" else \
-            reduced.scatter_reduce(0, rows, cells.flatten(), reduce)
-        return reduced.view(k, size + 1)[:, :size].view(k, stays, asked + 1, width)
-
-    sums = by_interval(summands(x, batch.cell_day, valued, batch.cell_count), 0, "sum")
-    largest = by_interval(extremes(x, valued), -math.inf, "amax")
+    sums = by_interval(summands(x, batch.cell_day, valued, batch.cell_count), row, shape, 0, "sum")
+    largest = by_interval(extremes(x, valued), row, shape, -math.inf)
     index = torch.where(valued, torch.arange(len(x), device=x.device), -1)
-    last = by_interval(index[None], -1, "amax")[0, :, :asked].cummax(1).values                     # [B, Q, n]
+    last = by_interval(index[None], row, shape, -1)[0, :, :asked].cummax(1).values                 # [B, Q, n]
     past = past_statistics(sums[:, :, :asked].cumsum(2), largest[:, :, :asked].cummax(2).values,
                            F.pad(x, (1, 0))[last + 1], first)
 
@@ -113,9 +108,9 @@ def hours_since(batch: EventBatch, slots, column, width: int) -> torch.Tensor:
     """Hours from the last event of each variable, or where there is none yet from the stay's first set, to
     the sets `slots`: [B, Q, width]; the arguments are those of `statistics_at`."""
     (stays, asked), row = slots.shape, row_of_cells(batch, slots, column, width)
-    latest = batch.minute.new_full((stays * (asked + 1) * width + 1,), -math.inf)
-    latest = latest.scatter_reduce(0, row, batch.minute.flatten()[batch.cell_slot], "amax")[:-1]
-    latest = latest.view(stays, asked + 1, width)[:, :asked].cummax(1).values
+    minute = batch.minute.flatten()[batch.cell_slot]                                                     # [C]
+    latest = by_interval(minute[None], row, (stays, asked + 1, width), -math.inf)
+    latest = latest[0, :, :asked].cummax(1).values
     latest = latest.maximum(batch.minute[:, :1, None])
     since = at_slots(batch.minute[..., None], slots) - latest                       # negative in padding
     return since.div(60).float().clamp(min=0)
@@ -212,12 +207,10 @@ def at_slots(x, slots):
 def measured_at(batch: EventBatch, slots, column, width: int) -> torch.Tensor:
     """[B, Q, width]: 1 where an asked set measured a variable, else 0; arguments as in `statistics_at`."""
     (stays, asked), length = slots.shape, batch.minute.shape[1]
-    interval = interval_of(slots, length)                                                             # [B, L]
-    exact = F.pad(slots, (0, 1), value=-1).gather(1, interval) == torch.arange(length, device=slots.device)
-    column, size = column.flatten()[batch.cell_pair], stays * asked * width
-    row = batch.cell_slot // length * asked + interval.flatten()[batch.cell_slot]
-    row = torch.where(exact.flatten()[batch.cell_slot] & (column < width), row * width + column, size)
-    return torch.zeros(size + 1, device=row.device).index_fill(0, row, 1)[:-1].view(stays, asked, width)
+    asked_set = torch.zeros(stays, length + 1, device=slots.device).scatter(1, slots, 1)[:, :length]
+    cells = asked_set.flatten()[batch.cell_slot]                                # [C] 1: of a set that is asked
+    row = row_of_cells(batch, slots, column, width)
+    return by_interval(cells[None], row, (stays, asked + 1, width), 0)[0, :, :asked]
 
 
 class Question(NamedTuple):

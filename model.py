@@ -513,33 +513,59 @@ class History(nn.Module):
 # Pretraining: reconstruction + KL, without labels
 # ------------------------------------------------------------------------------------------------------------
 
-class SeqSetVAEPretrain(nn.Module):
-    """Set-VAE + history, trained to reconstruct every set (and, with the readout decoder, the history so far
-    and the stay's future) from h_t.
+class Backbone(nn.Module):
+    """What pretraining and the classifier share: set-VAE, history and, with the readout decoder, the readout
+    of the history so far and the stay's future."""
 
-    Only mu goes to the Transformer. In training some sets are hidden from it behind a learned mask token and
-    some events from the encoder, while the loss still asks for them: h_t must then carry the history."""
-
-    def __init__(self, config: ModelConfig, vocabulary: torch.Tensor):
+    def __init__(self, config: ModelConfig, vocabulary: torch.Tensor, hides_sets: bool):
         super().__init__()
         self.config = config
         self.setvae = SetVAE(config, vocabulary)
         self.history = History(config)
         if config.decoder == "readout":
             self.history_readout = HistoryReadout(config)
-        if config.hide_sets:
+        if hides_sets and config.hide_sets:
             self.mask_token = nn.Parameter(0.02 * torch.randn(config.latent_dim))
+
+    def fused(self, mu, logvar):
+        """z that goes to the Transformer, [..., d]."""
+        return mu
+
+    def encode(self, batch: EventBatch):
+        """mu, logvar, z and h, each [B, L, d]. In training some events are hidden from the encoder, and some
+        sets from the history behind a learned mask token: their h must carry the history."""
+        config, training = self.config, self.setvae.training
+        mu, logvar = self.setvae.encode(batch, config.drop_events if training else 0.0)
+        z = shown = self.fused(mu, logvar)
+        if training and config.hide_sets:
+            hidden = torch.rand(*z.shape[:2], 1, device=z.device) < config.hide_sets
+            shown = torch.where(hidden, self.mask_token, z)
+        return mu, logvar, z, self.history(shown, batch.minute)
+
+    def sequence_losses(self, h, batch: EventBatch) -> tuple[dict, Question | None]:
+        """The losses of h [B, L, d], name -> [B]: reconstruction and, with the readouts, history and future;
+        and what the readouts were asked."""
+        if self.config.decoder == "slots":
+            return self.setvae.reconstruction_losses(h, batch, None), None
+        question = self.setvae.ask(batch)
+        terms = self.setvae.reconstruction_losses(h, batch, question)
+        return terms | self.history_readout.losses(h, batch, question), question
+
+
+class SeqSetVAEPretrain(Backbone):
+    """Set-VAE + history, trained to reconstruct every set (and, with the readout decoder, the history so far
+    and the stay's future) from h_t. Only mu goes to the Transformer. The loss also asks for the sets and
+    events that are hidden in training."""
+
+    def __init__(self, config: ModelConfig, vocabulary: torch.Tensor):
+        super().__init__(config, vocabulary, hides_sets=True)
 
     def forward(self, batch: EventBatch, beta: float) -> dict[str, torch.Tensor]:
         """The loss and its terms (scalars, float32, means over sets, then stays), and mu [B, L, d]."""
-        config, setvae = self.config, self.setvae
-        mu, logvar = setvae.encode(batch, config.drop_events if self.training else 0.0)
-        z = hide_sets(mu, self.mask_token, config.hide_sets) if self.training and config.hide_sets else mu
-        h = self.history(z, batch.minute)                                                          # [B, L, d]
-
-        question = setvae.ask(batch) if config.decoder == "readout" else None
-        terms = sequence_losses(setvae, getattr(self, "history_readout", None), h, batch, question)
-        if question and config.sample_z:
+        setvae = self.setvae
+        mu, logvar, _, h = self.encode(batch)
+        terms, question = self.sequence_losses(h, batch)
+        if question and self.config.sample_z:
             code = setvae.sample(mu, logvar) if self.training else mu
             own = setvae.reconstruction_losses(code, batch, question)
             terms |= {f"set_{name}": term for name, term in own.items()}
@@ -547,20 +573,6 @@ class SeqSetVAEPretrain(nn.Module):
         reconstruction, kl = sum(terms.values()), setvae.kl(mu, logvar, batch)
         loss = reconstruction + beta * kl
         return {"loss": loss, "reconstruction": reconstruction, "kl": kl, **terms, "mu": mu}
-
-
-def hide_sets(z, mask_token, share: float):
-    """z [B, L, d] with this share of the sets behind the mask token [d]: their h must carry the history."""
-    return torch.where(torch.rand(*z.shape[:2], 1, device=z.device) < share, mask_token, z)
-
-
-def sequence_losses(setvae: SetVAE, readout: HistoryReadout | None, h, batch: EventBatch,
-                    question: Question | None) -> dict:
-    """The losses of h [B, L, d], name -> [B]: reconstruction and, with the readouts, history and future."""
-    terms = setvae.reconstruction_losses(h, batch, question)
-    if question:
-        terms |= readout.losses(h, batch, question)
-    return terms
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -624,23 +636,16 @@ class AttentionPool(nn.Module):
         return pool.out_proj(pool.attend(pool.project_query(last), key_value, reached[:, None]))
 
 
-class SeqSetVAE(nn.Module):
+class SeqSetVAE(Backbone):
     """Classifier on the set-VAE and its history. `config.classification_only`: the backbone is frozen and
     stays in evaluation mode; otherwise everything trains on classification + reconstruction + KL."""
 
     BACKBONE = ("setvae.", "history.", "history_readout.", "mask_token")
 
     def __init__(self, config: ModelConfig, vocabulary: torch.Tensor, task: Task = Task()):
-        super().__init__()
-        self.task = task
-        self.config, d = config, config.latent_dim
-        self.setvae = SetVAE(config, vocabulary)
-        self.history = History(config)
-        if config.decoder == "readout":
-            self.history_readout = HistoryReadout(config)
+        super().__init__(config, vocabulary, hides_sets=not config.classification_only)
+        self.task, d = task, config.latent_dim
         if not config.classification_only:
-            if config.hide_sets:
-                self.mask_token = nn.Parameter(0.02 * torch.randn(d))
             if config.fuse:
                 self.vae_feature_fusion = GatedFusion(d)
             self.feature_fusion = AttentionPool(d, config.heads)
@@ -695,47 +700,31 @@ class SeqSetVAE(nn.Module):
         w = torch.sigmoid(1 - std.mean(-1, keepdim=True))
         return w * mu * (1 + 0.05 * torch.tanh(std)) + (1 - w) * mu
 
-    def _extract_enhanced_features(self, h, slots, key_value=None):
-        """Features from h [B, L, d] alone at the sets `slots` [B, Q], from no later set: stable [B, Q, d] =
-        0.7 * last + 0.3 * attention pool, or multiscale [B, Q, 4d] = last, attention pool, mean, max. Full
-        training: before them a projection [B, Q, d] of mean, max and learned attention pool, whose keys and
-        values are `key_value` [B, L, 2d] (None: yet to be projected)."""
-        config, last = self.config, at_slots(h, slots)                                            # [B, Q, d]
-        attention = attention_pool(h, last, slots)
-        if config.features == "multiscale" or not config.classification_only:
-            pools = prefix_moments(h, slots)[:2]                                                  # mean, max
-        if config.features == "multiscale":
-            features = [last, attention, *pools]
-        else:
-            features = [0.7 * last + 0.3 * attention]
-        if not config.classification_only:
-            if key_value is None:
-                key_value = self.feature_fusion.attention_pool.project_key_value(h)
-            pooled = self.feature_fusion(key_value, last, slots)
-            features.insert(0, self.feature_projection(torch.cat([*pools, pooled], dim=-1)))
-        return torch.cat(features, dim=-1)
-
-    def encode(self, batch: EventBatch):
-        """mu, logvar, fused z and h, each [B, L, d]; in full training, as in pretraining, of stays with
-        events dropped and sets hidden from the history at random."""
-        mu, logvar = self.setvae.encode(batch, self.config.drop_events if self.setvae.training else 0.0)
-        z = shown = self.fused(mu, logvar)
-        if self.setvae.training and self.config.hide_sets:
-            shown = hide_sets(z, self.mask_token, self.config.hide_sets)
-        return mu, logvar, z, self.history(shown, batch.minute)
-
     def _features_of(self, z, h, batch):
         """All that reaches the head at the batch's prediction points, [B, Q, F], not yet standardised."""
         exact = self.exact_summaries(batch) if self.config.summaries else None
         return self.head_input(z.float(), h.float(), batch.point_slot, exact)
 
-    def head_input(self, z, h, slots, exact, pool=None):
-        """The head input [B, Q, F] at the sets `slots` [B, Q]: what z and h [B, L, d] tell, and there the
-        `summaries` of what was measured (None: left out); pool: the learned pool's keys and values, see
-        `_extract_enhanced_features`."""
-        features = [self._extract_enhanced_features(h, slots, pool)]
-        if self.config.features == "multiscale":
-            features += prefix_moments(z, slots)
+    def head_input(self, z, h, slots, exact, key_value=None):
+        """The head input [B, Q, F] at the sets `slots` [B, Q], from no later set. Of h [B, L, d]: stable
+        [B, Q, d] = 0.7 * last + 0.3 * attention pool, or multiscale [B, Q, 4d] = last, attention pool, mean,
+        max, beside [B, Q, 4d] of z. Full training: before them a projection [B, Q, d] of mean, max and
+        learned attention pool, whose keys and values are `key_value` [B, L, 2d] (None: yet to be projected).
+        After them the `summaries` of what was measured (None: left out)."""
+        config, last = self.config, at_slots(h, slots)                                            # [B, Q, d]
+        attention = attention_pool(h, last, slots)
+        multiscale, features = config.features == "multiscale", []
+        if multiscale or not config.classification_only:
+            pools = prefix_moments(h, slots)[:2]                                                  # mean, max
+        if not config.classification_only:
+            if key_value is None:
+                key_value = self.feature_fusion.attention_pool.project_key_value(h)
+            pooled = self.feature_fusion(key_value, last, slots)
+            features.append(self.feature_projection(torch.cat([*pools, pooled], dim=-1)))
+        if multiscale:
+            features += [last, attention, *pools, *prefix_moments(z, slots)]
+        else:
+            features.append(0.7 * last + 0.3 * attention)
         if exact is not None:
             features.append(exact)
         return torch.cat(features, dim=-1)
@@ -783,7 +772,6 @@ class SeqSetVAE(nn.Module):
         """Full training: logits (see `classify`), reconstruction and KL of one pass."""
         mu, logvar, z, h = self.encode(batch)
         logits = self.classify(self._features_of(z, h, batch))
-        question = self.setvae.ask(batch) if self.config.decoder == "readout" else None
-        terms = sequence_losses(self.setvae, getattr(self, "history_readout", None), h, batch, question)
+        terms, _ = self.sequence_losses(h, batch)
         reconstruction, kl = sum(terms.values()).mean(), self.setvae.kl(mu, logvar, batch)
         return {"logits": logits, "reconstruction": reconstruction, "kl": kl}

@@ -12,7 +12,7 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -152,8 +152,8 @@ def summaries_alone(dataset, variables, train, valid, test, seed: int, device=CP
     torch.manual_seed(seed)
     model = SummariesAlone(shape, torch.zeros(shape.num_variables, shape.input_dim))
     model.head_variables.copy_(torch.from_numpy(variables))
-    run = SimpleNamespace(model=model.to(device), dataset=dataset, last=None)
-    head = HeadTraining(run, train, config, seed, device)
+    run = SimpleNamespace(model=model.to(device), dataset=dataset, seed=seed, device=device, last=None)
+    head = HeadTraining(run, train, config)
     for epoch in range(head.epochs):
         head.epoch(epoch)
     weigh_trees(model, encode_points(model, dataset, valid, device), dataset.cohort.answers[valid])
@@ -422,14 +422,13 @@ def spread(items, n: int) -> list:
 def new_models(config, dataset) -> tuple[SeqSetVAEPretrain, SeqSetVAE, FinetuneConfig]:
     """A model to pretrain, a classifier of its sizes and the settings of its head: the default ones, or, with
     the original's decoder, the original's features, widths and loss."""
-    d, settings = config.latent_dim, FinetuneConfig()
+    d, settings = config.latent_dim, FinetuneConfig(hidden_width=None)
     if config.decoder == "slots":
-        settings = FinetuneConfig(features="stable", summaries=False, head_widths=(d, d // 2, d // 4),
-                                  trees=None, loss="focal")
+        settings = replace(settings, summaries=False, head_widths=(d, d // 2, d // 4), trees=None, loss="focal")
     vectors = variable_vectors(dataset.normalizer.variables, config.input_dim)
-    head = {name: getattr(settings, name) for name in ("fuse", "features", "summaries", "head_widths")}
-    head |= tree_sizes(settings, 0) | {"head_variables": min(config.num_variables, settings.most_variables)}
-    return SeqSetVAEPretrain(config, vectors), SeqSetVAE(replace(config, **head), vectors), settings
+    head = asdict(settings) | tree_sizes(settings, 0)
+    head["head_variables"] = min(config.num_variables, settings.most_variables)
+    return SeqSetVAEPretrain(config, vectors), SeqSetVAE(changed(config, head), vectors), settings
 
 
 def pretraining_pass(how, config, batches, dataset, device):
@@ -535,10 +534,8 @@ def benchmark(arguments) -> None:
     if arguments.cache_dir:
         raise InputError(f"--cache_dir {arguments.cache_dir}: --benchmark measures reading, into a temporary "
                          "folder of its own; leave the option out")
-    device, rows = torch.device("cuda" if torch.cuda.is_available() else "cpu"), {}
+    (device, dtype), rows = choose_device("auto", "auto"), {}
     peak_memory(device)
-    on_cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else on_cpu
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
         options = data_options(arguments) | {"cache_dir": Path(cache)}
         for what in ("parsed" if arguments.data_dir else "generated", "from the cache"):
@@ -556,7 +553,7 @@ def benchmark(arguments) -> None:
             print(f"measuring: {sizes}, {task}", flush=True)
             stays = np.concatenate(batches)
             looped = spread(stays[np.argsort(lengths[stays])], LOOPED)
-            used = {how: [looped] if how == PLAIN_LOOP else batches for how in hows if bf16 or how != "bf16"}
+            used = {how: [looped] if how == PLAIN_LOOP else batches for how in hows if how != "bf16" or dtype == torch.bfloat16}
             works = {how: partial(make_pass, how, config, mine, dataset, device)
                      for how, mine in used.items()}
             for how, seconds, memory in take_turns(works, device, ROUNDS).itertuples():

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from batches import StayDataset, sorted_batches
-from checkpoint import Checkpoint, difference, git_commit, label_digest, load_weights
+from checkpoint import Checkpoint, difference, git_commit, label_digest, load_weights, maps_of
 from data import Cohort, InputError, subjects_of
 from readers import load_cohort
 from settings import DataSettings, recorded
@@ -292,11 +292,14 @@ class Run:
 
     best: figures of the best epoch; epoch: epochs done; done: steps done in the next, of which totals are the sums."""
 
-    def __init__(self, arguments, config, model, dataset: StayDataset, split: dict, source: dict, best: dict,
-                 seen: dict = {}, kept: dict = {}):
-        """seen: subjects by part that the pretrained checkpoint was trained or selected on; kept: optional entries of
+    def __init__(self, arguments, config, model, dataset: StayDataset, split: dict, data: dict, device, dtype,
+                 best: dict, source: dict = {}, seen: dict = {}, kept: dict = {}):
+        """data: the options that the data were read with; source: entries beside those of `source_of`; seen:
+        subjects by part that the pretrained checkpoint was trained or selected on; kept: optional entries of
         the checkpoints, see `Checkpoint`."""
-        self.seen, self.kept = seen, kept
+        source = source_of(arguments, data, dataset.cohort, device, dtype) | source
+        self.seed, self.device, self.dtype = arguments.seed, device, dtype
+        self.seen, self.kept = seen, kept | {"maps": maps_of(data)}
         self.model, self.dataset, self.split, self.best = model, dataset, split, best
         self.epoch, self.done, self.totals, self.rows = 0, 0, {}, []
         options = recorded(arguments) | {name: source[name] for name in ("device", "precision")}
@@ -369,22 +372,22 @@ class Run:
             print(f"nothing left to train: {self.epoch} epochs are done; a larger --max_epochs goes on")
         yield from range(self.epoch, most)
 
-    def end_of_epoch(self, row: dict, improved: bool) -> None:
-        """Log the epoch, save best.pt where it improved, and last.pt."""
-        self.log(row)
-        if improved:
-            self.best = {name: row[name] for name in self.best}
-            self.save("best.pt", self.checkpoint(row))
-        self.epoch, self.done, self.totals = row["epoch"], 0, {}
-        self.save_last(row)
-
-    def log(self, row: dict) -> None:
-        """Append an epoch's figures to metrics.csv."""
+    def end_of_epoch(self, row: dict, improved: bool, figures: str) -> None:
+        """Log the epoch, in metrics.csv and by its figures as text; save best.pt where it improved, and
+        last.pt."""
         self.rows.append(row)
         if RANK == 0:
             table = pd.DataFrame(self.rows)
             write_atomically(self.folder / "metrics.csv", lambda path: table.to_csv(path, index=False))
         gathered(None)
+        if improved:
+            self.best = {name: row[name] for name in self.best}
+            self.save("best.pt", self.checkpoint(row))
+        self.epoch, self.done, self.totals = row["epoch"], 0, {}
+        self.save_last(row)
+        skipped = row.get("skipped_steps")
+        overflow = f", {skipped:.0f} steps skipped (fp16 overflow)" if skipped else ""
+        print(f"epoch {row['epoch']:3d}: loss {row['loss']:.4f}, {figures}{overflow}")
 
     def checkpoint(self, metrics: dict, trainer: dict | None = None) -> Checkpoint:
         """The run as it stands: enough to score new data, and to know which stays it has seen."""
@@ -406,9 +409,9 @@ class Run:
             "random": gathered(random_states(self.device)),
             "parts": {name: part.state_dict() for name, part in self.parts.items()}}))
 
-    def restore(self, device: torch.device, **parts) -> None:
+    def restore(self, **parts) -> None:
         """Go on where last.pt was written, if it was; parts: what else has a state_dict, and is saved from now on."""
-        self.device, self.parts = device, parts
+        self.parts = parts
         if not self.last:
             return
         state = self.last.trainer
@@ -417,9 +420,9 @@ class Run:
             if state["parts"][name]:  # a scaler is empty where the precision needs none
                 part.load_state_dict(state["parts"][name])
         self.best, (self.epoch, self.done), self.rows = state["best"], state["position"], state["rows"]
-        self.totals = {name: total.to(device) for name, total in state["totals"].items()}
+        self.totals = {name: total.to(self.device) for name, total in state["totals"].items()}
         if RANK < len(state["random"]):
-            restore_random_states(state["random"][RANK], device)
+            restore_random_states(state["random"][RANK], self.device)
 
 
 def new_folder(arguments) -> Path:

@@ -19,9 +19,9 @@ import os
 import platform
 import sys
 import time
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import Field, asdict, dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import runs
 from batches import StayDataset, common_variables, epoch_batches, split_batch
-from checkpoint import Checkpoint, maps_of, splits_beside
+from checkpoint import Checkpoint, splits_beside
 from data import (Cohort, InputError, Normalizer, at_every_set, describe_questions, hours_asked,
                   labelled_points, make_splits, stays_of, stays_with, variable_vectors, variables_of)
 from finetune_config import (FinetuneConfig, boosted_trees, cosine, epochs_of_steps, full_optimizer,
@@ -39,8 +39,7 @@ from history_statistics import real_sets
 from model import ModelConfig, SeqSetVAE, SeqSetVAEPretrain
 from predictor import encode_points, open_checkpoint
 from runs import (PRECISIONS, Run, Signals, choose_device, data_parallel, end_rank, evaluation_loader,
-                  exit_code, from_rank_0, gathered, join_ranks, loader, progress, read_cohort, source_of,
-                  summed)
+                  exit_code, from_rank_0, gathered, join_ranks, loader, progress, read_cohort, summed)
 from settings import (SEED, SHARE, Parser, SharedSettings, changed, check_settings, data_options, option,
                       recorded, setting, value_of)
 from tasks import Task, telling_variables
@@ -262,29 +261,28 @@ class Training:
     and are spread over the ranks; autocast and scaler; sums of the reported terms; the end of a run that is
     asked to stop."""
 
-    def __init__(self, run: Run, optimizer, batch_size: int, seed: int, device, dtype: torch.dtype):
-        self.run, self.batch_size, self.seed, self.device = run, batch_size, seed, device
-        self.autocast = partial(torch.amp.autocast, device.type, dtype, enabled=dtype != torch.float32)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        self.parallel = data_parallel(run.model, seed)  # the model to call
-        self.norm = None                                # of the gradient of the last step
-        run.restore(device, optimizer=optimizer, scaler=self.scaler)
+    def __init__(self, run: Run, optimizer, batch_size: int):
+        self.run, self.batch_size = run, batch_size
+        self.scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
+        self.parallel = data_parallel(run.model, run.seed)  # the model to call
+        self.norm = None                                    # of the gradient of the last step
+        run.restore(optimizer=optimizer, scaler=self.scaler)
 
     def steps(self, dataset: StayDataset, stays: np.ndarray):
         """Yield the steps that are left of the run's next epoch over these stays [n]: a step's number,
         counted from the first epoch's first, and its `parts`. A signal is obeyed at the end of a step."""
         run = self.run
-        every = 1 if self.device.type == "cpu" else 50  # on an accelerator every look is a synchronisation
+        every = 1 if run.device.type == "cpu" else 50  # on an accelerator every look is a synchronisation
         Signals.held = True
         run.model.train()
         sizes = dataset.sizes(stays)
-        batches = epoch_batches(sizes.sets, self.batch_size, self.seed, run.epoch)
+        batches = epoch_batches(sizes.sets, self.batch_size, run.seed, run.epoch)
         left = batches[run.done:]
         parts = [split_batch(sizes, batch, runs.WORLD)[runs.RANK::runs.WORLD] for batch in left]
         # A part without a stay takes the batch's first one, which counts nothing: other ranks wait for its
         # gradient.
         own = [stays[part if len(part) else batch[:1]] for batch, some in zip(left, parts) for part in some]
-        stream = loader(dataset, own, self.device)
+        stream = loader(dataset, own, run.device)
         bar = progress(zip(left, parts), len(left), f"epoch {run.epoch + 1}")
         for batch, some in bar:
             step = run.epoch * len(batches) + run.done
@@ -361,9 +359,9 @@ def finite_or_stop(norm: torch.Tensor, step: int, batch_stays, scaler, every: in
                      f"at these stays' values, or {cause}; best.pt and last.pt hold the last good weights")
 
 
-def skipped(row: dict) -> str:
-    """What an epoch's line says of steps that overflowed fp16."""
-    return f", {row['skipped_steps']:.0f} steps skipped (fp16 overflow)" if row.get("skipped_steps") else ""
+def autocast(device, dtype):
+    """The context in which a model is called: of a type below float32 its products alone."""
+    return torch.amp.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -395,11 +393,9 @@ def pretrain(arguments) -> Path:
     model_config = changed(model_config, arguments.changes)
     vectors = variable_vectors(normalizer.variables, model_config.input_dim, cohort.vectors[known])
     model = SeqSetVAEPretrain(model_config, vectors).to(device)
-    source = source_of(arguments, data, cohort, device, dtype)
-    run = Run(arguments, config, model, dataset, split, source, best={"val_loss": math.inf, "epoch": 0},
-              kept={"maps": maps_of(data)})
-    print(f"model: SeqSetVAEPretrain, {parameter_counts(model)[1]:,} parameters, all trainable; "
-          f"{device}, {dtype}".replace("torch.", ""))
+    run = Run(arguments, config, model, dataset, split, data, device, dtype,
+              best={"val_loss": math.inf, "epoch": 0})
+    print_size(model, device, dtype)
     print(f"split: {len(train):,} train, {len(valid):,} valid, {len(split['test']):,} test stays "
           f"({'of the data' if (cohort.split >= 0).any() else f'seed {split_seed}'}); labels unused; run folder "
           f"{run.folder}")
@@ -415,7 +411,7 @@ def pretrain(arguments) -> Path:
     groups = [{"params": decayed, "weight_decay": config.weight_decay},
               {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
-    training = Training(run, optimizer, config.batch_size, arguments.seed, device, dtype)
+    training = Training(run, optimizer, config.batch_size)
     for epoch in run.epochs(epochs):
         if epoch - run.best["epoch"] > config.patience:
             print(f"early stop: val_loss has not improved for {epoch - run.best['epoch']} epochs")
@@ -425,7 +421,7 @@ def pretrain(arguments) -> Path:
             set_rate(run, optimizer, rate(step))
             beta = model_config.max_beta * min(1, step / config.beta_warmup_steps)
             for batch, share in parts:
-                with training.autocast():
+                with autocast(device, dtype):
                     losses = training.parallel(batch, beta)
                 training.scaler.scale(losses["loss"] * share).backward()
                 del losses["mu"]
@@ -435,12 +431,10 @@ def pretrain(arguments) -> Path:
                **evaluate_pretraining(model, dataset, valid, device, dtype),
                "learning_rate": optimizer.param_groups[0]["lr"]}
         improved = row["val_loss"] < run.best["val_loss"]
-        run.end_of_epoch(row, improved)
         star = " *" if improved else ""
-        print(f"epoch {epoch + 1:3d}: loss {row['loss']:.4f}, val_loss {row['val_loss']:.4f}{star}, "
-              f"val_reconstruction {row['val_reconstruction']:.4f}, KL {row['val_kl']:.1f} a set, active "
-              f"units {row['active_units']}/{model_config.latent_dim}, {time.time() - began:.0f} "
-              f"s{skipped(row)}")
+        run.end_of_epoch(row, improved, f"val_loss {row['val_loss']:.4f}{star}, val_reconstruction "
+                         f"{row['val_reconstruction']:.4f}, KL {row['val_kl']:.1f} a set, active units "
+                         f"{row['active_units']}/{model_config.latent_dim}, {time.time() - began:.0f} s")
         if row["active_units"] < model_config.latent_dim // 20:
             print("warning: the posterior has collapsed (hardly a unit of mu varies over the data); lower "
                   "max_beta or raise free_bits")
@@ -453,19 +447,18 @@ def evaluate_pretraining(model: SeqSetVAEPretrain, dataset: StayDataset, stays, 
     """Validation loss (nothing hidden, nothing sampled: deterministic), its parts, and the active units of
     mu: variance over the sets of the data above 0.01 (Burda et al. 2016, section 5.2)."""
     model.eval()
-    totals = {}
+    totals, whole = Counter(), Counter()  # which add numbers and tensors by name
     for batch in evaluation_loader(dataset, stays, device):
-        with torch.amp.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with autocast(device, dtype):
             losses = model(batch, model.config.max_beta)
         mu = losses.pop("mu")[real_sets(batch)].cpu().double()     # [sets, d]; float64 is not on every device
-        current = {name: value.cpu().double() * len(batch) for name, value in losses.items()}
-        current |= {"sets": len(mu), "first": mu.sum(0), "second": mu.square().sum(0)}
-        totals = {name: totals.get(name, 0) + value for name, value in current.items()}
-    ranks = [part for part in gathered(totals) if part]  # one may have had no batch
-    totals = {name: sum(part[name] for part in ranks) for name in ranks[0]}
-    sets, first, second = (totals.pop(name) for name in ("sets", "first", "second"))
+        totals.update({name: value.cpu().double() * len(batch) for name, value in losses.items()})
+        totals.update(sets=len(mu), first=mu.sum(0), second=mu.square().sum(0))
+    for part in gathered(totals):
+        whole.update(part)
+    sets, first, second = (whole.pop(name) for name in ("sets", "first", "second"))
     active = int((second / sets - (first / sets).square() > 0.01).sum())
-    means = {f"val_{name}": value.item() / len(stays) for name, value in totals.items()}
+    means = {f"val_{name}": value.item() / len(stays) for name, value in whole.items()}
     return means | {"active_units": active}
 
 
@@ -478,10 +471,13 @@ def labelled(cohort: Cohort, ids: list) -> np.ndarray:
     return stays_with(cohort, labelled_points(cohort, stays_of(cohort, ids)))
 
 
-def parameter_counts(model) -> tuple[int, int]:
-    """Trainable parameters, and all."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
+def print_size(model, device, dtype) -> float:
+    """Say how large the model is and where it runs. Returns the share of its parameters that is trained."""
+    sizes = np.array([[p.numel(), p.numel() * p.requires_grad] for p in model.parameters()])
+    total, trainable = sizes.sum(0)
+    print(f"model: {type(model).__name__}, {trainable:,} of {total:,} parameters trainable "
+          f"({trainable / total:.2%}); {device}, {dtype}".replace("torch.", ""))
+    return trainable / total
 
 
 def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
@@ -526,21 +522,16 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
     learned, _ = task.training_points(cohort, train, config, arguments.seed, 0)
     listed = common_variables(cohort, dataset, stays_of(cohort, split["train"]), config.most_variables)
     model = new_classifier(arguments, task, config, checkpoint, listed, len(learned)).to(device)
-    trainable, total = parameter_counts(model)
-    print(f"model: SeqSetVAE, {'full training' if full else 'frozen backbone'}, {trainable:,} of {total:,} "
-          f"parameters trainable ({trainable / total:.2%}); {device}, {dtype}".replace("torch.", ""))
-    if not full and trainable > config.max_trainable_ratio * total:
-        raise InputError(f"finetune_config.py: the head is {trainable / total:.1%} of all parameters; "
-                         f"narrow head_widths below {config.max_trainable_ratio:.0%}")
-    data = checkpoint.data_settings(given)
-    source = source_of(arguments, data, cohort, device, dtype)
-    source["asked"] = describe_questions(cohort, learned)
-    source["pretrained_ckpt"] = str(arguments.pretrained_ckpt)
-    source["pretrained"] = from_rank_0(
-        lambda: hashlib.sha256(Path(arguments.pretrained_ckpt).read_bytes()).hexdigest()[:16])
-    run = Run(arguments, config, model, dataset, split, source, best={"epoch": 0, **task.untrained},
-              seen=checkpoint.subjects, kept={"task": task.state_dict(), "maps": maps_of(data),
-                                              "asked_at": hours_asked(cohort, learned, data.get("hours"))})
+    share = print_size(model, device, dtype)
+    if not full and share > config.max_trainable_ratio:
+        raise InputError(f"finetune_config.py: the head is {share:.1%} of all parameters; narrow head_widths "
+                         f"below {config.max_trainable_ratio:.0%}")
+    data, pretrained = checkpoint.data_settings(given), Path(arguments.pretrained_ckpt)
+    source = {"asked": describe_questions(cohort, learned), "pretrained_ckpt": str(pretrained),
+              "pretrained": from_rank_0(lambda: hashlib.sha256(pretrained.read_bytes()).hexdigest()[:16])}
+    run = Run(arguments, config, model, dataset, split, data, device, dtype, source=source,
+              best={"epoch": 0, **task.untrained}, seen=checkpoint.subjects,
+              kept={"task": task.state_dict(), "asked_at": hours_asked(cohort, learned, data.get("hours"))})
     counts = [f"{len(stays):,} {name} ({task.count(cohort, stays)})"
               for name, stays in (("train", train), ("valid", valid))]
     print(f"split: {', '.join(counts)}, {len(split['test']):,} test stays"
@@ -549,9 +540,9 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
 
     asked = labelled_points(cohort, valid)
     if full:
-        train_everything(arguments, config, run, train, asked, device, dtype)
+        train_everything(arguments, config, run, train, asked)
     else:
-        train_head(config, run, train, asked, arguments.seed, device)
+        train_head(config, run, train, asked)
     weighed = "" if model.trees is None else ", on stays that also set the trees' share"
     return run.finish(f"{task.describe(run.best)}{weighed}", ["test_suite.py", "--checkpoint"])
 
@@ -627,32 +618,31 @@ class HeadTraining:
     the same head on all features, from the same seed: that takes seconds, less than reducing the gradients of
     so small a model at every step."""
 
-    def __init__(self, run: Run, train: np.ndarray, config: FinetuneConfig, seed: int, device):
-        self.run, self.config, self.seed = run, config, seed
-        cohort = run.dataset.cohort
-        points, weight = run.model.task.training_points(cohort, train, config, seed, 0)
-        self.features = encode_points(run.model, run.dataset, points, device)
-        self.answer = torch.from_numpy(cohort.answers[points]).to(device)
-        self.weight = torch.from_numpy(weight).to(device)
+    def __init__(self, run: Run, train: np.ndarray, config: FinetuneConfig):
+        self.run, self.config, cohort = run, config, run.dataset.cohort
+        points, weight = run.model.task.training_points(cohort, train, config, run.seed, 0)
+        self.features = encode_points(run.model, run.dataset, points, run.device)
+        self.answer = torch.from_numpy(cohort.answers[points]).to(run.device)
+        self.weight = torch.from_numpy(weight).to(run.device)
         if not run.last:
-            prepare_head(run.model, self.features, self.answer, self.weight, config, seed)
+            prepare_head(run.model, self.features, self.answer, self.weight, config, run.seed)
         self.optimizer, self.epochs = head_optimizer(run.model, config), config.epochs(len(points))
 
     def epoch(self, epoch: int) -> float:
         """The mean loss of an epoch, before which several ranks may leave."""
         gathered(None)
         set_rate(self.run, self.optimizer, cosine(self.config.learning_rate, epoch, self.epochs))
-        batches = epoch_batches(np.ones(len(self.answer)), self.config.batch_size, self.seed, epoch)
+        batches = epoch_batches(np.ones(len(self.answer)), self.config.batch_size, self.run.seed, epoch)
         bar = progress(batches, len(batches), f"epoch {epoch + 1}")
         return head_epoch(self.run.model, self.features, self.answer, self.weight, self.optimizer,
                           self.config, bar)
 
 
-def train_head(config: FinetuneConfig, run: Run, train, valid, seed: int, device) -> None:
+def train_head(config: FinetuneConfig, run: Run, train, valid) -> None:
     """Train the head alone on a frozen backbone."""
-    head = HeadTraining(run, train, config, seed, device)
-    val_features = encode_points(run.model, run.dataset, valid, device)
-    run.restore(device, optimizer=head.optimizer)
+    head = HeadTraining(run, train, config)
+    val_features = encode_points(run.model, run.dataset, valid, run.device)
+    run.restore(optimizer=head.optimizer)
     for epoch in run.epochs(head.epochs):
         if config.patience and epoch - run.best["epoch"] >= config.patience:
             print(f"early stop: {run.model.task.best} has not improved for {config.patience} epochs")
@@ -665,24 +655,24 @@ def train_head(config: FinetuneConfig, run: Run, train, valid, seed: int, device
         evaluate_and_save(run, row, valid, val_features, keep_last=not config.patience)
 
 
-def train_everything(arguments, config: FinetuneConfig, run: Run, train, valid, device, dtype) -> None:
+def train_everything(arguments, config: FinetuneConfig, run: Run, train, valid) -> None:
     """Full training: the head first, on the backbone as it is; then every parameter on classification +
     reconstruction + KL."""
     model, cohort, epochs = run.model, run.dataset.cohort, config.full_epochs(len(train))
     labels = labelled_points(cohort, train)
-    learned, _ = model.task.training_points(cohort, train, config, arguments.seed, 0)
+    learned, _ = model.task.training_points(cohort, train, config, run.seed, 0)
     steps = epochs * math.ceil(len(train) / config.full_batch_size)
     if not run.last:
-        head = HeadTraining(run, train, config, arguments.seed, device)
+        head = HeadTraining(run, train, config)
         for epoch in range(head.epochs):
             head.epoch(epoch)
         del head
 
     highest = config.random_learning_rate if arguments.random_init else config.full_learning_rate
     optimizer = full_optimizer(model, config)
-    training = Training(run, optimizer, config.full_batch_size, arguments.seed, device, dtype)
+    training = Training(run, optimizer, config.full_batch_size)
     for epoch in run.epochs(epochs):
-        points, weight = model.task.training_points(cohort, train, config, arguments.seed, epoch)
+        points, weight = model.task.training_points(cohort, train, config, run.seed, epoch)
         stays = stays_with(cohort, points)
         weight = weight * (len(stays) / weight.sum())  # 1 a stay, on average
         if config.full_before and len(labels) == len(train):  # one label a stay
@@ -692,7 +682,7 @@ def train_everything(arguments, config: FinetuneConfig, run: Run, train, valid, 
         for step, parts in training.steps(asked, stays):
             set_rate(run, optimizer, cosine(highest, step, steps))
             for batch, share in parts:
-                with training.autocast():
+                with autocast(run.device, run.dtype):
                     terms = training.parallel(batch, losses=True)
                     logits = terms.pop("logits")
                     classification = model.task.loss(logits, batch.answer, config, batch.weight, len(batch))
@@ -703,7 +693,7 @@ def train_everything(arguments, config: FinetuneConfig, run: Run, train, valid, 
                 training.report({"loss": classification, **terms})
             training.norm = clip_and_step(model, optimizer, training.scaler, config.clip)
         row = {"epoch": epoch + 1, **training.means}
-        evaluate_and_save(run, row, valid, encode_points(model, run.dataset, valid, device), keep_last=False)
+        evaluate_and_save(run, row, valid, encode_points(model, run.dataset, valid, run.device), keep_last=False)
 
 
 def evaluate_and_save(run: Run, row: dict, valid, val_features, keep_last: bool) -> None:
@@ -716,9 +706,8 @@ def evaluate_and_save(run: Run, row: dict, valid, val_features, keep_last: bool)
     row |= task.validation(cohort, valid, task.answer(logits))
     row = gathered(row)[0]  # all go on from the figures of rank 0, should another's device round otherwise
     improved = keep_last or row[task.best] > run.best[task.best]
-    run.end_of_epoch(row, improved)
     star = " *" if improved and not keep_last else ""
-    print(f"epoch {row['epoch']:3d}: loss {row['loss']:.4f}, {task.describe(row)}{star}{skipped(row)}")
+    run.end_of_epoch(row, improved, f"{task.describe(row)}{star}")
 
 
 def main(argv=None) -> int:
