@@ -106,19 +106,19 @@ class StayDataset(torch.utils.data.Dataset):
         self.widths = group_widths(*set_sizes(cohort), max_groups)
         self.points, self.weight = points, None
 
-    def describe_known(self, most: int = 10) -> str:
+    def describe_known(self) -> str:
         """The lines that tell how much of the data the checkpoint knows and which variables it drops, the
         most frequent first; see `Cohort.describe`."""
-        count = np.zeros(len(self.variable), dtype=np.int64)
-        for first in range(0, len(self.cohort.event_variable), 2**24):
-            count += np.bincount(self.cohort.event_variable[first:first + 2**24], minlength=len(count))
+        events = self.cohort.event_variable
+        count = sum(np.bincount(part, minlength=len(self.variable))
+                    for part in np.array_split(events, 1 + len(events) // 2**24))
         unknown = [v for v in np.argsort(-count, kind="stable") if self.variable[v] < 0]
         share = 1 - count[unknown].sum() / count.sum()
         line = f"data: {share:.1%} of the events are of variables that the checkpoint knows"
         if not unknown:
             return line
-        named = ", ".join(f"{self.cohort.variables[v]} ({count[v]:,} events)" for v in unknown[:most])
-        more = " ..." if len(unknown) > most else ""
+        named = ", ".join(f"{self.cohort.variables[v]} ({count[v]:,} events)" for v in unknown[:10])
+        more = " ..." if len(unknown) > 10 else ""
         return (f"{line}\ndata: dropped: the events of {len(unknown)} variables unknown to the checkpoint: "
                 f"{named}{more}")
 
@@ -140,14 +140,20 @@ class StayDataset(torch.utils.data.Dataset):
         """What these stays cost in a batch."""
         cohort = self.cohort
         first, sets = cohort.stay_start[stays], np.diff(cohort.stay_start)[stays]
-        points = np.zeros(len(stays), dtype=np.int64)
+        _, place, slot = self._answerable(stays)
+        points = np.bincount(place, minlength=len(stays))
         if self.points:
-            index, slot = point_slots(cohort, stays)
-            answered = slot >= 0
-            place = np.repeat(np.arange(len(stays)), np.diff(cohort.point_start)[stays])
-            sets, points = np.zeros_like(sets), np.bincount(place[answered], minlength=len(stays))
+            sets = np.zeros_like(sets)
             np.maximum.at(sets, place, slot + 1)
         return StaySizes(sets, cohort.set_start[first + sets] - cohort.set_start[first], points)
+
+    def _answerable(self, stays: np.ndarray) -> list[np.ndarray]:
+        """The prediction points of these stays that lie after a set, [n]: index, place of the stay, slot of
+        the last set."""
+        stays = stays if self.points else stays[:0]
+        index, slot = point_slots(self.cohort, stays)
+        place = np.repeat(np.arange(len(stays)), np.diff(self.cohort.point_start)[stays])
+        return [array[slot >= 0] for array in (index, place, slot)]
 
     def __getitem__(self, stays: np.ndarray) -> EventBatch:
         cohort, sizes = self.cohort, self.sizes(stays)
@@ -247,10 +253,7 @@ class StayDataset(torch.utils.data.Dataset):
     def _points(self, stays: np.ndarray) -> dict[str, np.ndarray]:
         """The answerable prediction points of these stays, [B, Q] each; `answer` is [B, Q, A]."""
         cohort = self.cohort
-        index, slot = point_slots(cohort, stays) if self.points else np.zeros((2, 0), dtype=np.int64)
-        counts = np.diff(cohort.point_start)[stays] if self.points else np.zeros(len(stays), dtype=np.int64)
-        stay = np.repeat(np.arange(len(stays)), counts)[slot >= 0]
-        index, slot = index[slot >= 0], slot[slot >= 0]
+        index, stay, slot = self._answerable(stays)
         counts = np.bincount(stay, minlength=len(stays))
         width = round_up(max(1, counts.max())) if self.points else 0
         place = stay * width + ranges(np.zeros(len(stays), dtype=np.int64), counts)
@@ -295,7 +298,7 @@ def group_widths(unique: np.ndarray, count: np.ndarray, groups: int) -> np.ndarr
     below = np.concatenate([[0], np.cumsum(count)])                     # sets of the first i distinct sizes
     i, j = np.arange(len(unique))[None], np.arange(len(unique))[:, None]
     block = np.where(i <= j, unique[:, None] * (below[j + 1] - below[i]), np.inf)  # [j, i]
-    cost, choice = block[:, 0], []
+    cost, choice = block[:, 0], [np.zeros(len(unique), dtype=np.int64)]
     for _ in range(min(groups, len(unique)) - 1):
         total = block + np.concatenate([[np.inf], cost[:-1]])[None]     # the previous bound is u_{i-1}
         total[:, 0] = block[:, 0]
@@ -304,12 +307,10 @@ def group_widths(unique: np.ndarray, count: np.ndarray, groups: int) -> np.ndarr
     bounds, j = [], len(unique) - 1
     for pick in reversed(choice):
         bounds.append(unique[j])
-        if pick[j] == 0:
-            break
         j = pick[j] - 1
-    else:
-        bounds.append(unique[j])
-    return np.array(sorted(set(bounds)))
+        if j < 0:
+            break
+    return np.array(bounds[::-1])
 
 
 class StaySizes(NamedTuple):
@@ -387,10 +388,9 @@ def sorted_batches(sizes: StaySizes) -> list[np.ndarray]:
 # What a data set has of a checkpoint's variables
 # ------------------------------------------------------------------------------------------------------------
 
-def common_variables(cohort: Cohort, dataset: "StayDataset", stays: np.ndarray, most: int,
-                     share: float = 0.01) -> np.ndarray:
-    """Indices in the dataset's vocabulary of the variables that at least `share` of the stays have, `most` at
-    most: the most common, of which half the places are for variables with numbers first; ties by name.
+def common_variables(cohort: Cohort, dataset: "StayDataset", stays: np.ndarray,
+                     most: int) -> np.ndarray:
+    """Indices in the dataset's vocabulary of the variables that at least 1% of the stays have, `most` at most: the most common, of which half the places are for variables with numbers first; ties by name.
     Ascending."""
     size = len(cohort.variables)
     held, valued = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=bool)
@@ -401,7 +401,7 @@ def common_variables(cohort: Cohort, dataset: "StayDataset", stays: np.ndarray, 
         held += np.bincount(np.unique(place * size + variable) % size, minlength=size)
         valued[variable[~np.isnan(cohort.event_value[events])]] = True
     by_frequency = np.lexsort((np.arange(size), -held))  # the vocabulary is sorted by name
-    common = [v for v in by_frequency if held[v] >= max(1, share * len(stays)) and dataset.variable[v] >= 0]
+    common = [v for v in by_frequency if held[v] >= max(1, 0.01 * len(stays)) and dataset.variable[v] >= 0]
     numbers = [v for v in common if valued[v]][:most // 2]
     rest = [v for v in common if v not in set(numbers)]
     return np.sort(dataset.variable[(numbers + rest)[:most]])

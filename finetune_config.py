@@ -114,16 +114,10 @@ def boosted_trees(config: FinetuneConfig, points: int, seed: int):
                                       max_features=config.tree_features, subsample=config.tree_subsample)
 
 
-def head_optimizer(model: SeqSetVAE, config: FinetuneConfig) -> torch.optim.Optimizer:
-    """AdamW over the head alone."""
-    return torch.optim.AdamW(model.cls_head.parameters(), lr=config.learning_rate, betas=config.betas,
-                             weight_decay=config.weight_decay, fused=True)
-
-
-def full_optimizer(model: SeqSetVAE, config: FinetuneConfig) -> torch.optim.Optimizer:
-    """AdamW over all parameters."""
-    return torch.optim.AdamW(model.parameters(), lr=config.full_learning_rate, betas=config.betas,
-                             weight_decay=config.weight_decay, fused=True)
+def adamw(parameters, rate: float, config) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 2019) at this learning rate with the config's other settings."""
+    return torch.optim.AdamW(parameters, lr=rate, betas=config.betas, weight_decay=config.weight_decay,
+                             fused=True)
 
 
 def cosine(rate: float, done: int, total: int) -> float:

@@ -302,11 +302,12 @@ def chamfer_loss(reconstruction, x, batch: EventBatch):
     for a, b, mask, (s, n) in parts:
         a, b, real = a.view(s, n, -1), b.view(s, n, -1), mask.view(s, n)
         count = real.sum(1).clamp(min=1)
-        size_a, size_b = a.square().sum(-1).add(1e-12).sqrt(), b.square().sum(-1).add(1e-12).sqrt()
-        product = a @ b.transpose(1, 2)                                                       # [s, n, n]
-        squared = (size_a.square()[:, :, None] + size_b.square()[:, None] - 2 * product).clamp(min=0)
-        direction = 1 - product / (size_a[:, :, None] * size_b[:, None]).clamp(min=1e-6)
-        cost = direction + (size_a[:, :, None] - size_b[:, None]).abs() + 3 * squared
+        product = a @ b.mT                                                                    # [s, n, n]
+        size_a, size_b = (x.square().sum(-1, keepdim=True).add(1e-12).sqrt() for x in (a, b))
+        size_b = size_b.mT                                                         # [s, n, 1] and [s, 1, n]
+        squared = (size_a.square() + size_b.square() - 2 * product).clamp(min=0)
+        direction = 1 - product / (size_a * size_b).clamp(min=1e-6)
+        cost = direction + (size_a - size_b).abs() + 3 * squared
         cost = cost.masked_fill(~(real[:, :, None] & real[:, None]), 1e9)
         forth, back = ((cost.amin(axis) * real).sum(1) / count for axis in (2, 1))
         weight = real[..., None] / count[:, None, None]

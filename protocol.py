@@ -2,7 +2,6 @@
 command (`test_suite.py --protocol`); and in speed and memory a plain loop (`test_suite.py --benchmark`)."""
 
 import contextlib
-import io
 import itertools
 import multiprocessing
 import platform
@@ -32,7 +31,7 @@ from batches import StayDataset, common_variables, epoch_batches, sorted_batches
 from checkpoint import Checkpoint, label_digest
 from data import (InputError, Normalizer, at_end, build_cohort, labelled_points, make_splits, search_after,
                   stay_event_index, stays_of, variable_vectors)
-from finetune_config import MANY_POINTS, FinetuneConfig, head_optimizer, tree_sizes
+from finetune_config import MANY_POINTS, FinetuneConfig, adamw, tree_sizes
 from history_statistics import summary_features
 from metrics import (Points, best_shares, best_utility_threshold, bootstrap, bracketed, hours_since_onset,
                      interval, logit, normalised_utility, of_challenge_2019, utilities_by, utility_draws)
@@ -141,23 +140,29 @@ class SummariesAlone(SeqSetVAE):
         return self.exact_summaries(batch)
 
 
-def summaries_alone(dataset, variables, train, valid, test, seed: int, device=CPU,
-                    config=FinetuneConfig()) -> np.ndarray:
-    """Probabilities at the test points by the default head (linear and trees) on exact summaries of these
-    variables (indices in the dataset's vocabulary), trained like that of a frozen backbone on the training
-    stays; valid: the points by which it weighs its trees."""
-    points, _ = Task().training_points(dataset.cohort, train, config, seed, 0)
-    shape = ModelConfig(len(dataset.normalizer.variables), summaries=True, head_variables=len(variables),
-                        head_widths=config.head_widths, **tree_sizes(config, len(points)))
-    torch.manual_seed(seed)
-    model = SummariesAlone(shape, torch.zeros(shape.num_variables, shape.input_dim))
-    model.head_variables.copy_(torch.from_numpy(variables))
+def of_a_frozen_head(model, dataset, train, valid, test, config: FinetuneConfig, seed: int,
+                     device) -> np.ndarray:
+    """Probabilities at the test points by this model, whose head is trained on its frozen backbone from the
+    training stays; valid: the points by which it weighs its trees."""
     run = SimpleNamespace(model=model.to(device), dataset=dataset, seed=seed, device=device, last=None)
     head = HeadTraining(run, train, config)
     for epoch in range(head.epochs):
         head.epoch(epoch)
     weigh_trees(model, encode_points(model, dataset, valid, device), dataset.cohort.answers[valid])
     return probability_at(model, dataset, test, device)
+
+
+def summaries_alone(dataset, variables, train, valid, test, seed: int, device=CPU,
+                    config=FinetuneConfig()) -> np.ndarray:
+    """Probabilities at the test points by the default head (linear and trees) on exact summaries of these
+    variables (indices in the dataset's vocabulary), see `of_a_frozen_head`."""
+    points, _ = Task().training_points(dataset.cohort, train, config, seed, 0)
+    shape = ModelConfig(len(dataset.normalizer.variables), summaries=True, head_variables=len(variables),
+                        head_widths=config.head_widths, **tree_sizes(config, len(points)))
+    torch.manual_seed(seed)
+    model = SummariesAlone(shape, torch.zeros(shape.num_variables, shape.input_dim))
+    model.head_variables.copy_(torch.from_numpy(variables))
+    return of_a_frozen_head(model, dataset, train, valid, test, config, seed, device)
 
 
 def without_backbone(dataset, train, valid, test, seed: int, device=CPU,
@@ -187,18 +192,11 @@ def baselines(arguments, checkpoint: Checkpoint, dataset, points) -> dict[str, n
     train = Task().subset(cohort, labelled(cohort, checkpoint.split["train"]), share, seed)
     valid = labelled_points(cohort, stays_of(cohort, checkpoint.split["valid"]))
     methods = without_backbone(dataset, train, valid, points, seed, device, config)
-    with tempfile.TemporaryDirectory() as folder:
-        pretrained = Path(folder) / "untrained.pt"
-        replace(checkpoint, mode="pretrain").save(pretrained)
-        parts = [(stay, part) for part in ("train", "valid") for stay in checkpoint.split[part]]
-        pd.DataFrame(parts, columns=["stay_id", "split"]).to_csv(f"{folder}/split.csv", index=False)
-        data = data_options(arguments) | {"split_file": f"{folder}/split.csv"}
-        settings = run_settings(mode="finetune", pretrained_ckpt=str(pretrained), random_init=True, seed=seed,
-                                label_fraction=share, run_dir=f"{folder}/run", device=arguments.device, **data)
-        with contextlib.redirect_stdout(io.StringIO()):  # its log would stand in the middle of the report
-            path = finetune(settings, config)
-        model = Predictor(path, arguments.device).model
-        return methods | {"untrained backbone, same head": probability_at(model, dataset, points, device)}
+    torch.manual_seed(seed)
+    model = SeqSetVAE(replace(checkpoint.config, classification_only=True), checkpoint.vocabulary)
+    model.head_variables.copy_(checkpoint.weights["head_variables"])
+    untrained = of_a_frozen_head(model, dataset, train, valid, points, config, seed, device)
+    return methods | {"untrained backbone, same head": untrained}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -334,19 +332,19 @@ def parts(table: pd.DataFrame) -> list[tuple[Points, np.ndarray]]:
              rows["probability"].to_numpy()) for rows in both]
 
 
-def scores(table: pd.DataFrame, hourly: bool, repeats: int = 200) -> np.ndarray:
-    """Returns how the predictions of a method on a split do, [1 + repeats, m]: AUROC, AUPRC and, if `hourly`,
+def scores(table: pd.DataFrame, hourly: bool) -> np.ndarray:
+    """Returns how the predictions of a method on a split do, [1 + 200, m]: AUROC, AUPRC and, if `hourly`,
     the utility of alarms from the threshold on that the validation part chose. Row 0 is of the test part, the
     others are of its resampled patients, the same for all methods; NaN: no sepsis."""
     (valid, p_valid), (test, p) = parts(table)
     value = [roc_auc_score(test.label, p), average_precision_score(test.label, p)]
-    found = np.vstack([value, bootstrap(test.subject, test.label, p, repeats=repeats)[:, 0]])
+    found = np.vstack([value, bootstrap(test.subject, test.label, p, repeats=200)[:, 0]])
     if hourly:
         since = hours_since_onset(valid.stay, valid.minute, valid.label)
         threshold, _ = best_utility_threshold(valid.stay, since, p_valid)
         since = hours_since_onset(test.stay, test.minute, test.label)
         utility = utilities_by(test.subject, since, p >= threshold)
-        utility = np.append(normalised_utility(utility.sum(0)), utility_draws(utility, repeats))
+        utility = np.append(normalised_utility(utility.sum(0)), utility_draws(utility))
         found = np.column_stack([found, utility])
     return found
 
@@ -458,7 +456,7 @@ def classifier_pass(task, epochs, how, config, batches, dataset, device):
     from tests.plain_loop import plain_features, plain_stays
     _, model, settings = new_models(config, dataset)
     stays = np.sort(np.concatenate(batches))
-    optimizer = head_optimizer(model.to(device), settings)
+    optimizer = adamw(model.to(device).cls_head.parameters(), settings.learning_rate, settings)
     # Any answers take the same time, and some data have none.
     answer = (torch.arange(len(stays), device=device) % 2).float()[:, None]
     weight = torch.ones(len(stays), device=device)
@@ -589,37 +587,36 @@ def machine_name(device) -> str:
     return named[1] if named else platform.processor() or platform.machine()
 
 
-def print_bedside_latency(dataset, sets: int = 200, events: int = 6, timed: int = 100) -> None:
-    """The median times of our default classifier, on one thread of the CPU: of appending a set of some events
-    to a stay of some sets, and of asking for the risk after it."""
+def print_bedside_latency(dataset) -> None:
+    """The median times of our default classifier, on one thread of the CPU: of appending a set of 6 events
+    to a stay of 200 sets, and of asking for the risk after it."""
     names, rng, times = dataset.normalizer.variables, np.random.default_rng(0), []
     model, threads = new_models(ModelConfig(len(names)), dataset)[1], torch.get_num_threads()
     predictor = Predictor(Checkpoint.of(model, dataset.normalizer), "cpu")
     state = predictor.start()
     torch.set_num_threads(1)
-    for minute in 20. * np.arange(sets + timed):
-        pairs = [(rng.choice(names), rng.normal()) for _ in range(events)]
+    for minute in 20. * np.arange(300):
+        pairs = [(rng.choice(names), rng.normal()) for _ in range(6)]
         began = time.perf_counter()
         predictor.step(state, minute, pairs)
         stepped = time.perf_counter()
         predictor.ask(state, minute)
         times.append([stepped - began, time.perf_counter() - stepped])
     torch.set_num_threads(threads)
-    step, ask = 1e3 * np.median(times[sets:], axis=0)
-    print(f"bedside, a set of {events} events after {sets} sets, one thread: {step:.3g} ms\n"
-          f"bedside, a question then: {ask:.3g} ms")
+    step, ask = 1e3 * np.median(times[200:], axis=0)
+    print(f"bedside, after 200 sets, one thread: a set of 6 events {step:.3g} ms\n"
+          f"bedside, a question: {ask:.3g} ms")
 
 
 # ---- scale: the cost follows the events, not the vocabulary ------------------------------------------------
 
-def pretraining_of(variables: int, stays: int, sets: int = 150, events: int = 4):
-    """A pass of an epoch of pretraining with the defaults. The stays have the same number of sets and events,
+def pretraining_of(variables: int, stays: int):
+    """A pass of an epoch of pretraining with the defaults. The stays have 150 sets of 4 events,
     whatever the vocabulary, of variables drawn by Zipf's law with exponent 1."""
-    rng, n = np.random.default_rng(0), stays * sets * events
+    rng, n = np.random.default_rng(0), stays * 600
     chance = 1 / np.arange(1, variables + 1)
-    minute = np.tile(np.repeat(20.0 * np.arange(sets), events), stays)
-    cohort = build_cohort("Zipf", [f"v{i:05d}" for i in range(variables)],
-                          np.repeat(np.arange(stays), sets * events), minute,
+    stay, place = np.divmod(np.arange(n), 600)
+    cohort = build_cohort("Zipf", [f"v{i:05d}" for i in range(variables)], stay, place // 4 * 20.0,
                           rng.choice(variables, n, p=chance / chance.sum()), rng.normal(size=n),
                           np.arange(stays).astype(str))
     dataset = asked_at_the_end(cohort)

@@ -290,35 +290,35 @@ def with_labels(cohort: Cohort, files: list[Path], positive: str | None = None, 
     return with_points(_noted(cohort, table.report), count, at, label)
 
 
-def telling_variables(cohort: Cohort, points: np.ndarray, enough: int = 10, above: float = .98) -> dict[str, float]:
-    """{variable: AUROC} of those whose presence or last value alone tells the first answer (0 or 1) of these points [n]
-    with an AUROC above `above`: it may be the outcome itself. Looks at the last of these points of at most 5,000 stays;
-    a value counts where at least `enough` points of each class have one."""
-    stay = cohort.point_stay[points]
+def telling_variables(cohort: Cohort, points: np.ndarray) -> dict[str, float]:
+    """{variable: AUROC} of those whose presence or last value alone tells the first answer (0 or 1) of these
+    points [n] with an AUROC above 0.98: it may be the outcome itself. Looks at the last of these points of at
+    most 5,000 stays; a value counts where at least ten points of each class have one."""
+    enough, stay = 10, cohort.point_stay[points]
     points = points[np.append(stay[1:] != stay[:-1], True)[:len(points)]]
     points = points[::1 + len(points) // 5000]
     stay, positive = cohort.point_stay[points], cohort.answers[points, 0] == 1
-    total = np.bincount(positive, minlength=2)                                                  # negatives, positives
-    if total.min() < enough:
+    negatives, positives = np.bincount(positive, minlength=2)
+    if min(negatives, positives) < enough:
         return {}
-    first = cohort.set_start[cohort.stay_start[stay]]
-    end = search_after(cohort.set_minute, cohort.point_minute[points], cohort.stay_start[stay],
-                       cohort.stay_start[stay + 1])
+    begin, end = cohort.stay_start[stay], cohort.stay_start[stay + 1]
+    end = search_after(cohort.set_minute, cohort.point_minute[points], begin, end)
+    first = cohort.set_start[begin]
     count = cohort.set_start[end] - first
-    event = ranges(first, count)
-    asked = np.repeat(np.arange(len(points)), count)
+    event, asked = ranges(first, count), np.repeat(np.arange(len(points)), count)
     last = pd.DataFrame({"variable": cohort.event_variable[event], "value": cohort.event_value[event],
-                         "positive": positive[asked], "point": asked}).groupby(["variable", "point"]).last()
-    held = last.groupby("variable")["positive"].agg(["sum", "size"])
-    present = held["sum"] / total[1] - (held["size"] - held["sum"]) / total[0]
-    scores = [(1 + present) / 2]
-    valued = last.dropna().assign(rank=lambda rows: rows.groupby("variable")["value"].rank())
-    of = valued.groupby("variable")["positive"].agg(["sum", "size"])
-    ones, zeros = of["sum"], of["size"] - of["sum"]
-    sums = valued["rank"].where(valued["positive"], 0).groupby("variable").sum()
-    scores.append(((sums - ones * (ones + 1) / 2) / (ones * zeros))[(ones >= enough) & (zeros >= enough)])
-    best = pd.concat([np.maximum(x, 1 - x) for x in scores]).groupby(level=0).max().sort_values(ascending=False)
-    return {cohort.variables[v]: float(auc) for v, auc in best[best > above].items()}
+                         "one": positive[asked], "zero": ~positive[asked], "point": asked})
+    last = last.groupby(["variable", "point"]).last()
+    held, valued = last.groupby("variable").sum(), last.dropna()
+    presence = (1 + held["one"] / positives - held["zero"] / negatives) / 2
+    # Of the last values: the Mann-Whitney statistic.
+    valued = valued.assign(rank=valued.groupby("variable")["value"].rank() * valued["one"])
+    sums = valued.groupby("variable")[["one", "zero", "rank"]].sum()
+    ones, zeros = sums["one"], sums["zero"]
+    value = (sums["rank"] - ones * (ones + 1) / 2) / (ones * zeros)
+    scores = pd.concat([presence, value[(ones >= enough) & (zeros >= enough)]])
+    best = np.maximum(scores, 1 - scores).groupby(level=0).max().sort_values(ascending=False)
+    return {cohort.variables[v]: float(auc) for v, auc in best[best > .98].items()}
 
 
 # ------------------------------------------------------------------------------------------------------------

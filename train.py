@@ -33,8 +33,8 @@ from batches import StayDataset, common_variables, epoch_batches, split_batch
 from checkpoint import Checkpoint, splits_beside
 from data import (Cohort, InputError, Normalizer, at_every_set, describe_questions, hours_asked,
                   labelled_points, make_splits, stays_of, stays_with, variable_vectors, variables_of)
-from finetune_config import (FinetuneConfig, boosted_trees, cosine, epochs_of_steps, full_optimizer,
-                             head_optimizer, head_penalty, tree_sizes)
+from finetune_config import (FinetuneConfig, adamw, boosted_trees, cosine, epochs_of_steps, head_penalty,
+                             tree_sizes)
 from history_statistics import real_sets
 from model import ModelConfig, SeqSetVAE, SeqSetVAEPretrain
 from predictor import encode_points, open_checkpoint
@@ -407,10 +407,9 @@ def pretrain(arguments) -> Path:
         warm = config.learning_rate * min(1, (step + 1) / config.warmup_steps)
         return warm * (0.01 + 0.99 * cosine(1, step, steps))
 
-    decayed, plain = ([p for p in model.parameters() if (p.dim() > 1) == matrix] for matrix in (True, False))
-    groups = [{"params": decayed, "weight_decay": config.weight_decay},
-              {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+    matrices, others = ([p for p in model.parameters() if (p.dim() > 1) == matrix] for matrix in (True, False))
+    groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+    optimizer = adamw(groups, config.learning_rate, config)
     training = Training(run, optimizer, config.batch_size)
     for epoch in run.epochs(epochs):
         if epoch - run.best["epoch"] > config.patience:
@@ -626,7 +625,8 @@ class HeadTraining:
         self.weight = torch.from_numpy(weight).to(run.device)
         if not run.last:
             prepare_head(run.model, self.features, self.answer, self.weight, config, run.seed)
-        self.optimizer, self.epochs = head_optimizer(run.model, config), config.epochs(len(points))
+        self.optimizer = adamw(run.model.cls_head.parameters(), config.learning_rate, config)
+        self.epochs = config.epochs(len(points))
 
     def epoch(self, epoch: int) -> float:
         """The mean loss of an epoch, before which several ranks may leave."""
@@ -669,7 +669,7 @@ def train_everything(arguments, config: FinetuneConfig, run: Run, train, valid) 
         del head
 
     highest = config.random_learning_rate if arguments.random_init else config.full_learning_rate
-    optimizer = full_optimizer(model, config)
+    optimizer = adamw(model.parameters(), config.full_learning_rate, config)
     training = Training(run, optimizer, config.full_batch_size)
     for epoch in run.epochs(epochs):
         points, weight = model.task.training_points(cohort, train, config, run.seed, epoch)

@@ -143,10 +143,10 @@ def test_baselines_learn_from_the_labels_and_settings_of_the_checkpoint(tmp_path
     content, learned = torch.load(tmp_path / "half/best.pt", weights_only=True), []
     monkeypatch.setattr(protocol, "without_backbone", lambda dataset, stays, valid, points, seed, device, config:
                         learned.append((len(stays), seed, config.trees)) or {})
-    monkeypatch.setattr(protocol, "finetune", lambda arguments, config, of=protocol.finetune: learned.append(
-        (arguments.label_fraction, arguments.seed, config.trees)) or of(arguments, config))
+    monkeypatch.setattr(protocol, "HeadTraining", lambda run, stays, config: learned.append(
+        (len(stays), run.seed, config.trees)) or train.HeadTraining(run, stays, config))
     assert main(["--checkpoint", str(tmp_path / "half/best.pt"), "--baselines", "--device", "cpu"]) == 0
-    assert learned == [(len(content["split"]["train"]) // 2, 7, 5), (.5, 7, 5)]
+    assert learned == 2 * [(len(content["split"]["train"]) // 2, 7, 5)]
 
 
 def test_a_renamed_and_rescaled_copy_of_the_data_scores_equally(tmp_path, capsys, small_finetuned):
