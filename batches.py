@@ -390,7 +390,8 @@ def sorted_batches(sizes: StaySizes) -> list[np.ndarray]:
 
 def common_variables(cohort: Cohort, dataset: "StayDataset", stays: np.ndarray,
                      most: int) -> np.ndarray:
-    """Indices in the dataset's vocabulary of the variables that at least 1% of the stays have, `most` at most: the most common, of which half the places are for variables with numbers first; ties by name.
+    """Indices in the dataset's vocabulary of the variables that at least 1% of the stays have, `most` at
+    most: the most common, of which half the places are for variables with numbers first; ties by name.
     Ascending."""
     size = len(cohort.variables)
     held, valued = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=bool)

@@ -59,8 +59,8 @@ def past_statistics(sums, largest, latest, first) -> Statistics:
 
 def row_of_cells(batch: EventBatch, slots, column, width: int) -> torch.Tensor:
     """[C] where each of the batch's measurements counts: (stay * (Q + 1) + interval between asked sets) *
-    width + variable; B (Q + 1) width: left out. The interval of a set is the place in `slots` of the first one
-    at or after it, Q where there is none. The arguments are those of `statistics_at`."""
+    width + variable; B (Q + 1) width: left out. The interval of a set is the place in `slots` of the first
+    one at or after it, Q where there is none. The arguments are those of `statistics_at`."""
     (stays, length), asked = batch.minute.shape, slots.shape[1]
     column = column.flatten()[batch.cell_pair]
     position = torch.arange(length, device=slots.device).expand(stays, length).contiguous()
@@ -208,7 +208,7 @@ def measured_at(batch: EventBatch, slots, column, width: int) -> torch.Tensor:
     """[B, Q, width]: 1 where an asked set measured a variable, else 0; arguments as in `statistics_at`."""
     (stays, asked), length = slots.shape, batch.minute.shape[1]
     asked_set = torch.zeros(stays, length + 1, device=slots.device).scatter(1, slots, 1)[:, :length]
-    cells = asked_set.flatten()[batch.cell_slot]                                # [C] 1: of a set that is asked
+    cells = asked_set.flatten()[batch.cell_slot]            # [C] 1: of a set that is asked
     row = row_of_cells(batch, slots, column, width)
     return by_interval(cells[None], row, (stays, asked + 1, width), 0)[0, :, :asked]
 

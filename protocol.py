@@ -236,11 +236,11 @@ def protocol(given: dict, splits: list, seeds: list, methods: list, fractions: l
         Task().check(cohort, split)
         if (checkpoint := home / "pretrain" / "best.pt").exists():
             kept = Checkpoint.open(checkpoint)
-            then, now = kept.source, {"data": recorded(DataSettings(**data)), "fingerprint": cohort.fingerprint,
-                                            "labels": label_digest(cohort)}
-            if kept.split != split or any(then[name] != value for name, value in now.items()):
+            now = recorded(DataSettings(**data)), cohort.fingerprint, label_digest(cohort), split
+            then = [kept.source[name] for name in ("data", "fingerprint", "labels")]
+            if now != (*then, kept.split):
                 raise InputError(f"{home}: holds what was measured on other data, labels or splits, or asked "
-                                 f"otherwise ({then['data']}); give another --protocol FOLDER")
+                                 f"otherwise ({then[0]}); give another --protocol FOLDER")
     for (method, fraction), (home, data, seed) in itertools.product(plan, turns):
         common = dict(seed=seed, resume="auto", **data)
         once(home / "pretrain", lambda to: pretrain(run_settings(mode="pretrain", run_dir=str(to), **common)))
@@ -374,7 +374,8 @@ def print_protocol(folder: Path) -> None:
                      for turns in tables.values() for table in turns.values() for part, _ in parts(table))
         rows = {method: {turn: scores(table, hourly) for turn, table in turns.items()}
                 for method, turns in tables.items()}
-        values = {method: pd.DataFrame([each[0] for each in turns.values()]) for method, turns in rows.items()}
+        values = {method: pd.DataFrame([each[0] for each in turns.values()])
+                  for method, turns in rows.items()}
         ranked = sorted(rows, key=lambda method: -values[method][0].mean())
         base = next((method for method in ranked if method in BASELINES), None)
         names = ["AUROC", "AUPRC", *(["utility"] if hourly else [])]
@@ -422,7 +423,8 @@ def new_models(config, dataset) -> tuple[SeqSetVAEPretrain, SeqSetVAE, FinetuneC
     the original's decoder, the original's features, widths and loss."""
     d, settings = config.latent_dim, FinetuneConfig(hidden_width=None)
     if config.decoder == "slots":
-        settings = replace(settings, summaries=False, head_widths=(d, d // 2, d // 4), trees=None, loss="focal")
+        settings = replace(settings, summaries=False, head_widths=(d, d // 2, d // 4), trees=None,
+                           loss="focal")
     vectors = variable_vectors(dataset.normalizer.variables, config.input_dim)
     head = asdict(settings) | tree_sizes(settings, 0)
     head["head_variables"] = min(config.num_variables, settings.most_variables)
@@ -551,7 +553,8 @@ def benchmark(arguments) -> None:
             print(f"measuring: {sizes}, {task}", flush=True)
             stays = np.concatenate(batches)
             looped = spread(stays[np.argsort(lengths[stays])], LOOPED)
-            used = {how: [looped] if how == PLAIN_LOOP else batches for how in hows if how != "bf16" or dtype == torch.bfloat16}
+            used = {how: [looped] if how == PLAIN_LOOP else batches
+                    for how in hows if how != "bf16" or dtype == torch.bfloat16}
             works = {how: partial(make_pass, how, config, mine, dataset, device)
                      for how, mine in used.items()}
             for how, seconds, memory in take_turns(works, device, ROUNDS).itertuples():

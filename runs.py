@@ -1,4 +1,5 @@
-"""What a run of train.py is beside its mathematics: its processes, its device, its folder and checkpoints, signals."""
+"""What a run of train.py is beside its mathematics: its processes, its device, its folder and checkpoints,
+signals."""
 
 import ctypes
 import errno
@@ -41,12 +42,13 @@ except ModuleNotFoundError:  # Windows: a run's folder is then not locked
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Several processes: each trains on its part of every batch and evaluates its part of the stays; rank 0 alone prints and
-# writes, and reads what it wrote, for the machines need not share a disk
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# Several processes: each trains on its part of every batch and evaluates its part of the stays; rank 0 alone
+# prints and writes, and reads what it wrote, for the machines need not share a disk
+# ------------------------------------------------------------------------------------------------------------
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun, as the following
+# As torchrun sets them.
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK, LOCAL_WORLD = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", WORLD))
 MACHINE, MACHINES = int(os.environ.get("GROUP_RANK", 0)), int(os.environ.get("GROUP_WORLD_SIZE", 1))
 
@@ -76,8 +78,9 @@ def summed(x: torch.Tensor) -> torch.Tensor:
 
 
 def gathered(value) -> list:
-    """`value` of every rank. Raises the InputError of a rank that failed meanwhile (see `exit_code`), so that none
-    waits for it forever, and on all ranks the KeyboardInterrupt of one that is asked to leave (see `Signals`)."""
+    """`value` of every rank. Raises the InputError of a rank that failed meanwhile (see `exit_code`), so that
+    none waits for it forever, and on all ranks the KeyboardInterrupt of one that is asked to leave (see
+    `Signals`)."""
     value = leaving() or value
     values = [value] * WORLD
     if WORLD > 1:
@@ -98,17 +101,18 @@ def from_rank_0(make: Callable):
 
 
 def end_rank(code: int) -> None:
-    """Of several processes: leave without Python's teardown, in which a thread of gloo may still want Python's lock: it
-    then aborts the finished process ("terminate called without an active exception"), or DistributedDataParallel's
-    destructor waits for it forever."""
+    """Of several processes: leave without Python's teardown, in which a thread of gloo may still want
+    Python's lock: it then aborts the finished process ("terminate called without an active exception"), or
+    DistributedDataParallel's destructor waits for it forever."""
     if WORLD > 1:
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(code)
 
 
 class Signals:
-    """What SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 ask of a command: to leave at once, since the last.pt of a run
-    is always valid; in a step at its end, since it can be saved. Several ranks leave together, where they gather."""
+    """What SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 ask of a command: to leave at once, since the last.pt
+    of a run is always valid; in a step at its end, since it can be saved. Several ranks leave together, where
+    they gather."""
     asked = None   # the KeyboardInterrupt to leave by
     held = False   # in a step
     farewell = ""  # how to go on with the run, once there is one
@@ -134,9 +138,10 @@ def obeying_signals():
     Signals.asked = None
     Signals.held = False
     Signals.farewell = ""
-    numbers = [getattr(signal, f"SIG{name}", None) for name in ("INT", "TERM", "HUP", "USR1", "USR2")]  # not on Windows
+    asked = {"SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"}  # Windows lacks some
+    numbers = [number for number in signal.Signals if number.name in asked]
     handlers = {number: signal.signal(number, Signals.handle) for number in numbers
-                if number and signal.getsignal(number) != signal.SIG_IGN}  # as nohup has it
+                if signal.getsignal(number) != signal.SIG_IGN}  # as nohup has it
     try:
         yield
     finally:
@@ -169,8 +174,8 @@ def exit_code(command: Callable) -> int:
 
 @contextmanager
 def in_turn():
-    """One process of each machine goes before its neighbours, who then find the cache that it wrote; rank 0 goes before
-    those of the other machines, who find it too where the machines share a disk."""
+    """One process of each machine goes before its neighbours, who then find the cache that it wrote; rank 0
+    goes before those of the other machines, who find it too where the machines share a disk."""
     turn = 2 if LOCAL_RANK else 1 if RANK else 0
     for _ in range(turn):
         gathered(None)
@@ -180,28 +185,29 @@ def in_turn():
 
 
 def data_parallel(model, seed: int):
-    """The model to call in training: its backward pass averages the gradients over ranks. (Every parameter takes part
-    in every step, so none is looked for that does not; no step changes a buffer.) From here on each rank draws masks,
-    dropout and z of its own, so that a run of several ranks equals one of a single process where these are off: the
-    objective itself is the same mean over the batch's stays."""
+    """The model to call in training: its backward pass averages the gradients over ranks. (Every parameter
+    takes part in every step, so none is looked for that does not; no step changes a buffer.) From here on
+    each rank draws masks, dropout and z of its own, so that a run of several ranks equals one of a single
+    process where these are off: the objective itself is the same mean over the batch's stays."""
     if WORLD == 1:
         return model
     torch.manual_seed(seed + RANK)
     parallel = DistributedDataParallel(model)
-    parallel.broadcast_buffers = False  # as an argument deprecated in new versions, whose name for it old ones lack
+    # As an argument it is deprecated in new versions, whose name for it old ones lack.
+    parallel.broadcast_buffers = False
     return parallel
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Device, batches
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device(name: str, precision: str) -> tuple[torch.device, torch.dtype]:
-    """The device, made the current one, and the autocast type (float32: no autocast). Raises InputError for a device
-    that is not there."""
+    """The device, made the current one, and the autocast type (float32: no autocast). Raises InputError for a
+    device that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -224,30 +230,36 @@ def choose_device(name: str, precision: str) -> tuple[torch.device, torch.dtype]
 
 
 def keep_freed_memory() -> None:
-    """glibc returns every freed block of over 32 MB to the system, and each page of the next one then costs a fault, a
-    quarter of the time of an evaluation pass of a large model on a CPU: keep freed blocks for the next batch."""
+    """glibc returns every freed block of over 32 MB to the system, and each page of the next one then costs a
+    fault, a quarter of the time of an evaluation pass of a large model on a CPU: keep freed blocks for the
+    next batch."""
     if platform.libc_ver()[0] == "glibc":
         mallopt, trim_threshold, mmap_max = ctypes.CDLL(None).mallopt, -1, -4  # parameters' numbers: malloc.h
         mallopt(trim_threshold, -1), mallopt(mmap_max, 0)
 
 
 def loader(dataset: StayDataset, batches: list, device: torch.device):
-    """Batches of stay indices -> EventBatches on the device. On CUDA workers prepare them; copies are asynchronous."""
+    """Batches of stay indices -> EventBatches on the device. On CUDA workers prepare them; copies are
+    asynchronous."""
     cuda = device.type == "cuda"
-    batches = torch.utils.data.DataLoader(dataset, sampler=batches, batch_size=None, num_workers=2 if cuda else 0,
-                                          pin_memory=cuda, worker_init_fn=leave_process_group,
-                                          generator=torch.Generator())  # its own: the global one must not advance
-    return (batch.to(device, non_blocking=cuda) for batch in itertools.takewhile(lambda _: not leaving(), batches))
+    batches = torch.utils.data.DataLoader(
+        dataset, sampler=batches, batch_size=None, num_workers=2 if cuda else 0, pin_memory=cuda,
+        worker_init_fn=leave_process_group,
+        generator=torch.Generator())  # its own: the global one must not advance
+    return (batch.to(device, non_blocking=cuda)
+            for batch in itertools.takewhile(lambda _: not leaving(), batches))
 
 
 def leave_process_group(worker: int) -> None:
-    """torchrun signals a whole group of processes; a loader's worker that it ended would end the run unsaved."""
+    """torchrun signals a whole group of processes; a loader's worker that it ended would end the run
+    unsaved."""
     if hasattr(os, "setpgrp"):  # Windows has no such groups
         os.setpgrp()
 
 
 def evaluation_batches(dataset: StayDataset, stays: np.ndarray) -> list[np.ndarray]:
-    """This rank's batches of an evaluation pass, as positions into `stays`: every stay is in one batch of one rank."""
+    """This rank's batches of an evaluation pass, as positions into `stays`: every stay is in one batch of one
+    rank."""
     return sorted_batches(dataset.sizes(stays))[RANK::WORLD]
 
 
@@ -270,9 +282,9 @@ def printable(text: str) -> str:
 
 
 def make_streams_ready() -> None:
-    """A closed stream is an empty one. Each line is written as it is printed. A character that the terminal has not,
-    such as the check mark, becomes a question mark, not an error; control characters are escaped in what is printed
-    (standard error has the bars that need them)."""
+    """A closed stream is an empty one. Each line is written as it is printed. A character that the terminal
+    has not, such as the check mark, becomes a question mark, not an error; control characters are escaped in
+    what is printed (standard error has the bars that need them)."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))
@@ -283,14 +295,15 @@ def make_streams_ready() -> None:
         sys.stdout.write = lambda text, write=sys.stdout.write: write(text.translate(CONTROLS))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The run: its folder, its checkpoints, where it stands, and what a signal asks of it
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class Run:
     """One training run. All ranks call its methods; rank 0 alone has the folder.
 
-    best: figures of the best epoch; epoch: epochs done; done: steps done in the next, of which totals are the sums."""
+    best: figures of the best epoch; epoch: epochs done; done: steps done in the next, of which totals are the
+    sums."""
 
     def __init__(self, arguments, config, model, dataset: StayDataset, split: dict, data: dict, device, dtype,
                  best: dict, source: dict = {}, seen: dict = {}, kept: dict = {}):
@@ -308,9 +321,11 @@ class Run:
         last = arguments.last
         if last:
             self._refuse_other_data(Path(arguments.resume) / "last.pt", last)
-        self.last = last if last and last.trainer else None  # killed before its first save, a run starts afresh
+        # A run that was killed before its first save starts afresh.
+        self.last = last if last and last.trainer else None
         if arguments.origin and (differing := difference(arguments.origin, source)):
-            print(f"{'resume' if last else 'config'}: not as it was then: {differing}: the figures may differ")
+            print(f"{'resume' if last else 'config'}: not as it was then: {differing}: the figures may "
+                  "differ")
         self.folder = from_rank_0(lambda: self._take_folder(arguments))
         if not self.last:
             self.save("last.pt", self.checkpoint(best))
@@ -323,16 +338,17 @@ class Run:
     def _refuse_other_data(self, path: Path, last: Checkpoint) -> None:
         source, then = self.record["source"], last.source
         where = source["data"].get("data_dir") or source["reader"]
-        if source["fingerprint"] != then["fingerprint"]:
-            raise InputError(f"{path}: {where} holds other stays than this run was started with; give the folder where "
-                             "the same data lie now by --data_dir, or start a new run")
-        if "pretrained" in then and source["pretrained"] != then["pretrained"]:
-            raise InputError(f"{path}: {source['pretrained_ckpt']} was written anew since this run was started from "
-                             "it; restore it, or start a new run")
         relabelled = self.record["mode"] == "finetune" and source["labels"] != then["labels"]
-        if relabelled or last.split != self.split:
-            raise InputError(f"{path}: {where} holds other labels, or another split, than this run was started with; "
-                             "restore them, or start a new run")
+        other = ""
+        if source["fingerprint"] != then["fingerprint"]:
+            other = f"{where} holds other stays than when"
+        elif source.get("pretrained") != then.get("pretrained"):
+            other = f"{source['pretrained_ckpt']} was written anew since"
+        elif relabelled or last.split != self.split:
+            other = f"{where} holds other labels, or another split, than when"
+        if other:
+            raise InputError(f"{path}: {other} this run was started; give what it had (data that were moved: "
+                             "--data_dir), or start a new run")
 
     def _take_folder(self, arguments) -> Path:
         """The run's folder, made where it is new, and locked."""
@@ -340,17 +356,19 @@ class Run:
         try:
             self.lock = open(folder / ".lock", "w")
         except OSError as error:
-            raise InputError(f"{folder}: cannot be written ({error.strerror}); start a new run elsewhere") from None
-        if fcntl is None:
-            print("note: this system has no file locks: keep other processes out of the run folder")
-        else:
-            try:  # the system releases it, however the process ends
+            raise InputError(f"{folder}: cannot be written ({error.strerror}); start a new run "
+                             "elsewhere") from None
+        unlocked = None if fcntl else "this system has no file locks"
+        try:  # the system releases it, however the process ends
+            if fcntl:
                 fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
-                    raise InputError(f"{folder}: another process is training in it; wait for it, or start a new run"
-                                     ) from None
-                print(f"note: {folder} lies on a file system without locks: keep other processes out of it")
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+                raise InputError(f"{folder}: another process is training in it; wait for it, or start a new "
+                                 "run") from None
+            unlocked = "it lies on a file system without locks"
+        if unlocked:
+            print(f"note: {unlocked}: keep other processes out of {folder}")
         for name in ("best.pt", "last.pt", "metrics.csv", "config.json"):
             for leftover in folder.glob(f".{name}.[0-9]*"):  # of a process that was killed while saving
                 leftover.unlink()
@@ -410,7 +428,8 @@ class Run:
             "parts": {name: part.state_dict() for name, part in self.parts.items()}}))
 
     def restore(self, **parts) -> None:
-        """Go on where last.pt was written, if it was; parts: what else has a state_dict, and is saved from now on."""
+        """Go on where last.pt was written, if it was; parts: what else has a state_dict, and is saved from
+        now on."""
         self.parts = parts
         if not self.last:
             return
@@ -426,20 +445,22 @@ class Run:
 
 
 def new_folder(arguments) -> Path:
-    """Make the folder of a new run: the one asked for, or one named after the mode and the time (and a number, where
-    several start in one second)."""
+    """Make the folder of a new run: the one asked for, or one named after the mode and the time (and a
+    number, where several start in one second)."""
     started = CHECKPOINTS / f"{arguments.mode}-{time.strftime('%Y%m%d-%H%M%S')}"
     for number in itertools.count(1):
         folder = Path(arguments.run_dir or (started if number == 1 else f"{started}-{number}"))
         try:
-            folder.mkdir(parents=True, exist_ok=arguments.resume == "auto")  # which may have died before its first save
+            # With --resume auto a run may have died in it before its first save.
+            folder.mkdir(parents=True, exist_ok=arguments.resume == "auto")
             return folder
         except FileExistsError:
             if arguments.run_dir:
-                raise InputError(f"{folder}: exists already; choose another --run_dir, or continue it with --resume "
-                                 f"{folder}") from None
+                raise InputError(f"{folder}: exists already; choose another --run_dir, or continue it with "
+                                 f"--resume {folder}") from None
         except OSError as error:
-            raise InputError(f"{folder}: cannot be made ({error.strerror}); choose another --run_dir") from None
+            raise InputError(f"{folder}: cannot be made ({error.strerror}); choose another --run_dir"
+                             ) from None
 
 
 def random_states(device: torch.device) -> dict:
@@ -455,30 +476,33 @@ def restore_random_states(states: dict, device: torch.device) -> None:
 
 
 def source_of(arguments, data: dict, cohort: Cohort, device: torch.device, dtype: torch.dtype) -> dict:
-    """Where a checkpoint comes from, for whoever must reproduce it; data: the options that its data were read with."""
-    libraries = (("torch", torch), ("numpy", np), ("pandas", pd), ("scikit-learn", sklearn))
-    data = {name: value for name, value in data.items() if not isinstance(value, dict)}  # see `Checkpoint.maps`
+    """Where a checkpoint comes from, for whoever must reproduce it; data: the options that its data were read
+    with."""
+    data = {name: value for name, value in data.items() if not isinstance(value, dict)}  # `Checkpoint.maps`
+    libraries = {"torch": torch, "numpy": np, "pandas": pd, "scikit-learn": sklearn}
+    versions = {name: str(library.__version__) for name, library in libraries.items()}
     return {"data": recorded(DataSettings(**data)), "seed": arguments.seed, "reader": cohort.reader,
             "fingerprint": cohort.fingerprint, "labels": label_digest(cohort),
-            "command": shlex.join([*launcher(), Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": git_commit(),
-            "versions": {"python": platform.python_version(), **{name: str(it.__version__) for name, it in libraries}},
+            "command": shlex.join([*launcher(), Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "commit": git_commit(), "versions": {"python": platform.python_version(), **versions},
             "device": str(device) if WORLD == 1 else device.type,
             "precision": next(name for name, kind in PRECISIONS.items() if kind == dtype),
             "threads": torch.get_num_threads(), "processes": WORLD}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Data
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def read_cohort(options: dict) -> Cohort:
-    """The cohort of `load_cohort` with these options (see `data_options`), the same on all ranks. Raises InputError
-    where machines hold different data."""
+    """The cohort of `load_cohort` with these options (see `data_options`), the same on all ranks. Raises
+    InputError where machines hold different data."""
     with in_turn():
         cohort = load_cohort(**options)
     machines = gathered((cohort.fingerprint, label_digest(cohort), platform.node()))
-    for rank, machine in enumerate(machines):
-        if machine[:2] != machines[0][:2]:
-            raise InputError(f"{cohort.reader}: rank {rank} on {machine[2]} read other data ({machine[0]}) than rank 0 "
-                             f"on {machines[0][2]} ({machines[0][0]}); give every machine the same data and labels")
+    for rank, (*read, host) in enumerate(machines):
+        if read != [*machines[0][:2]]:
+            raise InputError(f"{cohort.reader}: rank {rank} on {host} read other data ({read[0]}) than rank "
+                             f"0 on {machines[0][2]} ({machines[0][0]}); give every machine the same data "
+                             "and labels")
     return cohort

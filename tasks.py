@@ -1,5 +1,6 @@
-"""What is asked: the files beside the events (labels, splits, subjects, names of variables and columns); the `Task`,
-which says how an outcome is learned, answered and judged; and the boosted trees that help to answer."""
+"""What is asked: the files beside the events (labels, splits, subjects, names of variables and columns); the
+`Task`, which says how an outcome is learned, answered and judged; and the boosted trees that help to
+answer."""
 
 import math
 import pickle
@@ -23,12 +24,13 @@ from metrics import (CHECKPOINT, Points, best_shares, best_utility_threshold, ho
 from tables import HOURS, ID, MISSING, TIME, Report, Table, column_names, plain_name, read_table, some
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What is told of variables and columns
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def read_columns(text: str | None) -> dict:
-    """{a table's own name of a column: the name by which it is read}, in lower case, of stay_id=encounter_id,..."""
+    """{a table's own name of a column: the name by which it is read}, in lower case, of
+    stay_id=encounter_id,..."""
     pairs = [pair.partition("=")[::2] for pair in text.lower().split(",")] if text else []
     columns = {own.strip(): name.strip() for name, own in pairs}
     if len(columns) < len(pairs) or not all((*columns, *columns.values())):
@@ -37,8 +39,8 @@ def read_columns(text: str | None) -> dict:
 
 
 def read_map(path: Path) -> dict:
-    """variable -> (name, factor, offset), of a CSV source,name,factor and perhaps offset: value * factor + offset is
-    what enters."""
+    """variable -> (name, factor, offset), of a CSV source,name,factor and perhaps offset: value * factor +
+    offset is what enters."""
     table = read_table([path], {"source": str, "name": str, "factor": float}, {"offset": float})
     source, name, factor = table["source"], table["name"], table["factor"]
     offset = table["offset"] if "offset" in table else np.zeros(len(factor))
@@ -52,7 +54,8 @@ def read_map(path: Path) -> dict:
 
 
 class _NumberType:
-    """Stands in for numpy.dtype in a pickle: keeps the code (f8) and the byte order, and can do nothing else."""
+    """Stands in for numpy.dtype in a pickle: keeps the code (f8) and the byte order, and can do nothing
+    else."""
 
     def __init__(self, code, *_):
         self.code, self.order = code, "="
@@ -68,8 +71,8 @@ class _NumberType:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Admits containers, strings, numbers and NumPy scalars, the last by stand-ins: nothing that the file names is
-    imported or called."""
+    """Admits containers, strings, numbers and NumPy scalars, the last by stand-ins: nothing that the file
+    names is imported or called."""
 
     _STAND_INS = {("numpy", "dtype"): _NumberType, ("numpy._core.multiarray", "scalar"): _NumberType.scalar,
                   ("numpy.core.multiarray", "scalar"): _NumberType.scalar, ("_codecs", "encode"): lambda text,
@@ -83,14 +86,15 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def read_statistics(path: Path) -> pd.DataFrame:
-    """mean and std by variable, from a CSV (variable,mean,std) or a pickle {variable: {"mean": .., "std": ..}}. Left
-    out: those of a variable whose mean is not finite or whose std is zero or not finite, so that they are fitted.
-    InputError for a negative std."""
+    """mean and std by variable, from a CSV (variable,mean,std) or a pickle {variable: {"mean": .., "std":
+    ..}}. Left out: those of a variable whose mean is not finite or whose std is zero or not finite, so that
+    they are fitted. InputError for a negative std."""
     if path.suffix == ".pkl":
         try:
             with open(path, "rb") as file:
                 content = _PlainUnpickler(file).load()
-            known = {str(name): (float(entry["mean"]), float(entry["std"])) for name, entry in content.items()}
+            known = {str(name): (float(entry["mean"]), float(entry["std"]))
+                     for name, entry in content.items()}
         except Exception as error:  # a damaged or hostile pickle raises anything
             raise InputError(f"{path}: not a plain pickle of {{variable: {{'mean': number, 'std': number}}}} "
                              f"({type(error).__name__}: {error}); "
@@ -107,14 +111,15 @@ def read_statistics(path: Path) -> pd.DataFrame:
         table.report.settle()
         given = pd.DataFrame({"mean": table["mean"], "std": table["std"]}, index=names.astype(object))
     else:
-        raise InputError(f"{path}: statistics of this kind are not read; give .csv with variable,mean,std or .pkl")
+        raise InputError(f"{path}: statistics of this kind are not read; give .csv with variable,mean,std or "
+                         ".pkl")
     given = given.astype(np.float32)
     return given[np.isfinite(given).all(axis=1) & (given["std"] > 0)]
 
 
 def read_vectors(path: Path) -> pd.DataFrame:
-    """One vector a variable: `Key`, then a column each dimension. A column without a name (a row number that pandas
-    wrote) is none."""
+    """One vector a variable: `Key`, then a column each dimension. A column without a name (a row number that
+    pandas wrote) is none."""
     table = read_table([path], {"Key": str}, rest=float)
     names = pd.Index(table["Key"])
     table.refuse("Key", names.isna() | names.duplicated(),
@@ -128,16 +133,17 @@ def read_vectors(path: Path) -> pd.DataFrame:
     return pd.DataFrame(columns, index=names.astype(object), dtype=np.float32)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Labels, splits and subjects: what is told of stays that were read, attached after the cache
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 _IDS = ("stay_id", "ts_id", "RecordID", "subject_id")
 _LABELS = ("label", "boolean_value", "in_hospital_mortality", "In-hospital_death")
 _TIMES = {"minute": TIME, "hour": HOURS, "prediction_time": np.datetime64}
-_LIKE_A_TIME = re.compile(r"(^|[^a-z])(date|day|hour|minute|offset)s?($|[^a-z])|^time|(time|date|offset)$|stamp")
-SPLIT_WORDS = {"train": 0, "valid": 1, "val": 1, "validation": 1, "dev": 1, "tuning": 1, "test": 2, "held_out": 2,
-                "heldout": 2}
+_LIKE_A_TIME = re.compile(
+    r"(^|[^a-z])(date|day|hour|minute|offset)s?($|[^a-z])|^time|(time|date|offset)$|stamp")
+SPLIT_WORDS = {"train": 0, "valid": 1, "val": 1, "validation": 1, "dev": 1, "tuning": 1, "test": 2,
+               "held_out": 2, "heldout": 2}
 
 
 def _split_codes(table: Table) -> np.ndarray:
@@ -145,14 +151,16 @@ def _split_codes(table: Table) -> np.ndarray:
     split = table["split"]
     codes = np.array([SPLIT_WORDS.get(word.lower(), -1) for word in split.categories] + [None],
                      dtype=object)[split.codes]
-    table.refuse("split", codes == -1, "; it is one of train, valid, test (or val, validation, dev, tuning, held_out)")
+    table.refuse("split", codes == -1,
+                 "; it is one of train, valid, test (or val, validation, dev, tuning, held_out)")
     return codes
 
 
 def _one_of(path: Path, names, wanted) -> str:
     found = [name for name in wanted if name.lower() in names]
     if not found:
-        raise InputError(f"{path}: no column {' or '.join(wanted)} (it has {', '.join([*names][:8])}); rename or add it")
+        raise InputError(f"{path}: no column {' or '.join(wanted)} (it has {', '.join([*names][:8])}); "
+                         "rename or add it")
     return found[0]
 
 
@@ -195,8 +203,8 @@ def _ids(column: pd.Categorical) -> np.ndarray:
 
 
 def _labels(table: Table, name: str, positive: str | None) -> np.ndarray:
-    """[rows] float labels, NaN where the cell is empty. positive: the word that is label 1; else they are 0 and 1, or
-    true and false."""
+    """[rows] float labels, NaN where the cell is empty. positive: the word that is label 1; else they are 0
+    and 1, or true and false."""
     words = [word.lower() for word in table[name].categories]
     known = {"0": 0, "false": 0, "1": 1, "true": 1}
     empty = [word.lower() in map(str.lower, MISSING) for word in words]
@@ -204,35 +212,37 @@ def _labels(table: Table, name: str, positive: str | None) -> np.ndarray:
         given = [word for word, none in zip(words, empty) if not none]
         positive = plain_name(positive, missing=[]).lower()
         if positive not in given and set(given) <= known.keys():
-            table.note(f"labels that are 0 and 1, where the word {positive} is not looked for", table[name].codes >= 0)
+            table.note(f"labels that are 0 and 1, where the word {positive} is not looked for",
+                       table[name].codes >= 0)
         elif positive not in given or len(given) > 2:
-            raise InputError(f"{table.paths[0]}: --positive {positive}: {name} is one of {some(given)}; give one of "
-                             "two words")
+            raise InputError(f"{table.paths[0]}: --positive {positive}: {name} is one of {some(given)}; give "
+                             "one of two words")
         else:
             known = {word: word == positive for word in given}
     label = np.array([np.nan if none else known.get(word, -1) for word, none in zip(words, empty)] + [np.nan])
     label = label[table[name].codes]
-    table.refuse(name, label == -1, ", not 0 or 1; mend the line, or say which word is positive with --positive WORD")
+    table.refuse(name, label == -1,
+                 ", not 0 or 1; mend the line, or say which word is positive with --positive WORD")
     return label
 
 
 def with_labels(cohort: Cohort, files: list[Path], positive: str | None = None, own: dict = {},
                  points: bool = True) -> Cohort:
-    """The cohort with what its labels' files tell: an id, a label of 0 or 1 (or empty), and perhaps split, subject_id
-    and a time: `minute` or `hour` of the stay or `prediction_time`. With times a row is a prediction point, without one
-    a stay has one at its end.
+    """The cohort with what its labels' files tell: an id, a label of 0 or 1 (or empty), and perhaps split,
+    subject_id and a time: `minute` or `hour` of the stay or `prediction_time`. With times a row is a
+    prediction point, without one a stay has one at its end.
 
-    positive: the word that is label 1, the other one is 0. own: see `read_columns`. points: False takes split and subject alone. Raises
-    InputError for another label, and for two labels of one point.
-    """
+    positive: the word that is label 1, the other one is 0. own: see `read_columns`. points: False takes split
+    and subject alone. Raises InputError for another label, and for two labels of one point. """
     names = column_names(files[0], own)
     id_column, label_column = (_one_of(files[0], names, wanted) for wanted in (_IDS, _LABELS))
     timed = next((name for name in _TIMES if name in names), None)
     times = [name for name, clock in names.items() if clock or _LIKE_A_TIME.search(name)]
     if not timed and times:
-        raise InputError(f"{files[0]}: its column {times[0]} looks like a time, of no known unit; call it minute, hour or "
-                         f"prediction_time, here or by --columns {'prediction_time' if names[times[0]] else 'hour'}="
-                         f"{times[0]} (other={times[0]}: not read)")
+        known = "prediction_time" if names[times[0]] else "hour"
+        raise InputError(f"{files[0]}: its column {times[0]} looks like a time, of no known unit; call it "
+                         f"minute, hour or prediction_time, here or by --columns {known}={times[0]} "
+                         f"(other={times[0]}: not read)")
     columns = {id_column: ID, label_column: str} | ({timed: _TIMES[timed]} if timed else {})
     optional = {name: kind for name, kind in (("split", str), ("subject_id", ID)) if name not in columns}
     table = read_table(files, columns, optional, report=Report(own))
@@ -257,13 +267,14 @@ def with_labels(cohort: Cohort, files: list[Path], positive: str | None = None, 
     again = rows.duplicated().to_numpy()
     other = rows.duplicated(["id", "at"]).to_numpy() & ~again
     table.refuse(id_column, other,
-                 f", labelled twice and not alike ({some(rows['id'][other].unique())}); keep one line of each")
+                 f", labelled twice and not alike ({some(rows['id'][other].unique())}); keep one line of "
+                 "each")
     table.report.settle()
     table.note("labels given more than once", again)
     table.note("outcomes of no stay with a usable event", ~again & ~rows["id"].isin(stays).to_numpy())
     rows = rows[~again].sort_values(["id", "at"])
     asked, first, count = np.unique(rows["id"].to_numpy(str), return_index=True, return_counts=True)
-    place = pd.Index(asked).get_indexer(stays)                             # [P] of each stay in `asked`, -1: nowhere
+    place = pd.Index(asked).get_indexer(stays)  # [P] of each stay in `asked`, -1: nowhere
     count = np.append(count, 0)[place]                                     # [P]
     row = ranges(np.append(first, 0)[place], count)                        # [Q]
     stay = np.repeat(np.arange(len(cohort)), count)
@@ -277,8 +288,8 @@ def with_labels(cohort: Cohort, files: list[Path], positive: str | None = None, 
     if at.dtype.kind == "M":
         origin = np.array(cohort.origin)
         if np.isnat(origin).all():
-            raise InputError(f"{files[0]}: {timed} is a clock time, which these data do not know; give minute or hour "
-                             "of the stay")
+            raise InputError(f"{files[0]}: {timed} is a clock time, which these data do not know; give "
+                             "minute or hour of the stay")
         # A stay of static events alone knows no clock: its first question sets it.
         unknown = np.isnat(origin) & (count > 0)
         origin[unknown] = at[np.searchsorted(stay, np.flatnonzero(unknown))].astype("datetime64[m]")

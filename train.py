@@ -345,9 +345,9 @@ def clip_and_step(model, optimizer, scaler, clip: float) -> torch.Tensor:
 
 
 def finite_or_stop(norm: torch.Tensor, step: int, batch_stays, scaler, every: int = 1) -> None:
-    """Stop at a gradient that is not finite, which is looked at every `every` steps: the last good checkpoint stays.
-    In fp16 the scaler skips such a step and halves its scale, as it must at first; from 2^16 to 2^-4 are 20
-    in a row."""
+    """Stop at a gradient that is not finite, which is looked at every `every` steps: the last good checkpoint
+    stays. In fp16 the scaler skips such a step and halves its scale, as it must at first; from 2^16 to 2^-4
+    are 20 in a row."""
     if torch.isfinite(norm) or scaler.is_enabled() and scaler.get_scale() > 2**-4:
         return
     cause = "lower the learning rate"
@@ -396,9 +396,9 @@ def pretrain(arguments) -> Path:
     run = Run(arguments, config, model, dataset, split, data, device, dtype,
               best={"val_loss": math.inf, "epoch": 0})
     print_size(model, device, dtype)
+    of = "of the data" if (cohort.split >= 0).any() else f"seed {split_seed}"
     print(f"split: {len(train):,} train, {len(valid):,} valid, {len(split['test']):,} test stays "
-          f"({'of the data' if (cohort.split >= 0).any() else f'seed {split_seed}'}); labels unused; run folder "
-          f"{run.folder}")
+          f"({of}); labels unused; run folder {run.folder}")
 
     epochs = config.epochs(len(train))
     steps = epochs * math.ceil(len(train) / config.batch_size)
@@ -407,7 +407,8 @@ def pretrain(arguments) -> Path:
         warm = config.learning_rate * min(1, (step + 1) / config.warmup_steps)
         return warm * (0.01 + 0.99 * cosine(1, step, steps))
 
-    matrices, others = ([p for p in model.parameters() if (p.dim() > 1) == matrix] for matrix in (True, False))
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
     optimizer = adamw(groups, config.learning_rate, config)
     training = Training(run, optimizer, config.batch_size)
@@ -493,7 +494,8 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
     new, split = checkpoint.is_new(cohort), checkpoint.split
     known, kept = checkpoint.known_part(cohort), split
     told = make_splits(cohort, split_seed) if (cohort.split >= 0).any() else None
-    if told and (new or {"split_file", "label_file"} & given.keys() or set(told["test"]) != set(kept["test"])):
+    if told and (new or {"split_file", "label_file"} & given.keys()
+                 or set(told["test"]) != set(kept["test"])):
         split = told
     elif new:
         split = splits_beside(known, cohort, split_seed)
@@ -514,8 +516,8 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
     dataset = checkpoint.dataset(cohort)
     print(dataset.describe_known())
     for name, auc in telling_variables(cohort, labelled_points(cohort, train)).items():
-        print(f"warning: {name} alone tells the training labels, by its presence or last value (AUROC {auc:.4f}): is it "
-              "the outcome? leave it out of the events")
+        print(f"warning: {name} alone tells the training labels, by its presence or last value (AUROC "
+              f"{auc:.4f}): is it the outcome? leave it out of the events")
 
     torch.manual_seed(arguments.seed)
     learned, _ = task.training_points(cohort, train, config, arguments.seed, 0)
@@ -549,8 +551,8 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
 def new_classifier(arguments, task: Task, config: FinetuneConfig, checkpoint: Checkpoint, listed: np.ndarray,
                    points: int) -> SeqSetVAE:
     """The model to be finetuned, with the checkpoint's backbone or an untrained one of its sizes; listed [K]:
-    the variables whose summaries its head gets; points: from how many it learns. Raises InputError where weights
-    of the backbone are missing."""
+    the variables whose summaries its head gets; points: from how many it learns. Raises InputError where
+    weights of the backbone are missing."""
     head = asdict(config) | tree_sizes(config, points)
     head |= {"classes": task.outputs, "classification_only": not arguments.full_training,
              "head_variables": len(listed), "drop_events": config.full_drop_events}
@@ -693,7 +695,8 @@ def train_everything(arguments, config: FinetuneConfig, run: Run, train, valid) 
                 training.report({"loss": classification, **terms})
             training.norm = clip_and_step(model, optimizer, training.scaler, config.clip)
         row = {"epoch": epoch + 1, **training.means}
-        evaluate_and_save(run, row, valid, encode_points(model, run.dataset, valid, run.device), keep_last=False)
+        features = encode_points(model, run.dataset, valid, run.device)
+        evaluate_and_save(run, row, valid, features, keep_last=False)
 
 
 def evaluate_and_save(run: Run, row: dict, valid, val_features, keep_last: bool) -> None:
