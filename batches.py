@@ -218,8 +218,8 @@ class StayDataset(torch.utils.data.Dataset):
         pair_change = stay_change | (np.diff(local[order], prepend=-1) != 0)                            # [E]
         begin = np.flatnonzero(pair_change | (np.diff(slot[order], prepend=-1) != 0))         # [C], in events
         count = np.diff(begin, append=len(order))
-        numbers = np.add.reduceat(valued[order].astype(np.int64), begin) if len(begin) else count
-        total = np.add.reduceat(value[order].astype(np.float64), begin) if len(begin) else count
+        numbers = np.add.reduceat(valued[order].astype(np.int64), begin)
+        total = np.add.reduceat(value[order].astype(np.float64), begin)
         cell_value = (total / np.maximum(numbers, 1)).astype(np.float32)
         cell_slot, cell_valued = slot[order][begin], numbers > 0
         pair = np.cumsum(pair_change)[begin] - 1                                                         # [C]
@@ -232,7 +232,7 @@ class StayDataset(torch.utils.data.Dataset):
         # The first measurement with a value: of those of a pair, the smallest index (none: the pair's first).
         index = np.arange(len(begin))
         valued_index = np.where(cell_valued, index, len(index))
-        first = np.minimum.reduceat(valued_index, pair_begin) if len(index) else index
+        first = np.minimum.reduceat(valued_index, pair_begin)
         first = np.where(first < len(index), first, pair_begin)
         stay_variables = np.zeros(stays * width, dtype=np.int64)
         stay_variables[place] = local[order][begin[pair_begin]]

@@ -31,7 +31,7 @@ from batches import StayDataset, common_variables, epoch_batches, sorted_batches
 from checkpoint import Checkpoint, label_digest
 from data import (InputError, Normalizer, at_end, build_cohort, labelled_points, make_splits, search_after,
                   stay_event_index, stays_of, variable_vectors)
-from finetune_config import MANY_POINTS, FinetuneConfig, adamw, tree_sizes
+from finetune_config import MANY_POINTS, FinetuneConfig, tree_sizes
 from history_statistics import summary_features
 from metrics import (Points, best_shares, best_utility_threshold, bootstrap, bracketed, hours_since_onset,
                      interval, logit, normalised_utility, of_challenge_2019, utilities_by, utility_draws)
@@ -42,8 +42,8 @@ from runs import CHECKPOINTS, choose_device, keep_freed_memory, read_cohort
 from settings import DataSettings, changed, data_options, recorded
 from tables import clear_write_error, write_atomically
 from tasks import Task
-from train import (HeadTraining, PretrainConfig, clip_and_step, finetune, head_epoch, labelled, prepare_head,
-                   pretrain, run_settings, weigh_trees)
+from train import (HeadTraining, PretrainConfig, clip_and_step, finetune, labelled, pretrain, run_settings,
+                   weigh_trees)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ def of_a_frozen_head(model, dataset, train, valid, test, config: FinetuneConfig,
     """Probabilities at the test points by this model, whose head is trained on its frozen backbone from the
     training stays; valid: the points by which it weighs its trees."""
     run = SimpleNamespace(model=model.to(device), dataset=dataset, seed=seed, device=device, last=None)
-    head = HeadTraining(run, train, config)
+    head = HeadTraining.of(run, train, config)
     for epoch in range(head.epochs):
         head.epoch(epoch)
     weigh_trees(model, encode_points(model, dataset, valid, device), dataset.cohort.answers[valid])
@@ -458,7 +458,7 @@ def classifier_pass(task, epochs, how, config, batches, dataset, device):
     from tests.plain_loop import plain_features, plain_stays
     _, model, settings = new_models(config, dataset)
     stays = np.sort(np.concatenate(batches))
-    optimizer = adamw(model.to(device).cls_head.parameters(), settings.learning_rate, settings)
+    alone = SimpleNamespace(model=model.to(device), seed=0, last=None)
     # Any answers take the same time, and some data have none.
     answer = (torch.arange(len(stays), device=device) % 2).float()[:, None]
     weight = torch.ones(len(stays), device=device)
@@ -473,11 +473,10 @@ def classifier_pass(task, epochs, how, config, batches, dataset, device):
                 features = encode_points(model, dataset, stays, device)  # a stay's point has its number
         if task == INFERENCE:
             return model.task.answer(model.classify(features))
-        prepare_head(model, features, answer, weight, settings, seed=0)
-        for epoch in range(1 if how == PLAIN_LOOP else epochs):
-            order = epoch_batches(np.ones(len(stays)), settings.batch_size, 0, epoch)
-            with torch.enable_grad():
-                head_epoch(model, features, answer, weight, optimizer, settings, order)
+        head = HeadTraining(alone, settings, features, answer, weight)
+        with torch.enable_grad():
+            for epoch in range(1 if how == PLAIN_LOOP else epochs):
+                head.epoch(epoch)
     return run
 
 

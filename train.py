@@ -597,52 +597,51 @@ def weigh_trees(model: SeqSetVAE, features, answers: np.ndarray) -> None:
     model.trees_share.fill_(model.task.shares(logits, answers)[1])
 
 
-def head_epoch(model, features, answer, weight, optimizer, config: FinetuneConfig, batches) -> float:
-    """One epoch of the head on cached features [n, F], answer [n, A], weight [n]: the mean loss."""
-    model.train()
-    total = torch.zeros((), device=features.device)
-    for i, batch in enumerate(batches):
-        batch = torch.from_numpy(batch).to(features.device)
-        loss = model.task.loss(model.classify(features[batch]), answer[batch], config, weight[batch])
-        ((loss + head_penalty(model, config, len(answer))) / config.accumulation).backward()
-        total += loss.detach() * len(batch)
-        if (i + 1) % config.accumulation == 0 or i + 1 == len(batches):
-            torch.nn.utils.clip_grad_norm_(model.cls_head.parameters(), config.clip)
-            optimizer.step()
-            model.zero_grad(set_to_none=True)  # not the optimizer's alone: full training goes on with all
-    return total.item() / len(answer)
-
-
 class HeadTraining:
-    """Epochs of the head on cached features of the training points of a frozen backbone, encoded once. Equal
-    to uncached training, since the backbone is deterministic in evaluation mode. Of several ranks each trains
-    the same head on all features, from the same seed: that takes seconds, less than reducing the gradients of
-    so small a model at every step."""
+    """Epochs of the head on cached features [n, F] of the training points of a frozen backbone, answer [n, A]
+    and weight [n]. Equal to uncached training, since the backbone is deterministic in evaluation mode. Of
+    several ranks each trains the same head on all features, from the same seed: that takes seconds, less than
+    reducing the gradients of so small a model at every step."""
 
-    def __init__(self, run: Run, train: np.ndarray, config: FinetuneConfig):
-        self.run, self.config, cohort = run, config, run.dataset.cohort
-        points, weight = run.model.task.training_points(cohort, train, config, run.seed, 0)
-        self.features = encode_points(run.model, run.dataset, points, run.device)
-        self.answer = torch.from_numpy(cohort.answers[points]).to(run.device)
-        self.weight = torch.from_numpy(weight).to(run.device)
+    def __init__(self, run: Run, config: FinetuneConfig, features, answer, weight):
+        self.run, self.config = run, config
+        self.features, self.answer, self.weight = features, answer, weight
         if not run.last:
-            prepare_head(run.model, self.features, self.answer, self.weight, config, run.seed)
+            prepare_head(run.model, features, answer, weight, config, run.seed)
         self.optimizer = adamw(run.model.cls_head.parameters(), config.learning_rate, config)
-        self.epochs = config.epochs(len(points))
+        self.epochs = config.epochs(len(answer))
+
+    @classmethod
+    def of(cls, run: Run, train: np.ndarray, config: FinetuneConfig) -> "HeadTraining":
+        """On the labelled points of these stays [n], encoded once."""
+        cohort = run.dataset.cohort
+        points, weight = run.model.task.training_points(cohort, train, config, run.seed, 0)
+        features = encode_points(run.model, run.dataset, points, run.device)
+        return cls(run, config, features, *(torch.from_numpy(array).to(run.device)
+                                            for array in (cohort.answers[points], weight)))
 
     def epoch(self, epoch: int) -> float:
         """The mean loss of an epoch, before which several ranks may leave."""
         gathered(None)
-        set_rate(self.run, self.optimizer, cosine(self.config.learning_rate, epoch, self.epochs))
-        batches = epoch_batches(np.ones(len(self.answer)), self.config.batch_size, self.run.seed, epoch)
-        bar = progress(batches, len(batches), f"epoch {epoch + 1}")
-        return head_epoch(self.run.model, self.features, self.answer, self.weight, self.optimizer,
-                          self.config, bar)
+        model, config, features, answer = self.run.model.train(), self.config, self.features, self.answer
+        set_rate(self.run, self.optimizer, cosine(config.learning_rate, epoch, self.epochs))
+        batches = epoch_batches(np.ones(len(answer)), config.batch_size, self.run.seed, epoch)
+        total = torch.zeros((), device=features.device)
+        for i, batch in enumerate(progress(batches, len(batches), f"epoch {epoch + 1}")):
+            batch = torch.from_numpy(batch).to(features.device)
+            loss = model.task.loss(model.classify(features[batch]), answer[batch], config, self.weight[batch])
+            ((loss + head_penalty(model, config, len(answer))) / config.accumulation).backward()
+            total += loss.detach() * len(batch)
+            if (i + 1) % config.accumulation == 0 or i + 1 == len(batches):
+                torch.nn.utils.clip_grad_norm_(model.cls_head.parameters(), config.clip)
+                self.optimizer.step()
+                model.zero_grad(set_to_none=True)  # not the optimizer's alone: full training goes on with all
+        return total.item() / len(answer)
 
 
 def train_head(config: FinetuneConfig, run: Run, train, valid) -> None:
     """Train the head alone on a frozen backbone."""
-    head = HeadTraining(run, train, config)
+    head = HeadTraining.of(run, train, config)
     val_features = encode_points(run.model, run.dataset, valid, run.device)
     run.restore(optimizer=head.optimizer)
     for epoch in run.epochs(head.epochs):
@@ -665,7 +664,7 @@ def train_everything(arguments, config: FinetuneConfig, run: Run, train, valid) 
     learned, _ = model.task.training_points(cohort, train, config, run.seed, 0)
     steps = epochs * math.ceil(len(train) / config.full_batch_size)
     if not run.last:
-        head = HeadTraining(run, train, config)
+        head = HeadTraining.of(run, train, config)
         for epoch in range(head.epochs):
             head.epoch(epoch)
         del head

@@ -143,8 +143,8 @@ def test_baselines_learn_from_the_labels_and_settings_of_the_checkpoint(tmp_path
     content, learned = torch.load(tmp_path / "half/best.pt", weights_only=True), []
     monkeypatch.setattr(protocol, "without_backbone", lambda dataset, stays, valid, points, seed, device, config:
                         learned.append((len(stays), seed, config.trees)) or {})
-    monkeypatch.setattr(protocol, "HeadTraining", lambda run, stays, config: learned.append(
-        (len(stays), run.seed, config.trees)) or train.HeadTraining(run, stays, config))
+    monkeypatch.setattr(protocol.HeadTraining, "of", lambda run, stays, config, of=train.HeadTraining.of:
+                        learned.append((len(stays), run.seed, config.trees)) or of(run, stays, config))
     assert main(["--checkpoint", str(tmp_path / "half/best.pt"), "--baselines", "--device", "cpu"]) == 0
     assert learned == 2 * [(len(content["split"]["train"]) // 2, 7, 5)]
 

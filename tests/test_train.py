@@ -55,8 +55,8 @@ def test_pretraining_interrupted_and_resumed_ends_with_equal_bits(tmp_path, monk
 
 
 @pytest.mark.parametrize("where, mode", [
-    ("evaluate_pretraining", "pretrain"), ("encode_points", "head"), ("prepare_head", "head"), ("head_epoch", "head"),
-    ("head_epoch", "full training"), ("Task.validation", "full training")])
+    ("evaluate_pretraining", "pretrain"), ("encode_points", "head"), ("prepare_head", "head"), ("HeadTraining.epoch", "head"),
+    ("HeadTraining.epoch", "full training"), ("Task.validation", "full training")])
 def test_outside_the_steps_a_signal_is_obeyed_at_once_and_the_resumed_run_ends_with_equal_bits(
         tmp_path, monkeypatch, capsys, small_pretrained, where, mode):
     command = [*FINETUNE, str(small_pretrained / "best.pt"), "--set", "trees=5"]
