@@ -2,6 +2,7 @@
 together, and the order in which an epoch meets them."""
 
 import copy
+import heapq
 import itertools
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
@@ -363,11 +364,11 @@ def split_batch(sizes: StaySizes, batch: np.ndarray, parts: int) -> list[np.ndar
 def balanced_parts(events: np.ndarray, parts: int) -> list[np.ndarray]:
     """Positions into `events`, every one once and in order, in `parts` lists of nearly equal sums: the
     largest first, each to the part that has the least so far (Graham 1969)."""
-    part, total, held = np.zeros(len(events), dtype=np.int64), np.zeros(parts), np.zeros(parts)
+    part, heap = np.zeros(len(events), dtype=np.int64), [(0, 0, p) for p in range(parts)]
     for i in np.argsort(-events, kind="stable"):
-        part[i] = np.lexsort((held, total))[0]
-        total[part[i]] += events[i]
-        held[part[i]] += 1
+        total, held, least = heap[0]
+        part[i] = least
+        heapq.heapreplace(heap, (total + events[i], held + 1, least))
     return [np.flatnonzero(part == p) for p in range(parts)]
 
 
@@ -401,8 +402,9 @@ def common_variables(cohort: Cohort, dataset: "StayDataset", stays: np.ndarray,
         variable = cohort.event_variable[events].astype(np.int64)
         held += np.bincount(np.unique(place * size + variable) % size, minlength=size)
         valued[variable[~np.isnan(cohort.event_value[events])]] = True
-    by_frequency = np.lexsort((np.arange(size), -held))  # the vocabulary is sorted by name
-    common = [v for v in by_frequency if held[v] >= max(1, 0.01 * len(stays)) and dataset.variable[v] >= 0]
-    numbers = [v for v in common if valued[v]][:most // 2]
-    rest = [v for v in common if v not in set(numbers)]
-    return np.sort(dataset.variable[(numbers + rest)[:most]])
+    by_frequency = np.argsort(-held, kind="stable")  # the vocabulary is sorted by name
+    known = (held >= max(1, 0.01 * len(stays))) & (dataset.variable >= 0)
+    common = by_frequency[known[by_frequency]]
+    numbers = common[valued[common]][:most // 2]
+    rest = common[~np.isin(common, numbers)]
+    return np.sort(dataset.variable[np.append(numbers, rest)[:most]])

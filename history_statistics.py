@@ -101,7 +101,7 @@ def statistics_at(batch: EventBatch, slots, column, width: int) -> Statistics:
     high, low = largest[:, :, 1:].flip(2).cummax(2).values.flip(2)
     future = torch.stack([first + total / times.clamp(min=1), first + high, first - low], dim=2)
     exists = (times > 0)[:, :, None].expand_as(future)
-    return Statistics(past.past, past.past_exists, future.masked_fill(~exists, 0), exists)
+    return past._replace(future=future.masked_fill(~exists, 0), future_exists=exists)
 
 
 def hours_since(batch: EventBatch, slots, column, width: int) -> torch.Tensor:
