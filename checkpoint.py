@@ -8,7 +8,7 @@ import secrets
 import shutil
 import subprocess
 import zipfile
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +134,7 @@ _ORIGINAL_NAMES = {
     "rel_time_bucket_embed.": "history.gap_embedding.",
     "alibi_slope": "history.slope", "time_tau": "history.tau",
 }
+_ORIGINAL = re.compile("|".join(map(re.escape, _ORIGINAL_NAMES)))
 # No weights of the backbone: the head, what only pretraining and full training use, and the original's second
 # decoder, which never reached a loss.
 _SKIPPED = ("cls_head.", "trees.", "feature_", "vae_feature_fusion.", "mask_token", "setvae.decoder_layers.",
@@ -150,11 +151,11 @@ def _weights(state, path, original: bool) -> dict[str, torch.Tensor]:
     for name, tensor in state.items():
         if wrapper := _WRAPPERS.match(name):
             name = name[wrapper.end():]
-        if original and (prefix := next((p for p in _ORIGINAL_NAMES if name.startswith(p)), None)):
+        if original and (prefix := _ORIGINAL.match(name)):
             # The original's sign error kept its bias at zero for the whole past: slope 0 reproduces its
             # outputs.
-            tensor = torch.zeros_like(tensor) if prefix == "alibi_slope" else tensor
-            name = _ORIGINAL_NAMES[prefix] + name[len(prefix):]
+            tensor = torch.zeros_like(tensor) if prefix[0] == "alibi_slope" else tensor
+            name = _ORIGINAL_NAMES[prefix[0]] + name[prefix.end():]
         ours[name] = tensor
     return ours
 
@@ -212,10 +213,10 @@ class Checkpoint:
     weights: dict[str, torch.Tensor]        # under our names
     vocabulary: torch.Tensor | None         # [V, input_dim]
     normalizer: Normalizer | None
-    split: dict = field(default_factory=dict)    # stay ids (or hashes, see `salted`) of train, valid and test
-    subjects: dict = field(default_factory=dict)  # the same of subjects
-    source: dict = field(default_factory=dict)    # see `runs.source_of`
-    metrics: dict = field(default_factory=dict)   # of the epoch; of a finetuned one with its threshold
+    split: dict  # stay ids (or hashes, see `salted`) of train, valid and test
+    subjects: dict  # the same of subjects
+    source: dict  # see `runs.source_of`
+    metrics: dict  # of the epoch; of a finetuned one with its threshold
     run: dict | None = None                 # options and settings of the run; an export has none
     task: dict | None = None                # what was asked, see tasks.py
     maps: dict | None = None                # "variables": {source: (name, factor, offset)}, "positive": word
@@ -251,7 +252,8 @@ class Checkpoint:
     @classmethod
     def of(cls, model: SeqSetVAE, normalizer: Normalizer) -> "Checkpoint":
         """One of a finetuned model in memory."""
-        return cls(None, "finetune", model.config, model.state_dict(), model.setvae.vocabulary, normalizer)
+        return cls(None, "finetune", model.config, model.state_dict(), model.setvae.vocabulary, normalizer,
+                   {}, {}, {}, {})
 
     @classmethod
     def _of_original(cls, content: dict, path) -> "Checkpoint":
@@ -290,9 +292,7 @@ class Checkpoint:
                              "the whole model of the original implementation") from None
         except InputError as error:
             raise InputError(f"{self.path}: {error}; a bare state dict does not tell its numbers of "
-                             "attention heads: give --set_heads and --transformer_heads (the original's "
-                             f"defaults: {ModelConfig.original(1).set_heads}, {ModelConfig.original(1).heads})"
-                             ) from None
+                             "attention heads: give --set_heads and --transformer_heads") from None
         return replace(self, config=config, normalizer=Normalizer.fit(cohort, stays),
                        vocabulary=variable_vectors(cohort.variables, config.input_dim, cohort.vectors),
                        source=self.source | {"fingerprint": cohort.fingerprint})
@@ -346,9 +346,8 @@ class Checkpoint:
             own = {}
         elif {"label_file", "task"} & set(given):
             own = {name: value for name, value in own.items() if name not in ("label_file", "task")}
-        options = {"variables": "variables_map", "positive": "positive"}
-        kept = {options[name]: value for name, value in maps.items()}
-        data = own | kept | given
+        kept = {"variables_map": maps.get("variables"), "positive": maps.get("positive")}
+        data = own | {name: value for name, value in kept.items() if value} | given
         if data.get("data_dir", "") is None:
             raise InputError(f"{self.path}: an exported checkpoint, which does not tell where its data lie; "
                              "give --data_dir")

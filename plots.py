@@ -19,6 +19,7 @@ from tables import write_atomically
 STYLES = [dict(color=color, linestyle=style)
           for color, style in (("black", "-"), ("#0072B2", "--"), ("#D55E00", "-."), ("#888888", ":"),
                                ("#009E73", (0, (3, 1, 1, 1, 1, 1))))]
+FAINT = dict(color="#bbbbbb", linewidth=.8)
 LABEL_NAMES = {-1: "no label", 0: "label 0", 1: "label 1"}
 
 
@@ -95,13 +96,9 @@ def plot_curves(checkpoint, pretrained):
     for ax, (title, unit, epoch, lines) in zip(axes, panels):
         for name, values in lines.items():
             ax.plot(epoch, values, marker="o", markersize=3, label=name, **STYLES[name == "validation"])
-        ax.set(title=title, xlabel="epoch", xlim=(.5, epoch.max() + .5),
-               ylabel=unit if len(lines) > 1 else f"{unit}, {name}")
+        ax.set(title=title, xlabel="epoch", xlim=(.5, epoch.max() + .5), ylabel=unit)
         ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-        if "units" in title:
-            ax.set_ylim(0)
-        if len(lines) > 1:
-            legend(ax)
+        legend(ax)
     for ax in axes[len(panels):]:
         ax.set_axis_off()
     return figure
@@ -116,8 +113,8 @@ def plot_ranking(label, methods: dict, measured: dict):
         roc.plot(*roc_curve(label, p)[:2], label=f"{name} ({auroc:.3f})", **style)
         precision, recall, _ = precision_recall_curve(label, p)
         pr.plot(recall, precision, label=f"{name} ({auprc:.3f})", drawstyle="steps-post", **style)
-    roc.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=.8)
-    pr.axhline(label.mean(), color="#bbbbbb", linewidth=.8, label=f"prevalence ({label.mean():.3f})")
+    roc.plot([0, 1], [0, 1], **FAINT)
+    pr.axhline(label.mean(), **FAINT, label=f"prevalence ({label.mean():.3f})")
     roc.set(title=f"ROC, {len(label):,} points", xlabel="false positive rate", ylabel="true positive rate")
     pr.set(title=f"Precision-recall, {label.sum():,} positive", xlabel="recall", ylabel="precision")
     for ax in (roc, pr):
@@ -136,14 +133,13 @@ def plot_calibration(figures: dict):
                                        gridspec_kw={"height_ratios": [3, 1]})
     title = "Calibration: Brier {brier:.3f}, expected error {calibration_error:.3f}"
     figure.suptitle(title.format(**figures))
-    curve.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=.8, label="perfect")
+    curve.plot([0, 1], [0, 1], **FAINT, label="perfect")
     curve.errorbar(bins["predicted"], bins["observed"], error, color="black", marker="o", markersize=4,
                    linewidth=1, capsize=2, label="this checkpoint, 95% interval")
     curve.set(ylabel="observed share of positives", xlim=(0, 1), ylim=(0, 1.01))
     legend(curve, 2)
     bars.bar(bins["from"] + .05, bins["points"], width=.09, color="#777777")
     bars.set(xlabel="predicted probability", ylabel="points")
-    bars.yaxis.get_major_locator().set_params(integer=True)
     return figure
 
 
@@ -153,8 +149,8 @@ def plot_decision(label, methods: dict):
     for (name, p), style in zip(methods.items(), itertools.cycle(STYLES)):
         curve = net_benefit(label, p)
         ax.plot(curve["threshold"], curve["net_benefit"], label=name, **style)
-    ax.plot(curve["threshold"], curve["alarm_for_all"], color="#bbbbbb", label="alarm for all")
-    ax.axhline(0, color="#bbbbbb", linewidth=.8, label="alarm for none")
+    ax.plot(curve["threshold"], curve["alarm_for_all"], **FAINT, label="alarm for all")
+    ax.axhline(0, **FAINT, label="alarm for none")
     most = label.mean()
     ax.set(title=f"Decision curve, {label.sum():,} positive of {len(label):,}", ylabel="net benefit",
            xlabel="threshold of the probability", xlim=(0, min(1, 5 * most)), ylim=(-.2 * most, 1.1 * most))
@@ -202,8 +198,7 @@ def plot_trajectory(trajectory: dict, dataset, stay: int, threshold: float):
     draw_risk(risk, trajectory, time, threshold)
     draw_events(chart, dataset, stay, rows, time)
     chart.set(xlabel=f"{unit}s since admission", xlim=np.array([-.01, 1.01]) * max(last, 60) / length,
-              ylabel=f"{len(rows)} of the {len(moved)} most charted variables" if len(rows) < len(moved)
-              else "variables")
+              ylabel=f"{len(rows)} of {len(moved)} variables")
     if trajectory["onset"] is not None:
         for ax in (risk, chart):
             ax.axvline(time(trajectory["onset"]), color="#0072B2", linestyle="--", linewidth=1.2,
@@ -213,8 +208,6 @@ def plot_trajectory(trajectory: dict, dataset, stay: int, threshold: float):
     bars.barh(range(len(rows)), change, height=.6, color=np.where(change > 0, "#D55E00", "#0072B2"))
     bars.axvline(0, color="black", linewidth=.8)
     bars.set_title(f"moves the highest risk\n({unit} {time(trajectory['highest']):.3g}) by", fontsize=8)
-    bars.spines["left"].set_visible(False)
-    bars.tick_params(labelsize=7, left=False, labelleft=False)
     return figure
 
 
@@ -233,8 +226,7 @@ def draw_risk(ax, trajectory: dict, time, threshold: float) -> None:
     if labelled := trajectory["labelled"]:
         ax.plot(time(labelled), np.zeros(len(labelled)), "s", color="#0072B2", markersize=4, clip_on=False,
                 label="label 1")
-    in_sight = threshold if threshold < 2 * highest else 0
-    ax.set(ylabel="risk", ylim=(0, max(1.1 * highest, 1.1 * in_sight, .01)))
+    ax.set(ylabel="risk", ylim=0)
 
 
 def draw_events(ax, dataset, stay: int, rows: list[str], time) -> None:

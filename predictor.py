@@ -6,7 +6,7 @@ import io
 import math
 import sys
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,14 +17,14 @@ import torch
 import runs
 from batches import EventBatch, EventSets, StayDataset
 from checkpoint import Checkpoint
-from data import (Cohort, InputError, build_cohort, describe_questions, make_splits, point_slots,
+from data import (Cohort, InputError, build_cohort, describe_questions, make_splits,
                   stay_event_index, stays_of, stays_with, with_points)
 from history_statistics import RunningStatistics, at_slots, summaries
 from metrics import AHEAD, of_challenge_2019
 from model import SeqSetVAE
 from readers import cohort_of_frame, read_map
-from runs import (choose_device, evaluation_batches, from_rank_0, gathered, loader, printable, progress,
-                  read_cohort, summed)
+from runs import (choose_device, evaluation_loader, from_rank_0, gathered, printable, read_cohort,
+                  summed)
 from settings import data_options
 from tables import BEYOND, MISSING, NAMELESS, TRUTH, Report, plain_name
 
@@ -120,14 +120,15 @@ class Predictor:
         """h of the last set before each question that has an answer: the columns stay_id, minute, h0, h1,
         ..."""
         dataset, _ = self._dataset(events)
-        h = np.zeros((0, self.model.config.latent_dim), dtype=np.float32)
-        where = pd.DataFrame({"stay_id": pd.Series(dtype=str), "minute": pd.Series(dtype=float)})
-        if dataset is not None and len(points := answered_points(dataset)):
-            cohort = dataset.cohort
-            h = encode_points(self.model, dataset, points, self.device, history_at_points).cpu().numpy()
-            where = pd.DataFrame({"stay_id": cohort.stay_id[cohort.point_stay[points]],
-                                  "minute": cohort.point_minute[points]})
-        return pd.concat([where, pd.DataFrame(h).add_prefix("h")], axis=1)
+        points = [] if dataset is None else answered_points(dataset)
+        if not len(points):
+            names = [f"h{i}" for i in range(self.model.config.latent_dim)]
+            return pd.DataFrame(columns=["stay_id", "minute", *names])
+        h = encode_points(self.model, dataset, points, self.device, history_at_points)
+        cohort, table = dataset.cohort, pd.DataFrame(h.cpu()).add_prefix("h")
+        table.insert(0, "stay_id", cohort.stay_id[cohort.point_stay[points]])
+        table.insert(1, "minute", cohort.point_minute[points])
+        return table
 
     def _dataset(self, events: pd.DataFrame | Cohort) -> tuple[StayDataset | None, np.ndarray]:
         """The events with the checkpoint's vocabulary (None: none is usable), and the ids of all stays. What
@@ -264,34 +265,31 @@ def answered_points(dataset) -> np.ndarray:
     """Indices [n] of the points that have an answer: those with an event of a variable that the checkpoint
     knows at or before them."""
     cohort = dataset.cohort
-    index, slot = point_slots(cohort, np.arange(len(cohort)))
-    known = dataset.variable[cohort.event_variable] >= 0                                               # [E]
-    known = np.append(0, np.cumsum(np.add.reduceat(known, cohort.set_start[:-1], dtype=np.int64)))   # [T+1]
-    first = cohort.stay_start[cohort.point_stay[index]]
-    return index[known[first + slot + 1] > known[first]]
+    known = dataset.variable[cohort.event_variable] >= 0                                                # [E]
+    known = np.logical_or.reduceat(known, cohort.set_start[:-1])                                        # [T]
+    minute = np.where(known, cohort.set_minute, np.inf)
+    first = np.minimum.reduceat(minute, cohort.stay_start[:-1])                                         # [P]
+    return np.flatnonzero(first[cohort.point_stay] <= cohort.point_minute)
 
 
 @torch.no_grad()
-def encode_points(model: SeqSetVAE, dataset: StayDataset, points: np.ndarray, device, at_points=None,
-                  through=None) -> torch.Tensor:
+def encode_points(model: SeqSetVAE, dataset: StayDataset, points: np.ndarray, device,
+                  at_points=SeqSetVAE.features, through=torch.nn.Identity()) -> torch.Tensor:
     """Head input of these prediction points before standardisation, [n, F], or what another function
     `at_points` of model and batch gives, [B, Q, F]; or `through` it (a function of [m, F] that gives [m, c]).
     One pass of the backbone over their stays, in float32 whatever the precision of training, so that a score
     does not depend on the machine."""
     model.eval()
-    dataset, stays = dataset.asking(points), stays_with(dataset.cohort, points)
-    batches, result = evaluation_batches(dataset, stays), None
-    stream = loader(dataset, [stays[b] for b in batches], device)
-    for batch in progress(stream, len(batches), "encoding"):
-        features = at_points(model, batch) if at_points else model.features(batch)           # [B, Q, F]
-        features = features[batch.point >= 0]                                                # [m, F]
-        features = features if through is None else through(features)
-        if result is None:
-            result = torch.zeros(len(points), features.shape[1], device=device)
-        result[batch.point[batch.point >= 0]] = features
+    stays, result = stays_with(dataset.cohort, points), torch.zeros(len(points), 0, device=device)
+    for batch in evaluation_loader(dataset.asking(points), stays, device):
+        asked = batch.point >= 0                                                             # [B, Q]
+        features = through(at_points(model, batch)[asked])                                   # [m, c]
+        if not result.shape[1]:
+            result = result.new_zeros(len(points), features.shape[1])
+        result[batch.point[asked]] = features
     if runs.WORLD > 1:  # each rank filled in the points of its batches; one may have had none
-        width = max(gathered(0 if result is None else result.shape[1]))
-        result = summed(torch.zeros(len(points), width, device=device) if result is None else result)
+        width = max(gathered(result.shape[1]))
+        result = summed(result if result.shape[1] else result.new_zeros(len(points), width))
     return result
 
 
@@ -376,9 +374,9 @@ def risk_without(model, dataset, stay: int, minute: float, most: int, device) ->
 
 def influence(trajectory: dict) -> dict:
     """By how much each variable raises the highest risk (lowers: negative), those that move it most first."""
-    highest = max(trajectory["risk"])
-    moved = {name: highest - risk for name, risk in trajectory["without"].items() if risk is not None}
-    return dict(sorted(moved.items(), key=lambda item: -abs(item[1])))
+    without = pd.Series(trajectory["without"], dtype=float).dropna()
+    moved = max(trajectory["risk"]) - without
+    return moved.sort_values(key=lambda change: -change.abs(), kind="stable").to_dict()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -420,16 +418,14 @@ class Ward:
 
     def __init__(self, predictor: Predictor):
         self.predictor = predictor
-        self.states, self.sets = {}, {}  # of stays; a set: (minute, [(variable, value), ...])
+        self.states, self.sets = defaultdict(predictor.start), {}  # a set: (minute, [(variable, value), ...])
         self.counts, self.unknown = Counter(), Counter()
         self.out = csv.writer(sys.stdout, lineterminator="\n")
 
     def add(self, stay: str, minute: float, variable: str, value: float) -> None:
         """Take an event; a later minute than its stay's ends the set before. What cannot be used is counted,
         and the first of its kind said at once."""
-        if stay not in self.states:
-            self.states[stay] = self.predictor.start()
-        now = self.sets[stay][0] if stay in self.sets else self.states[stay].last
+        now, _ = self.sets.get(stay, (self.states[stay].last, None))
         if minute < now:
             if not self.counts[self.LATE]:
                 say(f"stay {stay}: an event at minute {minute:g} comes after one at minute {now:g} and is "
@@ -464,8 +460,7 @@ class Ward:
     def summary(self) -> None:
         say(f"{self.counts.pop(self.RISKS, 0):,} risks of {len(self.states):,} stays")
         for reason, count in self.counts.items():
-            if count:
-                say(f"{count:,} {reason}")
+            say(f"{count:,} {reason}")
         if self.unknown:
             say(f"{self.unknown.total():,} events of {len(self.unknown):,} variables unknown to the "
                 f"checkpoint, left out: {named(self.unknown)}")

@@ -264,7 +264,9 @@ def evaluation_batches(dataset: StayDataset, stays: np.ndarray) -> list[np.ndarr
 
 
 def evaluation_loader(dataset: StayDataset, stays: np.ndarray, device: torch.device):
-    return loader(dataset, [stays[b] for b in evaluation_batches(dataset, stays)], device)
+    """The batches of an evaluation pass, see `evaluation_batches`, with a bar of progress."""
+    batches = [stays[batch] for batch in evaluation_batches(dataset, stays)]
+    return progress(loader(dataset, batches, device), len(batches), "evaluation")
 
 
 def progress(iterable, total: int, what: str):
