@@ -28,10 +28,10 @@ from tasks import Task
 # ------------------------------------------------------------------------------------------------------------
 
 FORMAT = 3  # 2 had none of the optional entries
-_REQUIRED = {"mode": str, "model_config": dict, "model": dict, "vocabulary": torch.Tensor, "normalizer": dict,
-             "split": dict, "subjects": dict, "source": dict, "metrics": dict}
-_OPTIONAL = {"run": dict | None, "task": dict | None, "maps": dict | None, "asked_at": float | None,
-             "calibration": dict | None, "sites": list | None, "trainer": dict | None}
+# Entries that are attributes of a `Checkpoint`, of the types declared there; and the others.
+_PLAIN = ("mode", "split", "subjects", "source", "metrics", "run", "task", "maps", "asked_at", "calibration",
+          "sites", "trainer")
+_OTHERS = {"model_config": dict, "model": dict, "vocabulary": torch.Tensor, "normalizer": dict}
 _DATA = {f.name: f.type | None for f in fields(DataSettings) if f.metadata.get("scope") != "call"}
 _SOURCE = {"data": dict, "fingerprint": str, "command": str, "versions": dict, "seed": int}
 _FORGED = "it is damaged or forged: make it again"
@@ -81,7 +81,8 @@ def _check(content: dict, path) -> None:
 def _entries(content: dict):
     """Yields the name of every entry and whether it is what train.py writes. The outer ones come first, so
     that whoever stops at a wrong one never looks into it."""
-    for name, kind in (_REQUIRED | _OPTIONAL).items():
+    declared = {f.name: f.type for f in fields(Checkpoint) if f.name in _PLAIN}
+    for name, kind in (declared | _OTHERS).items():
         yield name, isinstance(content.get(name), kind)
     source, metrics, maps = content["source"], content["metrics"], content.get("maps") or {}
     for name, kind in _SOURCE.items():
@@ -213,14 +214,14 @@ class Checkpoint:
     weights: dict[str, torch.Tensor]        # under our names
     vocabulary: torch.Tensor | None         # [V, input_dim]
     normalizer: Normalizer | None
-    split: dict  # stay ids (or hashes, see `salted`) of train, valid and test
-    subjects: dict  # the same of subjects
-    source: dict  # see `runs.source_of`
-    metrics: dict  # of the epoch; of a finetuned one with its threshold
+    split: dict                             # stay ids (or hashes, see `salted`) of train, valid and test
+    subjects: dict                          # the same of subjects
+    source: dict                            # see `runs.source_of`
+    metrics: dict                           # of the epoch; of a finetuned one with its threshold
     run: dict | None = None                 # options and settings of the run; an export has none
     task: dict | None = None                # what was asked, see tasks.py
     maps: dict | None = None                # "variables": {source: (name, factor, offset)}, "positive": word
-    asked_at: float | None = None         # hours after admission, where all training questions share one time
+    asked_at: float | None = None           # hours after admission, where training asked at one time
     calibration: dict | None = None
     sites: list | None = None
     trainer: dict | None = None             # of a last.pt, see `runs.Run`
@@ -233,11 +234,10 @@ class Checkpoint:
         if "format" not in content:
             return cls._of_original(content, path)
         _check(content, path)
-        rest = {name: content[name] for name in ("mode", "split", "subjects", "source", "metrics", *_OPTIONAL)
-                if name in content}
+        plain = {name: content.get(name) for name in _PLAIN}
         if content["format"] == 2:
             hours = content["source"]["data"].get("hours")
-            rest["asked_at"] = hours if content["mode"] == "finetune" else None
+            plain["asked_at"] = hours if content["mode"] == "finetune" else None
         normalizer = Normalizer.from_state(content["normalizer"], path)
         config, weights = _config(content, path), _weights(content["model"], path, original=False)
         # A forged config may ask for more than the file holds: at most four times as much is built, and 16
@@ -247,7 +247,7 @@ class Checkpoint:
             raise InputError(f"{path}: its model config asks for about {config.weights:.0e} weights, which "
                              f"the file does not hold; {_FORGED}")
         return cls(path, config=config, weights=weights, vocabulary=content["vocabulary"],
-                   normalizer=normalizer, **rest)
+                   normalizer=normalizer, **plain)
 
     @classmethod
     def of(cls, model: SeqSetVAE, normalizer: Normalizer) -> "Checkpoint":
@@ -425,10 +425,9 @@ class Checkpoint:
 
     def save(self, path) -> None:
         """Write it to a file, whole or not at all."""
-        content = {name: getattr(self, name) for name in _OPTIONAL}
-        content |= {"format": FORMAT, **self.record, "model": self.weights, "vocabulary": self.vocabulary,
-                    "normalizer": self.normalizer.state_dict(), "split": self.split,
-                    "subjects": self.subjects, "metrics": self.metrics}
+        content = {name: getattr(self, name) for name in _PLAIN}
+        content |= {"format": FORMAT, "model_config": asdict(self.config), "model": self.weights,
+                    "vocabulary": self.vocabulary, "normalizer": self.normalizer.state_dict()}
         buffer = io.BytesIO()  # given a path, torch.save would record its name, and not say what went wrong
         torch.save(content, buffer)
         write_atomically(path, lambda out: out.write_bytes(buffer.getbuffer()))

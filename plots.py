@@ -131,8 +131,8 @@ def plot_calibration(figures: dict):
     error = [bins["observed"] - bins["low"], bins["high"] - bins["observed"]]
     figure, (curve, bars) = new_figure(1, 2, width=5, height=3, sharex=True,
                                        gridspec_kw={"height_ratios": [3, 1]})
-    title = "Calibration: Brier {brier:.3f}, expected error {calibration_error:.3f}"
-    figure.suptitle(title.format(**figures))
+    figure.suptitle(f"Calibration: Brier {figures['brier']:.3f}, "
+                    f"expected error {figures['calibration_error']:.3f}")
     curve.plot([0, 1], [0, 1], **FAINT, label="perfect")
     curve.errorbar(bins["predicted"], bins["observed"], error, color="black", marker="o", markersize=4,
                    linewidth=1, capsize=2, label="this checkpoint, 95% interval")
@@ -183,7 +183,7 @@ def plot_trajectory(trajectory: dict, dataset, stay: int, threshold: float):
     """Draws the risk over time; below it the events of the MOST_ROWS variables that move its highest value
     most, low and high values marked; and beside them by how much each moves it."""
     moved = influence(trajectory)
-    rows = list(moved)[:MOST_ROWS][::-1]
+    rows = moved[:MOST_ROWS][::-1]
     last = max(trajectory["minute"]) - trajectory["admission"]
     unit, length = ("hour", 60) if last < 21 * 1440 else ("day", 1440)
 
@@ -196,16 +196,14 @@ def plot_trajectory(trajectory: dict, dataset, stay: int, threshold: float):
     figure.suptitle(f"Stay {trajectory['stay']} ({LABEL_NAMES[trajectory['label']]})")
     corner.set_axis_off()
     draw_risk(risk, trajectory, time, threshold)
-    draw_events(chart, dataset, stay, rows, time)
+    draw_events(chart, dataset, stay, rows.index, time)
     chart.set(xlabel=f"{unit}s since admission", xlim=np.array([-.01, 1.01]) * max(last, 60) / length,
               ylabel=f"{len(rows)} of {len(moved)} variables")
     if trajectory["onset"] is not None:
         for ax in (risk, chart):
-            ax.axvline(time(trajectory["onset"]), color="#0072B2", linestyle="--", linewidth=1.2,
-                       label="onset of sepsis")
+            ax.axvline(time(trajectory["onset"]), color="#0072B2", linestyle="--", label="onset of sepsis")
     legend(risk, 5)
-    change = np.array([moved[name] for name in rows])
-    bars.barh(range(len(rows)), change, height=.6, color=np.where(change > 0, "#D55E00", "#0072B2"))
+    bars.barh(range(len(rows)), rows, height=.6, color=np.where(rows > 0, "#D55E00", "#0072B2"))
     bars.axvline(0, color="black", linewidth=.8)
     bars.set_title(f"moves the highest risk\n({unit} {time(trajectory['highest']):.3g}) by", fontsize=8)
     return figure
@@ -217,33 +215,29 @@ MOST_ROWS = 24  # variables under a trajectory
 def draw_risk(ax, trajectory: dict, time, threshold: float) -> None:
     hours, risk = time(trajectory["minute"]), np.array(trajectory["risk"])
     highest = risk.max()
-    ax.step(hours, risk, where="post", color="black", linewidth=1.2)
+    ax.step(hours, risk, where="post", color="black")
     ax.fill_between(hours, threshold, risk, where=risk >= threshold, step="post", color="#D55E00", alpha=.15,
-                    linewidth=0, label="alarm")
+                    label="alarm")
     ax.axhline(threshold, color="#888888", linestyle=":", label=f"threshold {threshold:.3g}")
-    ax.plot(time(trajectory["highest"]), highest, "o", color="#D55E00", markersize=6,
-            label=f"highest, {highest:.3g}")
+    ax.plot(time(trajectory["highest"]), highest, "o", color="#D55E00", label=f"highest, {highest:.3g}")
     if labelled := trajectory["labelled"]:
         ax.plot(time(labelled), np.zeros(len(labelled)), "s", color="#0072B2", markersize=4, clip_on=False,
                 label="label 1")
     ax.set(ylabel="risk", ylim=0)
 
 
-def draw_events(ax, dataset, stay: int, rows: list[str], time) -> None:
+def draw_events(ax, dataset, stay: int, rows: pd.Index, time) -> None:
     """Draws the events of these variables from the admission on, each by how far its value lies from the
     mean."""
     cohort = dataset.cohort
     events = stay_event_index(cohort, np.array([stay]))
     minute = cohort.set_minute[np.searchsorted(cohort.set_start, events, side="right") - 1]
-    row_of = np.array([rows.index(name) if name in rows else -1 for name in cohort.variables])
-    row = row_of[cohort.event_variable[events]]
+    row = rows.get_indexer(cohort.variables)[cohort.event_variable[events]]
     events, minute, row = (x[(row >= 0) & (minute >= cohort.admission[stay])] for x in (events, minute, row))
     z = dataset.normalizer(dataset.variable[cohort.event_variable[events]], cohort.event_value[events])
     for name, which, marker, color in (("1 sd below the mean or lower", z <= -1, "v", "#0072B2"),
                                        ("between, or no number", ~(abs(z) >= 1), ".", "#888888"),
                                        ("1 sd above or higher", z >= 1, "^", "black")):
-        ax.scatter(time(minute[which]), row[which], s=13, linewidths=0, label=name, marker=marker,
-                   color=color)
+        ax.scatter(time(minute[which]), row[which], s=13, label=name, marker=marker, color=color)
     ax.set_yticks(range(len(rows)), rows, fontsize=7)
-    ax.set_ylim(-1, len(rows))
     legend(ax, 3)

@@ -372,11 +372,12 @@ def risk_without(model, dataset, stay: int, minute: float, most: int, device) ->
     return dict.fromkeys(names) | dict(zip(copies.stay_id.tolist(), risk.tolist()))
 
 
-def influence(trajectory: dict) -> dict:
-    """By how much each variable raises the highest risk (lowers: negative), those that move it most first."""
+def influence(trajectory: dict) -> pd.Series:
+    """By how much each variable raises the highest risk (lowers: negative), by its name, those that move it
+    most first."""
     without = pd.Series(trajectory["without"], dtype=float).dropna()
     moved = max(trajectory["risk"]) - without
-    return moved.sort_values(key=lambda change: -change.abs(), kind="stable").to_dict()
+    return moved.sort_values(key=lambda change: -change.abs(), kind="stable")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -451,7 +452,6 @@ class Ward:
         shown = "" if math.isnan(risk) else f"{risk:.6f}"
         self.counts[self.RISKS] += bool(shown)  # first: a signal may end the command once it is printed
         self.out.writerow([stay, int(minute) if minute.is_integer() else minute, shown])
-        sys.stdout.flush()
 
     def end_sets(self) -> None:
         for stay in list(self.sets):
@@ -466,10 +466,10 @@ class Ward:
                 f"checkpoint, left out: {named(self.unknown)}")
 
 
-def named(counts: dict, most: int = 10) -> str:
-    """The most frequent names with their counts."""
-    names = [f"{name} ({count:,})" for name, count in Counter(counts).most_common(most)]
-    return ", ".join(names) + " ..." * (len(counts) > most)
+def named(counts: dict) -> str:
+    """The ten most frequent names with their counts."""
+    names = [f"{name} ({count:,})" for name, count in Counter(counts).most_common(10)]
+    return ", ".join(names) + " ..." * (len(counts) > 10)
 
 
 def say(line: str) -> None:

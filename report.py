@@ -25,7 +25,7 @@ from settings import data_options
 from tables import write_atomically
 
 
-def performance(arguments, baselines=None) -> None:
+def performance(arguments, baselines) -> None:
     """Prints the analysis of a finetuned checkpoint on the stays that it may be scored on (see
     `who_is_scored`), and writes what is asked for. Of several checkpoints the mean of their logits is
     scored."""
@@ -114,7 +114,7 @@ def origin(paths: list, checkpoint: Checkpoint, dataset) -> dict:
 # Who is scored, at which points, in which groups
 # ------------------------------------------------------------------------------------------------------------
 
-def tested_stays(checkpoint: Checkpoint, cohort, split_file=None) -> tuple[np.ndarray, str]:
+def tested_stays(checkpoint: Checkpoint, cohort, split_file) -> tuple[np.ndarray, str]:
     """Returns the stays that a checkpoint may be scored on, and who they are: those that --split tests; else
     the recorded test split; of other data all. Subjects that it was trained or selected on are left out."""
     new = checkpoint.is_new(cohort)
@@ -374,9 +374,10 @@ def print_figures(figures: dict, threshold_is: str) -> None:
     it."""
     unit, methods = figures["resampled"], figures["methods"]
     intervals = figures["few"] or f"95% intervals by bootstrap over {figures[unit]:,} {unit}"
-    who = "{points:,} points in " * (figures["points"] > figures["stays"]) + "{stays:,} stays"
-    who += " of {patients:,} patients" * (unit == "patients")
-    scored = f"Scored: {who}, {{positive:,}} positive ({{prevalence:.1%}}): {{scored}}".format(**figures)
+    points = f"{figures['points']:,} points in " * (figures["points"] > figures["stays"])
+    patients = f" of {figures['patients']:,} patients" * (unit == "patients")
+    scored = (f"Scored: {points}{figures['stays']:,} stays{patients}, {figures['positive']:,} positive "
+              f"({figures['prevalence']:.1%}): {figures['scored']}")
     show(f"{scored}\n{intervals}", headline(figures, threshold_is))
     if len(methods) > 1:
         show("Compared", measure_table(methods, RANKED))
@@ -430,7 +431,7 @@ def print_trajectory(trajectory: dict) -> None:
     table = pd.DataFrame({"hour": hours.map("{:.2f}".format), "events": map(str, trajectory["events"]),
                           "risk": risk.map("{:.4f}".format), "": ["#" * round(40 * x) for x in risk]})
     show(f"Stay {trajectory['stay']} ({LABEL_NAMES[trajectory['label']]}): risk at {len(risk)} times", table)
-    moved = ", ".join(f"{name} {change:+.4f}" for name, change in list(influence(trajectory).items())[:5])
+    moved = ", ".join(f"{name} {change:+.4f}" for name, change in influence(trajectory)[:5].items())
     if moved:
         print(f"most of the highest risk, {risk.max():.4f}, comes and goes with: {moved}")
 
