@@ -49,7 +49,7 @@ def _read(path) -> dict:
             if packed or size > Path(path).stat().st_size or archive.testzip():
                 raise zipfile.BadZipFile  # torch.load takes a flipped bit for a weight
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{path}: no such checkpoint; give the path that train.py printed") from None
     except IsADirectoryError:
         raise InputError(f"{path}: a folder, not a checkpoint; give the best.pt in it") from None

@@ -289,6 +289,8 @@ def test_a_backbone_that_has_moved_can_be_named_where_it_lies_now(tmp_path, comm
     capsys.readouterr()
     words = ["--resume", str(tmp_path / "head"), "--max_epochs", "2"]
     one_error_line(capsys, train.main(words), f"{small_pretrained}/best.pt: no such checkpoint")
+    one_error_line(capsys, train.main(["--mode", "pretrain", "--resume", str(moved)]),
+                   f"{moved}/last.pt: no such checkpoint")
     assert train.main([*words, "--pretrained_ckpt", str(moved)]) == 0
     assert settings_of(tmp_path / "head")["run"]["options"]["pretrained_ckpt"] == str(moved)
     assert train.main([*FINETUNE, str(moved), "--set", "trees=5", "--max_epochs", "2", "--run_dir",
