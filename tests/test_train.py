@@ -102,7 +102,8 @@ def test_a_stay_that_the_checkpoint_knows_keeps_its_part_in_other_data():
              "test": cohort.stay_id[34:40].tolist()}
 
     def known_part(subjects):
-        return Checkpoint.known_part(SimpleNamespace(subjects=subjects, split={}), cohort, new=True)
+        checkpoint = SimpleNamespace(subjects=subjects, split={}, is_new=lambda cohort: True)
+        return Checkpoint.known_part(checkpoint, cohort)
     split = train.splits_beside(known_part(known), cohort, seed=3)
     assert all(set(ids) <= set(split[part]) for part, ids in known.items())
     assert sorted(sum(split.values(), [])) == sorted(cohort.stay_id)
