@@ -273,8 +273,8 @@ def answered_points(dataset) -> np.ndarray:
 
 
 @torch.no_grad()
-def encode_points(model: SeqSetVAE, dataset: StayDataset, points: np.ndarray, device,
-                  at_points=SeqSetVAE.features, through=torch.nn.Identity()) -> torch.Tensor:
+def encode_points(model: SeqSetVAE, dataset: StayDataset, points: np.ndarray, device, at_points=None,
+                  through=torch.nn.Identity()) -> torch.Tensor:
     """Head input of these prediction points before standardisation, [n, F], or what another function
     `at_points` of model and batch gives, [B, Q, F]; or `through` it (a function of [m, F] that gives [m, c]).
     One pass of the backbone over their stays, in float32 whatever the precision of training, so that a score
@@ -283,7 +283,8 @@ def encode_points(model: SeqSetVAE, dataset: StayDataset, points: np.ndarray, de
     stays, result = stays_with(dataset.cohort, points), torch.zeros(len(points), 0, device=device)
     for batch in evaluation_loader(dataset.asking(points), stays, device):
         asked = batch.point >= 0                                                             # [B, Q]
-        features = through(at_points(model, batch)[asked])                                   # [m, c]
+        features = at_points(model, batch) if at_points else model.features(batch)           # [B, Q, F]
+        features = through(features[asked])                                                  # [m, c]
         if not result.shape[1]:
             result = result.new_zeros(len(points), features.shape[1])
         result[batch.point[asked]] = features
