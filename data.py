@@ -5,6 +5,7 @@ is padded: a cohort is flat arrays and offsets. Nothing here knows of models, lo
 """
 
 import hashlib
+import io
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Iterable
@@ -101,8 +102,8 @@ class Cohort:
 
     @property
     def admission(self) -> np.ndarray:
-        """[P] the minute from which hours count, in labels, `--hours` and pictures: 0, and of clock times that of the
-        first set that is no birth."""
+        """[P] the minute from which hours count, in labels, `--hours` and pictures: 0, and of clock times
+        that of the first set that is no birth."""
         return np.where(np.isnat(self.origin), 0, self.set_minute[self.first_set])
 
     @property
@@ -137,10 +138,17 @@ class Cohort:
         if len(self.answers) != len(self):
             asked = (np.diff(self.point_start) > 0).sum()
             lines.append(f"data: {len(self.answers):,} prediction points in {asked:,} stays")
-        lines += [f"data: {count:,} {reason}"
-                  + (f", the first: {self.examples[reason]}" if reason in self.examples else "")
-                  for reason, count in self.notes.items() if count]
-        return "\n".join(lines)
+        return "\n".join(lines + [f"data: {line}" for line in met(self.notes, self.examples)])
+
+    def noting(self, notes: dict, examples: dict = {}) -> "Cohort":
+        """The cohort with more notes, and examples of them."""
+        return replace(self, notes=self.notes | notes, examples=self.examples | examples)
+
+
+def met(counts: dict, examples: dict) -> list[str]:
+    """A line for each reason that was met: how often, and where first."""
+    return [f"{count:,} {reason}" + (f", the first: {examples[reason]}" if reason in examples else "")
+            for reason, count in counts.items() if count]
 
 
 def build_cohort(reader, variables, stay, minute, variable, value, stay_id, answers=None, split=None,
@@ -233,8 +241,8 @@ def answer_columns(answers, points: int) -> np.ndarray:
 
 def sets_charted(minute: np.ndarray, stay: np.ndarray, key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The minute [e] of the first event of each event's set (told apart by stay and `key`, [e] each) and the
-    microseconds [e] since its whole minute. A set ends where another one begins: its later events are a set of their
-    own, so that the sets of a stay follow one another."""
+    microseconds [e] since its whole minute. A set ends where another one begins: its later events are a set
+    of their own, so that the sets of a stay follow one another."""
     events = pd.DataFrame({"stay": stay, "key": key, "minute": minute})
     events["begin"] = events.groupby(["stay", "key"])["minute"].transform("min")
     if (events["begin"] == minute).all():
@@ -253,9 +261,9 @@ def sets_charted(minute: np.ndarray, stay: np.ndarray, key: np.ndarray) -> tuple
 
 
 def since_first(time: np.ndarray, stay: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Minutes [e] since the minute of each stay's first event, microseconds [e] within the minute (-1: static, at
-    minute 0), and that minute [stays] on the clock (NaT: all of the stay is static). time [e]: datetime64[us], NaT:
-    static, stay after stay."""
+    """Minutes [e] since the minute of each stay's first event, microseconds [e] within the minute (-1:
+    static, at minute 0), and that minute [stays] on the clock (NaT: all of the stay is static). time [e]:
+    datetime64[us], NaT: static, stay after stay."""
     static, time, never = np.isnat(time), time.view(np.int64), np.iinfo(np.int64).max
     minute = time // MINUTE
     offset = time - minute * MINUTE
@@ -305,12 +313,17 @@ def at_hours(cohort: Cohort, hours: float) -> Cohort | None:
     return with_points(cohort, np.ones(len(cohort), dtype=np.int64), minute, cohort.answers)
 
 
+def hours_of(cohort: Cohort, points: np.ndarray) -> np.ndarray:
+    """[n] hours from admission to these points."""
+    return (cohort.point_minute[points] - cohort.admission[cohort.point_stay[points]]) / 60
+
+
 def hours_asked(cohort: Cohort, points: np.ndarray, given: float | None = None) -> float | None:
     """The hour after admission at which all these points lie: that `given` by --hours (inf: the ends), or
     their own. None: there are several, or they are the ends."""
     if given is not None:
         return given if np.isfinite(given) else None
-    hours = (cohort.point_minute[points] - cohort.admission[cohort.point_stay[points]]) / 60
+    hours = hours_of(cohort, points)
     one = len(points) and np.ptp(hours) < 1e-6 and at_hours(cohort, 1) is None
     return float(hours[0]) if one else None
 
@@ -320,7 +333,7 @@ def describe_questions(cohort: Cohort, points: np.ndarray) -> str:
     stay = cohort.point_stay[points]
     if np.array_equal(cohort.point_minute[points], cohort.set_minute[cohort.stay_start[stay + 1] - 1]):
         return "the end of each record"
-    hours = (cohort.point_minute[points] - cohort.admission[stay]) / 60
+    hours = hours_of(cohort, points)
     return f"hours {hours.min():.4g} to {hours.max():.4g}" if np.ptp(hours) else f"hour {hours[0]:.4g}"
 
 
@@ -347,19 +360,20 @@ def with_points(cohort: Cohort, count: np.ndarray, minute: np.ndarray, answers=N
         if len(later):
             set_minute = np.array(cohort.set_minute)
             set_minute[last[whole]] = exact[whole]
-            at, later, exact, event_offset = last[~whole] + 1, later[~whole], exact[~whole], cohort.event_offset
+            at, later, exact = last[~whole] + 1, later[~whole], exact[~whole]
+            event_offset = cohort.event_offset
             moved = (np.floor(exact) - np.floor(set_minute[last[~whole]])).astype(np.int64) * MINUTE
             if moved.any():  # a set of several minutes: its later part counts from its own minute
                 end = np.minimum(np.append(later[1:], len(event_offset)), cohort.set_start[at])
                 event_offset = np.array(event_offset)
                 event_offset[ranges(later, end - later)] -= np.repeat(moved, end - later)
             added = np.searchsorted(at, cohort.stay_start, side="right")
-            cohort = replace(cohort, event_offset=event_offset, set_start=np.insert(cohort.set_start, at, later),
+            cohort = replace(cohort, event_offset=event_offset,
+                             set_start=np.insert(cohort.set_start, at, later),
                              set_minute=np.insert(set_minute, at, exact),
                              stay_start=cohort.stay_start + added)
     unanswered = int((minute < cohort.set_minute[cohort.stay_start[stay]]).sum())
-    return replace(cohort, notes=cohort.notes
-                   | {"prediction points before the first set of their stay (no answer)": unanswered})
+    return cohort.noting({"prediction points before the first set of their stay (no answer)": unanswered})
 
 
 def pieces(parts: Iterable[Cohort]):
@@ -466,21 +480,19 @@ def ranges(start: np.ndarray, length: np.ndarray) -> np.ndarray:
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(start - (ends - length), length)
 
 
+def _events_of(cohort: Cohort, stays: np.ndarray):
+    """Yields (variable, value) of all events of these stays, 1,000 stays at a time."""
+    for part in np.array_split(stays, 1 + len(stays) // 1000):
+        events = stay_event_index(cohort, part)
+        yield cohort.event_variable[events], cohort.event_value[events]
+
+
 def variables_of(cohort: Cohort, stays: np.ndarray) -> np.ndarray:
     """Indices [n] of the variables that these stays hold, ascending."""
     held = np.zeros(len(cohort.variables), dtype=bool)
-    for part in np.array_split(stays, 1 + len(stays) // 1000):
-        held[cohort.event_variable[stay_event_index(cohort, part)]] = True
+    for variable, _ in _events_of(cohort, stays):
+        held[variable] = True
     return np.flatnonzero(held)
-
-
-def _valued_events(cohort: Cohort, stays: np.ndarray):
-    """Yield (variable, value) of all events of these stays that have a value, some stays at a time."""
-    for part in np.array_split(stays, 1 + len(stays) // 1000):
-        events = stay_event_index(cohort, part)
-        value = cohort.event_value[events]
-        valued = ~np.isnan(value)
-        yield cohort.event_variable[events][valued], value[valued]
 
 
 def _largest_cap(counts: np.ndarray, most: int) -> int:
@@ -493,6 +505,9 @@ def _largest_cap(counts: np.ndarray, most: int) -> int:
         return int(ascending[-1]) if len(counts) else 1
     first = fits[-1] + 1 if len(fits) else 0
     return max(1, int((most - below[first]) // rest[first]))
+
+
+TAIL, SKEWED, FAR, MOST_VALUES = .005, 1.5, 25, 2**24  # see `Normalizer.fit`
 
 
 @dataclass
@@ -512,26 +527,30 @@ class Normalizer:
     outside: dict = field(default_factory=dict)
     clipped: float = 0.0   # share of the values that `fit` saw beyond `clip`
 
+    ARRAYS = ("mean", "std", "log_scale")
+
     @classmethod
-    def fit(cls, cohort: Cohort, stays: np.ndarray, tail: float = .005, skewed: float = 1.5,
-            far: float = 25.0, most: int = 2**24) -> "Normalizer":
-        """Mean and standard deviation of each variable's values between its `tail` and 1 - `tail` quantiles
-        (winsorised: one mistyped pH of 735 must not set the scale), of those within `far` interquartile
-        ranges of the quartiles (nor may 3% of 9999999). A non-negative variable with a skewness above
-        `skewed` (most enzymes, bilirubin, lactate) is taken on a log scale, relative to its median. A
-        constant variable (an indicator) keeps its value: mean 0, std 1. Where the cohort was given a
-        variable's statistics, they are taken instead. Of more than `most` values a seeded share is looked at,
-        in which rare variables keep all of theirs."""
+    def fit(cls, cohort: Cohort, stays: np.ndarray) -> "Normalizer":
+        """Returns the normalizer of these stays.
+
+        Values further than FAR interquartile ranges from the quartiles are left out: 3% of 9999999 must not
+        set the scale. The others are clipped to their TAIL and 1 - TAIL quantiles: nor may one mistyped pH
+        of 735. Mean and standard deviation are those of what is left. A non-negative variable with a
+        skewness above SKEWED (most enzymes, bilirubin, lactate) is taken on a log scale, relative to its
+        median. A constant variable (an indicator) keeps its value: mean 0, std 1. Statistics that the cohort
+        was given are taken instead. Of more than MOST_VALUES values a seeded share is looked at, in which
+        rare variables keep all of theirs."""
         counts = np.zeros(len(cohort.variables), dtype=np.int64)
-        for variable, _ in _valued_events(cohort, stays):
-            counts += np.bincount(variable, minlength=len(counts))
-        share = np.minimum(1, _largest_cap(counts, most) / counts.clip(min=1))
+        for variable, value in _events_of(cohort, stays):
+            counts += np.bincount(variable[~np.isnan(value)], minlength=len(counts))
+        share = np.minimum(1, _largest_cap(counts, MOST_VALUES) / counts.clip(min=1))
         # The values of some stays by variable, where each variable begins.
         sorted_values, rng = [], np.random.default_rng(0)
-        for variable, value in _valued_events(cohort, stays):
+        for variable, value in _events_of(cohort, stays):
+            kept = ~np.isnan(value)
             if share.min() < 1:
-                kept = rng.random(len(variable)) < share[variable]
-                variable, value = variable[kept], value[kept]
+                kept[kept] = rng.random(kept.sum()) < share[variable[kept]]
+            variable, value = variable[kept], value[kept]
             order = np.argsort(variable, kind="stable")
             sorted_values.append((value[order], np.searchsorted(variable[order], np.arange(len(counts) + 1))))
         mean, std, log_scale = np.zeros((3, len(counts)), dtype=np.float32)
@@ -544,7 +563,7 @@ class Normalizer:
             x = np.concatenate([value[bounds[v]:bounds[v + 1]] for value, bounds in sorted_values])
             x = x.astype(np.float64)
             if len(x):
-                result._fit_variable(v, x, tail, skewed, far)
+                result._fit_variable(v, x)
                 if given[v]:
                     (mean[v], std[v]), log_scale[v] = cohort.statistics[v], 0
                 seen += len(x)
@@ -553,21 +572,21 @@ class Normalizer:
         result.clipped = beyond / max(1, seen)
         return result
 
-    def _fit_variable(self, v: int, x: np.ndarray, tail: float, skewed: float, far: float) -> None:
+    def _fit_variable(self, v: int, x: np.ndarray) -> None:
         """Mean, std and log_scale of variable v from its values x."""
         low, middle, high = np.quantile(x, (.25, .5, .75))
         if low == high:  # more than half of the values are equal
             low, high = np.quantile(x, (.05, .95))
         width = high - low or max(1.0, abs(middle))
-        within = (x >= low - far * width) & (x <= high + far * width)
+        within = (x >= low - FAR * width) & (x <= high + FAR * width)
         if not within.all():
             values, count = np.unique(x[~within], return_counts=True)
             self.outside[self.variables[v]] = (int(count.sum()), float(values[count.argmax()]))
         x = x[within]
-        x = x.clip(*np.quantile(x, (tail, 1 - tail)))
+        x = x.clip(*np.quantile(x, (TAIL, 1 - TAIL)))
         if x.std() <= 1e-6 * max(1, abs(x.mean())):
             return
-        if x.min() >= 0 and ((x - x.mean()) ** 3).mean() > skewed * x.std() ** 3:
+        if x.min() >= 0 and ((x - x.mean()) ** 3).mean() > SKEWED * x.std() ** 3:
             self.log_scale[v] = np.median(x[x > 0])
             x = np.log1p(x / self.log_scale[v])
         self.mean[v], self.std[v] = x.mean(), x.std()
@@ -592,18 +611,18 @@ class Normalizer:
 
     def of(self, variables: np.ndarray) -> "Normalizer":
         """The same for these variables alone: indices [n] in its vocabulary."""
-        arrays = {name: getattr(self, name)[variables] for name in ("mean", "std", "log_scale")}
+        arrays = {name: getattr(self, name)[variables] for name in Normalizer.ARRAYS}
         return replace(self, variables=[self.variables[v] for v in variables], **arrays)
 
     def state_dict(self) -> dict:
         """Plain types and tensors, for the checkpoint."""
-        arrays = {name: torch.from_numpy(getattr(self, name)) for name in ("mean", "std", "log_scale")}
+        arrays = {name: torch.from_numpy(getattr(self, name)) for name in Normalizer.ARRAYS}
         return {"variables": list(self.variables), "clip": self.clip, **arrays}
 
     @classmethod
     def from_state(cls, state: dict, path) -> "Normalizer":
         """From the checkpoint at `path`. Raises InputError where the state is not that of a normalizer."""
-        arrays = [state.get(name) for name in ("mean", "std", "log_scale")]
+        arrays = [state.get(name) for name in cls.ARRAYS]
         names, clip = state.get("variables"), state.get("clip")
         sound = isinstance(names, list) and isinstance(clip, float) and all(isinstance(x, str) for x in names)
         sound = sound and clip > 0 and len(set(names)) == len(names) and all(
@@ -677,43 +696,58 @@ def stays_with(cohort: Cohort, points: np.ndarray) -> np.ndarray:
     return np.unique(np.searchsorted(cohort.point_start, points, side="right") - 1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The embedded synthetic cohort
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
-# name: (mean, standard deviation, loading on the four organ processes, panel it is charted with)
-_SYNTHETIC_VARIABLES = {
-    "HR": (86, 12, (.9, .3, 0, .3), "vitals"), "SysBP": (121, 15, (-.9, 0, 0, 0), "vitals"),
-    "DiasBP": (62, 9, (-.7, 0, 0, 0), "vitals"),
-    "MAP": (80, 10, (-.9, 0, 0, 0), "vitals"), "RespRate": (18, 4, (.2, .8, 0, .2), "vitals"),
-    "SpO2": (97, 2, (0, -.8, 0, 0), "vitals"),
-    "Temp": (37, .6, (0, 0, 0, .6), "vitals"), "Urine": (110, 60, (-.2, 0, -.8, 0), "vitals"),
-    "GCS": (12, 2.5, (0, -.2, 0, -.8), "neuro"),
-    "PupilSize": (3, .8, (0, 0, 0, .4), "neuro"), "CVP": (9, 3, (.5, 0, .3, 0), "neuro"),
-    "FiO2": (.5, .12, (0, .8, 0, 0), "gas"),
-    "pH": (7.38, .06, (-.3, -.4, -.5, 0), "gas"), "PaO2": (120, 40, (0, -.7, 0, 0), "gas"),
-    "PaCO2": (40, 7, (0, .5, 0, 0), "gas"),
-    "Lactate": (2, 1, (.9, .2, .2, .2), "gas"), "BaseExcess": (0, 3, (-.5, 0, -.5, 0), "gas"),
-    "SaO2": (96, 2, (0, -.7, 0, 0), "gas"),
-    "Na": (139, 4, (0, 0, .2, 0), "chemistry"), "K": (4.1, .5, (0, 0, .6, 0), "chemistry"),
-    "Cl": (105, 5, (0, 0, .2, 0), "chemistry"),
-    "HCO3": (24, 4, (-.2, 0, -.6, 0), "chemistry"), "BUN": (24, 12, (0, 0, .9, 0), "chemistry"),
-    "Creatinine": (1.3, .6, (.1, 0, .9, 0), "chemistry"), "Glucose": (135, 35, (.2, 0, 0, .4), "chemistry"),
-    "Mg": (2, .3, (0, 0, .2, 0), "chemistry"), "Ca": (8.4, .6, (0, 0, -.2, 0), "chemistry"),
-    "Phosphate": (3.5, 1, (0, 0, .5, 0), "chemistry"),
-    "HCT": (31, 4, (-.2, 0, 0, 0), "blood"), "Platelets": (200, 80, (0, 0, 0, -.5), "blood"),
-    "WBC": (12, 5, (.1, 0, 0, .7), "blood"),
-    "Haemoglobin": (10.4, 1.4, (-.2, 0, 0, 0), "blood"), "INR": (1.3, .3, (.2, 0, 0, .5), "blood"),
-    "PTT": (35, 10, (.1, 0, 0, .4), "blood"),
-    "ALT": (60, 40, (.3, 0, 0, .4), "liver"), "AST": (70, 50, (.4, 0, 0, .4), "liver"),
-    "Bilirubin": (1.2, .8, (0, 0, 0, .6), "liver"),
-    "Albumin": (3, .5, (0, 0, 0, -.5), "liver"), "ALP": (90, 35, (0, 0, 0, .3), "liver"),
-    "Troponin": (1, .7, (.8, 0, 0, 0), "liver"),
-}
+# The panel that each variable is charted with, and how it loads on the four organ processes.
+_SYNTHETIC_VARIABLES = pd.read_table(io.StringIO("""
+    variable     panel      mean   sd  circulation  lungs  kidneys  brain
+    HR           vitals       86   12           .9     .3        0     .3
+    SysBP        vitals      121   15          -.9      0        0      0
+    DiasBP       vitals       62    9          -.7      0        0      0
+    MAP          vitals       80   10          -.9      0        0      0
+    RespRate     vitals       18    4           .2     .8        0     .2
+    SpO2         vitals       97    2            0    -.8        0      0
+    Temp         vitals       37   .6            0      0        0     .6
+    Urine        vitals      110   60          -.2      0      -.8      0
+    GCS          neuro        12  2.5            0    -.2        0    -.8
+    PupilSize    neuro         3   .8            0      0        0     .4
+    CVP          neuro         9    3           .5      0       .3      0
+    FiO2         gas          .5  .12            0     .8        0      0
+    pH           gas        7.38  .06          -.3    -.4      -.5      0
+    PaO2         gas         120   40            0    -.7        0      0
+    PaCO2        gas          40    7            0     .5        0      0
+    Lactate      gas           2    1           .9     .2       .2     .2
+    BaseExcess   gas           0    3          -.5      0      -.5      0
+    SaO2         gas          96    2            0    -.7        0      0
+    Na           chemistry   139    4            0      0       .2      0
+    K            chemistry   4.1   .5            0      0       .6      0
+    Cl           chemistry   105    5            0      0       .2      0
+    HCO3         chemistry    24    4          -.2      0      -.6      0
+    BUN          chemistry    24   12            0      0       .9      0
+    Creatinine   chemistry   1.3   .6           .1      0       .9      0
+    Glucose      chemistry   135   35           .2      0        0     .4
+    Mg           chemistry     2   .3            0      0       .2      0
+    Ca           chemistry   8.4   .6            0      0      -.2      0
+    Phosphate    chemistry   3.5    1            0      0       .5      0
+    HCT          blood        31    4          -.2      0        0      0
+    Platelets    blood       200   80            0      0        0    -.5
+    WBC          blood        12    5           .1      0        0     .7
+    Haemoglobin  blood      10.4  1.4          -.2      0        0      0
+    INR          blood       1.3   .3           .2      0        0     .5
+    PTT          blood        35   10           .1      0        0     .4
+    ALT          liver        60   40           .3      0        0     .4
+    AST          liver        70   50           .4      0        0     .4
+    Bilirubin    liver       1.2   .8            0      0        0     .6
+    Albumin      liver         3   .5            0      0        0    -.5
+    ALP          liver        90   35            0      0        0     .3
+    Troponin     liver         1   .7           .8      0        0      0
+"""), sep=r"\s+", index_col="variable", float_precision="round_trip")
 
 
-# panel: (chance an hour at severity 0, added chance a unit of severity, chance that one variable of a drawn panel is
-# missing)
+# panel: (chance an hour at severity 0, added chance a unit of severity, chance that one variable of a drawn
+# panel is missing)
 _SYNTHETIC_PANELS = {"vitals": (.55, .15, .15), "neuro": (.2, .08, .3), "gas": (.06, .06, .1),
                      "chemistry": (.07, .03, .1),
                      "blood": (.06, .02, .15), "liver": (.02, .015, .25)}
@@ -728,12 +762,13 @@ def synthetic_cohort(stays: int = 1000, seed: int = 2012) -> Cohort:
 
 
 def synthetic_parts(stays: int, seed: int = 2012):
-    """Yield the embedded cohort in blocks of at most 1,000 stays and nearly equal size (so that each holds every
-    variable): what is held in memory does not grow with the cohort."""
+    """Yield the embedded cohort in blocks of at most 1,000 stays and nearly equal size (so that each holds
+    every variable): what is held in memory does not grow with the cohort."""
     blocks = -(-stays // _SYNTHETIC_BLOCK)
     for block in range(blocks):
         first, end = (stays * b // blocks for b in (block, block + 1))
-        # NumPy pads a seed with zeros: block 0 of a cohort draws what the whole cohort drew before there were blocks.
+        # NumPy pads a seed with zeros: block 0 of a cohort draws what the whole cohort drew before there were
+        # blocks.
         yield _synthetic_block([f"synthetic-{i:0{len(str(stays))}d}" for i in range(first, end)],
                                np.random.default_rng([seed, stays, block]))
 
@@ -741,10 +776,10 @@ def synthetic_parts(stays: int, seed: int = 2012):
 def _synthetic_block(ids: list[str], rng: np.random.Generator) -> Cohort:
     """The stays `ids` of the embedded cohort, vectorised over stays.
 
-    Four organ processes a stay (circulation, lungs, kidneys, brain/infection) wander as mean-reverting noise around a
-    level and a trend. Charted values load on them with a baseline of the stay's own, which hides the level; severe
-    hours are charted more often. Death depends on the *trajectory*: how much the organs worsened over the stay, and
-    whether two failed at once at the end.
+    Four organ processes a stay (circulation, lungs, kidneys, brain/infection) wander as mean-reverting noise
+    around a level and a trend. Charted values load on them with a baseline of the stay's own, which hides the
+    level; severe hours are charted more often. Death depends on the *trajectory*: how much the organs
+    worsened over the stay, and whether two failed at once at the end.
     """
     stays, hours = len(ids), np.arange(_SYNTHETIC_HOURS)
     # Organ processes [P, 48, 4]: level + trend + Ornstein-Uhlenbeck noise.
@@ -761,11 +796,11 @@ def _synthetic_block(ids: list[str], rng: np.random.Generator) -> Cohort:
     risk = 1.1 * worsening + 1.5 * (two_failing - 1).clip(0) + .02 * (age - 64)
     label = (rng.random(stays) < 1 / (1 + np.exp(-(risk - 2.9)))).astype(np.int8)
 
-    names = list(_SYNTHETIC_VARIABLES) + ["Age", "Gender", "Height", "Weight"]
-    stay, minute, variable, value = [], [], [], []
+    names = list(_SYNTHETIC_VARIABLES.index) + ["Age", "Gender", "Height", "Weight"]
+    columns = []  # (stay, minute, variable, value) of some events
 
-    def add(s, m, v, x):
-        stay.append(s), minute.append(m), variable.append(np.full(len(s), v)), value.append(x)
+    def add(stay, minute, v, value):
+        columns.append((stay, minute, np.full(len(stay), v), value))
 
     everyone = np.arange(stays)
     for name, x in (("Age", age.round()), ("Gender", rng.integers(0, 2, stays)),
@@ -777,11 +812,11 @@ def _synthetic_block(ids: list[str], rng: np.random.Generator) -> Cohort:
     for panel, (chance, slope, missing) in _SYNTHETIC_PANELS.items():
         s, hour = np.nonzero(rng.random(severity.shape) < (chance + slope * severity).clip(.01, .95))
         at = hour * 60 + 5 * rng.integers(0 if panel == "vitals" else 6, 12, len(s)) + (hour == 0) * 5
-        for v, (mean, sd, loading, home) in enumerate(_SYNTHETIC_VARIABLES.values()):
+        for v, (home, mean, sd, *loading) in enumerate(_SYNTHETIC_VARIABLES.itertuples(index=False)):
             if home == panel:
                 kept = rng.random(len(s)) > missing
                 error = rng.normal(0, .4, kept.sum())
                 z = baseline[s[kept], v] + organs[s[kept], hour[kept]] @ np.array(loading) + error
                 add(s[kept], at[kept], v, np.maximum(mean + sd * z, mean * .05 if mean > 0 else -np.inf))
-    return build_cohort("embedded synthetic cohort", names,
-                        *(np.concatenate(x) for x in (stay, minute, variable, value)), stay_id=ids, answers=label)
+    return build_cohort("embedded synthetic cohort", names, *(np.concatenate(x) for x in zip(*columns)),
+                        stay_id=ids, answers=label)

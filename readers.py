@@ -1,8 +1,8 @@
-"""Readers: stays in any known layout, parsed once, part by part, into the cache; and what is told of them beside it:
-labels, splits, subjects.
+"""Readers: stays in any known layout, parsed once, part by part, into the cache; and what is told of them
+beside it: labels, splits, subjects.
 
-A reader yields `Events`, part after part; `_Spool` writes them to disk as they come and then sorts them into a cohort,
-some stays at a time: what is held in memory does not grow with the data.
+A reader yields `Events`, part after part; `_Spool` writes them to disk as they come and then sorts them into
+a cohort, some stays at a time: what is held in memory does not grow with the data.
 """
 
 import argparse
@@ -30,9 +30,9 @@ from tasks import (SPLIT_WORDS, read_columns, read_map, read_splits, read_statis
                    with_splits)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # From events in any order to a cohort, in bounded memory
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 BLOCK = 2**22  # events that are sorted at once; a stay is never divided
 CATEGORIES = 50  # more texts than this of one variable are no categories
@@ -102,7 +102,8 @@ class _Spool:
         self.stretch_stay, self.stretch_length = map(np.concatenate, zip(*stretches))
 
     def usable(self, events: Events, empty: bool) -> tuple[np.ndarray, dict]:
-        """Stay [n] of the usable events, each stay in one stretch, and the arrays to write; the others are counted."""
+        """Stay [n] of the usable events, each stay in one stretch, and the arrays to write; the others are
+        counted."""
         table, time = events.table, events.time
         place = _codes(self.stays, events.stay.categories)
         if events.points:
@@ -156,8 +157,9 @@ class _Spool:
         return stay, arrays
 
     def with_texts(self, names: list, variable: np.ndarray, text: np.ndarray, events: Events, row: np.ndarray) -> list:
-        """Make an event [n] of `variable` with a `text` (-1: none) one of the variable "name=text", in place. Returns the
-        longer names; `merged` decides when all are known. row [n]: each event's row in the table."""
+        """Make an event [n] of `variable` with a `text` (-1: none) one of the variable "name=text", in place.
+        Returns the longer names; `merged` decides when all are known. row [n]: each event's row in the
+        table."""
         said, texts = np.flatnonzero((text >= 0) & (variable >= 0)), events.text.categories
         pair, first, place = np.unique(variable[said] * len(texts) + text[said], return_index=True, return_inverse=True)
         variable[said] = len(names) + place
@@ -167,8 +169,8 @@ class _Spool:
         return names + [f"{name}={said_there}" for name, said_there in pairs]
 
     def merged(self) -> np.ndarray:
-        """[V] the code that each variable takes at last: a text beside numbers, or one of too many, only says that its
-        variable was recorded; else it is a category."""
+        """[V] the code that each variable takes at last: a text beside numbers, or one of too many, only says
+        that its variable was recorded; else it is a category."""
         code = np.arange(len(self.variables))
         for name, texts in self.kinds.items():
             mine = [self.variables[f"{name}={text}"] for text in texts]
@@ -194,8 +196,8 @@ class _Spool:
                          ", and another elsewhere for the same stay; give one")
 
     def parts(self, source: Source) -> Iterator[Cohort]:
-        """The cohort, some stays at a time. What was noted of all lies with the last. Raises InputError where no event
-        is usable."""
+        """The cohort, some stays at a time. What was noted of all lies with the last. Raises InputError where
+        no event is usable."""
         if not len(self.stretch_stay):
             raise InputError(f"{source.name}: no usable event in any stay; check the files' columns and values")
         code = self.merged()
@@ -286,9 +288,9 @@ class _Spool:
             self.report.examples.setdefault(reason, f"stay {part.stay_id[late[0]]}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Reader: PhysioNet / CinC Challenge 2012
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 _DESCRIPTORS = ("Age", "Gender", "Height", "ICUType", "Weight")  # -1 means "not recorded"
 _CLOCK = re.compile(r"\d{1,6}:[0-5]\d")
@@ -332,11 +334,11 @@ def _physionet2012_sets(folder: Path) -> dict[str, Path]:
 
 
 def read_physionet2012(folder: Path, files: list[Path], report: Report) -> Source:
-    """Sets a, b, c of the Challenge 2012 (Silva et al. 2012), whichever lie in `folder`. Label: in-hospital death, of
-    Outcomes-a.txt.
+    """Sets a, b, c of the Challenge 2012 (Silva et al. 2012), whichever lie in `folder`. Label: in-hospital
+    death, of Outcomes-a.txt.
 
-    The outcome files' scores and lengths of stay never become inputs. ICUType is categorical: one event per type, of
-    value 1.
+    The outcome files' scores and lengths of stay never become inputs. ICUType is categorical: one event per
+    type, of value 1.
     """
     def events(known={}):
         for table in tables(files, {"Time": str, "Parameter": str, "Value": VALUE}, report=report):
@@ -363,13 +365,13 @@ def read_physionet2012(folder: Path, files: list[Path], report: Report) -> Sourc
     return Source("PhysioNet 2012 set " + "+".join(_physionet2012_sets(folder)), events())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Reader: the original implementation's layout
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def _original_files(folder: Path, counts: Counter) -> list[Path]:
-    """The stays' files: patient_ehr/{train,valid,test}/*.parquet or *.csv of `folder`, which may be patient_ehr
-    itself."""
+    """The stays' files: patient_ehr/{train,valid,test}/*.parquet or *.csv of `folder`, which may be
+    patient_ehr itself."""
     home = folder if folder.name == "patient_ehr" else folder / "patient_ehr"
     return [path for split in SPLITS for path in files_in(home / split, counts)
             if path.parent.name == split and path.suffix in (".parquet", ".csv")]
@@ -390,11 +392,12 @@ def _minutes(table: Table) -> np.ndarray:
 
 
 def read_original(folder: Path, files: list[Path], report: Report, params_map: Path | None = None) -> Source:
-    """patient_ehr/{train,valid,test}/<id>.parquet or .csv: variable, value, minute and perhaps set_index, which then
-    tells the sets apart.
+    """patient_ehr/{train,valid,test}/<id>.parquet or .csv: variable, value, minute and perhaps set_index,
+    which then tells the sets apart.
 
     The folder is the stay's split. params_map: see `read_statistics`; cached.csv beside patient_ehr: see
-    `read_vectors`. A set that spans several minutes is charted at its first, and cut where a question lies within.
+    `read_vectors`. A set that spans several minutes is charted at its first, and cut where a question lies
+    within.
     """
     def events(known={}):
         for table in tables(stays, {"variable": str, "value": VALUE, "minute": TIME}, {"set_index": float},
@@ -413,14 +416,15 @@ def read_original(folder: Path, files: list[Path], report: Report, params_map: P
     return Source("original layout (patient_ehr)", events(), split=split, given=given)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Reader: one long table
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def read_long_table(folder: Path, files: list[Path], report: Report) -> Source:
-    """The table `events` (see `named_tables`): stay_id, minute, variable, value, and perhaps subject_id. Minutes count
-    from admission (they may be durations, or clock times, which then count from the stay's first); an event without a
-    value says that something happened. A variable whose values are all text becomes categories."""
+    """The table `events` (see `named_tables`): stay_id, minute, variable, value, and perhaps subject_id.
+    Minutes count from admission (they may be durations, or clock times, which then count from the stay's
+    first); an event without a value says that something happened. A variable whose values are all text
+    becomes categories."""
     return Source(f"long table {files[0].name}" + f" and {len(files) - 1} more" * (len(files) > 1),
                   _long_events(tables(files, LONG, {"subject_id": ID}, report=report)), by_id=True, empty=True)
 
@@ -437,8 +441,8 @@ def _long_events(parts: Iterable[Table]) -> Iterator[Events]:
 
 
 def cohort_of_frame(events: pd.DataFrame, report: Report, rename: dict = {}) -> tuple[Cohort | None, np.ndarray]:
-    """The cohort of a long table in memory (None: no event is usable), and the ids of all its stays in their order;
-    rename: see `read_map`. Nothing is written. Raises InputError as `load_cohort` does."""
+    """The cohort of a long table in memory (None: no event is usable), and the ids of all its stays in their
+    order; rename: see `read_map`. Nothing is written. Raises InputError as `load_cohort` does."""
     source = Source("events", _long_events(frame_tables(events, "events", LONG, {"subject_id": ID}, report)),
                     by_id=True, empty=True)
     spool = _Spool(source, report, None, rename)
@@ -446,9 +450,9 @@ def cohort_of_frame(events: pd.DataFrame, report: Report, rename: dict = {}) -> 
     return whole_cohort(spool.parts(source)) if len(spool.stretch_stay) else None, ids
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Reader: MEDS (Medical Event Data Standard)
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def _meds_events(folder: Path, counts: Counter) -> list[Path]:
     home = folder / "data"
@@ -460,8 +464,8 @@ _SHARD = re.compile(rf"((part|shard|chunk|data)?[-_.]?\d+\b.*|{'|'.join(SPLIT_WO
 
 
 def _meds_labels(folder: Path, task: str | None, counts: Counter) -> list[Path]:
-    """The files of one task: a file or folder in labels/, at any depth, named by its path there (mortality/first_24h);
-    what is named by a number, or like a split, is a shard of one."""
+    """The files of one task: a file or folder in labels/, at any depth, named by its path there
+    (mortality/first_24h); what is named by a number, or like a split, is a shard of one."""
     tasks, home = {}, folder / "labels"
     for path in table_files(home, counts) if home.is_dir() else []:
         *folders, name = path.relative_to(home).parts
@@ -473,11 +477,12 @@ def _meds_labels(folder: Path, task: str | None, counts: Counter) -> list[Path]:
 
 
 def read_meds(folder: Path, files: list[Path], report: Report) -> Source:
-    """data/**/*.parquet (subject_id, time or null = static, code, and perhaps numeric_value): a subject is a stay.
+    """data/**/*.parquet (subject_id, time or null = static, code, and perhaps numeric_value): a subject is a
+    stay.
 
-    Minutes count from the minute of the subject's first timed event; static events lie at minute 0. A code without a
-    number is an event without a value. MEDS_DEATH never enters. Folders of data/ that are named like splits are the
-    subjects' split.
+    Minutes count from the minute of the subject's first timed event; static events lie at minute 0. A code
+    without a number is an event without a value. MEDS_DEATH never enters. Folders of data/ that are named
+    like splits are the subjects' split.
     """
     split = {}
 
@@ -499,9 +504,9 @@ def read_meds(folder: Path, files: list[Path], report: Report) -> Source:
     return Source("MEDS", events(), by_id=True, empty=True, split=split)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Reader: PhysioNet / CinC Challenge 2019
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 _HOURLY_DESCRIPTORS = ("Age", "Gender", "Unit1", "Unit2", "HospAdmTime", "ICULOS")  # repeated in every row of a record
 
@@ -511,12 +516,12 @@ def _physionet2019_sets(folder: Path) -> dict[str, Path]:
 
 
 def read_physionet2019(folder: Path, files: list[Path], report: Report) -> Source:
-    """training_setA/*.psv or training_setA.tar.gz, and training_setB (Reyna et al. 2019): a stay a file, a row an hour
-    (minute 60 * row), NaN = not measured.
+    """training_setA/*.psv or training_setA.tar.gz, and training_setB (Reyna et al. 2019): a stay a file, a
+    row an hour (minute 60 * row), NaN = not measured.
 
-    An hour is a prediction point, SepsisLabel its answer (NaN where no file has the column), never an input. A
-    descriptor, repeated every hour, enters once, where it is first recorded (ICULOS then says how long the stay had
-    lasted when the record begins; later hours are the minutes themselves).
+    An hour is a prediction point, SepsisLabel its answer (NaN where no file has the column), never an input.
+    A descriptor, repeated every hour, enters once, where it is first recorded (ICULOS then says how long the
+    stay had lasted when the record begins; later hours are the minutes themselves).
     """
     def events(known={}):
         for table in tables(files, {}, {"SepsisLabel": float}, rest=VALUE, report=report):
@@ -538,9 +543,9 @@ def read_physionet2019(folder: Path, files: list[Path], report: Report) -> Sourc
     return Source("PhysioNet 2019", events())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Choosing a reader, and the cache
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class Reader(NamedTuple):
     name: str                                      # what it reads
@@ -592,23 +597,26 @@ def load_cohort(data_dir: str | None = None, synthetic_stays: int = 1000, cache_
                 params_map: str | None = None, label_file: str | None = None, task: str | None = None,
                 hours: float | None = None, split_file: str | None = None, positive: str | None = None,
                 variables_map: str | dict | None = None, columns: str | None = None) -> Cohort:
-    """The cohort at `data_dir` (None: the embedded one), parsed once and then memory-mapped from the cache; labels,
-    subjects and splits are attached to it at each call, so that one cached cohort serves every task and its fingerprint
-    knows none of them.
+    """The cohort at `data_dir` (None: the embedded one), parsed once and then memory-mapped from the cache;
+    labels, subjects and splits are attached to it at each call, so that one cached cohort serves every task
+    and its fingerprint knows none of them.
 
     Args:
         cache_dir: None: where the system keeps caches.
         params_map: statistics of the original layout.
-        label_file: a file or folder of labels that lie elsewhere, see `with_labels`; positive: the word in it that is
+        label_file: a file or folder of labels that lie elsewhere, see `with_labels`; positive: the word in it
+            that is
             label 1.
         task: which of several in a MEDS folder.
-        hours: one question a stay, asked so long after its admission (see `Cohort.admission`), or at its end if that
+        hours: one question a stay, asked so long after its admission (see `Cohort.admission`), or at its end
+            if that
             comes earlier.
         split_file: CSV stay_id,split that overrides the data's own.
-        variables_map: CSV that renames and rescales variables as they are read, see `read_map`, or what it says.
+        variables_map: CSV that renames and rescales variables as they are read, see `read_map`, or what it
+            says.
         columns: the tables' own names of columns, see `read_columns`.
-    Raises InputError where the folder is missing, fits no reader, or holds a malformed file, and where an option is
-    given that the reader does not take.
+    Raises InputError where the folder is missing, fits no reader, or holds a malformed file, and where an
+    option is given that the reader does not take.
     """
     given = {"params_map": params_map, "label_file": label_file, "split_file": split_file}
     options = {name: Path(path) for name, path in given.items() if path}
@@ -663,8 +671,8 @@ def load_cohort(data_dir: str | None = None, synthetic_stays: int = 1000, cache_
 
 def _cached(reader: Reader, folder: Path | None, files: list[Path], synthetic_stays: int, home: Path | None,
             columns: dict, options: dict[str, Path], rename: dict) -> Cohort:
-    """The data alone, from the cache in `home` (None: the system's place, where caches of other users are passed
-    over); read into it where they are not there yet."""
+    """The data alone, from the cache in `home` (None: the system's place, where caches of other users are
+    passed over); read into it where they are not there yet."""
     own, home = home is None, home or cache_home()
     key = {"reader": reader.name, "options": list(options), "columns": columns, "version": READER_VERSION,
            "rename": sorted(rename.items()),
@@ -698,13 +706,13 @@ def _cached(reader: Reader, folder: Path | None, files: list[Path], synthetic_st
     return replace(cohort, examples=examples, notes=cohort.notes | notes)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # An example of one's own table: python readers.py --example my_table
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def write_long_table(folder: Path, cohort: Cohort, labels: bool = True) -> Path:
-    """Write a cohort as a long table: events.csv and, with `labels`, labels.csv of a new folder. Raises InputError
-    where the folder exists."""
+    """Write a cohort as a long table: events.csv and, with `labels`, labels.csv of a new folder. Raises
+    InputError where the folder exists."""
     if folder.exists():
         raise InputError(f"{folder}: exists already; give a new folder")
     sets = np.repeat(np.arange(len(cohort.set_minute)), np.diff(cohort.set_start))

@@ -1,5 +1,5 @@
-"""Tables of any size: CSV (plain, .gz, .zip, or many records in a .tar.gz) and Parquet, read part by part and checked
-as they are read.
+"""Tables of any size: CSV (plain, .gz, .zip, or many records in a .tar.gz) and Parquet, read part by part and
+checked as they are read.
 
 Nothing here knows of stays or events.
 """
@@ -66,8 +66,8 @@ _NUMBERS = (float, VALUE, ANY, TIME, HOURS)
 
 
 def plain_name(text, missing=MISSING) -> str | None:
-    """The one spelling of an id or a name: stripped, accents in one piece (Unicode NFC), and a whole number that was
-    written as a float (1001.0) without its .0. None where it is one of the words `missing`."""
+    """The one spelling of an id or a name: stripped, accents in one piece (Unicode NFC), and a whole number
+    that was written as a float (1001.0) without its .0. None where it is one of the words `missing`."""
     text = unicodedata.normalize("NFC", str(text)).strip()
     whole = _WHOLE.fullmatch(text)
     text = whole[1] if whole else text
@@ -75,7 +75,8 @@ def plain_name(text, missing=MISSING) -> str | None:
 
 
 def _inexact(text: str, limit: float) -> bool:
-    """Whether a float of so few digits may have been another id: at or beyond `limit`, or in scientific notation."""
+    """Whether a float of so few digits may have been another id: at or beyond `limit`, or in scientific
+    notation."""
     whole = _WHOLE.fullmatch(text)
     return bool(_SCIENTIFIC.fullmatch(text) or whole and abs(float(whole[1])) >= limit)
 
@@ -92,7 +93,8 @@ def some(names) -> str:
 
 
 class Report:
-    """What was met while reading: how many rows are left out or named, the place of the first, and what is wrong.
+    """What was met while reading: how many rows are left out or named, the place of the first, and what is
+    wrong.
 
     columns: {a table's own name of a column: the name by which it is read}, in lower case."""
 
@@ -125,8 +127,8 @@ class Report:
 
 @dataclass
 class Table:
-    """Rows of files of one shape. Text is pd.Categorical (stripped; nothing is code -1), a number float64, a clock time
-    datetime64[us]."""
+    """Rows of files of one shape. Text is pd.Categorical (stripped; nothing is code -1), a number float64, a
+    clock time datetime64[us]."""
 
     report: Report
     paths: list[Path]  # of each piece
@@ -154,16 +156,16 @@ class Table:
         return f"{path} row {row + 1}" if path.suffix == ".parquet" else f"{path} line {row + 2}"
 
     def note(self, reason: str, noted: np.ndarray, row: np.ndarray | slice = slice(None)) -> None:
-        """Count the events of a mask, and keep the place of the first. row: the row of each event (all: they are the
-        rows)."""
+        """Count the events of a mask, and keep the place of the first. row: the row of each event (all: they
+        are the rows)."""
         self.report.counts[reason] += int(np.count_nonzero(noted))
         if noted.any():
             first = int(np.argmax(noted))
             self.report.examples.setdefault(reason, self.place(first if isinstance(row, slice) else int(row[first])))
 
     def refuse(self, name: str, bad: np.ndarray, problem: str) -> None:
-        """Count the rows of the mask `bad` as wrong, and name the first and its cell of column `name`. `Report.settle`
-        raises."""
+        """Count the rows of the mask `bad` as wrong, and name the first and its cell of column `name`.
+        `Report.settle` raises."""
         if bad.any():
             row = int(np.argmax(bad))
             cell = self[name][row]
@@ -174,8 +176,8 @@ class Table:
 
 
 def files_in(path: Path, counts: Counter) -> list[Path]:
-    """The files in a folder at any depth, or the file itself, sorted. Links to folders are followed, each folder is
-    entered once. What a name that begins with _ or . hides is left out and counted in `counts`."""
+    """The files in a folder at any depth, or the file itself, sorted. Links to folders are followed, each
+    folder is entered once. What a name that begins with _ or . hides is left out and counted in `counts`."""
     if not path.is_dir():
         return [path]
     files, entered = [], set()
@@ -198,8 +200,9 @@ def table_files(path: Path, counts: Counter) -> list[Path]:
 
 
 def named_tables(folder: Path, name: str, counts: Counter) -> list[Path]:
-    """The files of the table `name` in a folder: name.csv (.gz, .zip), name.parquet, parts such as name-000.csv, or a
-    folder of parts called name, name.csv or name.parquet. InputError where several of these lie there."""
+    """The files of the table `name` in a folder: name.csv (.gz, .zip), name.parquet, parts such as
+    name-000.csv, or a folder of parts called name, name.csv or name.parquet. InputError where several of
+    these lie there."""
     found = {}
     for path in sorted(folder.glob(f"{name}*")):
         stem, suffix = _TABLE.fullmatch(path.name).group(1, 2)
@@ -212,8 +215,8 @@ def named_tables(folder: Path, name: str, counts: Counter) -> list[Path]:
 
 
 def column_names(path: Path, columns: dict = {}) -> dict[str, bool]:
-    """The names of a table's columns, in lower case, and whether each holds clock times or durations. columns: see
-    `Report`."""
+    """The names of a table's columns, in lower case, and whether each holds clock times or durations.
+    columns: see `Report`."""
     if path.suffix == ".parquet":
         with _open_parquet(path) as file:
             from pyarrow import types
@@ -240,11 +243,11 @@ def tables(paths: list[Path], columns: dict, optional: dict = {}, rest=None,
            report: Report | None = None) -> Iterator[Table]:
     """Yield the rows of files (all CSV in UTF-8, or all Parquet) in parts of bounded size.
 
-    columns, optional: {name: type}, found whatever their case; rest: the type of every other named column (None: not
-    read, which is counted). Separators are found in the header, a decimal comma is one where they are semicolons. Raises
-    InputError for
-    an empty or damaged file, a missing column, a row of another width and no row at all; and after the last part for
-    all that `Table.refuse` met, cells of another type among it.
+    columns, optional: {name: type}, found whatever their case; rest: the type of every other named column
+    (None: not read, which is counted). Separators are found in the header, a decimal comma is one where they
+    are semicolons. Raises InputError for an empty or damaged file, a missing column, a row of another width
+    and no row at all; and after the last part for all that `Table.refuse` met, cells of another type among
+    it.
     """
     report, rows = report or Report(), 0
     if len({path.suffix == ".parquet" for path in paths}) > 1:
@@ -260,16 +263,16 @@ def tables(paths: list[Path], columns: dict, optional: dict = {}, rest=None,
 
 
 def _called(name: str, names: list[str], columns: dict) -> str:
-    """The name by which a column is read, in lower case; empty where another column of the table has that name by
-    `Report.columns`."""
+    """The name by which a column is read, in lower case; empty where another column of the table has that
+    name by `Report.columns`."""
     name = name.strip().lower()
     taken = {columns[own] for other in names if (own := other.strip().lower()) in columns}
     return columns[name] if name in columns else "" if name in taken else name
 
 
 def _choose_columns(path: Path, names: list[str], columns: dict, optional: dict, rest, report: Report) -> list:
-    """(name, type) by which each column is read, None where it is not; InputError where one is missing or occurs
-    twice."""
+    """(name, type) by which each column is read, None where it is not; InputError where one is missing or
+    occurs twice."""
     known = {name.lower(): (name, kind) for name, kind in (optional | columns).items()}
     chosen = [known.get(_called(name, names, report.columns), (name.strip(), rest) if rest and name.strip() else None)
               for name in names]
@@ -284,12 +287,13 @@ def _choose_columns(path: Path, names: list[str], columns: dict, optional: dict,
     return chosen
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # CSV
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class _Unpacked(gzip.GzipFile):
-    """A gzip file that gives no more at once than a record may hold: a tar header, too, can claim gigabytes."""
+    """A gzip file that gives no more at once than a record may hold: a tar header, too, can claim
+    gigabytes."""
 
     def read(self, size=-1):
         if size > _RECORD_BYTES:
@@ -298,7 +302,8 @@ class _Unpacked(gzip.GzipFile):
 
 
 def _records(path: Path) -> list[tuple[str, bytes]]:
-    """(name, content) of the .txt and .psv files of an archive, in order of name. Nothing is unpacked to disk."""
+    """(name, content) of the .txt and .psv files of an archive, in order of name. Nothing is unpacked to
+    disk."""
     records = []  # of which at most `_ARCHIVE_BYTES` are held
     with _Unpacked(path) as unpacked, tarfile.open(fileobj=unpacked, mode="r:") as archive:
         for member in archive:
@@ -319,7 +324,8 @@ def _records(path: Path) -> list[tuple[str, bytes]]:
 
 
 def _streams(path: Path):
-    """Yield (path, binary file) of each text in a file: itself, unpacked where it is packed, or its records."""
+    """Yield (path, binary file) of each text in a file: itself, unpacked where it is packed, or its
+    records."""
     if path.name.endswith(".tar.gz"):
         yield from ((path / name, io.BytesIO(content)) for name, content in _records(path))
     elif path.suffix == ".zip":
@@ -464,8 +470,8 @@ def _rows_in_doubt(source: bytes, separator: str, width: int) -> bool:
 
 
 def _blame_row(table: Table, source: str, separator: str, width: int) -> None:
-    """Find the first row of another width, and raise the InputError that names it; pass where quoted separators are all
-    there is."""
+    """Find the first row of another width, and raise the InputError that names it; pass where quoted
+    separators are all there is."""
     reader = csv.reader(io.StringIO(source, newline=""), delimiter=separator)
     for row, cells in enumerate(reader):
         if reader.line_num != row + 1:
@@ -477,7 +483,8 @@ def _blame_row(table: Table, source: str, separator: str, width: int) -> None:
 def _add_texts(table: Table, name: str, codes: np.ndarray, texts, kind, separator=",", limit=2.0**53) -> None:
     """A column of texts, by their type: names, clock times, or numbers among other cells.
 
-    codes [rows] into texts, -1: none. limit: from which on a float of the source does not hold every whole number."""
+    codes [rows] into texts, -1: none. limit: from which on a float of the source does not hold every whole
+    number."""
     texts = [str(text).strip() for text in texts]
     first = next((text for text in texts if text not in MISSING), "")
     if kind in (str, ID):
@@ -527,9 +534,9 @@ def _add_texts(table: Table, name: str, codes: np.ndarray, texts, kind, separato
     _add_numbers(table, name, number, kind)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Parquet
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 @contextmanager
 def _open_parquet(path: Path):
@@ -597,9 +604,9 @@ def _add_parquet_column(table: Table, own: str, name: str, column, kind) -> None
                          "convert it")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # A DataFrame in memory
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class FrameTable(Table):
     """The rows of a DataFrame, counted from 0, as `.iloc` does."""
@@ -610,8 +617,8 @@ class FrameTable(Table):
 
 def frame_tables(frame: pd.DataFrame, name: str, columns: dict, optional: dict = {},
                  report: Report | None = None) -> Iterator[Table]:
-    """Yield the rows of a DataFrame, called `name` in messages, as `tables` does those of a file. A column may hold
-    what it may in Parquet, or text as in CSV; the frame is not changed."""
+    """Yield the rows of a DataFrame, called `name` in messages, as `tables` does those of a file. A column
+    may hold what it may in Parquet, or text as in CSV; the frame is not changed."""
     if not isinstance(frame, pd.DataFrame):
         raise InputError(f"{name}: {type(frame).__name__} where a DataFrame belongs, with the columns "
                          f"{', '.join(columns)}; convert it")
@@ -652,19 +659,21 @@ def _add_frame_column(table: Table, name: str, kind, column: pd.Series) -> None:
         _add_texts(table, name, codes, texts, kind, limit=_WHOLE_NUMBERS[short or 64])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Files that are written
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def write_atomically(path, write) -> None:
-    """Call `write` with a temporary path in the same folder, sync it to disk, rename it to `path`: a reader meets the
-    old file or the new. Of a symbolic link the target is written; a pipe or a device is given to `write` itself."""
+    """Call `write` with a temporary path in the same folder, sync it to disk, rename it to `path`: a reader
+    meets the old file or the new. Of a symbolic link the target is written; a pipe or a device is given to
+    `write` itself."""
     with clear_write_error(path):
         if os.path.exists(path) and not os.path.isfile(path):
             write(Path(path))
             return
         target = Path(os.path.realpath(path))
-        # The number of the process tells leftovers (see `Run`); nobody can guess the name and put a link there.
+        # The number of the process tells leftovers (see `Run`); nobody can guess the name and put a link
+        # there.
         temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(8)}")
         try:
             temporary.touch(exist_ok=False)
@@ -692,9 +701,9 @@ def sync(path) -> None:
         os.fsync(file.fileno())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The cache
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 CACHE_MEND = "free space, or name another place with --cache_dir"
 
@@ -736,7 +745,8 @@ def alone_in(folder: Path):
 
 @contextmanager
 def scratch(home: Path):
-    """A new folder in `home`, removed at the end; those that dead processes of this machine left are removed too."""
+    """A new folder in `home`, removed at the end; those that dead processes of this machine left are removed
+    too."""
     mine = f".{platform.node()}-"
     for left in home.glob(f"{mine}*"):
         number = left.name.removeprefix(mine).partition("-")[0]
@@ -760,8 +770,9 @@ def _alive(process: int) -> bool:
 
 
 def write_cache(folder: Path, parts: Iterable[Cohort]) -> None:
-    """Append part after part to files in a temporary folder beside the target, sync, rename: one part at a time is held
-    in memory, and a reader never sees a half-written cache. Where another process was first, its cache stays."""
+    """Append part after part to files in a temporary folder beside the target, sync, rename: one part at a
+    time is held in memory, and a reader never sees a half-written cache. Where another process was first, its
+    cache stays."""
     with scratch(folder.parent) as temporary:
         headers, notes, examples = {}, Counter(), {}
         with ExitStack() as stack:

@@ -233,7 +233,8 @@ def with_labels(cohort: Cohort, files: list[Path], positive: str | None = None, 
     prediction point, without one a stay has one at its end.
 
     positive: the word that is label 1, the other one is 0. own: see `read_columns`. points: False takes split
-    and subject alone. Raises InputError for another label, and for two labels of one point. """
+    and subject alone. Raises InputError for another label, and for two labels of one point.
+    """
     names = column_names(files[0], own)
     id_column, label_column = (_one_of(files[0], names, wanted) for wanted in (_IDS, _LABELS))
     timed = next((name for name in _TIMES if name in names), None)
