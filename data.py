@@ -743,7 +743,7 @@ _SYNTHETIC_VARIABLES = pd.read_table(io.StringIO("""
     Albumin      liver         3   .5            0      0        0    -.5
     ALP          liver        90   35            0      0        0     .3
     Troponin     liver         1   .7           .8      0        0      0
-"""), sep=r"\s+", index_col="variable", float_precision="round_trip")
+"""), sep=r"\s+", index_col="variable")
 
 
 # panel: (chance an hour at severity 0, added chance a unit of severity, chance that one variable of a drawn

@@ -15,6 +15,7 @@ import sys
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, NamedTuple
 
@@ -23,11 +24,14 @@ import pandas as pd
 from tqdm import tqdm
 
 from data import (MINUTE, READER_VERSION, SPLITS, SYNTHETIC_BYTES, Cohort, InputError, at_hours, build_cohort,
-                  duplicates, ranges, sets_charted, since_first, synthetic_cohort, synthetic_parts, whole_cohort, with_points)
-from tables import (ANY, CACHE_MEND, ID, TIME, VALUE, Report, Table, cache_home, clear_write_error, column_names,
-                    files_in, frame_tables, named_tables, of_others, open_cache, plain_name, scratch, some, table_files, tables, write_cache)
-from tasks import (SPLIT_WORDS, read_columns, read_map, read_splits, read_statistics, read_vectors, with_labels,
-                   with_splits)
+                  duplicates, ranges, sets_charted, since_first, synthetic_cohort, synthetic_parts,
+                  whole_cohort, with_points)
+from tables import (ANY, CACHE_MEND, ID, OWNER, TIME, VALUE, Report, Table, cache_home, clear_write_error,
+                    column_names, files_in, frame_tables, named_tables, of_each, of_others, open_cache,
+                    plain_name, scratch, some, table_files, tables, write_cache)
+from tasks import (SPLIT_WORDS, read_columns, read_map, read_splits, read_statistics, read_vectors,
+                   with_labels, with_splits)
+
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -45,7 +49,8 @@ class Events(NamedTuple):
 
     table: Table
     stay: pd.Categorical
-    time: np.ndarray                       # [e] float64 minutes since admission; or datetime64[us], NaT: static
+    time: np.ndarray                       # [e] float64 minutes since admission; or datetime64[us], NaT:
+                                           #     static
     variable: pd.Categorical
     value: np.ndarray                      # [e] NaN: none
     row: np.ndarray | slice = slice(None)  # [e] the row of each in the table
@@ -81,10 +86,12 @@ class _Spool:
         self.stays, self.variables, self.subject, self.points = {}, {}, {}, []  # names -> codes
         self.types, self.memory, self.seconds = {}, {}, False
         self.kinds, self.unmet = {}, set(rename)  # variable -> {text: its first place}; sources not met yet
-        self.valued = np.zeros((2, 0), dtype=np.int64)  # [2, V] events without and with a value
+        # The number of events of variable v, without a value at 2 v, with one at 2 v + 1.
+        self.events = pd.Series(dtype=np.int64)
         stretches = []
         with ExitStack() as stack:
-            bar = stack.enter_context(tqdm(desc="reading", unit=" events", unit_scale=True, disable=None, delay=5))
+            bar = stack.enter_context(tqdm(desc="reading", unit=" events", unit_scale=True, disable=None,
+                                           delay=5))
             files = {}
             for events in source.events:
                 stay, arrays = self.usable(events, source.empty)
@@ -110,13 +117,16 @@ class _Spool:
             self.points.append((place[events.points[0]], *events.points[1:]))
         if events.subject is not None:
             self.note_subjects(table, place[events.stay.codes], events.subject)
-        timed = ~np.isnan(time) if time.dtype == np.float64 else True  # a clock time that is missing is static
+        # A clock time that is missing is static.
+        timed = ~np.isnan(time) if time.dtype == np.float64 else True
         named = (place[events.stay.codes] >= 0) & timed & ~np.asarray(events.skip)
         value, variables = events.value, events.variable.categories
         if self.rename:
-            scale = np.array([self.rename.get(name, (name, 1, 0))[1:] for name in variables] + [(1, 0)], dtype=float)
-            value = value * scale[events.variable.codes, 0] + scale[events.variable.codes, 1]
-            table.note("values renamed or rescaled by --variables", events.variable.isin(list(self.rename)), events.row)
+            factor, offset = of_each(events.variable, lambda name: self.rename.get(name, (name, 1., 0.))[1:],
+                                     (1., 0.)).T
+            value = value * factor + offset
+            renamed = events.variable.isin(list(self.rename))
+            table.note("values renamed or rescaled by --variables", renamed, events.row)
             self.unmet -= set(variables)
         with np.errstate(over="ignore"):
             value = value.astype(np.float32)
@@ -139,16 +149,13 @@ class _Spool:
         if events.set_key is not None:
             arrays["set_key"] = events.set_key[used]
         if self.types and {name: array.dtype for name, array in arrays.items()} != self.types:
-            raise InputError(f"{table.place(0)}: clock times or set numbers here and none elsewhere; write all files "
-                             "alike")
+            raise InputError(f"{table.place(0)}: clock times or set numbers here and none elsewhere; write "
+                             "all files alike")
         if time.dtype != np.float64 and not self.seconds:
             clock = arrays["time"][~np.isnat(arrays["time"])].view(np.int64)
             self.seconds = bool((clock % MINUTE).any())
-        more = np.zeros((2, len(self.variables)), dtype=np.int64)
-        more[:, :self.valued.shape[1]] = self.valued
-        for row, valued in enumerate((np.isnan(arrays["value"]), ~np.isnan(arrays["value"]))):
-            more[row] += np.bincount(arrays["variable"][valued], minlength=len(self.variables))
-        self.valued = more
+        counts = np.bincount(2 * arrays["variable"] + ~np.isnan(arrays["value"]))
+        self.events = self.events.add(pd.Series(counts), fill_value=0)
 
         stay = place[events.stay.codes[used]]
         if np.count_nonzero(np.diff(stay)) >= len(np.unique(stay)):  # some stay lies in several stretches
@@ -156,35 +163,39 @@ class _Spool:
             stay, arrays = stay[order], {name: array[order] for name, array in arrays.items()}
         return stay, arrays
 
-    def with_texts(self, names: list, variable: np.ndarray, text: np.ndarray, events: Events, row: np.ndarray) -> list:
+    def with_texts(self, names: list, variable: np.ndarray, text: np.ndarray, events: Events, row: np.ndarray
+                   ) -> list:
         """Make an event [n] of `variable` with a `text` (-1: none) one of the variable "name=text", in place.
         Returns the longer names; `merged` decides when all are known. row [n]: each event's row in the
         table."""
         said, texts = np.flatnonzero((text >= 0) & (variable >= 0)), events.text.categories
-        pair, first, place = np.unique(variable[said] * len(texts) + text[said], return_index=True, return_inverse=True)
+        pair, first, place = np.unique(variable[said] * len(texts) + text[said], return_index=True,
+                                       return_inverse=True)
         variable[said] = len(names) + place
         pairs = [(names[p // len(texts)], texts[p % len(texts)]) for p in pair]
         for (name, said_there), at in zip(pairs, row[said[first]]):
             self.kinds.setdefault(name, {}).setdefault(said_there, events.table.place(int(at)))
         return names + [f"{name}={said_there}" for name, said_there in pairs]
 
-    def merged(self) -> np.ndarray:
+    def merged(self) -> tuple[np.ndarray, np.ndarray]:
         """[V] the code that each variable takes at last: a text beside numbers, or one of too many, only says
-        that its variable was recorded; else it is a category."""
+        that its variable was recorded; else it is a category. [V, 2] its events without and with a value."""
+        for name in self.kinds:
+            self.variables.setdefault(name, len(self.variables))
+        events = self.events.reindex(range(2 * len(self.variables)), fill_value=0)
+        events = events.to_numpy(np.int64).reshape(-1, 2)
         code = np.arange(len(self.variables))
         for name, texts in self.kinds.items():
             mine = [self.variables[f"{name}={text}"] for text in texts]
-            among = name in self.variables and self.valued[1][self.variables[name]] > 0
-            if among or len(texts) > CATEGORIES:
-                code[mine] = self.variables.setdefault(name, len(self.variables))
-            code = np.append(code, np.arange(len(code), len(self.variables)))
-            reason = ("texts among numbers, or of more than "
-                      f"{CATEGORIES} kinds (they count as recorded, without a value)" if code[mine[0]] != mine[0] else
-                      "texts of variables without numbers, entered as categories (name=text, without a value)")
-            self.report.counts[reason] += int(self.valued[0][mine].sum())
+            reason = "texts of variables without numbers, entered as categories (name=text, without a value)"
+            if events[self.variables[name], 1] or len(texts) > CATEGORIES:
+                code[mine] = self.variables[name]
+                reason = (f"texts among numbers, or of more than {CATEGORIES} kinds (they count as recorded, "
+                          "without a value)")
+            self.report.counts[reason] += int(events[mine, 0].sum())
             text, place = next(iter(texts.items()))
             self.report.examples.setdefault(reason, f"{place}, {name}={text}")
-        return code
+        return code, events
 
     def note_subjects(self, table: Table, stay: np.ndarray, subject: pd.Categorical) -> None:
         """Whose stay each is; a stay of two subjects is wrong."""
@@ -199,22 +210,21 @@ class _Spool:
         """The cohort, some stays at a time. What was noted of all lies with the last. Raises InputError where
         no event is usable."""
         if not len(self.stretch_stay):
-            raise InputError(f"{source.name}: no usable event in any stay; check the files' columns and values")
-        code = self.merged()
+            raise InputError(f"{source.name}: no usable event in any stay; check the files' columns and "
+                             "values")
+        code, valued = self.merged()
         stays, variables = (np.array(list(names), dtype=str) for names in (self.stays, self.variables))
         events = np.bincount(self.stretch_stay, self.stretch_length, len(stays)).astype(np.int64)  # [stays]
         used = np.flatnonzero(events)
         used = used[np.argsort(stays[used])] if source.by_id else used
         rank = np.full(len(stays), len(used))
         rank[used] = np.arange(len(used))
-        kept = np.unique(code)
+        kept = np.unique(code[valued.any(1)])
         kept = kept[np.argsort(variables[kept])]
         variable_rank = np.zeros(len(variables), dtype=np.int32)
         variable_rank[kept] = np.arange(len(kept))
         variable_rank, variables = variable_rank[code], variables[kept]
-        valued = np.zeros((2, len(code)), dtype=np.int64)
-        valued[:, :self.valued.shape[1]] = self.valued
-        self.note_variables(variables, valued[:, kept], source)
+        self.note_variables(variables, valued[kept], source)
         self.report.counts["stays without a usable event"] += len(stays) - len(used)
         subject = np.array([self.subject.get(s, stays[s]) for s in used], dtype=str)
         split = np.array([source.split.get(name, -1) for name in stays[used]], dtype=np.int8)
@@ -232,17 +242,19 @@ class _Spool:
         for a, b in tqdm([*zip(edges, edges[1:])], desc="sorting", disable=None, delay=5):
             some = slice(*np.searchsorted(stretch_rank, (a, b)))
             place = ranges(first[some], length[some])
-            read = {name: (self.memory[name] if self.memory else np.memmap(self.folder / name, kind, "r"))[place]
-                    for name, kind in self.types.items()}
+            arrays = self.memory or {name: np.memmap(self.folder / name, kind, "r")
+                                     for name, kind in self.types.items()}
+            read = {name: array[place] for name, array in arrays.items()}
             stay, offset = np.repeat(stretch_rank[some] - a, length[some]), None
             minute, origin = read["time"], None
             if minute.dtype != np.float64:
                 minute, offset, origin = since_first(minute, stay)
             elif "set_key" in read:  # a set that spans several minutes is charted at its first
                 minute, offset = sets_charted(minute, stay, read["set_key"])
-            part = build_cohort(source.name, variables, stay, minute, variable_rank[read["variable"]], read["value"],
-                                stays[used[a:b]], split=split[a:b], set_key=read.get("set_key"), subject=subject[a:b],
-                                origin=origin, offset=offset, whole=True, **source.given)
+            part = build_cohort(source.name, variables, stay, minute, variable_rank[read["variable"]],
+                                read["value"], stays[used[a:b]], split=split[a:b], subject=subject[a:b],
+                                set_key=read.get("set_key"), origin=origin, offset=offset, whole=True,
+                                **source.given)
             if not self.seconds and "set_key" not in read:
                 part.event_offset = np.zeros(0, dtype=np.int32)
             again = "events given more than once (same stay, minute, variable and value; kept)"
@@ -250,14 +262,12 @@ class _Spool:
             self.note_first_events(part)
             if points:
                 rows = slice(*np.searchsorted(points[0], (a, b)))
-                part = with_points(part, np.bincount(points[0][rows] - a, minlength=b - a), points[1][rows],
-                                   points[2][rows])
-            if b == len(used):
-                part.notes, part.examples = {**part.notes, **self.report.counts}, self.report.examples
-            yield part
+                count = np.bincount(points[0][rows] - a, minlength=b - a)
+                part = with_points(part, count, points[1][rows], points[2][rows])
+            yield part.noting(self.report.counts, self.report.examples) if b == len(used) else part
 
     def note_variables(self, variables: np.ndarray, valued: np.ndarray, source: Source) -> None:
-        """What is to be said of the vocabulary. valued: [2, V] events without and with a value."""
+        """What is to be said of the vocabulary. valued: [V, 2] events without and with a value."""
         alike = {}
         for name in variables:
             alike.setdefault("".join(name.split()).casefold(), []).append(str(name))
@@ -267,7 +277,7 @@ class _Spool:
             reason = "variables whose names differ only by case or spaces (kept apart)"
             counts[reason], self.report.examples[reason] = sum(map(len, alike)), ", ".join(alike[0])
         reason = "events without a value of variables that have values elsewhere (their presence counts)"
-        counts[reason] += int(valued[0][valued[1] > 0].sum())
+        counts[reason] += int(valued[valued[:, 1] > 0, 0].sum())
         if self.unmet:
             counts[f"sources of --variables that met no event: {some(sorted(self.unmet))}"] = len(self.unmet)
         for name, rows in source.given.items():
@@ -275,7 +285,6 @@ class _Spool:
             how = "fitted" if name == "statistics" else "hashed from the name"
             counts[f"variables without given {name} ({how})"] = int((~known).sum())
             counts[f"given {name} of no variable"] = len(rows) - int(known.sum())
-
 
     def note_first_events(self, part: Cohort) -> None:
         """Count the stays that begin with what may be a date that stands for none, such as 1900-01-01."""
@@ -293,7 +302,13 @@ class _Spool:
 # ------------------------------------------------------------------------------------------------------------
 
 _DESCRIPTORS = ("Age", "Gender", "Height", "ICUType", "Weight")  # -1 means "not recorded"
-_CLOCK = re.compile(r"\d{1,6}:[0-5]\d")
+_CLOCK = re.compile(r"(\d{1,6}):([0-5]\d)")
+
+
+def _minute_of_clock(text: str) -> float:
+    """The minute of HH:MM; NaN for another text."""
+    clock = _CLOCK.fullmatch(text)
+    return int(clock[1]) * 60 + int(clock[2]) if clock else np.nan
 
 
 def _record_sets(folder: Path, name: str, letters: str) -> dict[str, Path]:
@@ -324,13 +339,12 @@ def _stay_a_file(table: Table, known: dict) -> pd.Categorical:
         if name is None:
             raise InputError(f"{path}: its name is no id of a stay; rename it")
         if known.setdefault(name, path) != path:
-            raise InputError(f"{path}: stay {name} occurs more than once, see {known[name]}; give each stay an id of "
-                             "its own")
+            raise InputError(f"{path}: stay {name} occurs more than once, see {known[name]}; give each stay "
+                             "an id of its own")
     return pd.Categorical.from_codes(table.file, names)
 
 
-def _physionet2012_sets(folder: Path) -> dict[str, Path]:
-    return _record_sets(folder, "set-", "abc")
+_physionet2012_sets = partial(_record_sets, name="set-", letters="abc")
 
 
 def read_physionet2012(folder: Path, files: list[Path], report: Report) -> Source:
@@ -344,23 +358,21 @@ def read_physionet2012(folder: Path, files: list[Path], report: Report) -> Sourc
         for table in tables(files, {"Time": str, "Parameter": str, "Value": VALUE}, report=report):
             stay, time, parameter = _stay_a_file(table, known), table["Time"], table["Parameter"]
             value = table["Value"].copy()
-            clock = np.array([bool(_CLOCK.fullmatch(text)) for text in time.categories] + [False])[time.codes]
-            table.refuse("Time", ~clock, ", not HH:MM; mend or remove the line")
-            minutes = np.array([int(t[:-3]) * 60 + int(t[-2:]) if _CLOCK.fullmatch(t) else np.nan
-                                for t in time.categories] + [np.nan])
+            minute = of_each(time, _minute_of_clock, np.nan)
+            table.refuse("Time", np.isnan(minute), ", not HH:MM; mend or remove the line")
             kinds, code = list(parameter.categories), parameter.codes.astype(np.int64)
-            identity, icu = (code == (kinds.index(name) if name in kinds else -2) for name in ("RecordID", "ICUType"))
+            identity, icu = (np.asarray(parameter == name) for name in ("RecordID", "ICUType"))
             own = pd.to_numeric(pd.Series(stay.categories), errors="coerce").to_numpy()[stay.codes]
             table.refuse("Value", identity & (value != own),
                          ", the RecordID of another record than the file's name says; rename the file")
-            unrecorded = np.isin(code, [i for i, name in enumerate(kinds) if name in _DESCRIPTORS]) & (value == -1)
+            unrecorded = parameter.isin(_DESCRIPTORS) & (value == -1)
             table.note("descriptors not recorded (-1)", unrecorded)
             icu &= np.isfinite(value) & ~unrecorded
             for kind in np.unique(value[icu]):
                 code[icu & (value == kind)] = len(kinds)
                 kinds.append(f"ICUType={kind:g}")
             value[icu] = 1
-            yield Events(table, stay, minutes[time.codes], pd.Categorical.from_codes(code, kinds), value,
+            yield Events(table, stay, minute, pd.Categorical.from_codes(code, kinds), value,
                          skip=identity | unrecorded)
     return Source("PhysioNet 2012 set " + "+".join(_physionet2012_sets(folder)), events())
 
@@ -369,17 +381,13 @@ def read_physionet2012(folder: Path, files: list[Path], report: Report) -> Sourc
 # Reader: the original implementation's layout
 # ------------------------------------------------------------------------------------------------------------
 
-def _original_files(folder: Path, counts: Counter) -> list[Path]:
-    """The stays' files: patient_ehr/{train,valid,test}/*.parquet or *.csv of `folder`, which may be
-    patient_ehr itself."""
-    home = folder if folder.name == "patient_ehr" else folder / "patient_ehr"
-    return [path for split in SPLITS for path in files_in(home / split, counts)
-            if path.parent.name == split and path.suffix in (".parquet", ".csv")]
-
-
 def _original_sources(folder: Path, counts: Counter) -> list[Path]:
-    files = _original_files(folder, counts)
-    cached = folder.parent / "cached.csv" if folder.name == "patient_ehr" else folder / "cached.csv"
+    """The stays' files, patient_ehr/{train,valid,test}/*.parquet or *.csv of `folder`, which may be
+    patient_ehr itself; and cached.csv beside patient_ehr."""
+    home = folder if folder.name == "patient_ehr" else folder / "patient_ehr"
+    files = [path for split in SPLITS for path in files_in(home / split, counts)
+             if path.parent.name == split and path.suffix in (".parquet", ".csv")]
+    cached = home.parent / "cached.csv"
     return files + [cached] * (bool(files) and cached.is_file())
 
 
@@ -402,11 +410,12 @@ def read_original(folder: Path, files: list[Path], report: Report, params_map: P
     def events(known={}):
         for table in tables(stays, {"variable": str, "value": VALUE, "minute": TIME}, {"set_index": float},
                             report=report):
-            key = table["set_index"] if "set_index" in table else None
+            key = table.columns.get("set_index")
             if key is not None:
-                table.refuse("set_index", ~np.isfinite(key), "; number the set, or leave the column out of all files")
-            yield Events(table, _stay_a_file(table, known), _minutes(table), table["variable"], table["value"],
-                         set_key=key)
+                table.refuse("set_index", ~np.isfinite(key),
+                             "; number the set, or leave the column out of all files")
+            yield Events(table, _stay_a_file(table, known), _minutes(table), table["variable"],
+                         table["value"], set_key=key)
     stays, given = [path for path in files if path.name != "cached.csv"], {}
     if params_map:
         given["statistics"] = read_statistics(params_map)
@@ -426,24 +435,23 @@ def read_long_table(folder: Path, files: list[Path], report: Report) -> Source:
     first); an event without a value says that something happened. A variable whose values are all text
     becomes categories."""
     return Source(f"long table {files[0].name}" + f" and {len(files) - 1} more" * (len(files) > 1),
-                  _long_events(tables(files, LONG, {"subject_id": ID}, report=report)), by_id=True, empty=True)
+                  _long_events(tables(files, LONG, OPTIONAL, report=report)), by_id=True, empty=True)
 
 
-LONG = {"stay_id": ID, "minute": TIME, "variable": str, "value": ANY}
+LONG, OPTIONAL = {"stay_id": ID, "minute": TIME, "variable": str, "value": ANY}, {"subject_id": OWNER}
 
 
 def _long_events(parts: Iterable[Table]) -> Iterator[Events]:
     for table in parts:
-        table.refuse("stay_id", table["stay_id"].codes < 0, "; name the stay or remove the line")
-        subject = table["subject_id"] if "subject_id" in table else None
-        yield Events(table, table["stay_id"], _minutes(table), table["variable"], table["value"], subject=subject,
-                     text=table.texts.get("value"))
+        yield Events(table, table["stay_id"], _minutes(table), table["variable"], table["value"],
+                     subject=table.columns.get("subject_id"), text=table.texts.get("value"))
 
 
-def cohort_of_frame(events: pd.DataFrame, report: Report, rename: dict = {}) -> tuple[Cohort | None, np.ndarray]:
+def cohort_of_frame(events: pd.DataFrame, report: Report, rename: dict = {}
+                    ) -> tuple[Cohort | None, np.ndarray]:
     """The cohort of a long table in memory (None: no event is usable), and the ids of all its stays in their
     order; rename: see `read_map`. Nothing is written. Raises InputError as `load_cohort` does."""
-    source = Source("events", _long_events(frame_tables(events, "events", LONG, {"subject_id": ID}, report)),
+    source = Source("events", _long_events(frame_tables(events, "events", LONG, OPTIONAL, report)),
                     by_id=True, empty=True)
     spool = _Spool(source, report, None, rename)
     ids = np.array(sorted(spool.stays), dtype=str)
@@ -455,8 +463,7 @@ def cohort_of_frame(events: pd.DataFrame, report: Report, rename: dict = {}) -> 
 # ------------------------------------------------------------------------------------------------------------
 
 def _meds_events(folder: Path, counts: Counter) -> list[Path]:
-    home = folder / "data"
-    return [path for path in files_in(home, counts) if path.suffix == ".parquet"] if home.is_dir() else []
+    return [path for path in files_in(folder / "data", counts) if path.suffix == ".parquet"]
 
 
 # Names of files and folders that hold a part of a task.
@@ -472,7 +479,8 @@ def _meds_labels(folder: Path, task: str | None, counts: Counter) -> list[Path]:
         name = "/".join(part for part in (*folders, name.partition(".")[0]) if not _SHARD.fullmatch(part))
         tasks.setdefault(name or "labels", []).append(path)
     if len(tasks) > 1 and task is None or task is not None and task not in tasks:
-        raise InputError(f"{home}: holds the tasks {', '.join(tasks) or '(none)'}; choose one with --task NAME")
+        raise InputError(f"{home}: holds the tasks {', '.join(tasks) or '(none)'}; choose one with --task "
+                         "NAME")
     return tasks[task or next(iter(tasks))] if tasks else []
 
 
@@ -490,16 +498,15 @@ def read_meds(folder: Path, files: list[Path], report: Report) -> Source:
         columns = {"subject_id": ID, "time": np.datetime64, "code": str}
         for table in tables(files, columns, {"numeric_value": float}, report=report):
             subject = table["subject_id"]
-            table.refuse("subject_id", subject.codes < 0, "; name the subject or remove the row")
             part = SPLIT_WORDS.get(table.paths[0].relative_to(folder / "data").parts[0])
             if part is not None:
-                other = [split.setdefault(name, part) != part for name in subject.categories] + [False]
-                table.refuse("subject_id", np.array(other)[subject.codes], ", and in another split's folder too; keep "
-                                                                           "each subject in one")
+                other = of_each(subject, lambda name: split.setdefault(name, part) != part, False)
+                table.refuse("subject_id", other,
+                             ", and in another split's folder too; keep each subject in one")
             code = table["code"]
-            death = np.array([name.startswith("MEDS_DEATH") for name in code.categories] + [False])[code.codes]
+            death = of_each(code, lambda name: name.startswith("MEDS_DEATH"), False)
             table.note("MEDS_DEATH events", death)
-            value = table["numeric_value"] if "numeric_value" in table else np.full(len(death), np.nan)
+            value = table.columns.get("numeric_value", np.full(len(death), np.nan))
             yield Events(table, subject, table["time"], code, value, skip=death)
     return Source("MEDS", events(), by_id=True, empty=True, split=split)
 
@@ -508,11 +515,8 @@ def read_meds(folder: Path, files: list[Path], report: Report) -> Source:
 # Reader: PhysioNet / CinC Challenge 2019
 # ------------------------------------------------------------------------------------------------------------
 
-_HOURLY_DESCRIPTORS = ("Age", "Gender", "Unit1", "Unit2", "HospAdmTime", "ICULOS")  # repeated in every row of a record
-
-
-def _physionet2019_sets(folder: Path) -> dict[str, Path]:
-    return _record_sets(folder, "training_set", "AB")
+# Repeated in every row of a record.
+_HOURLY_DESCRIPTORS = ("Age", "Gender", "Unit1", "Unit2", "HospAdmTime", "ICULOS")
 
 
 def read_physionet2019(folder: Path, files: list[Path], report: Report) -> Source:
@@ -525,15 +529,16 @@ def read_physionet2019(folder: Path, files: list[Path], report: Report) -> Sourc
     """
     def events(known={}):
         for table in tables(files, {}, {"SepsisLabel": float}, rest=VALUE, report=report):
-            file, sepsis = table.file, np.full(table.rows.sum(), np.nan)
-            if "SepsisLabel" in table:
-                sepsis = table["SepsisLabel"]
-                table.refuse("SepsisLabel", (sepsis != 0) & (sepsis != 1), ", not 0 or 1; mend the line")
+            file, sepsis = table.file, table.columns.get("SepsisLabel")
+            if sepsis is None:
+                sepsis = np.full(len(file), np.nan)
+            else:
+                table.refuse("SepsisLabel", ~np.isin(sepsis, (0, 1)), ", not 0 or 1; mend the line")
             names = [name for name in table.columns if name != "SepsisLabel"]
             cells = np.stack([table[name] for name in names], axis=1)  # [hours, variables]
             row, variable = np.nonzero(~np.isnan(cells))
             stay = _stay_a_file(table, known)
-            repeated = np.isin(variable, [i for i, name in enumerate(names) if name in _HOURLY_DESCRIPTORS])
+            repeated = np.isin(names, _HOURLY_DESCRIPTORS)[variable]
             repeated &= pd.Series(file[row] * len(names) + variable).duplicated().to_numpy()
             table.note("repeated descriptors", repeated, row)
             minute = 60.0 * ranges(np.zeros(len(table.rows), dtype=np.int64), table.rows)
@@ -549,7 +554,7 @@ def read_physionet2019(folder: Path, files: list[Path], report: Report) -> Sourc
 
 class Reader(NamedTuple):
     name: str                                      # what it reads
-    sources: Callable[[Path, Counter], list[Path]]  # the files of a folder that its cohort depends on; none: not its own
+    sources: Callable[[Path, Counter], list[Path]]  # the files of a folder that its cohort depends on
     read: Callable[..., Source]                    # (folder, those files, report, **options)
     labels: Callable = lambda folder, task, counts: []         # its labels' files; of which task
     splits: Callable[[Path], list[Path]] = lambda folder: []   # its split's files
@@ -558,7 +563,8 @@ class Reader(NamedTuple):
 
 READERS = [  # the first that finds its files is taken
     Reader("PhysioNet 2012 (set-a.tar.gz or set-a/ with Outcomes-a.txt)",
-           lambda folder, counts: _record_files(_physionet2012_sets(folder), ".txt", counts), read_physionet2012,
+           lambda folder, counts: _record_files(_physionet2012_sets(folder), ".txt", counts),
+           read_physionet2012,
            lambda folder, *_: [path for letter in _physionet2012_sets(folder)
                                if (path := folder / f"Outcomes-{letter}.txt").is_file()]),
     Reader("the original layout (patient_ehr/{train,valid,test}/<id>.parquet or .csv)",
@@ -567,7 +573,8 @@ READERS = [  # the first that finds its files is taken
            lambda folder, counts: named_tables(folder, "events", counts), read_long_table,
            lambda folder, _, counts: named_tables(folder, "labels", counts)),
     Reader("PhysioNet 2019 (training_setA/*.psv or training_setA.tar.gz, training_setB)",
-           lambda folder, counts: _record_files(_physionet2019_sets(folder), ".psv", counts), read_physionet2019),
+           lambda folder, counts: _record_files(_record_sets(folder, "training_set", "AB"), ".psv", counts),
+           read_physionet2019),
     Reader("MEDS (data/**/*.parquet)", _meds_events, read_meds, _meds_labels,
            lambda folder: sorted(folder.glob("metadata/subject_splits.parquet")), ("task",)),
 ]
@@ -587,8 +594,8 @@ def _choose_reader(folder: Path) -> tuple[Reader, Path]:
     if len(inside) == 1:
         return _choose_reader(inside[0])
     if inside:
-        raise InputError(f"{folder}: the folders {some([path.name for path in inside])} each hold data; name one with "
-                         "--data_dir")
+        raise InputError(f"{folder}: the folders {some([path.name for path in inside])} each hold data; name "
+                         "one with --data_dir")
     raise InputError(f"{folder}: no data that a reader knows; expected one of: "
                      + "; ".join(reader.name for reader in READERS))
 
@@ -604,15 +611,13 @@ def load_cohort(data_dir: str | None = None, synthetic_stays: int = 1000, cache_
     Args:
         cache_dir: None: where the system keeps caches.
         params_map: statistics of the original layout.
-        label_file: a file or folder of labels that lie elsewhere, see `with_labels`; positive: the word in it
-            that is
-            label 1.
+        label_file: a file or folder of labels that lie elsewhere, see `with_labels`.
+        positive: the word in it that is label 1.
         task: which of several in a MEDS folder.
         hours: one question a stay, asked so long after its admission (see `Cohort.admission`), or at its end
-            if that
-            comes earlier.
+            if that comes earlier.
         split_file: CSV stay_id,split that overrides the data's own.
-        variables_map: CSV that renames and rescales variables as they are read, see `read_map`, or what it
+        variables_map: CSV that renames and rescales variables as they are read, see `read_map`; or what it
             says.
         columns: the tables' own names of columns, see `read_columns`.
     Raises InputError where the folder is missing, fits no reader, or holds a malformed file, and where an
@@ -620,14 +625,16 @@ def load_cohort(data_dir: str | None = None, synthetic_stays: int = 1000, cache_
     """
     given = {"params_map": params_map, "label_file": label_file, "split_file": split_file}
     options = {name: Path(path) for name, path in given.items() if path}
-    rename = variables_map if isinstance(variables_map, dict) else read_map(Path(variables_map)) if variables_map else {}
+    rename = variables_map or {}
+    if not isinstance(rename, dict):
+        rename = read_map(Path(rename))
     folder, own, listed = data_dir and Path(data_dir), read_columns(columns), Counter()
-    if not folder:
-        reader, files = Reader(f"the embedded cohort of {synthetic_stays} stays", None, None), []
-    else:
+    if folder:
         reader, folder = _choose_reader(folder)
         files = reader.sources(folder, listed)
         listed["files read"] = len(files)
+    else:
+        reader, files = Reader(f"the embedded cohort of {synthetic_stays} stays", None, None), []
     for name, value in (("params_map", params_map), ("task", task)):
         if value and name not in reader.options:
             raise InputError(f"--{name} {value}: not read with {reader.name}; leave the option out")
@@ -637,21 +644,23 @@ def load_cohort(data_dir: str | None = None, synthetic_stays: int = 1000, cache_
     if task and label_file:
         raise InputError(f"--task {task}: --label_file names the labels already; leave one of them out")
     if rename and folder is None:
-        raise InputError("--variables: the embedded cohort has its names and units; leave the option out, or give none "
-                         "where a checkpoint keeps a map")
+        raise InputError("--variables: the embedded cohort has its names and units; leave the option out, or "
+                         "give none where a checkpoint keeps a map")
     labels = [] if label_file and "task" in reader.options else reader.labels(folder, task, listed)
     elsewhere = table_files(options["label_file"], listed) if label_file else []
     if label_file and not elsewhere:
-        raise InputError(f"--label_file {label_file}: a folder without CSV or Parquet files; name the labels' file")
+        raise InputError(f"--label_file {label_file}: a folder without CSV or Parquet files; name the "
+                         "labels' file")
+    split = [options["split_file"]] if split_file else []
     if own:
-        split = [options[name] for name in ("split_file",) if name in options]
-        found = {name for tables_ in (files, labels, elsewhere, split) for file in tables_[:1] for name in column_names(file)}
+        found = {name for kind in (files, labels, elsewhere, split) for path in kind[:1]
+                 for name in column_names(path)}
         if unknown := sorted(own.keys() - found):
-            raise InputError(f"--columns {columns}: no table has a column {', '.join(unknown)}; correct the names")
+            raise InputError(f"--columns {columns}: no table has a column {', '.join(unknown)}; correct the "
+                             "names")
 
     cohort = _cached(reader, folder, files, synthetic_stays, cache_dir and Path(cache_dir), own,
-                     {"params_map": options["params_map"]} if params_map else {}, rename)
-    cohort = replace(cohort, notes=cohort.notes | listed)
+                     {"params_map": options["params_map"]} if params_map else {}, rename).noting(listed)
     if splits := reader.splits(folder):
         cohort = with_splits(cohort, read_splits(splits, own))
     if labels:
@@ -660,13 +669,16 @@ def load_cohort(data_dir: str | None = None, synthetic_stays: int = 1000, cache_
         cohort = with_labels(cohort, elsewhere, positive, own)
     if hours is not None and (cohort := at_hours(cohort, hours)) is None:
         raise InputError(f"--hours {hours:g}: these labels have times of their own; leave the option out")
-    if split_file:
-        split = read_splits([options["split_file"]], own)
-        cohort = with_splits(cohort, split)
+    if split:
+        split_of = read_splits(split, own)
+        cohort = with_splits(cohort, split_of)
         if (cohort.split < 0).all():
             raise InputError(f"--split {split_file}: names none of the stays, which are called "
-                             f"{', '.join(cohort.stay_id[:3])} ... (the file's first: {split.index[0]}); give their ids")
-    return replace(cohort, reader=f"{cohort.reader} in {folder}") if folder and folder != Path(data_dir) else cohort
+                             f"{', '.join(cohort.stay_id[:3])} ... (the file's first: {split_of.index[0]}); "
+                             "give their ids")
+    if folder and folder != Path(data_dir):
+        cohort = replace(cohort, reader=f"{cohort.reader} in {folder}")
+    return cohort
 
 
 def _cached(reader: Reader, folder: Path | None, files: list[Path], synthetic_stays: int, home: Path | None,
@@ -687,9 +699,11 @@ def _cached(reader: Reader, folder: Path | None, files: list[Path], synthetic_st
     if (cohort := open_cache(cached)) is None:
         with clear_write_error(cached, CACHE_MEND):
             home.mkdir(parents=True, exist_ok=True)
-            if folder is None and (size := synthetic_stays * SYNTHETIC_BYTES) > (free := shutil.disk_usage(home).free):
-                raise InputError(f"--synthetic_stays {synthetic_stays}: takes {size // 10**6:,} MB in {home}, where "
-                                 f"{free // 10**6:,} MB are free; give fewer, or another place with --cache_dir")
+            size, free = synthetic_stays * SYNTHETIC_BYTES, shutil.disk_usage(home).free
+            if folder is None and size > free:
+                raise InputError(f"--synthetic_stays {synthetic_stays}: takes {size // 10**6:,} MB in "
+                                 f"{home}, where {free // 10**6:,} MB are free; give fewer, or another place "
+                                 "with --cache_dir")
             with scratch(home) as temporary:
                 if folder is None:
                     parts = synthetic_parts(synthetic_stays)
@@ -703,7 +717,7 @@ def _cached(reader: Reader, folder: Path | None, files: list[Path], synthetic_st
         cohort = open_cache(cached)
     # A place is kept as it is called within the folder, which may have another name today.
     examples = {reason: place.replace(HERE, str(folder)) for reason, place in cohort.examples.items()}
-    return replace(cohort, examples=examples, notes=cohort.notes | notes)
+    return cohort.noting(notes, examples)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -723,15 +737,17 @@ def write_long_table(folder: Path, cohort: Cohort, labels: bool = True) -> Path:
                       "variable": np.array(cohort.variables)[cohort.event_variable],
                       "value": cohort.event_value}).to_csv(folder / "events.csv", index=False)
         if labels:
-            table = pd.DataFrame({"stay_id": cohort.stay_id, "label": cohort.stay_label})
-            table.to_csv(folder / "labels.csv", index=False)
+            answers = pd.DataFrame({"stay_id": cohort.stay_id, "label": cohort.stay_label})
+            answers.to_csv(folder / "labels.csv", index=False)
     return folder
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description="Write an example of the long table that train.py --data_dir reads: "
-                                                 "200 stays of the embedded cohort.", allow_abbrev=False)
-    parser.add_argument("--example", metavar="DIR", required=True, help="the new folder of events.csv and labels.csv")
+    parser = argparse.ArgumentParser(
+        description="Write an example of the long table that train.py --data_dir reads: 200 stays of the "
+                    "embedded cohort.", allow_abbrev=False)
+    parser.add_argument("--example", metavar="DIR", required=True,
+                        help="the new folder of events.csv and labels.csv")
     folder, cohort = Path(parser.parse_args(argv).example), synthetic_cohort(200)
     cohort = replace(cohort, stay_id=np.arange(1001, 1001 + len(cohort)).astype(str))
     try:

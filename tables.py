@@ -23,13 +23,14 @@ import zlib
 from collections import Counter
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
+from datetime import time
 from pathlib import Path
 from typing import Iterable, Iterator
 
 import numpy as np
 import pandas as pd
 
-from data import MINUTE, Cohort, InputError, pieces
+from data import MINUTE, Cohort, InputError, met, pieces
 
 try:
     import fcntl
@@ -38,7 +39,8 @@ except ImportError:  # Windows
 
 
 PART_BYTES, PART_ROWS = 2**25, 2**20  # of text, and of Parquet, that are parsed at once; no line is longer
-_RECORD_BYTES, _ARCHIVE_BYTES = 2**26, 2**29  # a record has a few thousand, an archive of 20,000 some 130 million
+# A record has a few thousand bytes, an archive of 20,000 records some 130 million.
+_RECORD_BYTES, _ARCHIVE_BYTES = 2**26, 2**29
 
 
 # What stands for no value: in numbers and ids all of these, in other text all but NA, which may be sodium.
@@ -57,7 +59,8 @@ BEYOND = re.compile(r"[<>]=?\s*([-+]?[\d.]+)\s*[^\d.]*")  # >100, <0.5, >60/minu
 
 
 # What a column may hold, beside str, float and np.datetime64 (a clock time):
-ID = "id"        # text, which must not be a word for nothing
+ID = "id"        # text; nothing, or a word for it, is refused
+OWNER = "owner"  # an id, or nothing
 VALUE = "value"  # a number, or one beyond a measuring range (>100, <0.5), which enters as its bound
 ANY = "any"      # a VALUE or other text, which is kept in `Table.texts`
 TIME = "time"    # minutes; or a duration (which becomes minutes) or a clock time
@@ -92,6 +95,11 @@ def some(names) -> str:
     return ", ".join(names[:5]) + f" and {len(names) - 5} more" * (len(names) > 5)
 
 
+def of_each(column: pd.Categorical, function, none) -> np.ndarray:
+    """[rows] what `function` makes of each row's text; `none` where the cell is empty."""
+    return np.array([*map(function, column.categories), none])[column.codes]
+
+
 class Report:
     """What was met while reading: how many rows are left out or named, the place of the first, and what is
     wrong.
@@ -105,8 +113,7 @@ class Report:
 
     def lines(self) -> list[str]:
         """What was met, a line each, with the place of the first."""
-        return [f"{count:,} {reason}" + (f", the first: {self.examples[reason]}" if reason in self.examples else "")
-                for reason, count in self.counts.items() if count]
+        return met(self.counts, self.examples)
 
     def note_unread(self, name: str) -> None:
         """Count the columns of the table `name` that were not read."""
@@ -118,8 +125,8 @@ class Report:
         """Raise the InputError that says everything that is wrong; pass where nothing is."""
         if len(self.marks) > 1:
             (mark, place), (other, there) = self.marks.items()
-            self.problems["mark"] = (f"{there}: a number with {other!r}, where {place} has one with {mark!r}: which "
-                                     "is the decimal mark? write all numbers alike"), 1
+            self.problems["mark"] = (f"{there}: a number with {other!r}, where {place} has one with "
+                                     f"{mark!r}: which is the decimal mark? write all numbers alike"), 1
         if self.problems:
             raise InputError(". Also: ".join(first + f" ({count:,} such rows)" * (count > 1)
                                              for first, count in self.problems.values()))
@@ -160,8 +167,8 @@ class Table:
         are the rows)."""
         self.report.counts[reason] += int(np.count_nonzero(noted))
         if noted.any():
-            first = int(np.argmax(noted))
-            self.report.examples.setdefault(reason, self.place(first if isinstance(row, slice) else int(row[first])))
+            first = np.arange(self.rows.sum())[row][np.argmax(noted)]
+            self.report.examples.setdefault(reason, self.place(int(first)))
 
     def refuse(self, name: str, bad: np.ndarray, problem: str) -> None:
         """Count the rows of the mask `bad` as wrong, and name the first and its cell of column `name`.
@@ -169,9 +176,10 @@ class Table:
         if bad.any():
             row = int(np.argmax(bad))
             cell = self[name][row]
-            shown = "missing" if pd.isna(cell) else f"{cell:g}" if isinstance(cell, float) else repr(str(cell))
-            first, count = self.report.problems.get((name, problem),
-                                                    (f"{self.place(row)}: {name} is {shown}{problem}", 0))
+            shown = f"{cell:g}" if isinstance(cell, float) else repr(str(cell))
+            shown = "missing" if pd.isna(cell) else shown
+            first, count = self.report.problems.get(
+                (name, problem), (f"{self.place(row)}: {name} is {shown}{problem}", 0))
             self.report.problems[name, problem] = first, count + int(np.count_nonzero(bad))
 
 
@@ -233,10 +241,12 @@ def column_names(path: Path, columns: dict = {}) -> dict[str, bool]:
 def read_table(paths: list[Path], columns: dict, optional: dict = {}, rest=None, report=None) -> Table:
     """A small table, whole. See `tables`."""
     parts = list(tables(paths, columns, optional, rest, report))
-    join = lambda *x: pd.api.types.union_categoricals(x) if isinstance(x[0], pd.Categorical) else np.concatenate(x)
+    columns = {}
+    for name, column in parts[0].columns.items():
+        join = pd.api.types.union_categoricals if isinstance(column, pd.Categorical) else np.concatenate
+        columns[name] = join([part[name] for part in parts])
     return Table(parts[0].report, sum((t.paths for t in parts), []), sum((t.first for t in parts), []),
-                 np.concatenate([t.rows for t in parts]),
-                 {name: join(*(t[name] for t in parts)) for name in parts[0].columns})
+                 np.concatenate([t.rows for t in parts]), columns)
 
 
 def tables(paths: list[Path], columns: dict, optional: dict = {}, rest=None,
@@ -270,19 +280,19 @@ def _called(name: str, names: list[str], columns: dict) -> str:
     return columns[name] if name in columns else "" if name in taken else name
 
 
-def _choose_columns(path: Path, names: list[str], columns: dict, optional: dict, rest, report: Report) -> list:
+def _choose_columns(path: Path, names: list[str], columns: dict, optional: dict, rest, report: Report
+                    ) -> list:
     """(name, type) by which each column is read, None where it is not; InputError where one is missing or
     occurs twice."""
     known = {name.lower(): (name, kind) for name, kind in (optional | columns).items()}
-    chosen = [known.get(_called(name, names, report.columns), (name.strip(), rest) if rest and name.strip() else None)
-              for name in names]
-    report.unread |= dict.fromkeys(name.strip() for name, c in zip(names, chosen) if not c and name.strip())
-    found = [c[0] for c in chosen if c]
-    missing = [name for name in columns if name not in found]
-    if missing:
+    own = [name.strip() for name in names]
+    chosen = [known.get(_called(name, own, report.columns), (name, rest) if rest and name else None)
+              for name in own]
+    report.unread |= dict.fromkeys(name for name, c in zip(own, chosen) if name and not c)
+    found = Counter(c[0] for c in chosen if c)
+    if missing := [name for name in columns if name not in found]:
         raise InputError(f"{path}: no column {missing[0]} (it has {', '.join(names[:8])}); rename or add it")
-    twice = [name for name, count in Counter(found).items() if count > 1]
-    if twice:
+    if twice := [name for name, count in found.items() if count > 1]:
         raise InputError(f"{path}: column {twice[0]} occurs twice; keep one")
     return chosen
 
@@ -308,14 +318,15 @@ def _records(path: Path) -> list[tuple[str, bytes]]:
     with _Unpacked(path) as unpacked, tarfile.open(fileobj=unpacked, mode="r:") as archive:
         for member in archive:
             inside = Path(member.name)
-            plain = member.isdir() or member.isfile() and not member.issparse()  # holes take no room in the archive
+            # The holes of a sparse file take no room in the archive.
+            plain = member.isdir() or member.isfile() and not member.issparse()
             if not plain or inside.is_absolute() or ".." in inside.parts:
-                raise InputError(f"{path}: member {member.name} is a link, a device, a sparse file or leaves the "
-                                 "folder; download the archive again")
+                raise InputError(f"{path}: member {member.name} is a link, a device, a sparse file or leaves "
+                                 "the folder; download the archive again")
             if member.size > _RECORD_BYTES or member.offset > _ARCHIVE_BYTES:
-                raise InputError(f"{path}: member {member.name} of {member.size:,} bytes, {member.offset:,} bytes into "
-                                 "the archive, is too large for a record; download the archive again, or pack records "
-                                 "alone")
+                raise InputError(f"{path}: member {member.name} of {member.size:,} bytes, {member.offset:,} "
+                                 "bytes into the archive, is too large for a record; download the archive "
+                                 "again, or pack records alone")
             if member.isfile() and inside.suffix in (".txt", ".psv") and inside.name[0] != ".":
                 records.append((inside.name, archive.extractfile(member).read()))
     if not records:
@@ -331,7 +342,7 @@ def _streams(path: Path):
     elif path.suffix == ".zip":
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
-                if not name.endswith("/") and not name.startswith("__MACOSX/"):  # no folder, nothing that a Mac adds
+                if not name.endswith("/") and not name.startswith("__MACOSX/"):  # a folder, what a Mac adds
                     with archive.open(name) as file:
                         yield path, file
     else:
@@ -349,23 +360,26 @@ def _pieces(path: Path) -> Iterator[tuple[Path, bytes, int, bytes]]:
                 block = rest + block
                 if header is None:
                     if b"\n" not in block and len(block) > PART_BYTES // 2:
-                        raise InputError(f"{place} line 1: a header of more than {len(block):,} bytes; write the file "
-                                         "again")
+                        raise InputError(f"{place} line 1: a header of more than {len(block):,} bytes; "
+                                         "write the file again")
                     header, _, block = block.removeprefix(b"\xef\xbb\xbf").partition(b"\n")
                 cut = block.rfind(b"\n") + 1
                 if cut > PART_BYTES // 2:
-                    cut = block.index(b"\n", len(block[:cut].rstrip(b"\r\n"))) + 1  # blank lines may be the file's last
+                    # Blank lines may be the file's last.
+                    cut = block.index(b"\n", len(block[:cut].rstrip(b"\r\n"))) + 1
                     yield place, header, first, block[:cut]
-                    first, block = first + block.count(b"\n", 0, cut), block[cut:]
+                    first += block.count(b"\n", 0, cut)
+                    block = block[cut:]
                 rest = block
                 if len(rest) > PART_BYTES:
-                    raise InputError(f"{place} line {first + 2} or below: a line of more than {PART_BYTES:,} bytes, or "
-                                     "as many blank ones; write the file again")
+                    raise InputError(f"{place} line {first + 2} or below: a line of more than "
+                                     f"{PART_BYTES:,} bytes, or as many blank ones; write the file again")
             if header is None:
                 raise InputError(f"{place}: an empty file; write it again, or remove it")
             rest = rest.rstrip(b"\r\n")
             yield place, header, first, rest + b"\n" if rest else b""
-    except (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error, RuntimeError) as error:
+    except (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error,
+            RuntimeError) as error:
         raise InputError(f"{path}: damaged archive ({error}); write or download it again") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}); correct its path or "
@@ -391,7 +405,8 @@ def _csv_tables(paths, columns, optional, rest, report) -> Iterator[Table]:
             header, (names, separator) = line.rstrip(), _header(line, place)
             chosen = _choose_columns(place, names, columns, optional, rest, report)
         if line.rstrip() != header:
-            raise InputError(f"{place} line 1: other columns than in {paths[0].name}; give all files one header")
+            raise InputError(f"{place} line 1: other columns than in {paths[0].name}; give all files one "
+                             "header")
         held.append((place, first, body))
         size += len(body)
         if size > PART_BYTES // 2:
@@ -408,53 +423,53 @@ def _parse(held, separator, chosen, report) -> Table:
     source = b"".join(bodies)
     wanted = dict(c for c in chosen if c)
     places = [c[0] if c else f"ignored {i}" for i, c in enumerate(chosen)]
-    missing = {name: _QUIET if wanted.get(name) in _NUMBERS else [""] for name in places}
-
-    def parse(number, decimal="."):
-        return pd.read_csv(io.BytesIO(source), header=None, names=places, sep=separator, na_values=missing,
-                           keep_default_na=False, skip_blank_lines=False, index_col=False, decimal=decimal,
-                           dtype={name: number if wanted.get(name) in _NUMBERS else object for name in places},
-                           usecols=[name for name in places if name in wanted])
+    numeric = [wanted.get(name) in _NUMBERS for name in places]
+    missing = {name: _QUIET if is_number else [""] for name, is_number in zip(places, numeric)}
+    where = f"{paths[0]}{' or a file beside it' * (len(paths) > 1)}"
     try:
         if _rows_in_doubt(source, separator, len(places)):
             _blame_row(table, source.decode(), separator, len(places))
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)
-            for number, mark in ((float, "."), (float, ","), (object, ".")):
+            for kind, mark in ((float, "."), *[(float, ",")] * (separator == ";"), (object, ".")):
                 try:
-                    if mark == "." or separator == ";":
-                        frame = parse(number, mark)
-                        break
-                except UnicodeDecodeError:
-                    raise
+                    frame = pd.read_csv(
+                        io.BytesIO(source), header=None, names=places, sep=separator, na_values=missing,
+                        keep_default_na=False, skip_blank_lines=False, index_col=False, decimal=mark,
+                        dtype=dict(zip(places, np.where(numeric, kind, object))), usecols=list(wanted))
+                    break
                 except (ValueError, OverflowError):  # some cell is no number
-                    if number is object:
+                    if kind is object:
                         raise
     except UnicodeDecodeError:
-        raise InputError(f"{paths[0]}{' or a file beside it' * (len(paths) > 1)}: not UTF-8 text; save it with that "
-                         "encoding") from None
+        raise InputError(f"{where}: not UTF-8 text; save it with that encoding") from None
     except pd.errors.EmptyDataError:
         frame = pd.DataFrame(columns=list(wanted), dtype=object)
     except (ValueError, OverflowError, csv.Error, pd.errors.ParserWarning) as error:
         raise InputError(f"{paths[0]}: {str(error).strip()}; mend the file") from None
     if len(frame) != rows.sum():
-        raise InputError(f"{paths[0]}{' or a file beside it' * (len(paths) > 1)}: a quoted cell holds a line break; "
-                         "remove it")
+        raise InputError(f"{where}: a quoted cell holds a line break; remove it")
     for name, kind in wanted.items():
         column = frame[name]
         if kind in _NUMBERS and column.dtype == float:
             _add_numbers(table, name, column.to_numpy(), kind)
-            if separator == ";" and (fraction := np.mod(column, 1) > 0).any():
-                report.marks.setdefault(mark, table.place(int(np.argmax(fraction))))
-        else:  # not dtype="category" above: pandas makes numbers of such categories where it can, of 007 and 7 one stay
+            if separator == ";":
+                _note_mark(table, mark, np.mod(column.to_numpy(), 1) > 0)
+        else:  # not dtype="category" above: pandas makes numbers of some categories, of 007 and 7 one stay
             _add_texts(table, name, *pd.factorize(column), kind, separator)
     return table
+
+
+def _note_mark(table: Table, mark: str, found: np.ndarray) -> None:
+    """Keep the place of the first number with this decimal mark."""
+    if found.any():
+        table.report.marks.setdefault(mark, table.place(int(np.argmax(found))))
 
 
 def _add_numbers(table: Table, name: str, numbers: np.ndarray, kind) -> None:
     """A column of numbers; times are rounded once, and here only."""
     if kind in (TIME, HOURS):
-        if numbers.dtype.kind == "f" and numbers.itemsize < 8:  # the decimal that was written: 10.1, not 10.10000038
+        if numbers.dtype.kind == "f" and numbers.itemsize < 8:  # as it was written: 10.1, not 10.10000038
             numbers, place = np.unique(numbers, return_inverse=True)
             numbers = numbers.astype(str).astype(float)[place]
         numbers = rounded(numbers * (60.0 if kind == HOURS else 1.0))
@@ -477,7 +492,8 @@ def _blame_row(table: Table, source: str, separator: str, width: int) -> None:
         if reader.line_num != row + 1:
             raise InputError(f"{table.place(row)}: a quoted cell holds a line break; remove it")
         if len(cells) != width:
-            raise InputError(f"{table.place(row)}: {len(cells)} cells where the columns are {width}; mend the line")
+            raise InputError(f"{table.place(row)}: {len(cells)} cells where the columns are {width}; mend "
+                             "the line")
 
 
 def _add_texts(table: Table, name: str, codes: np.ndarray, texts, kind, separator=",", limit=2.0**53) -> None:
@@ -485,52 +501,59 @@ def _add_texts(table: Table, name: str, codes: np.ndarray, texts, kind, separato
 
     codes [rows] into texts, -1: none. limit: from which on a float of the source does not hold every whole
     number."""
+    def each(values, none=None) -> np.ndarray:  # of each text -> [rows]
+        return np.array([*values, none], dtype=object if none is None else None)[codes]
+
+    def series(values) -> pd.Series:  # with a missing one, at -1
+        return pd.Series([*values, None], dtype=object)
+
     texts = [str(text).strip() for text in texts]
     first = next((text for text in texts if text not in MISSING), "")
-    if kind in (str, ID):
-        missing = MISSING if kind == ID else NAMELESS
-        place, names = pd.factorize(np.array([plain_name(text, missing) for text in texts] + [None], dtype=object))
+    if kind in (str, ID, OWNER):
+        missing = NAMELESS if kind is str else MISSING
+        place, names = pd.factorize(series(plain_name(text, missing) for text in texts))
         table.columns[name] = pd.Categorical.from_codes(place[codes], names)
-        lost = np.array([_inexact(text, limit) for text in texts] + [False])
-        table.refuse(name, lost[codes], f", a float of so many digits that other {name}s may have become the same; "
-                                        "write whole numbers or text")
+        table.refuse(name, each((_inexact(text, limit) for text in texts), False),
+                     f", a float of so many digits that other {name}s may have become the same; write whole "
+                     "numbers or text")
+        if kind == ID:
+            table.refuse(name, place[codes] < 0, "; name the stay or remove the line")
         return
-    empty = np.array([text in MISSING for text in texts] + [True])[codes]
-    table.columns[name] = np.array([*texts, None], dtype=object)[codes]  # what `Table.refuse` shows
+    empty = each((text in MISSING for text in texts), True)
+    table.columns[name] = each(texts)  # what `Table.refuse` shows
     if kind is np.datetime64 or kind == TIME and _DATE.match(first):
-        time = pd.to_datetime(pd.Series([*texts, None], dtype=object), format="ISO8601", errors="coerce", utc=True)
-        time = time.to_numpy("datetime64[us]")[codes]
-        table.refuse(name, np.isnat(time) & ~empty, ", not a time like 2150-03-01 12:00:00; mend the line")
-        table.columns[name] = time
+        times = pd.to_datetime(series(texts), format="ISO8601", errors="coerce", utc=True)
+        times = times.to_numpy("datetime64[us]")[codes]
+        table.refuse(name, np.isnat(times) & ~empty, ", not a time like 2150-03-01 12:00:00; mend the line")
+        table.columns[name] = times
         return
+    beyond = [None] * len(texts)
     if kind == TIME and _DURATION.match(first):
-        number = pd.to_timedelta(pd.Series([*texts, None], dtype=object), errors="coerce") / pd.Timedelta(minutes=1)
-        beyond = [None] * len(texts)
+        number = pd.to_timedelta(series(texts), errors="coerce") / pd.Timedelta(minutes=1)
     else:
         plain = texts
         if separator == ";":
             for mark, form in ((",", _COMMA), (".", _POINT)):
-                found = np.array([*map(bool, map(form.fullmatch, texts)), False])[codes]
-                if found.any():
-                    table.report.marks.setdefault(mark, table.place(int(np.argmax(found))))
+                _note_mark(table, mark, each(map(bool, map(form.fullmatch, texts)), False))
             plain = [text.replace(",", ".") for text in texts]
-        beyond = [kind in (VALUE, ANY) and BEYOND.fullmatch(text) for text in plain]
+        if kind in (VALUE, ANY):
+            beyond = list(map(BEYOND.fullmatch, plain))
         plain = [b[1] if b else TRUTH.get(text.lower(), text) for text, b in zip(plain, beyond)]
-        number = pd.to_numeric(pd.Series([*plain, None], dtype=object), errors="coerce")
+        number = pd.to_numeric(series(plain), errors="coerce")
     number = number.to_numpy(float)[codes]
     wrong = np.isnan(number) & ~empty
-    comma = wrong & np.array([*(bool(_COMMA.fullmatch(text)) for text in texts), False])[codes]
-    table.refuse(name, comma, ", with a decimal comma or a comma between thousands; write a decimal point, or save the "
-                              "table with semicolons between its columns")
+    comma = wrong & each(map(bool, map(_COMMA.fullmatch, texts)), False)
+    table.refuse(name, comma, ", with a decimal comma or a comma between thousands; write a decimal point, "
+                              "or save the table with semicolons between its columns")
     if kind == ANY:
-        place, names = pd.factorize(np.array([*texts, None], dtype=object))
+        place, names = pd.factorize(series(texts))
         table.texts[name] = pd.Categorical.from_codes(np.where(wrong, place[codes], -1), names)
     else:
         table.refuse(name, wrong & ~comma, ", not a number; mend or remove the line")
     table.note("values beyond a measuring range (>100, <0.5), entered as their bound",
-               np.array([*map(bool, beyond), False])[codes] & ~wrong)
-    odd = np.array([text in MISSING and text not in _QUIET for text in texts] + [False])
-    table.note(r"cells of \N, <NA>, #N/A, n/a, NaT or . where a number is due, read as missing", odd[codes])
+               each(map(bool, beyond), False) & ~wrong)
+    table.note(r"cells of \N, <NA>, #N/A, n/a, NaT or . where a number is due, read as missing",
+               each((text in MISSING and text not in _QUIET for text in texts), False))
     _add_numbers(table, name, number, kind)
 
 
@@ -567,41 +590,16 @@ def _parquet_tables(paths, columns, optional, rest, report) -> Iterator[Table]:
             names, first = file.schema_arrow.names, 0
             chosen = _choose_columns(path, names, columns, optional, rest, report)
             wanted = {own: c for own, c in zip(names, chosen) if c}
-            empty = [RecordBatch.from_pylist([], schema=file.schema_arrow)]  # no row, yet its columns are checked
-            for batch in file.iter_batches(PART_ROWS, columns=list(wanted)) if file.metadata.num_rows else empty:
+            batches = file.iter_batches(PART_ROWS, columns=list(wanted))
+            if not file.metadata.num_rows:  # its columns are checked nevertheless
+                batches = [RecordBatch.from_pylist([], schema=file.schema_arrow)]
+            for batch in batches:
                 table = Table(report, [path], [first], np.array([batch.num_rows]), {})
                 for own, (name, kind) in wanted.items():
-                    _add_parquet_column(table, own, name, batch[own], kind)
+                    column = batch[own].to_pandas(date_as_object=False, integer_object_nulls=True)
+                    _add_column(table, name, kind, column, f"{path}: column {own} holds {batch[own].type}")
                 yield table
                 first += batch.num_rows
-
-
-def _add_parquet_column(table: Table, own: str, name: str, column, kind) -> None:
-    from pyarrow import DictionaryArray, duration, float64, int64, timestamp, types
-    type_ = column.type
-    kinds = (types.is_integer, types.is_floating, types.is_boolean, types.is_decimal, types.is_null)
-    number = any(of_kind(type_) for of_kind in kinds)
-    clock = types.is_timestamp(type_) or types.is_date(type_)
-    text = types.is_string(type_) or types.is_large_string(type_) or types.is_dictionary(type_)
-    short = types.is_floating(type_) and type_.bit_width < 64
-    if kind in _NUMBERS and number:
-        column = column if short else column.cast(float64(), safe=False)
-        _add_numbers(table, name, column.to_numpy(zero_copy_only=False), kind)
-    elif kind == TIME and types.is_duration(type_):
-        microseconds = column.cast(duration("us"), safe=False).cast(int64()).cast(float64())
-        table.columns[name] = microseconds.to_numpy(zero_copy_only=False) / MINUTE
-    elif kind in (np.datetime64, TIME) and (clock or types.is_null(type_)):
-        time = column.cast(timestamp("us"), safe=False).to_numpy(zero_copy_only=False)
-        table.columns[name] = time.astype("datetime64[us]")
-    elif text or kind in (str, ID) and number:
-        column = column if isinstance(column, DictionaryArray) else column.dictionary_encode()
-        codes = column.indices.fill_null(-1).to_numpy(zero_copy_only=False)
-        limit = _WHOLE_NUMBERS[type_.bit_width] if short else 2.0**53
-        _add_texts(table, name, codes, column.dictionary.to_pylist(), kind, limit=limit)
-    else:
-        expected = {str: "text or whole numbers", ID: "text or whole numbers", np.datetime64: "timestamps"}
-        raise InputError(f"{table.paths[0]}: column {own} holds {type_} where {expected.get(kind, 'numbers')} belong; "
-                         "convert it")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -625,30 +623,39 @@ def frame_tables(frame: pd.DataFrame, name: str, columns: dict, optional: dict =
     path, report = Path(name), report or Report()
     table = FrameTable(report, [path], [0], np.array([len(frame)]), {})
     chosen = _choose_columns(path, [str(column) for column in frame.columns], columns, optional, None, report)
-    for place, column in enumerate(chosen):
-        if column:
-            _add_frame_column(table, *column, frame.iloc[:, place])
+    for place, wanted in enumerate(chosen):
+        if wanted:
+            column = frame.iloc[:, place]
+            _add_column(table, *wanted, column, f"{name}: column {wanted[0]} holds {column.dtype}")
     yield table
     report.note_unread(name)
     report.settle()
 
 
-def _add_frame_column(table: Table, name: str, kind, column: pd.Series) -> None:
-    if column.dtype == object or isinstance(column.dtype, pd.CategoricalDtype):
-        column = column.astype(object).infer_objects()
+def _add_column(table: Table, name: str, kind, column: pd.Series, held: str) -> None:
+    """A column of typed cells. Raises InputError, which begins with `held`, where cells of this type make no
+    column of this kind."""
     types = pd.api.types
+    if isinstance(column.dtype, pd.CategoricalDtype) and not types.is_string_dtype(column.cat.categories):
+        column = column.astype(object)
+    if column.dtype == object:
+        column = column.infer_objects()
     clock = types.is_datetime64_any_dtype(column.dtype)
+    duration = types.is_timedelta64_dtype(column.dtype)
+    first = next(iter(column.dropna()), "") if column.dtype == object else ""
     if kind in _NUMBERS and types.is_numeric_dtype(column.dtype):
         plain = isinstance(column.dtype, np.dtype)
-        _add_numbers(table, name, column.to_numpy() if plain else column.to_numpy(float, na_value=np.nan), kind)
+        numbers = column.to_numpy() if plain else column.to_numpy(float, na_value=np.nan)
+        _add_numbers(table, name, numbers, kind)
     elif kind in (np.datetime64, TIME) and clock:
         column = column.dt.tz_convert("UTC").dt.tz_localize(None) if column.dt.tz else column
         table.columns[name] = column.to_numpy("datetime64[us]")
-    elif kind == TIME and types.is_timedelta64_dtype(column.dtype):
+    elif kind == TIME and duration:
         _add_numbers(table, name, (column / pd.Timedelta(minutes=1)).to_numpy(float), kind)
-    elif clock or types.is_timedelta64_dtype(column.dtype):
-        expected = {str: "text or whole numbers", ID: "text or whole numbers"}.get(kind, "numbers")
-        raise InputError(f"{table.paths[0]}: column {name} holds {column.dtype} where {expected} belong; convert it")
+    elif clock or duration or isinstance(first, (bytes, time, list, dict, np.ndarray)):
+        due = dict.fromkeys(_NUMBERS, "numbers") | {np.datetime64: "timestamps"}
+        due = due.get(kind, "text or whole numbers")
+        raise InputError(f"{held} where {due} belong; convert it")
     else:
         short = types.is_float_dtype(column.dtype) and 8 * column.dtype.itemsize
         try:
@@ -692,8 +699,8 @@ def clear_write_error(path, mend: str = "free space or choose another folder"):
     except BrokenPipeError:  # see `runs.exit_code`
         raise
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error}); what was there before is untouched: "
-                         f"{mend}") from None
+        raise InputError(f"{path}: cannot be written ({error.strerror or error}); what was there before is "
+                         f"untouched: {mend}") from None
 
 
 def sync(path) -> None:
@@ -713,20 +720,25 @@ def open_cache(folder: Path) -> Cohort | None:
     length)."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in Cohort.ARRAYS}
+        arrays = _mapped(folder)
         if any(list(arrays[name].shape) != shape for name, shape in meta.pop("shapes").items()):
             return None
         return Cohort(**meta, **arrays)
     except (FileNotFoundError, NotADirectoryError, EOFError, ValueError, KeyError, TypeError):
         return None
     except OSError as error:
-        raise InputError(f"{folder}: the cache cannot be read ({error.strerror or error}); name another place with "
-                         "--cache_dir") from None
+        raise InputError(f"{folder}: the cache cannot be read ({error.strerror or error}); name another "
+                         "place with --cache_dir") from None
+
+
+def _mapped(folder: Path) -> dict[str, np.ndarray]:
+    """The arrays of a cache, memory-mapped."""
+    return {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in Cohort.ARRAYS}
 
 
 def of_others(folder: Path) -> bool:
     """Whether somebody else than the user or root owns this folder, or the link that stands for it."""
-    return os.path.exists(folder) and not {os.stat(folder).st_uid, os.lstat(folder).st_uid} <= {os.geteuid(), 0}
+    return os.path.exists(folder) and not {folder.stat().st_uid, folder.lstat().st_uid} <= {os.geteuid(), 0}
 
 
 @contextmanager
@@ -776,7 +788,8 @@ def write_cache(folder: Path, parts: Iterable[Cohort]) -> None:
     with scratch(folder.parent) as temporary:
         headers, notes, examples = {}, Counter(), {}
         with ExitStack() as stack:
-            files = {name: stack.enter_context(open(temporary / f"{name}.npy", "wb")) for name in Cohort.ARRAYS}
+            files = {name: stack.enter_context(open(temporary / f"{name}.npy", "wb"))
+                     for name in Cohort.ARRAYS}
             for part, rows in pieces(parts):
                 notes.update(part.notes)
                 examples |= part.examples
@@ -791,8 +804,7 @@ def write_cache(folder: Path, parts: Iterable[Cohort]) -> None:
             for name, header in headers.items():  # NumPy leaves room in a header for the rows to grow
                 files[name].seek(0)
                 np.lib.format.write_array_header_1_0(files[name], header)
-        cohort = replace(part, notes=dict(notes), examples=examples,
-                         **{name: np.load(temporary / f"{name}.npy", mmap_mode="r") for name in Cohort.ARRAYS})
+        cohort = replace(part, notes=dict(notes), examples=examples, **_mapped(temporary))
         cohort.fingerprint = cohort.digest()
         meta = {f.name: getattr(cohort, f.name) for f in fields(Cohort) if f.name not in Cohort.ARRAYS}
         meta["shapes"] = {name: list(header["shape"]) for name, header in headers.items()}
@@ -811,5 +823,6 @@ def cache_home() -> Path:
         home = os.environ.get("XDG_CACHE_HOME") or (
             Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache"))
     except RuntimeError:
-        raise InputError("this user has no home folder to keep what was read; name a place with --cache_dir") from None
+        raise InputError("this user has no home folder to keep what was read; name a place with --cache_dir"
+                         ) from None
     return Path(home) / "seqsetvae"

@@ -21,7 +21,8 @@ from data import (MINUTE, Cohort, InputError, at_end, labelled_points, ranges, s
                   subjects_with_label, with_points)
 from metrics import (CHECKPOINT, Points, best_shares, best_utility_threshold, hours_since_onset,
                      of_challenge_2019, score_figures, sepsis_figures)
-from tables import HOURS, ID, MISSING, TIME, Report, Table, column_names, plain_name, read_table, some
+from tables import (HOURS, ID, MISSING, OWNER, TIME, Report, Table, column_names, of_each, plain_name,
+                    read_table, some)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -42,15 +43,21 @@ def read_map(path: Path) -> dict:
     """variable -> (name, factor, offset), of a CSV source,name,factor and perhaps offset: value * factor +
     offset is what enters."""
     table = read_table([path], {"source": str, "name": str, "factor": float}, {"offset": float})
-    source, name, factor = table["source"], table["name"], table["factor"]
-    offset = table["offset"] if "offset" in table else np.zeros(len(factor))
-    table.refuse("source", (source.codes < 0) | pd.Series(source.codes).duplicated().to_numpy(),
-                 ", where each line names another variable; mend or remove the line")
+    source, name, factor = _named_once(table, "source"), table["name"], table["factor"]
+    offset = table.columns.get("offset", np.zeros(len(factor)))
     table.refuse("name", name.codes < 0, "; give the name that the variable takes")
     table.refuse("factor", ~np.isfinite(factor), "; give 1 where the unit stays")
     table.refuse("offset", np.isinf(offset), "; give 0 where there is none")
     table.report.settle()
     return dict(zip(source, zip(name, factor.tolist(), np.nan_to_num(offset).tolist())))
+
+
+def _named_once(table: Table, column: str) -> pd.Index:
+    """[rows] the variable that each row names; none, or one named before, is refused."""
+    names = pd.Index(of_each(table[column], str, None), dtype=object)
+    table.refuse(column, names.isna() | names.duplicated(),
+                 ", where each line names another variable; mend or remove the line")
+    return names
 
 
 class _NumberType:
@@ -74,15 +81,15 @@ class _PlainUnpickler(pickle.Unpickler):
     """Admits containers, strings, numbers and NumPy scalars, the last by stand-ins: nothing that the file
     names is imported or called."""
 
-    _STAND_INS = {("numpy", "dtype"): _NumberType, ("numpy._core.multiarray", "scalar"): _NumberType.scalar,
-                  ("numpy.core.multiarray", "scalar"): _NumberType.scalar, ("_codecs", "encode"): lambda text,
-                  _: text.encode("latin1")}
+    _STAND_INS = {"numpy.dtype": _NumberType, "numpy.multiarray.scalar": _NumberType.scalar,
+                  "_codecs.encode": lambda text, _: text.encode("latin1")}
 
     def find_class(self, module, name):
-        try:
-            return self._STAND_INS[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}") from None
+        wanted = f"{module}.{name}"
+        plain = re.sub(r"^numpy\._?core\.", "numpy.", wanted)  # NumPy 2 and 1
+        if plain not in self._STAND_INS:
+            raise pickle.UnpicklingError(f"it asks for {wanted}")
+        return self._STAND_INS[plain]
 
 
 def read_statistics(path: Path) -> pd.DataFrame:
@@ -104,12 +111,9 @@ def read_statistics(path: Path) -> pd.DataFrame:
             raise InputError(f"{path}: std of {given.index[given['std'] < 0][0]} is negative; mend it")
     elif path.suffix == ".csv":
         table = read_table([path], {"variable": str, "mean": float, "std": float})
-        names = pd.Index(table["variable"])
-        table.refuse("variable", names.isna() | names.duplicated(),
-                     ", where each line names another one; mend or remove the line")
+        given = pd.DataFrame({"mean": table["mean"], "std": table["std"]}, _named_once(table, "variable"))
         table.refuse("std", table["std"] < 0, ", below 0; mend the line")
         table.report.settle()
-        given = pd.DataFrame({"mean": table["mean"], "std": table["std"]}, index=names.astype(object))
     else:
         raise InputError(f"{path}: statistics of this kind are not read; give .csv with variable,mean,std or "
                          ".pkl")
@@ -121,16 +125,14 @@ def read_vectors(path: Path) -> pd.DataFrame:
     """One vector a variable: `Key`, then a column each dimension. A column without a name (a row number that
     pandas wrote) is none."""
     table = read_table([path], {"Key": str}, rest=float)
-    names = pd.Index(table["Key"])
-    table.refuse("Key", names.isna() | names.duplicated(),
-                 ", where each line names another variable; mend or remove the line")
+    names = _named_once(table, "Key")
     columns = {name: column for name, column in table.columns.items() if name != "Key"}
     if not columns:
         raise InputError(f"{path}: no column beside Key; add one for each dimension")
     for name, column in columns.items():
         table.refuse(name, ~np.isfinite(column), ", not finite; mend the line")
     table.report.settle()
-    return pd.DataFrame(columns, index=names.astype(object), dtype=np.float32)
+    return pd.DataFrame(columns, names, dtype=np.float32)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -147,10 +149,8 @@ SPLIT_WORDS = {"train": 0, "valid": 1, "val": 1, "validation": 1, "dev": 1, "tun
 
 
 def _split_codes(table: Table) -> np.ndarray:
-    """[rows] code of column `split`, None where it is empty."""
-    split = table["split"]
-    codes = np.array([SPLIT_WORDS.get(word.lower(), -1) for word in split.categories] + [None],
-                     dtype=object)[split.codes]
+    """[rows] code of column `split`; None where it is empty."""
+    codes = of_each(table["split"], lambda word: SPLIT_WORDS.get(word.lower(), -1), None)
     table.refuse("split", codes == -1,
                  "; it is one of train, valid, test (or val, validation, dev, tuning, held_out)")
     return codes
@@ -166,8 +166,7 @@ def _one_of(path: Path, names, wanted) -> str:
 
 def _told(table: Table, ids: np.ndarray, column: str, value) -> pd.Series:
     """What a column says of each id, empty cells aside; two things of one are wrong."""
-    said = pd.DataFrame({"id": ids, "value": value}).dropna()
-    said = said[~said.duplicated()]
+    said = pd.DataFrame({"id": ids, "value": value}).dropna().drop_duplicates()
     again = said["id"].duplicated()
     rows = np.isin(np.arange(len(ids)), said.index[again])
     table.refuse(column, rows,
@@ -175,14 +174,10 @@ def _told(table: Table, ids: np.ndarray, column: str, value) -> pd.Series:
     return said[~again].set_index("id")["value"]
 
 
-def _noted(cohort: Cohort, report: Report) -> Cohort:
-    return replace(cohort, notes=cohort.notes | report.counts, examples=cohort.examples | report.examples)
-
-
 def with_splits(cohort: Cohort, told: pd.Series) -> Cohort:
     """The cohort with the split of these ids; a stay that is not told of belongs to none."""
     split = told.reindex(cohort.stay_id, fill_value=-1).to_numpy(np.int8)
-    return replace(cohort, split=split, notes=cohort.notes | {
+    return replace(cohort, split=split).noting({
         "stays without a split (neither trained on nor scored)": int((split < 0).sum()),
         "splits of no stay with a usable event": int((~told.index.isin(cohort.stay_id)).sum())})
 
@@ -191,25 +186,18 @@ def read_splits(files: list[Path], own: dict = {}) -> pd.Series:
     """Split code by stay, of a file with an id and `split`; own: see `read_columns`."""
     id_column = _one_of(files[0], column_names(files[0], own), _IDS)
     table = read_table(files, {id_column: ID, "split": str}, report=Report(own))
-    table.refuse(id_column, table[id_column].codes < 0, "; name the stay or remove the line")
-    told = _told(table, _ids(table[id_column]), "split", _split_codes(table))
+    told = _told(table, of_each(table[id_column], str, None), "split", _split_codes(table))
     table.report.settle()
     return told
-
-
-def _ids(column: pd.Categorical) -> np.ndarray:
-    """[rows] ids, None where the cell is empty."""
-    return np.append(column.categories.to_numpy(object), None)[column.codes]
 
 
 def _labels(table: Table, name: str, positive: str | None) -> np.ndarray:
     """[rows] float labels, NaN where the cell is empty. positive: the word that is label 1; else they are 0
     and 1, or true and false."""
-    words = [word.lower() for word in table[name].categories]
     known = {"0": 0, "false": 0, "1": 1, "true": 1}
-    empty = [word.lower() in map(str.lower, MISSING) for word in words]
+    nothing = set(map(str.lower, MISSING))
     if positive is not None:
-        given = [word for word, none in zip(words, empty) if not none]
+        given = [word for word in map(str.lower, table[name].categories) if word not in nothing]
         positive = plain_name(positive, missing=[]).lower()
         if positive not in given and set(given) <= known.keys():
             table.note(f"labels that are 0 and 1, where the word {positive} is not looked for",
@@ -219,8 +207,8 @@ def _labels(table: Table, name: str, positive: str | None) -> np.ndarray:
                              "one of two words")
         else:
             known = {word: word == positive for word in given}
-    label = np.array([np.nan if none else known.get(word, -1) for word, none in zip(words, empty)] + [np.nan])
-    label = label[table[name].codes]
+    known |= dict.fromkeys(nothing, np.nan)
+    label = of_each(table[name], lambda word: known.get(word.lower(), -1), np.nan)
     table.refuse(name, label == -1,
                  ", not 0 or 1; mend the line, or say which word is positive with --positive WORD")
     return label
@@ -240,51 +228,49 @@ def with_labels(cohort: Cohort, files: list[Path], positive: str | None = None, 
     timed = next((name for name in _TIMES if name in names), None)
     times = [name for name, clock in names.items() if clock or _LIKE_A_TIME.search(name)]
     if not timed and times:
-        known = "prediction_time" if names[times[0]] else "hour"
+        unit = "prediction_time" if names[times[0]] else "hour"
         raise InputError(f"{files[0]}: its column {times[0]} looks like a time, of no known unit; call it "
-                         f"minute, hour or prediction_time, here or by --columns {known}={times[0]} "
+                         f"minute, hour or prediction_time, here or by --columns {unit}={times[0]} "
                          f"(other={times[0]}: not read)")
     columns = {id_column: ID, label_column: str} | ({timed: _TIMES[timed]} if timed else {})
-    optional = {name: kind for name, kind in (("split", str), ("subject_id", ID)) if name not in columns}
+    optional = {name: kind for name, kind in (("split", str), ("subject_id", OWNER)) if name not in columns}
     table = read_table(files, columns, optional, report=Report(own))
-    table.refuse(id_column, table[id_column].codes < 0, "; name the stay or remove the line")
-    ids, stays, label = _ids(table[id_column]), cohort.stay_id, _labels(table, label_column, positive)
-    subject = _told(table, ids, "subject_id", _ids(table["subject_id"])) if "subject_id" in table else None
-    split = _told(table, ids, "split", _split_codes(table)) if "split" in table else None
+    ids, label = of_each(table[id_column], str, None), _labels(table, label_column, positive)
+    subject = split = None
+    if (owner := table.columns.get("subject_id")) is not None:
+        subject = _told(table, ids, "subject_id", of_each(owner, str, None))
+    if "split" in table:
+        split = _told(table, ids, "split", _split_codes(table))
     if timed:
         table.refuse(timed, ~np.isfinite(table[timed]), "; give the time of the question")
     table.report.settle()
     if subject is not None:
-        subject = subject.reindex(stays)
+        subject = subject.reindex(cohort.stay_id)
         cohort = replace(cohort, subject=np.where(subject.isna(), cohort.subject, subject).astype(str))
     if split is not None:
         cohort = with_splits(cohort, split)
     if not points:
         return cohort
 
-    rows = pd.DataFrame({"id": ids, "label": label, "at": 0})
-    if timed:
-        rows["at"] = table[timed]
+    # [rows] the stay of each, -1: none of the cohort.
+    rows = pd.DataFrame({"stay": pd.Index(cohort.stay_id).get_indexer(ids), "id": ids, "label": label,
+                         "at": table[timed] if timed else 0})
     again = rows.duplicated().to_numpy()
     other = rows.duplicated(["id", "at"]).to_numpy() & ~again
-    table.refuse(id_column, other,
-                 f", labelled twice and not alike ({some(rows['id'][other].unique())}); keep one line of "
-                 "each")
+    table.refuse(id_column, other, f", labelled twice and not alike ({some(rows['id'][other].unique())}); "
+                                   "keep one line of each")
     table.report.settle()
     table.note("labels given more than once", again)
-    table.note("outcomes of no stay with a usable event", ~again & ~rows["id"].isin(stays).to_numpy())
-    rows = rows[~again].sort_values(["id", "at"])
-    asked, first, count = np.unique(rows["id"].to_numpy(str), return_index=True, return_counts=True)
-    place = pd.Index(asked).get_indexer(stays)  # [P] of each stay in `asked`, -1: nowhere
-    count = np.append(count, 0)[place]                                     # [P]
-    row = ranges(np.append(first, 0)[place], count)                        # [Q]
-    stay = np.repeat(np.arange(len(cohort)), count)
-    label, at = (rows[name].to_numpy()[row] for name in ("label", "at"))
+    strange = rows["stay"].to_numpy() < 0
+    table.note("outcomes of no stay with a usable event", strange & ~again)
+    rows = rows[~strange & ~again].sort_values(["stay", "at"])
+    stay, label, at = (rows[name].to_numpy() for name in ("stay", "label", "at"))                  # [Q]
+    count = np.bincount(stay, minlength=len(cohort))
     if not timed:
         answers = np.full(len(cohort), np.nan)
         answers[stay] = label
         table.report.counts["stays without an outcome (unlabelled)"] = int(np.isnan(answers).sum())
-        return at_end(_noted(cohort, table.report), answers)
+        return at_end(cohort.noting(table.report.counts, table.report.examples), answers)
     table.report.counts["stays without a question"] = int((count == 0).sum())
     if at.dtype.kind == "M":
         origin = np.array(cohort.origin)
@@ -299,7 +285,7 @@ def with_labels(cohort: Cohort, files: list[Path], positive: str | None = None, 
         at = since // MINUTE + since % MINUTE / MINUTE
     elif timed == "hour":
         at = at + cohort.admission[stay]
-    return with_points(_noted(cohort, table.report), count, at, label)
+    return with_points(cohort.noting(table.report.counts, table.report.examples), count, at, label)
 
 
 def telling_variables(cohort: Cohort, points: np.ndarray) -> dict[str, float]:

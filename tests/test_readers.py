@@ -348,7 +348,7 @@ def test_original_layout_in_parquet_equals_csv(original, tmp_path, load):
     ("oc.csv", "ts_id,in_hospital_mortality\n200001,1\n200001,0\n", "oc.csv line 3: ts_id is '200001', labelled twice"),
     ("oc.csv", "id,in_hospital_mortality\n200001,1\n", "oc.csv: no column stay_id or ts_id or RecordID or subject_id"),
     ("stats.csv", "variable,mean,std\nHR,1,1\nHR,1,1\n",
-     "stats.csv line 3: variable is 'HR', where each line names another one"),
+     "stats.csv line 3: variable is 'HR', where each line names another variable"),
     ("stats.csv", "variable,mean,std\nHR,1,-1\n", "stats.csv line 2: std is -1, below 0"),
     ("stats.csv", "variable,mean,std\nHR,one,1\n", "stats.csv line 2: mean is 'one', not a number"),
     ("cached.csv", "Key,0,1\nHR,1,2\nHR,1,2\n", "cached.csv line 3: Key is 'HR', where each line names another"),
@@ -824,10 +824,10 @@ def test_one_error_says_everything_that_is_wrong_with_its_number_and_first_place
         load(tmp_path)
     place = tmp_path / "events.csv"
     assert str(caught.value) == (
-        f"{place} line 4: minute is 'x', not a number; mend or remove the line (2 such rows). "
+        f"{place} line 3: stay_id is missing; name the stay or remove the line (2 such rows). "
+        f"Also: {place} line 4: minute is 'x', not a number; mend or remove the line (2 such rows). "
         f"Also: {place} line 5: value is '1,5', with a decimal comma or a comma between thousands; write a decimal "
         "point, or save the table with semicolons between its columns (2 such rows). "
-        f"Also: {place} line 3: stay_id is missing; name the stay or remove the line (2 such rows). "
         f"Also: {place} line 4: minute is missing; give minutes since admission, between -1e8 and 1e8 (190 years) "
         "(3 such rows)")
 
