@@ -6,6 +6,7 @@ is padded: a cohort is flat arrays and offsets. Nothing here knows of models, lo
 
 import hashlib
 import io
+from bisect import bisect_right
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Iterable
@@ -152,35 +153,34 @@ def met(counts: dict, examples: dict) -> list[str]:
 
 
 def build_cohort(reader, variables, stay, minute, variable, value, stay_id, answers=None, split=None,
-                 notes=None, set_key=None, statistics=None, vectors=None, subject=None, origin=None,
-                 offset=None, whole=False) -> Cohort:
+                 set_key=None, statistics=pd.DataFrame(columns=["mean", "std"]), vectors=pd.DataFrame(),
+                 subject=None, origin="NaT", offset=None, whole=False) -> Cohort:
     """Sort flat events into a `Cohort`. A set is all events of one stay at one minute. It is a multiset:
     duplicates are kept.
 
     Args:
         variables: [V] names.
         stay, minute, variable, value: [E] stay index, minutes, variable index and raw value of each event.
-        stay_id, split, subject, origin: [P]; None: unassigned, each stay a subject of its own, clock time
-            unknown.
+        stay_id, split, subject, origin: [P]; without the last three all are unassigned, each stay is a
+            subject of its own, clock times are unknown.
         answers: of each stay, see `answer_columns`.
         offset: [E] microseconds since the minute, -1 for static events, which come first (None: none).
         set_key: [E] number by which the source tells sets of one minute apart (None: it does not).
-        statistics, vectors: what the data give for variables, as DataFrames indexed by name (None: nothing).
+        statistics, vectors: what the data give for variables, as DataFrames indexed by name.
         whole: these are some stays of a larger cohort, whose vocabulary `variables` is, in order.
     Stays without any event are left out and counted in `notes`; the vocabulary keeps only variables that
     occur, sorted by name. Raises InputError when a stay id occurs twice.
     """
-    notes = dict(notes or {})
     stay_id = np.asarray(stay_id, dtype=str)
     ids, counts = np.unique(stay_id, return_counts=True)
     if len(ids) < len(stay_id):
         raise InputError(f"{reader}: stay {ids[counts > 1][0]} occurs more than once; give each stay an id "
                          "of its own")
-    split = np.full(len(stay_id), -1) if split is None else np.asarray(split)
+    split = np.broadcast_to(-1 if split is None else split, len(stay_id))
+    origin = np.broadcast_to(np.asarray(origin, "datetime64[us]"), len(stay_id))
 
     events = np.bincount(stay, minlength=len(stay_id))
     used = np.flatnonzero(events)
-    notes["stays without a usable event"] = len(stay_id) - len(used)
     if not len(used):
         raise InputError(f"{reader}: no usable event in any stay; check the files' columns and values")
     stay = (np.cumsum(events > 0) - 1)[stay]
@@ -205,29 +205,28 @@ def build_cohort(reader, variables, stay, minute, variable, value, stay_id, answ
     set_first = np.append(0, 1 + np.flatnonzero(np.any([key[1:] != key[:-1] for key in keys], axis=0)))
     stay_start = np.searchsorted(stay[set_first], np.arange(len(used) + 1)).astype(np.int64)
     names = [str(variables[i]) for i in present[order]]
+    minutes = minute[set_first].astype(np.float64)
     offset = np.zeros(0) if offset is None else np.maximum(offset, 0)
     subject = stay_id if subject is None else np.asarray(subject, dtype=str)
-    origin = np.full(len(stay_id), "NaT") if origin is None else np.asarray(origin)
     cohort = Cohort(
         reader=reader,
         variables=names,
         event_variable=rank[variable].astype(np.int16 if len(present) < 2**15 else np.int32),
         event_value=np.asarray(value, dtype=np.float32),
         set_start=np.append(set_first, len(stay)).astype(np.int64),
-        set_minute=minute[set_first].astype(np.float64),
+        set_minute=minutes,
         event_offset=offset.astype(np.int32 if set_key is None else np.int64),
         stay_start=stay_start,
         stay_id=stay_id[used],
         subject=subject[used],
-        origin=origin.astype("datetime64[us]")[used],
+        origin=origin[used],
         split=split[used].astype(np.int8),
         point_start=np.arange(len(used) + 1),
-        point_minute=minute[set_first][stay_start[1:] - 1].astype(np.float64),
+        point_minute=minutes[stay_start[1:] - 1],
         answers=answer_columns(answers, len(stay_id))[used],
-        statistics=(pd.DataFrame(columns=["mean", "std"]) if statistics is None else statistics)
-        .reindex(names).to_numpy(np.float32),
-        vectors=(pd.DataFrame() if vectors is None else vectors).reindex(names).to_numpy(np.float32),
-        notes=notes,
+        statistics=statistics.reindex(names).to_numpy(np.float32),
+        vectors=vectors.reindex(names).to_numpy(np.float32),
+        notes={"stays without a usable event": len(stay_id) - len(used)},
     )
     cohort.fingerprint = cohort.digest()
     return cohort
@@ -495,18 +494,6 @@ def variables_of(cohort: Cohort, stays: np.ndarray) -> np.ndarray:
     return np.flatnonzero(held)
 
 
-def _largest_cap(counts: np.ndarray, most: int) -> int:
-    """The largest c for which the sum of min(count, c) is at most `most` (at least 1)."""
-    ascending = np.sort(counts)
-    below = np.cumsum(ascending) - ascending                     # of the counts before
-    rest = np.arange(len(counts), 0, -1)
-    fits = np.flatnonzero(below + ascending * rest <= most)      # capped at this count, all fit
-    if len(fits) == len(counts):
-        return int(ascending[-1]) if len(counts) else 1
-    first = fits[-1] + 1 if len(fits) else 0
-    return max(1, int((most - below[first]) // rest[first]))
-
-
 TAIL, SKEWED, FAR, MOST_VALUES = .005, 1.5, 25, 2**24  # see `Normalizer.fit`
 
 
@@ -543,7 +530,10 @@ class Normalizer:
         counts = np.zeros(len(cohort.variables), dtype=np.int64)
         for variable, value in _events_of(cohort, stays):
             counts += np.bincount(variable[~np.isnan(value)], minlength=len(counts))
-        share = np.minimum(1, _largest_cap(counts, MOST_VALUES) / counts.clip(min=1))
+        # The largest cap under which all variables together keep at most MOST_VALUES.
+        cap = bisect_right(range(1, int(counts.max(initial=0)) + 1), MOST_VALUES,
+                           key=lambda cap: np.minimum(counts, cap).sum())
+        share = np.minimum(1, max(1, cap) / counts.clip(min=1))
         # The values of some stays by variable, where each variable begins.
         sorted_values, rng = [], np.random.default_rng(0)
         for variable, value in _events_of(cohort, stays):
@@ -700,8 +690,13 @@ def stays_with(cohort: Cohort, points: np.ndarray) -> np.ndarray:
 # The embedded synthetic cohort
 # ------------------------------------------------------------------------------------------------------------
 
+def _written(text: str) -> pd.DataFrame:
+    """A table by its first column."""
+    return pd.read_table(io.StringIO(text), sep=r"\s+", index_col=0)
+
+
 # The panel that each variable is charted with, and how it loads on the four organ processes.
-_SYNTHETIC_VARIABLES = pd.read_table(io.StringIO("""
+_SYNTHETIC_VARIABLES = _written("""
     variable     panel      mean   sd  circulation  lungs  kidneys  brain
     HR           vitals       86   12           .9     .3        0     .3
     SysBP        vitals      121   15          -.9      0        0      0
@@ -743,14 +738,20 @@ _SYNTHETIC_VARIABLES = pd.read_table(io.StringIO("""
     Albumin      liver         3   .5            0      0        0    -.5
     ALP          liver        90   35            0      0        0     .3
     Troponin     liver         1   .7           .8      0        0      0
-"""), sep=r"\s+", index_col="variable")
+""")
 
 
-# panel: (chance an hour at severity 0, added chance a unit of severity, chance that one variable of a drawn
-# panel is missing)
-_SYNTHETIC_PANELS = {"vitals": (.55, .15, .15), "neuro": (.2, .08, .3), "gas": (.06, .06, .1),
-                     "chemistry": (.07, .03, .1),
-                     "blood": (.06, .02, .15), "liver": (.02, .015, .25)}
+# The chance an hour at severity 0, the added chance a unit of severity, and the chance that one variable of a
+# drawn panel is missing.
+_SYNTHETIC_PANELS = _written("""
+    panel      chance  slope  missing
+    vitals        .55    .15      .15
+    neuro          .2    .08       .3
+    gas           .06    .06       .1
+    chemistry     .07    .03       .1
+    blood         .06    .02      .15
+    liver         .02   .015      .25
+""")
 _SYNTHETIC_HOURS = 48
 _SYNTHETIC_BLOCK = 1000  # stays
 SYNTHETIC_BYTES = 2500  # of a stay in the cache
@@ -809,7 +810,7 @@ def _synthetic_block(ids: list[str], rng: np.random.Generator) -> Cohort:
         recorded = rng.random(stays) > (.3 if name == "Height" else .03)
         add(everyone[recorded], np.zeros(recorded.sum()), names.index(name), x[recorded])
     baseline = rng.normal(0, .8, (stays, len(_SYNTHETIC_VARIABLES)))
-    for panel, (chance, slope, missing) in _SYNTHETIC_PANELS.items():
+    for panel, chance, slope, missing in _SYNTHETIC_PANELS.itertuples():
         s, hour = np.nonzero(rng.random(severity.shape) < (chance + slope * severity).clip(.01, .95))
         at = hour * 60 + 5 * rng.integers(0 if panel == "vitals" else 6, 12, len(s)) + (hour == 0) * 5
         for v, (home, mean, sd, *loading) in enumerate(_SYNTHETIC_VARIABLES.itertuples(index=False)):

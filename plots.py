@@ -184,8 +184,11 @@ def plot_trajectory(trajectory: dict, dataset, stay: int, threshold: float):
     most, low and high values marked; and beside them by how much each moves it."""
     moved = influence(trajectory)
     rows = moved[:MOST_ROWS][::-1]
-    last = max(trajectory["minute"]) - trajectory["admission"]
-    unit, length = ("hour", 60) if last < 21 * 1440 else ("day", 1440)
+    minute, begin = trajectory["minute"], trajectory["admission"]
+    if max(minute) < begin:  # all of it lies before minute 0
+        begin = min(minute)
+    span = max(max(minute) - begin, 60)
+    unit, length = ("hour", 60) if span < 21 * 1440 else ("day", 1440)
 
     def time(minutes):  # on the axis
         return (np.array(minutes) - trajectory["admission"]) / length
@@ -196,8 +199,8 @@ def plot_trajectory(trajectory: dict, dataset, stay: int, threshold: float):
     figure.suptitle(f"Stay {trajectory['stay']} ({LABEL_NAMES[trajectory['label']]})")
     corner.set_axis_off()
     draw_risk(risk, trajectory, time, threshold)
-    draw_events(chart, dataset, stay, rows.index, time)
-    chart.set(xlabel=f"{unit}s since admission", xlim=np.array([-.01, 1.01]) * max(last, 60) / length,
+    draw_events(chart, dataset, stay, rows.index, time, begin)
+    chart.set(xlabel=f"{unit}s since admission", xlim=time(begin + np.array([-.01, 1.01]) * span),
               ylabel=f"{len(rows)} of {len(moved)} variables")
     if trajectory["onset"] is not None:
         for ax in (risk, chart):
@@ -226,14 +229,14 @@ def draw_risk(ax, trajectory: dict, time, threshold: float) -> None:
     ax.set(ylabel="risk", ylim=0)
 
 
-def draw_events(ax, dataset, stay: int, rows: pd.Index, time) -> None:
-    """Draws the events of these variables from the admission on, each by how far its value lies from the
+def draw_events(ax, dataset, stay: int, rows: pd.Index, time, begin: float) -> None:
+    """Draws the events of these variables from minute `begin` on, each by how far its value lies from the
     mean."""
     cohort = dataset.cohort
     events = stay_event_index(cohort, np.array([stay]))
     minute = cohort.set_minute[np.searchsorted(cohort.set_start, events, side="right") - 1]
     row = rows.get_indexer(cohort.variables)[cohort.event_variable[events]]
-    events, minute, row = (x[(row >= 0) & (minute >= cohort.admission[stay])] for x in (events, minute, row))
+    events, minute, row = (x[(row >= 0) & (minute >= begin)] for x in (events, minute, row))
     z = dataset.normalizer(dataset.variable[cohort.event_variable[events]], cohort.event_value[events])
     for name, which, marker, color in (("1 sd below the mean or lower", z <= -1, "v", "#0072B2"),
                                        ("between, or no number", ~(abs(z) >= 1), ".", "#888888"),

@@ -139,16 +139,14 @@ class Table:
 
     report: Report
     paths: list[Path]  # of each piece
-    first: list[int]   # the number of each piece's first row in its file
+    first: list[int]   # the number of each piece's first row in its file, or of its line in a text
     rows: np.ndarray   # [pieces] rows of each
     columns: dict
+    counted: str       # what is numbered: line or row
     texts: dict = field(default_factory=dict)  # of a column of type ANY: pd.Categorical of what is no number
 
     def __getitem__(self, name: str):
         return self.columns[name]
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.columns
 
     @property
     def file(self) -> np.ndarray:
@@ -156,11 +154,9 @@ class Table:
         return np.repeat(np.arange(len(self.paths)), self.rows)
 
     def place(self, row: int) -> str:
-        """File and line (in Parquet: row) of a row, counted from 1."""
+        """File and line or row of this row, the table's first being 0."""
         piece = int(np.searchsorted(np.cumsum(self.rows), row, side="right"))
-        row += self.first[piece] - int(self.rows[:piece].sum())
-        path = self.paths[piece]
-        return f"{path} row {row + 1}" if path.suffix == ".parquet" else f"{path} line {row + 2}"
+        return f"{self.paths[piece]} {self.counted} {row + self.first[piece] - int(self.rows[:piece].sum())}"
 
     def note(self, reason: str, noted: np.ndarray, row: np.ndarray | slice = slice(None)) -> None:
         """Count the events of a mask, and keep the place of the first. row: the row of each event (all: they
@@ -246,7 +242,7 @@ def read_table(paths: list[Path], columns: dict, optional: dict = {}, rest=None,
         join = pd.api.types.union_categoricals if isinstance(column, pd.Categorical) else np.concatenate
         columns[name] = join([part[name] for part in parts])
     return Table(parts[0].report, sum((t.paths for t in parts), []), sum((t.first for t in parts), []),
-                 np.concatenate([t.rows for t in parts]), columns)
+                 np.concatenate([t.rows for t in parts]), columns, parts[0].counted)
 
 
 def tables(paths: list[Path], columns: dict, optional: dict = {}, rest=None,
@@ -351,11 +347,11 @@ def _streams(path: Path):
 
 
 def _pieces(path: Path) -> Iterator[tuple[Path, bytes, int, bytes]]:
-    """Yield (path, header, number of the first row, rows) of a file's texts, whole lines of at most about
-    `PART_BYTES`."""
+    """Yield (path, header, number of the first row's line, rows) of a file's texts, whole lines of at most
+    about `PART_BYTES`."""
     try:
         for place, file in _streams(path):
-            header, first, rest = None, 0, b""
+            header, first, rest = None, 2, b""
             while block := file.read(PART_BYTES):
                 block = rest + block
                 if header is None:
@@ -372,7 +368,7 @@ def _pieces(path: Path) -> Iterator[tuple[Path, bytes, int, bytes]]:
                     block = block[cut:]
                 rest = block
                 if len(rest) > PART_BYTES:
-                    raise InputError(f"{place} line {first + 2} or below: a line of more than "
+                    raise InputError(f"{place} line {first} or below: a line of more than "
                                      f"{PART_BYTES:,} bytes, or as many blank ones; write the file again")
             if header is None:
                 raise InputError(f"{place}: an empty file; write it again, or remove it")
@@ -419,7 +415,7 @@ def _csv_tables(paths, columns, optional, rest, report) -> Iterator[Table]:
 def _parse(held, separator, chosen, report) -> Table:
     paths, first, bodies = map(list, zip(*held))
     rows = np.array([body.count(b"\n") for body in bodies])
-    table = Table(report, paths, first, rows, {})
+    table = Table(report, paths, first, rows, {}, "line")
     source = b"".join(bodies)
     wanted = dict(c for c in chosen if c)
     places = [c[0] if c else f"ignored {i}" for i, c in enumerate(chosen)]
@@ -587,17 +583,17 @@ def _parquet_tables(paths, columns, optional, rest, report) -> Iterator[Table]:
     for path in paths:
         with _open_parquet(path) as file:
             from pyarrow import RecordBatch
-            names, first = file.schema_arrow.names, 0
+            names, first = file.schema_arrow.names, 1
             chosen = _choose_columns(path, names, columns, optional, rest, report)
             wanted = {own: c for own, c in zip(names, chosen) if c}
             batches = file.iter_batches(PART_ROWS, columns=list(wanted))
             if not file.metadata.num_rows:  # its columns are checked nevertheless
                 batches = [RecordBatch.from_pylist([], schema=file.schema_arrow)]
             for batch in batches:
-                table = Table(report, [path], [first], np.array([batch.num_rows]), {})
+                table = Table(report, [path], [first], np.array([batch.num_rows]), {}, "row")
                 for own, (name, kind) in wanted.items():
                     column = batch[own].to_pandas(date_as_object=False, integer_object_nulls=True)
-                    _add_column(table, name, kind, column, f"{path}: column {own} holds {batch[own].type}")
+                    _add_column(table, own, name, kind, column, batch[own].type)
                 yield table
                 first += batch.num_rows
 
@@ -606,35 +602,27 @@ def _parquet_tables(paths, columns, optional, rest, report) -> Iterator[Table]:
 # A DataFrame in memory
 # ------------------------------------------------------------------------------------------------------------
 
-class FrameTable(Table):
-    """The rows of a DataFrame, counted from 0, as `.iloc` does."""
-
-    def place(self, row: int) -> str:
-        return f"{self.paths[0]} row {row}"
-
-
 def frame_tables(frame: pd.DataFrame, name: str, columns: dict, optional: dict = {},
                  report: Report | None = None) -> Iterator[Table]:
-    """Yield the rows of a DataFrame, called `name` in messages, as `tables` does those of a file. A column
-    may hold what it may in Parquet, or text as in CSV; the frame is not changed."""
+    """Yield the rows of a DataFrame, called `name` in messages and counted from 0, as `tables` does those of
+    a file. A column may hold what it may in Parquet, or text as in CSV; the frame is not changed."""
     if not isinstance(frame, pd.DataFrame):
         raise InputError(f"{name}: {type(frame).__name__} where a DataFrame belongs, with the columns "
                          f"{', '.join(columns)}; convert it")
     path, report = Path(name), report or Report()
-    table = FrameTable(report, [path], [0], np.array([len(frame)]), {})
+    table = Table(report, [path], [0], np.array([len(frame)]), {}, "row")
     chosen = _choose_columns(path, [str(column) for column in frame.columns], columns, optional, None, report)
     for place, wanted in enumerate(chosen):
         if wanted:
-            column = frame.iloc[:, place]
-            _add_column(table, *wanted, column, f"{name}: column {wanted[0]} holds {column.dtype}")
+            _add_column(table, wanted[0], *wanted, frame.iloc[:, place])
     yield table
     report.note_unread(name)
     report.settle()
 
 
-def _add_column(table: Table, name: str, kind, column: pd.Series, held: str) -> None:
-    """A column of typed cells. Raises InputError, which begins with `held`, where cells of this type make no
-    column of this kind."""
+def _add_column(table: Table, own: str, name: str, kind, column: pd.Series, held=None) -> None:
+    """A column of typed cells. Raises InputError where cells of their type `held` (None: that of the Series)
+    make no column of this kind. own: the column's name in its source."""
     types = pd.api.types
     if isinstance(column.dtype, pd.CategoricalDtype) and not types.is_string_dtype(column.cat.categories):
         column = column.astype(object)
@@ -642,7 +630,8 @@ def _add_column(table: Table, name: str, kind, column: pd.Series, held: str) -> 
         column = column.infer_objects()
     clock = types.is_datetime64_any_dtype(column.dtype)
     duration = types.is_timedelta64_dtype(column.dtype)
-    first = next(iter(column.dropna()), "") if column.dtype == object else ""
+    strange = [cell for cell in column if isinstance(cell, (bytes, time)) or not types.is_hashable(cell)
+               ] if column.dtype == object else []
     if kind in _NUMBERS and types.is_numeric_dtype(column.dtype):
         plain = isinstance(column.dtype, np.dtype)
         numbers = column.to_numpy() if plain else column.to_numpy(float, na_value=np.nan)
@@ -652,18 +641,14 @@ def _add_column(table: Table, name: str, kind, column: pd.Series, held: str) -> 
         table.columns[name] = column.to_numpy("datetime64[us]")
     elif kind == TIME and duration:
         _add_numbers(table, name, (column / pd.Timedelta(minutes=1)).to_numpy(float), kind)
-    elif clock or duration or isinstance(first, (bytes, time, list, dict, np.ndarray)):
-        due = dict.fromkeys(_NUMBERS, "numbers") | {np.datetime64: "timestamps"}
-        due = due.get(kind, "text or whole numbers")
-        raise InputError(f"{held} where {due} belong; convert it")
+    elif clock or duration or strange:
+        held = held or (type(strange[0]).__name__ if strange else column.dtype)
+        due = {str: "text or whole numbers", np.datetime64: "timestamps"} | dict.fromkeys(_NUMBERS, "numbers")
+        due = due.get(kind, due[str])
+        raise InputError(f"{table.paths[0]}: column {own} holds {held} where {due} belong; convert it")
     else:
         short = types.is_float_dtype(column.dtype) and 8 * column.dtype.itemsize
-        try:
-            codes, texts = pd.factorize(column)
-        except TypeError:
-            raise InputError(f"{table.paths[0]}: column {name} holds lists or the like where text or numbers belong; "
-                             "convert it") from None
-        _add_texts(table, name, codes, texts, kind, limit=_WHOLE_NUMBERS[short or 64])
+        _add_texts(table, name, *pd.factorize(column), kind, limit=_WHOLE_NUMBERS[short or 64])
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -239,7 +239,7 @@ def with_labels(cohort: Cohort, files: list[Path], positive: str | None = None, 
     subject = split = None
     if (owner := table.columns.get("subject_id")) is not None:
         subject = _told(table, ids, "subject_id", of_each(owner, str, None))
-    if "split" in table:
+    if "split" in table.columns:
         split = _told(table, ids, "split", _split_codes(table))
     if timed:
         table.refuse(timed, ~np.isfinite(table[timed]), "; give the time of the question")

@@ -106,7 +106,7 @@ def test_opening_a_checkpoint_draws_nothing_from_the_global_generator(small_fine
     (dict(value=[80, None, "1,5", 37]), "events row 2: value is '1,5', with a decimal comma"),
     (dict(stay_id=[7, None, 8, 8]), "events row 1: stay_id is missing"),
     (dict(stay_id=pd.Timestamp("2150-03-01")), "events: column stay_id holds datetime64"),
-    (dict(value=[[80], [90], [7.4], [37]]), "events: column value holds lists or the like"),
+    (dict(value=[[80], [90], [7.4], [37]]), "events: column value holds list where numbers belong"),
     (dict(minute=[0, 1, np.nan, 3]), "events row 2: minute is missing")], ids=str)
 def test_an_error_names_the_row_and_column_of_the_frame(small_finetuned, change, named):
     predictor = Predictor(small_finetuned, "cpu")

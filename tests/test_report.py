@@ -18,7 +18,7 @@ import plots
 import train
 from data import InputError, with_points
 from metrics import CHECKPOINT, Points, logit, score_figures
-from predictor import Predictor
+from predictor import Predictor, risk_over_time
 from readers import synthetic_cohort, write_long_table
 from report import print_figures, subgroups, write_meds_predictions
 from tasks import Task
@@ -172,6 +172,20 @@ def test_scoring_needs_neither_pytest_nor_the_tests():
     home = Path(train.__file__).parent
     ended = subprocess.run([sys.executable, "-c", loaded], cwd=home, capture_output=True, text=True)
     assert ended.stdout == "[]\n", ended.stderr
+
+
+def test_a_stay_wholly_before_minute_0_is_drawn_from_its_first_event(tmp_path, small_finetuned, capsys):
+    pytest.importorskip("matplotlib")
+    write(tmp_path / "events.csv", "stay_id,minute,variable,value\n1,-300,HR,80\n1,-120,HR,90\n1,-120,GCS,15\n")
+    assert main(["--checkpoint", str(small_finetuned), "--data_dir", str(tmp_path), "--trajectory", "1",
+                 "--plots", str(tmp_path / "plots")]) == 0
+    assert "stay 1" in capsys.readouterr().out and (tmp_path / "plots/trajectory.png").stat().st_size
+    predictor, dataset = Predictor.with_data(small_finetuned, {"data_dir": str(tmp_path)}, "cpu")
+    figure = plots.plot_trajectory(risk_over_time(predictor.model, dataset, 0), dataset, 0, .5)
+    risk, _, chart, _ = figure.axes
+    low, high = risk.get_xlim()
+    assert low < -5 < -2 < high < 0
+    assert sum(len(points.get_offsets()) for points in chart.collections) == 3
 
 
 def test_a_stay_of_one_set_is_drawn_without_a_warning(tmp_path, small_finetuned):
