@@ -176,10 +176,12 @@ def test_scoring_needs_neither_pytest_nor_the_tests():
 
 def test_a_stay_wholly_before_minute_0_is_drawn_from_its_first_event(tmp_path, small_finetuned, capsys):
     pytest.importorskip("matplotlib")
-    write(tmp_path / "events.csv", "stay_id,minute,variable,value\n1,-300,HR,80\n1,-120,HR,90\n1,-120,GCS,15\n")
+    write(tmp_path / "events.csv", "stay_id,minute,variable,value\n1,-300,HR,80\n1,-300,GCS,15\n1,-120,HR,90\n")
     assert main(["--checkpoint", str(small_finetuned), "--data_dir", str(tmp_path), "--trajectory", "1",
                  "--plots", str(tmp_path / "plots")]) == 0
-    assert "stay 1" in capsys.readouterr().out and (tmp_path / "plots/trajectory.png").stat().st_size
+    printed = capsys.readouterr().out
+    assert "Stay 1" in printed and "-5.00" in printed and "-2.00" in printed
+    assert (tmp_path / "plots/trajectory.png").stat().st_size
     predictor, dataset = Predictor.with_data(small_finetuned, {"data_dir": str(tmp_path)}, "cpu")
     figure = plots.plot_trajectory(risk_over_time(predictor.model, dataset, 0), dataset, 0, .5)
     risk, _, chart, _ = figure.axes
