@@ -121,8 +121,7 @@ def test_stays_of_one_patient_are_resampled_together(tmp_path, capsys, small_fin
 
 
 def model_figures_of():
-    weights = dict.fromkeys(("mean", "std", "min", "max"), 0)
-    return dict(head_parameters=1, parameters=2, head_weights=weights, active_units=3, latent_dim=4)
+    return dict(head_parameters=1, parameters=2, active_units=3, latent_dim=4)
 
 
 def test_the_analysis_writes_what_is_asked_for_with_or_without_labels(tmp_path, capsys, finetuned):
