@@ -1,17 +1,173 @@
-"""Batches: stays of a `Cohort` as tensors (`EventBatch`), grouped so that sets of similar size are computed
-together, and the order in which an epoch meets them."""
+"""From a `Cohort` to tensors: values normalised, stays as an `EventBatch` whose sets of similar size are
+computed together, and the order in which an epoch meets the batches."""
 
 import copy
+import hashlib
 import heapq
 import itertools
-from dataclasses import dataclass, fields, replace
+from bisect import bisect_right
+from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from data import Cohort, Normalizer, point_slots, ranges, stay_event_index
+from data import Cohort, InputError, events_of, point_slots, ranges, stay_event_index
 
+# ------------------------------------------------------------------------------------------------------------
+# Normalised values, and the variables' vectors
+# ------------------------------------------------------------------------------------------------------------
+
+TAIL, SKEWED, FAR, MOST_VALUES = .005, 1.5, 25, 2**24  # see `Normalizer.fit`
+
+
+@dataclass
+class Normalizer:
+    """z = clip((f(value) - mean) / std, -clip, clip), a variable each; f(x) = log(1 + x / log_scale) where
+    log_scale is positive, else x.
+
+    Fitted on training stays only; travels in the checkpoint.
+    """
+
+    variables: list[str]
+    mean: np.ndarray       # [V] float32, of f(value)
+    std: np.ndarray        # [V] float32, positive
+    log_scale: np.ndarray  # [V] float32, raw units; 0: no logarithm
+    clip: float = 5.0      # standard deviations
+    # What `fit` found: variable -> (values far outside the quartiles, the most frequent of them).
+    outside: dict = field(default_factory=dict)
+    clipped: float = 0.0   # share of the values that `fit` saw beyond `clip`
+
+    ARRAYS = ("mean", "std", "log_scale")
+
+    @classmethod
+    def fit(cls, cohort: Cohort, stays: np.ndarray) -> "Normalizer":
+        """Returns the normalizer of these stays.
+
+        Values further than FAR interquartile ranges from the quartiles are left out: 3% of 9999999 must not
+        set the scale. The others are clipped to their TAIL and 1 - TAIL quantiles: nor may one mistyped pH
+        of 735. Mean and standard deviation are those of what is left. A non-negative variable with a
+        skewness above SKEWED (most enzymes, bilirubin, lactate) is taken on a log scale, relative to its
+        median. A constant variable (an indicator) keeps its value: mean 0, std 1. Statistics that the cohort
+        was given are taken instead. Of more than MOST_VALUES values a seeded share is looked at, in which
+        rare variables keep all of theirs."""
+        counts = np.zeros(len(cohort.variables), dtype=np.int64)
+        for variable, value in events_of(cohort, stays):
+            counts += np.bincount(variable[~np.isnan(value)], minlength=len(counts))
+        # The largest cap under which all variables together keep at most MOST_VALUES.
+        cap = bisect_right(range(1, int(counts.max(initial=0)) + 1), MOST_VALUES,
+                           key=lambda cap: np.minimum(counts, cap).sum())
+        share = np.minimum(1, max(1, cap) / counts.clip(min=1))
+        # The values of some stays by variable, where each variable begins.
+        sorted_values, rng = [], np.random.default_rng(0)
+        for variable, value in events_of(cohort, stays):
+            kept = ~np.isnan(value)
+            if share.min() < 1:
+                kept[kept] = rng.random(kept.sum()) < share[variable[kept]]
+            variable, value = variable[kept], value[kept]
+            order = np.argsort(variable, kind="stable")
+            sorted_values.append((value[order], np.searchsorted(variable[order], np.arange(len(counts) + 1))))
+        mean, std, log_scale = np.zeros((3, len(counts)), dtype=np.float32)
+        std[:] = 1
+        given = ~np.isnan(cohort.statistics[:, 0])
+        mean[given], std[given] = cohort.statistics[given].T
+        result = cls(cohort.variables, mean, std, log_scale)
+        beyond = seen = 0
+        for v in np.flatnonzero(counts):
+            x = np.concatenate([value[bounds[v]:bounds[v + 1]] for value, bounds in sorted_values])
+            x = x.astype(np.float64)
+            if len(x):
+                result._fit_variable(v, x)
+                if given[v]:
+                    (mean[v], std[v]), log_scale[v] = cohort.statistics[v], 0
+                seen += len(x)
+                if given[v] or (mean[v], std[v]) != (0, 1):  # else a constant, at which nothing is lost
+                    beyond += int((np.abs(result(np.full(len(x), v), x)) >= result.clip).sum())
+        result.clipped = beyond / max(1, seen)
+        return result
+
+    def _fit_variable(self, v: int, x: np.ndarray) -> None:
+        """Mean, std and log_scale of variable v from its values x."""
+        low, middle, high = np.quantile(x, (.25, .5, .75))
+        if low == high:  # more than half of the values are equal
+            low, high = np.quantile(x, (.05, .95))
+        width = high - low or max(1.0, abs(middle))
+        within = (x >= low - FAR * width) & (x <= high + FAR * width)
+        if not within.all():
+            values, count = np.unique(x[~within], return_counts=True)
+            self.outside[self.variables[v]] = (int(count.sum()), float(values[count.argmax()]))
+        x = x[within]
+        x = x.clip(*np.quantile(x, (TAIL, 1 - TAIL)))
+        if x.std() <= 1e-6 * max(1, abs(x.mean())):
+            return
+        if x.min() >= 0 and ((x - x.mean()) ** 3).mean() > SKEWED * x.std() ** 3:
+            self.log_scale[v] = np.median(x[x > 0])
+            x = np.log1p(x / self.log_scale[v])
+        self.mean[v], self.std[v] = x.mean(), x.std()
+
+    def __call__(self, variable: np.ndarray, value: np.ndarray) -> np.ndarray:
+        scale = self.log_scale[variable]
+        value = np.where(scale > 0, np.log1p(np.maximum(value, 0) / np.where(scale > 0, scale, 1)), value)
+        z = (value - self.mean[variable]) / self.std[variable]
+        return z.clip(-self.clip, self.clip).astype(np.float32)
+
+    def describe(self, most: int = 5) -> str:
+        """The lines that tell what `fit` found, see `Cohort.describe`."""
+        line = (f"data: {self.clipped:.2%} of the training values lie beyond {self.clip:g} standard "
+                "deviations and are clipped")
+        if not self.outside:
+            return line
+        worst = sorted(self.outside.items(), key=lambda item: -item[1][0])
+        named = "; ".join(f"{name}: {count:,} values, most often {value:g}"
+                          for name, (count, value) in worst[:most])
+        return (f"{line}\ndata: far outside the quartiles, and no part of the scale, are values of "
+                f"{len(worst)} variables: {named}{' ...' if len(worst) > most else ''}")
+
+    def of(self, variables: np.ndarray) -> "Normalizer":
+        """The same for these variables alone: indices [n] in its vocabulary."""
+        arrays = {name: getattr(self, name)[variables] for name in Normalizer.ARRAYS}
+        return replace(self, variables=[self.variables[v] for v in variables], **arrays)
+
+    def state_dict(self) -> dict:
+        """Plain types and tensors, for the checkpoint."""
+        arrays = {name: torch.from_numpy(getattr(self, name)) for name in Normalizer.ARRAYS}
+        return {"variables": list(self.variables), "clip": self.clip, **arrays}
+
+    @classmethod
+    def from_state(cls, state: dict, path) -> "Normalizer":
+        """From the checkpoint at `path`. Raises InputError where the state is not that of a normalizer."""
+        arrays = [state.get(name) for name in cls.ARRAYS]
+        names, clip = state.get("variables"), state.get("clip")
+        sound = isinstance(names, list) and isinstance(clip, float) and all(isinstance(x, str) for x in names)
+        sound = sound and clip > 0 and len(set(names)) == len(names) and all(
+            torch.is_tensor(x) and x.shape == (len(names),) and x.dtype == torch.float32
+            and x.isfinite().all() for x in arrays)
+        if not (sound and (arrays[1] > 0).all() and (arrays[2] >= 0).all()):
+            raise InputError(f"{path}: its normalizer is damaged or forged; make the checkpoint again")
+        return cls(names, *(x.numpy() for x in arrays), clip)
+
+
+def variable_vectors(variables: list[str], dim: int, given: np.ndarray | None = None) -> torch.Tensor:
+    """[V, dim] one unit vector a variable, seeded by a hash of its *name*:
+    the same variable has the same vector in every data set.
+
+    given: [V, D] vectors to take instead, where not NaN (`Cohort.vectors`; D = 0: none).
+    Raises InputError where D is neither 0 nor `dim`.
+    """
+    seeds = [int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") for name in variables]
+    table = np.stack([np.random.default_rng(seed).standard_normal(dim) for seed in seeds])
+    table /= np.linalg.norm(table, axis=1, keepdims=True)
+    if given is not None and given.shape[1]:
+        if given.shape[1] != dim:
+            raise InputError(f"cached.csv: vectors of {given.shape[1]} dimensions where the model takes "
+                             f"{dim}; give those that it was trained with")
+        table = np.where(np.isnan(given), table, given)
+    return torch.from_numpy(table).float()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Batches
+# ------------------------------------------------------------------------------------------------------------
 
 # ------------------------------------------------------------------------------------------------------------
 # Batches

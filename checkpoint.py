@@ -14,12 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from batches import StayDataset
-from data import SPLITS, Cohort, InputError, Normalizer, at_hours, make_splits, variable_vectors
+from batches import Normalizer, StayDataset, variable_vectors
+from data import SPLITS, Cohort, InputError, at_hours, make_splits, write_atomically
 from model import ModelConfig, SeqSetVAE
 from readers import read_map
 from settings import DataSettings
-from tables import write_atomically
 from tasks import Task
 
 

@@ -10,10 +10,9 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import precision_recall_curve, roc_curve
 from sklearn.preprocessing import StandardScaler
 
-from data import InputError, stay_event_index
+from data import InputError, stay_event_index, write_atomically
 from metrics import net_benefit
 from predictor import influence
-from tables import write_atomically
 
 
 STYLES = [dict(color=color, linestyle=style)

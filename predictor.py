@@ -16,9 +16,10 @@ import torch
 
 import runs
 from batches import EventBatch, EventSets, StayDataset
+from data import (Cohort, InputError, build_cohort, describe_questions, make_splits, stay_event_index,
+                  stays_of, stays_with, with_points)
+from tables import BEYOND, MISSING, NAMELESS, TRUTH, Report, plain_name
 from checkpoint import Checkpoint
-from data import (Cohort, InputError, build_cohort, describe_questions, make_splits,
-                  stay_event_index, stays_of, stays_with, with_points)
 from history_statistics import RunningStatistics, at_slots, summaries
 from metrics import AHEAD, of_challenge_2019
 from model import SeqSetVAE
@@ -26,7 +27,6 @@ from readers import cohort_of_frame, read_map
 from runs import (choose_device, evaluation_loader, from_rank_0, gathered, printable, read_cohort,
                   summed)
 from settings import data_options
-from tables import BEYOND, MISSING, NAMELESS, TRUTH, Report, plain_name
 
 
 # ------------------------------------------------------------------------------------------------------------

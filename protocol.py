@@ -27,10 +27,10 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
-from batches import StayDataset, common_variables, epoch_batches, sorted_batches
+from batches import Normalizer, StayDataset, common_variables, epoch_batches, sorted_batches, variable_vectors
+from data import (InputError, at_end, build_cohort, clear_write_error, labelled_points, make_splits,
+                  search_after, stay_event_index, stays_of, write_atomically)
 from checkpoint import Checkpoint, label_digest
-from data import (InputError, Normalizer, at_end, build_cohort, labelled_points, make_splits, search_after,
-                  stay_event_index, stays_of, variable_vectors)
 from finetune_config import MANY_POINTS, FinetuneConfig, tree_sizes
 from history_statistics import summary_features
 from metrics import (Points, best_shares, best_utility_threshold, bootstrap, bracketed, hours_since_onset,
@@ -40,7 +40,6 @@ from predictor import CPU, Predictor, encode_points, open_checkpoint, probabilit
 from readers import load_cohort
 from runs import CHECKPOINTS, choose_device, keep_freed_memory, read_cohort
 from settings import DataSettings, changed, data_options, recorded
-from tables import clear_write_error, write_atomically
 from tasks import Task
 from train import (HeadTraining, PretrainConfig, clip_and_step, finetune, labelled, pretrain, run_settings,
                    weigh_trees)

@@ -13,7 +13,7 @@ import torch
 
 from checkpoint import Checkpoint, label_digest
 from data import (SPLITS, InputError, labelled_points, make_splits, point_slots, stay_event_index, stays_of,
-                  stays_with)
+                  stays_with, write_atomically)
 from history_statistics import real_sets
 from metrics import CHECKPOINT, FEW, bracketed, mean_of_logits
 from plots import (LABEL_NAMES, picture_folder, plot_calibration, plot_curves, plot_decision, plot_features,
@@ -22,7 +22,6 @@ from predictor import (Predictor, answered_points, encode_points, find_stay, his
                        probability_at, risk_over_time)
 from runs import evaluation_loader
 from settings import data_options
-from tables import write_atomically
 
 
 def performance(arguments, baselines) -> None:

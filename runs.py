@@ -26,11 +26,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from batches import StayDataset, sorted_batches
+from data import Cohort, InputError, subjects_of, write_atomically
 from checkpoint import Checkpoint, difference, git_commit, label_digest, load_weights, maps_of
-from data import Cohort, InputError, subjects_of
 from readers import load_cohort
 from settings import DataSettings, recorded
-from tables import write_atomically
 
 
 try:

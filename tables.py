@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import re
-import secrets
 import shutil
 import sys
 import tarfile
@@ -30,7 +29,7 @@ from typing import Iterable, Iterator
 import numpy as np
 import pandas as pd
 
-from data import MINUTE, Cohort, InputError, met, pieces
+from data import MINUTE, Cohort, InputError, met, pieces, sync
 
 try:
     import fcntl
@@ -649,48 +648,6 @@ def _add_column(table: Table, own: str, name: str, kind, column: pd.Series, held
     else:
         short = types.is_float_dtype(column.dtype) and 8 * column.dtype.itemsize
         _add_texts(table, name, *pd.factorize(column), kind, limit=_WHOLE_NUMBERS[short or 64])
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Files that are written
-# ------------------------------------------------------------------------------------------------------------
-
-def write_atomically(path, write) -> None:
-    """Call `write` with a temporary path in the same folder, sync it to disk, rename it to `path`: a reader
-    meets the old file or the new. Of a symbolic link the target is written; a pipe or a device is given to
-    `write` itself."""
-    with clear_write_error(path):
-        if os.path.exists(path) and not os.path.isfile(path):
-            write(Path(path))
-            return
-        target = Path(os.path.realpath(path))
-        # The number of the process tells leftovers (see `Run`); nobody can guess the name and put a link
-        # there.
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(8)}")
-        try:
-            temporary.touch(exist_ok=False)
-            write(temporary)
-            sync(temporary)
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def clear_write_error(path, mend: str = "free space or choose another folder"):
-    """A failed write becomes an InputError that names `path` and the mend."""
-    try:
-        yield
-    except BrokenPipeError:  # see `runs.exit_code`
-        raise
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error}); what was there before is "
-                         f"untouched: {mend}") from None
-
-
-def sync(path) -> None:
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -19,10 +19,10 @@ from sklearn.model_selection import train_test_split
 
 from data import (MINUTE, Cohort, InputError, at_end, labelled_points, ranges, search_after, stays_of,
                   subjects_with_label, with_points)
-from metrics import (CHECKPOINT, Points, best_shares, best_utility_threshold, hours_since_onset,
-                     of_challenge_2019, score_figures, sepsis_figures)
 from tables import (HOURS, ID, MISSING, OWNER, TIME, Report, Table, column_names, of_each, plain_name,
                     read_table, some)
+from metrics import (CHECKPOINT, Points, best_shares, best_utility_threshold, hours_since_onset,
+                     of_challenge_2019, score_figures, sepsis_figures)
 
 
 # ------------------------------------------------------------------------------------------------------------

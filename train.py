@@ -29,10 +29,10 @@ import torch
 from tqdm import tqdm
 
 import runs
-from batches import StayDataset, common_variables, epoch_batches, split_batch
+from batches import Normalizer, StayDataset, common_variables, epoch_batches, split_batch, variable_vectors
+from data import (Cohort, InputError, at_every_set, describe_questions, hours_asked, labelled_points,
+                  make_splits, stays_of, stays_with, variables_of)
 from checkpoint import Checkpoint, splits_beside
-from data import (Cohort, InputError, Normalizer, at_every_set, describe_questions, hours_asked,
-                  labelled_points, make_splits, stays_of, stays_with, variable_vectors, variables_of)
 from finetune_config import (FinetuneConfig, adamw, boosted_trees, cosine, epochs_of_steps, head_penalty,
                              tree_sizes)
 from history_statistics import real_sets

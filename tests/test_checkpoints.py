@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import train
-from batches import StayDataset
+from batches import Normalizer, StayDataset
+from data import InputError, build_cohort
 from checkpoint import Checkpoint
-from data import InputError, Normalizer, build_cohort
 from model import SeqSetVAE, SeqSetVAEPretrain
 from predictor import Predictor
 from test_suite import main

@@ -11,9 +11,10 @@ import torch
 
 import runs
 import train
-from batches import StayDataset, StaySizes, epoch_batches, group_widths, round_up, sorted_batches, split_batch
-from data import (Cohort, InputError, Normalizer, at_every_set, build_cohort, make_splits, ranges, stays_of,
-                  subjects_of, variable_vectors, with_points)
+from batches import (Normalizer, StayDataset, StaySizes, epoch_batches, group_widths, round_up,
+                     sorted_batches, split_batch, variable_vectors)
+from data import (Cohort, InputError, at_every_set, build_cohort, make_splits, ranges, stays_of, subjects_of,
+                  with_points)
 from finetune_config import FinetuneConfig
 from model import SeqSetVAE, SeqSetVAEPretrain
 from readers import load_cohort, synthetic_cohort, synthetic_parts

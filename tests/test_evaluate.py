@@ -23,8 +23,8 @@ import readers
 import test_suite
 import train
 from batches import StayDataset
-from checkpoint import Checkpoint
 from data import with_points
+from checkpoint import Checkpoint
 from metrics import Points, best_utility_threshold, hours_since_onset, sepsis_figures
 from model import ModelConfig, SeqSetVAE
 from predictor import Predictor

@@ -35,13 +35,12 @@ import torch.nn as nn
 import runs
 import tables
 import train
-from batches import StayDataset
+from batches import Normalizer, StayDataset
+from data import InputError, ranges, stay_event_index, write_atomically
 from checkpoint import Checkpoint
-from data import InputError, Normalizer, ranges, stay_event_index
 from model import ModelConfig
 from predictor import Predictor
 from readers import load_cohort, synthetic_cohort
-from tables import write_atomically
 from test_suite import main
 from tests.tiny import (EVENTS, FINETUNE, OUTCOMES, PRETRAIN, RECORDS, SMALL, SOAK, finished, one_error_line,
                         same_run, small_process, write, write_physionet)
@@ -254,7 +253,7 @@ def test_a_link_is_written_through_and_a_pipe_or_device_directly(tmp_path):
     write_atomically("/dev/null", lambda out: out.write_text("gone"))
     assert Path("/dev/null").is_char_device()
     if os.path.isdir("/proc/self/fd"):
-        code = "from tables import write_atomically; write_atomically('/dev/stdout', lambda out: open(out, 'w').write('a'))"
+        code = "from data import write_atomically; write_atomically('/dev/stdout', lambda out: open(out, 'w').write('a'))"
         printed = subprocess.run([sys.executable, "-c", code], cwd=CODE, capture_output=True, text=True, check=True)
         assert printed.stdout == "a"
 
@@ -284,10 +283,11 @@ def test_a_full_disk_stops_the_run_which_goes_on_when_there_is_space(tmp_path, c
     command = [*PRETRAIN, "--max_epochs", "2"]
     assert train.main([*command, "--run_dir", str(tmp_path / "whole")]) == 0
     with contextlib.ExitStack() as stack, monkeypatch.context() as patch:
-        patch.setattr(train.Run, "log",
-                      lambda run, row, log=train.Run.log: (row["epoch"] == 2
-                                                           and stack.enter_context(files_of_at_most(size)),
-                                                           log(run, row)))
+        def end_of_epoch(run, row, *rest, of=train.Run.end_of_epoch):
+            if row["epoch"] == 2:
+                stack.enter_context(files_of_at_most(size))
+            of(run, row, *rest)
+        patch.setattr(train.Run, "end_of_epoch", end_of_epoch)
         capsys.readouterr()
         one_error_line(capsys, train.main([*command, "--run_dir", str(tmp_path / "cut")]),
                        f"{file}: cannot be written (File too large)")

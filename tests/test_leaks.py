@@ -16,8 +16,8 @@ from sklearn.metrics import f1_score
 import metrics
 import runs
 import train
-from batches import common_variables
-from data import Normalizer, make_splits, stays_of, variable_vectors
+from batches import Normalizer, common_variables, variable_vectors
+from data import make_splits, stays_of
 from model import ModelConfig, SeqSetVAEPretrain
 from predictor import Predictor
 from readers import load_cohort

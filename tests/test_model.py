@@ -12,8 +12,8 @@ from sklearn.metrics import roc_auc_score
 
 import train
 from batches import StayDataset
-from checkpoint import load_weights
 from data import InputError, labelled_points, stays_of, with_points
+from checkpoint import load_weights
 from finetune_config import (MANY_POINTS, FinetuneConfig, boosted_trees, head_penalty,
                              tree_sizes)
 from history_statistics import real_sets, statistics_at

@@ -17,9 +17,9 @@ import torch
 import checkpoint
 import test_suite
 import train
-from batches import StayDataset
+from batches import Normalizer, StayDataset
+from data import InputError, with_points
 from checkpoint import Checkpoint
-from data import InputError, Normalizer, with_points
 from model import SeqSetVAE
 from predictor import (CPU, Predictor, encode_points, followed_event, influence, probability_at, risk_over_time,
                        risk_without)

@@ -19,7 +19,8 @@ import pandas as pd
 import pytest
 
 import readers
-from data import Cohort, InputError, Normalizer, at_end, build_cohort, make_splits, variable_vectors, with_points
+from batches import Normalizer, variable_vectors
+from data import Cohort, InputError, at_end, build_cohort, make_splits, with_points
 from readers import load_cohort
 from tasks import telling_variables
 from tests.tiny import (EVENTS, OUTCOMES, RECORDS, SHARED, Call, as_lists, counted, events_of, labels_of,

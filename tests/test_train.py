@@ -21,8 +21,8 @@ import readers
 import runs
 import train
 from batches import balanced_parts
-from checkpoint import Checkpoint
 from data import make_splits
+from checkpoint import Checkpoint
 from readers import synthetic_cohort, write_long_table
 from tasks import Task
 from tests.plain_loop import close

@@ -13,8 +13,8 @@ import torch
 
 import runs
 import train
-from batches import EventBatch, StayDataset
-from data import Cohort, Normalizer, build_cohort, variable_vectors
+from batches import EventBatch, Normalizer, StayDataset, variable_vectors
+from data import Cohort, build_cohort
 from model import ModelConfig
 from readers import load_cohort
 from train import finetune
