@@ -269,7 +269,7 @@ def test_a_run_whose_data_have_moved_goes_on_where_they_lie_now(tmp_path, small_
     (tmp_path / "mine").rename("moved")
     capsys.readouterr()
     one_error_line(capsys, train.main(words), f"{tmp_path / 'mine'}: no such folder; --data_dir takes the folder")
-    one_error_line(capsys, train.main([*words, "--data_dir", "../other"]), "by --data_dir, or start a new run")
+    one_error_line(capsys, train.main([*words, "--data_dir", "../other"]), "moved: --data_dir), or start a new run")
     assert train.main([*words[:2], "--max_epochs", "3", "--data_dir", "moved"]) == 0
     assert len(pd.read_csv(tmp_path / "run" / "metrics.csv")) == 3
     assert settings_of(tmp_path / "run")["source"]["data"]["data_dir"] == str(Path("moved").resolve())
