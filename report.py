@@ -29,6 +29,9 @@ def performance(arguments, baselines) -> None:
     `who_is_scored`), and writes what is asked for. Of several checkpoints the mean of their logits is
     scored."""
     folder = arguments.plots and picture_folder(arguments.plots)
+    for path in filter(None, (arguments.predictions, arguments.embeddings, arguments.json)):
+        if not Path(path).resolve().parent.is_dir():
+            raise InputError(f"{path}: its folder does not exist; make it, or name another place")
     opened = open_together(arguments)
     predictor, dataset = opened[0]
     cohort, task = dataset.cohort, predictor.model.task

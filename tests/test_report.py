@@ -15,6 +15,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 import plots
+import report
 import train
 from data import InputError, with_points
 from metrics import CHECKPOINT, Points, logit, score_figures
@@ -309,3 +310,12 @@ def test_a_dollar_in_a_name_is_no_formula(tmp_path):
     ax.legend()
     plots.save_figure(figure, tmp_path / "x.png")  # which raises at a formula that is none
     assert [label.get_text() for label in ax.get_yticklabels()] == ["cost $", "$\\frac$"]
+
+
+@pytest.mark.parametrize("option", ["--predictions", "--embeddings", "--json"])
+def test_a_file_in_a_folder_that_is_not_there_is_refused_before_anything_is_computed(
+        tmp_path, capsys, monkeypatch, small_finetuned, option):
+    monkeypatch.setattr(report, "open_together", lambda _: pytest.fail("opened"))
+    path = tmp_path / "nowhere" / "x"
+    one_error_line(capsys, main(["--checkpoint", str(small_finetuned), option, str(path)]),
+                   f"{path}: its folder does not exist; make it")
