@@ -57,7 +57,10 @@ class Attention(nn.Module):
         key, value = key_value.unflatten(-1, (2, self.heads, -1)).unbind(-3)       # [G, Nk, heads, d / heads]
         learned = mask is not None and mask.requires_grad  # an additive bias
         if key.shape[1] == 1 and not learned:  # softmax over one key is 1
-            return value.flatten(-2) + 0 * query  # its gradient is 0, not none: see `data_parallel`
+            value = value.flatten(-2)
+            if not torch.is_grad_enabled():
+                return value.expand(-1, query.shape[1], -1)
+            return value + 0 * query  # its gradient is 0, not none: see `data_parallel`
         query = query.unflatten(-1, (self.heads, -1))
         # On a CPU the fused kernel's backward pass is several times slower in bf16.
         if query.device.type == "cpu" and torch.is_grad_enabled():
