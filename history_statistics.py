@@ -73,11 +73,8 @@ def by_interval(cells, row, shape: tuple, start, reduce: str = "amax"):
     """cells [k, C] -> [k, *shape], those of each interval reduced by `reduce`, `start` where there is none;
     row [C]: see `row_of_cells`; shape: (B, Q + 1, n)."""
     k, size = len(cells), math.prod(shape)
-    rows = (row + (size + 1) * torch.arange(k, device=row.device)[:, None]).flatten()
-    reduced = cells.new_full((k * (size + 1),), start)
-    reduced = reduced.index_add(0, rows, cells.flatten()) if reduce == "sum" else \
-        reduced.scatter_reduce(0, rows, cells.flatten(), reduce)
-    return reduced.view(k, size + 1)[:, :size].view(k, *shape)
+    reduced = cells.new_full((k, size + 1), start).scatter_reduce(1, row.expand(k, -1), cells, reduce)
+    return reduced[:, :size].unflatten(1, shape)
 
 
 def statistics_at(batch: EventBatch, slots, column, width: int) -> Statistics:
