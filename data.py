@@ -441,7 +441,7 @@ def whole_cohort(parts: Iterable[Cohort]) -> Cohort:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Splits, normalisation, the vocabulary's vectors
+# Splits, and the events of some stays
 # ------------------------------------------------------------------------------------------------------------
 
 def make_splits(cohort: Cohort, seed: int) -> dict[str, list[str]]:

@@ -49,8 +49,8 @@ from train import (HeadTraining, PretrainConfig, clip_and_step, finetune, labell
 # Baselines: hand-made features, and the model's own head without its backbone
 # ------------------------------------------------------------------------------------------------------------
 
-BASELINES = ("logistic regression on summaries", "gradient boosting on summaries", "same head, exact "
-                                                                                   "summaries alone")
+BASELINES = ("logistic regression on summaries", "gradient boosting on summaries",
+             "same head, exact summaries alone")
 STATISTICS = ("first", "last", "min", "max", "mean", "sd", "slope", "count", "hours since")
 
 
@@ -167,7 +167,7 @@ def summaries_alone(dataset, variables, train, valid, test, seed: int, device=CP
 def without_backbone(dataset, train, valid, test, seed: int, device=CPU,
                      config=FinetuneConfig()) -> dict[str, np.ndarray]:
     """Probabilities at the test points by every one of BASELINES that can be had, learned from the training
-    stays; valid: see `summaries_alone`."""
+    stays; valid: see `of_a_frozen_head`."""
     cohort = dataset.cohort
     variables = common_variables(cohort, dataset, train, config.most_variables)
     points, weight = Task().training_points(cohort, train, config, seed, 0)

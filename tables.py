@@ -1,7 +1,7 @@
 """Tables of any size: CSV (plain, .gz, .zip, or many records in a .tar.gz) and Parquet, read part by part and
-checked as they are read.
+checked as they are read; and the cache of what was read.
 
-Nothing here knows of stays or events.
+Nothing here but the cache knows of stays or events.
 """
 
 import csv

@@ -393,8 +393,7 @@ class Task:
                         epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The labelled points [n] of these stays from which an epoch learns: all with the outcome and, where
         points are many, a seeded sample of the others; and their weights [n], so that a sampled one stands
-        for those left out.
-        config: a FinetuneConfig."""
+        for those left out. config: a FinetuneConfig."""
         points = labelled_points(cohort, stays)
         without = cohort.label[points] == 0
         negative = points[without]
@@ -441,9 +440,8 @@ class Task:
 
     def validation(self, cohort: Cohort, points: np.ndarray, answer: np.ndarray) -> dict:
         """AUROC and AUPRC of the answers [n, 1] at these validation points [n], and the probability from
-        which one
-        counts as positive: that of the best F1 or, where the labels are those of the challenge 2019, of the
-            best utility."""
+        which an answer counts as positive: that of the best F1 or, where the labels are those of the
+        challenge 2019, of the best utility."""
         stay, minute, label = cohort.point_stay[points], cohort.point_minute[points], cohort.label[points]
         probability = answer[:, 0]
         precision, recall, thresholds = precision_recall_curve(label, probability)
