@@ -580,22 +580,37 @@ READERS = [  # the first that finds its files is taken
 ]
 
 
-def _choose_reader(folder: Path) -> tuple[Reader, Path]:
-    """The reader of what lies in the folder, or one level below or above it, and where that is."""
+class Found(NamedTuple):
+    """Data that a reader found."""
+
+    reader: Reader
+    folder: Path
+    files: list[Path]  # that its cohort depends on
+    counts: Counter    # what was passed over when they were listed
+
+
+def _found(folder: Path, readers: list[Reader] = READERS) -> Found | None:
+    """What the first of these readers that finds its files in the folder finds."""
+    for reader in readers:
+        counts = Counter()
+        if files := reader.sources(folder, counts):
+            return Found(reader, folder, files, counts)
+
+
+def _find(folder: Path) -> Found:
+    """The data in the folder, or one level below or above it."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; --data_dir takes the folder that holds the data")
-    for reader in READERS:
-        if reader.sources(folder, Counter()):
-            return reader, folder
-    if folder.name == "data" and READERS[-1].sources(folder.parent, Counter()):
-        return READERS[-1], folder.parent
-    inside = [path for path in sorted(folder.iterdir()) if path.is_dir() and path.name[0] not in "._"
-              and any(reader.sources(path, Counter()) for reader in READERS)]
+    meds = READERS[-1:] if folder.name == "data" else []
+    if found := _found(folder) or _found(folder.parent, meds):
+        return found
+    inside = [found for path in sorted(folder.iterdir())
+              if path.is_dir() and path.name[0] not in "._" and (found := _found(path))]
     if len(inside) == 1:
-        return _choose_reader(inside[0])
+        return inside[0]
     if inside:
-        raise InputError(f"{folder}: the folders {some([path.name for path in inside])} each hold data; name "
-                         "one with --data_dir")
+        names = some([found.folder.name for found in inside])
+        raise InputError(f"{folder}: the folders {names} each hold data; name one with --data_dir")
     raise InputError(f"{folder}: no data that a reader knows; expected one of: "
                      + "; ".join(reader.name for reader in READERS))
 
@@ -628,13 +643,13 @@ def load_cohort(data_dir: str | None = None, synthetic_stays: int = 1000, cache_
     rename = variables_map or {}
     if not isinstance(rename, dict):
         rename = read_map(Path(rename))
-    folder, own, listed = data_dir and Path(data_dir), read_columns(columns), Counter()
-    if folder:
-        reader, folder = _choose_reader(folder)
-        files = reader.sources(folder, listed)
+    own = read_columns(columns)
+    if data_dir:
+        reader, folder, files, listed = _find(Path(data_dir))
         listed["files read"] = len(files)
     else:
-        reader, files = Reader(f"the embedded cohort of {synthetic_stays} stays", None, None), []
+        reader = Reader(f"the embedded cohort of {synthetic_stays} stays", None, None)
+        folder, files, listed = None, [], Counter()
     for name, value in (("params_map", params_map), ("task", task)):
         if value and name not in reader.options:
             raise InputError(f"--{name} {value}: not read with {reader.name}; leave the option out")
