@@ -679,8 +679,10 @@ def _mapped(folder: Path) -> dict[str, np.ndarray]:
 
 
 def of_others(folder: Path) -> bool:
-    """Whether somebody else than the user or root owns this folder, or the link that stands for it."""
-    return os.path.exists(folder) and not {folder.stat().st_uid, folder.lstat().st_uid} <= {os.geteuid(), 0}
+    """Whether somebody else than the user or root owns this folder, or the link that stands for it. Windows
+    has no such owners."""
+    return bool(fcntl) and os.path.exists(folder) and not (
+        {folder.stat().st_uid, folder.lstat().st_uid} <= {os.geteuid(), 0})
 
 
 @contextmanager
@@ -714,6 +716,9 @@ def scratch(home: Path):
 
 
 def _alive(process: int) -> bool:
+    """Whether the process may still run. On Windows the question itself would end it."""
+    if not fcntl:
+        return True
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -128,3 +128,23 @@ def test_a_sparse_member_of_an_archive_is_refused_before_it_is_read(tmp_path):
         archive.addfile(member)
     with pytest.raises(InputError, match="member set-a/1.txt is a link, a device, a sparse file"):
         load_cohort(folder, cache_dir=tmp_path / "cache")
+
+
+def test_the_files_of_a_folder_are_listed_once(tmp_path, monkeypatch):
+    data = write_physionet(tmp_path / "d")
+    listed, walk = [], os.walk
+    monkeypatch.setattr(os, "walk", lambda home, **options: (listed.append(home), walk(home, **options))[1])
+    load_cohort(data, cache_dir=tmp_path / "cache")
+    assert listed == [data / "set-a"]
+
+
+def test_without_locks_no_process_is_asked_whether_it_lives_and_no_cache_for_its_owner(tmp_path, monkeypatch):
+    """As on Windows, where the signal 0 ends a process and files have no such owners."""
+    monkeypatch.setattr(tables, "fcntl", None)
+    monkeypatch.setattr(os, "kill", lambda *_: pytest.fail("a process was signalled"))
+    monkeypatch.delattr(os, "geteuid")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write(tmp_path / "d/events.csv", EVENTS)
+    left = tmp_path / f"cache/seqsetvae/.{platform.node()}-1-x"
+    left.mkdir(parents=True)
+    assert [len(load_cohort(tmp_path / "d")) for _ in range(2)] == [2, 2] and left.exists()
