@@ -704,7 +704,7 @@ class SeqSetVAE(Backbone):
         w = torch.sigmoid(1 - std.mean(-1, keepdim=True))
         return w * mu * (1 + 0.05 * torch.tanh(std)) + (1 - w) * mu
 
-    def _features_of(self, z, h, batch):
+    def features_of(self, z, h, batch):
         """All that reaches the head at the batch's prediction points, [B, Q, F], not yet standardised."""
         exact = self.exact_summaries(batch) if self.config.summaries else None
         return self.head_input(z.float(), h.float(), batch.point_slot, exact)
@@ -747,7 +747,7 @@ class SeqSetVAE(Backbone):
         """Head input of every prediction point before standardisation, [B, Q, F].
         Of a frozen backbone it never changes: compute it once."""
         _, _, z, h = self.encode(batch)
-        return self._features_of(z, h, batch)
+        return self.features_of(z, h, batch)
 
     def standardise(self, features: torch.Tensor) -> torch.Tensor:
         """features [..., F], as `features` gives them -> the input of the head, [..., F]."""
@@ -775,7 +775,7 @@ class SeqSetVAE(Backbone):
     def losses(self, batch: EventBatch) -> dict[str, torch.Tensor]:
         """Full training: logits (see `classify`), reconstruction and KL of one pass."""
         mu, logvar, z, h = self.encode(batch)
-        logits = self.classify(self._features_of(z, h, batch))
+        logits = self.classify(self.features_of(z, h, batch))
         terms, _ = self.sequence_losses(h, batch)
         reconstruction, kl = sum(terms.values()).mean(), self.setvae.kl(mu, logvar, batch)
         return {"logits": logits, "reconstruction": reconstruction, "kl": kl}

@@ -121,10 +121,10 @@ class Predictor:
         ..."""
         dataset, _ = self._dataset(events)
         points = [] if dataset is None else answered_points(dataset)
+        d = self.model.config.latent_dim
         if not len(points):
-            names = [f"h{i}" for i in range(self.model.config.latent_dim)]
-            return pd.DataFrame(columns=["stay_id", "minute", *names])
-        h = encode_points(self.model, dataset, points, self.device, history_at_points)
+            return pd.DataFrame(columns=["stay_id", "minute", *(f"h{i}" for i in range(d))])
+        h = encode_points(self.model, dataset, points, self.device, features_and_history)[:, -d:]
         cohort, table = dataset.cohort, pd.DataFrame(h.cpu()).add_prefix("h")
         table.insert(0, "stay_id", cohort.stay_id[cohort.point_stay[points]])
         table.insert(1, "minute", cohort.point_minute[points])
@@ -294,9 +294,10 @@ def encode_points(model: SeqSetVAE, dataset: StayDataset, points: np.ndarray, de
     return result
 
 
-def history_at_points(model: SeqSetVAE, batch: EventBatch) -> torch.Tensor:
-    """h of the last set before each point, [B, Q, d]."""
-    return at_slots(model.encode(batch)[3], batch.point_slot)
+def features_and_history(model: SeqSetVAE, batch: EventBatch) -> torch.Tensor:
+    """Of each point the head input before standardisation, and h of the last set before it, [B, Q, F + d]."""
+    _, _, z, h = model.encode(batch)
+    return torch.cat([model.features_of(z, h, batch), at_slots(h, batch.point_slot)], dim=-1)
 
 
 def probability_at(model: SeqSetVAE, dataset: StayDataset, points: np.ndarray, device) -> np.ndarray:

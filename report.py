@@ -18,7 +18,7 @@ from history_statistics import real_sets
 from metrics import CHECKPOINT, FEW, bracketed, mean_of_logits
 from plots import (LABEL_NAMES, picture_folder, plot_calibration, plot_curves, plot_decision, plot_features,
                    plot_ranking, plot_trajectory, save_figure)
-from predictor import (Predictor, answered_points, encode_points, find_stay, history_at_points, influence,
+from predictor import (Predictor, answered_points, encode_points, features_and_history, find_stay, influence,
                        probability_at, risk_over_time)
 from runs import evaluation_loader
 from settings import data_options
@@ -299,9 +299,9 @@ def write_meds_predictions(path, cohort, points, probability, threshold: float, 
 
 def write_embeddings(path, predictor, dataset, points) -> None:
     """Writes the head input of every point before standardisation [n, F], and h of its set [n, d]."""
-    model, device, cohort = predictor.model, predictor.device, dataset.cohort
-    features = encode_points(model, dataset, points, device)
-    h = encode_points(model, dataset, points, device, history_at_points)
+    model, cohort = predictor.model, dataset.cohort
+    both = encode_points(model, dataset, points, predictor.device, features_and_history)
+    features, h = both.tensor_split([-model.config.latent_dim], dim=1)
 
     def write(out):
         with open(out, "wb") as file:  # given a name, NumPy would append .npz
