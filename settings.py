@@ -142,8 +142,8 @@ class DataSettings:
     task: str = option("which of several tasks in the data's labels/")
     positive: str = option("the word in the label column that means 1, such as yes")
     hours: float = option("ask once a stay, this many hours after admission (minute 0; of clock times the "
-                          "first event); end: at its end, wherever a checkpoint learned", low=0, high=math.inf,
-                          words={"end": math.inf})
+                          "first event); end: at its end, wherever a checkpoint learned", low=0,
+                          high=math.inf, words={"end": math.inf})
     split_file: str = option("CSV stay_id,split of train, valid and test, instead of the data's own",
                              names=("--split", "--split_file"), scope="path")
     variables_map: str = option("CSV source,name,factor[,offset]: other names and units of the data's "

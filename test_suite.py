@@ -23,7 +23,8 @@ from settings import SEED, SHARE, Parser, SharedSettings, changed, data_options,
 
 
 TESTS = str(Path(__file__).with_name("tests"))
-INSTEAD = ("soak", "protocol", "benchmark", "export", "follow")  # options of which each is a command of its own
+# Options of which each is a command of its own, and those of the analysis.
+INSTEAD = ("soak", "protocol", "benchmark", "export", "follow")
 ANALYSIS = ("baselines", "predictions", "embeddings", "trajectory", "plots", "subgroups", "json")
 
 
@@ -98,7 +99,8 @@ def run(given: dict) -> int | None:
     arguments = changed(Options(), given)
     instead = [name for name in INSTEAD if getattr(arguments, name)]
     if instead and (unused := [name for name in (*instead[1:], *ANALYSIS) if getattr(arguments, name)]):
-        raise InputError(f"--{instead[0]} does not go with --{', --'.join(unused)}; give them one after another")
+        raise InputError(f"--{instead[0]} does not go with --{', --'.join(unused)}; give them one after "
+                         "another")
     if arguments.soak:
         os.environ["SEQSETVAE_SOAK"] = "1"
         return run_tests("-s", "-k", "random")

@@ -564,8 +564,8 @@ def new_classifier(arguments, task: Task, config: FinetuneConfig, checkpoint: Ch
     report = checkpoint.backbone_into(model)
     if not report.complete and not arguments.allow_partial:
         named = ", ".join((report.missing + report.mismatched)[:3])
-        raise InputError(f"{checkpoint.path}: backbone weights are missing or of another shape ({named} ...); "
-                         "give a matching checkpoint, or --allow_partial")
+        raise InputError(f"{checkpoint.path}: backbone weights are missing or of another shape ({named} "
+                         "...); give a matching checkpoint, or --allow_partial")
     print(f"✅ Loaded pretrained weights: {len(report.loaded)} tensors\n{report}")
     return model
 
