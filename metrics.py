@@ -75,7 +75,7 @@ def bootstrap(group, label, *probabilities, measures=(ranks,), repeats: int = 10
     """Returns [repeats, k, m]: the m numbers of `measures` for each of k methods, where every method is
     scored on the same resampled groups of points (Efron & Tibshirani 1993), so that differences are paired.
 
-    group: [n] the patient of each point, any integer. Samples that hold one class alone are drawn anew. """
+    group: [n] the patient of each point, any integer. Samples that hold one class alone are drawn anew."""
     rng = np.random.default_rng(0)
     group = np.unique(group, return_inverse=True)[1]
     orders = [np.argsort(-p, kind="stable") for p in probabilities]
@@ -204,7 +204,7 @@ def score_figures(points: Points, methods: dict, threshold: float, sensitivity: 
 
     methods: {name: [n]}, of which CHECKPOINT gets all measures, the others AUROC and AUPRC. threshold: where
     the confusion is counted. groups: {variable: {group: mask [n]}}, in which the checkpoint's measures are
-    repeated. """
+    repeated."""
     _, subject, _, label = points
     size, probability, prevalence = points.size(), methods[CHECKPOINT], label.mean()
     unit = "patients" if size["patients"] < size["stays"] else "stays"

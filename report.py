@@ -157,7 +157,7 @@ def subgroups(cohort, points, name: str) -> dict[str, np.ndarray]:
 
     name: a variable, whose first value in the stay counts, or `events`: how many the stay had by its last
     point. More than six different numbers are put into quartiles. Variables without numbers such as ICUType=2
-    or GENDER//F are the categories of one. """
+    or GENDER//F are the categories of one."""
     stays = np.unique(cohort.point_stay[points])
     found = events_until(cohort, points) if name == "events" else first_values(cohort, stays, name)
     found = found.astype(object)
