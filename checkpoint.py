@@ -16,8 +16,8 @@ import torch
 
 from batches import Normalizer, StayDataset, variable_vectors
 from data import SPLITS, Cohort, InputError, at_hours, make_splits, write_atomically
+from labels import read_map
 from model import ModelConfig, SeqSetVAE
-from readers import read_map
 from settings import DataSettings
 from tasks import Task
 

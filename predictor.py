@@ -21,9 +21,10 @@ from data import (Cohort, InputError, build_cohort, describe_questions, make_spl
 from tables import BEYOND, MISSING, NAMELESS, TRUTH, Report, plain_name
 from checkpoint import Checkpoint
 from history_statistics import RunningStatistics, at_slots, summaries
+from labels import read_map
 from metrics import AHEAD, of_challenge_2019
 from model import SeqSetVAE
-from readers import cohort_of_frame, read_map
+from readers import cohort_of_frame
 from runs import (choose_device, evaluation_loader, from_rank_0, gathered, printable, read_cohort,
                   summed)
 from settings import data_options

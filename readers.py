@@ -26,12 +26,11 @@ from tqdm import tqdm
 from data import (MINUTE, READER_VERSION, SPLITS, SYNTHETIC_BYTES, Cohort, InputError, at_hours, build_cohort,
                   clear_write_error, duplicates, ranges, sets_charted, since_first, synthetic_cohort,
                   synthetic_parts, whole_cohort, with_points)
+from labels import (SPLIT_WORDS, read_columns, read_map, read_splits, read_statistics, read_vectors,
+                    with_labels, with_splits)
 from tables import (ANY, CACHE_MEND, ID, OWNER, TIME, VALUE, Report, Table, cache_home, column_names,
                     files_in, frame_tables, named_tables, of_each, of_others, open_cache, plain_name, scratch,
                     some, table_files, tables, write_cache)
-from tasks import (SPLIT_WORDS, read_columns, read_map, read_splits, read_statistics, read_vectors,
-                   with_labels, with_splits)
-
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -36,13 +36,14 @@ from checkpoint import Checkpoint, splits_beside
 from finetune_config import (FinetuneConfig, adamw, boosted_trees, cosine, epochs_of_steps, head_penalty,
                              tree_sizes)
 from history_statistics import real_sets
+from labels import telling_variables
 from model import ModelConfig, SeqSetVAE, SeqSetVAEPretrain
 from predictor import encode_points, open_checkpoint
 from runs import (PRECISIONS, Run, Signals, choose_device, data_parallel, end_rank, evaluation_loader,
                   exit_code, from_rank_0, gathered, join_ranks, loader, progress, read_cohort, summed)
 from settings import (SEED, SHARE, Parser, SharedSettings, changed, check_settings, data_options, option,
                       recorded, setting, value_of)
-from tasks import Task, telling_variables
+from tasks import Task
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -21,8 +21,8 @@ import pytest
 import readers
 from batches import Normalizer, variable_vectors
 from data import Cohort, InputError, at_end, build_cohort, make_splits, with_points
+from labels import telling_variables
 from readers import load_cohort
-from tasks import telling_variables
 from tests.tiny import (EVENTS, OUTCOMES, RECORDS, SHARED, Call, as_lists, counted, events_of, labels_of,
                         splits_of, write, write_physionet)
 

@@ -1,0 +1,308 @@
+"""What files beside the events tell: names and units of variables, labels, splits and subjects of stays; and
+whether a variable is the label."""
+
+import pickle
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from data import (MINUTE, Cohort, InputError, at_end, ranges, search_after, with_points)
+from tables import (HOURS, ID, MISSING, OWNER, TIME, Report, Table, column_names, of_each, plain_name,
+                    read_table, some)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What is told of variables and columns
+# ------------------------------------------------------------------------------------------------------------
+
+def read_columns(text: str | None) -> dict:
+    """{a table's own name of a column: the name by which it is read}, in lower case, of
+    stay_id=encounter_id,..."""
+    pairs = [pair.partition("=")[::2] for pair in text.lower().split(",")] if text else []
+    columns = {own.strip(): name.strip() for name, own in pairs}
+    if len(columns) < len(pairs) or not all((*columns, *columns.values())):
+        raise InputError(f"--columns {text}: takes pairs such as stay_id=encounter_id,minute=charted_at")
+    return columns
+
+
+def read_map(path: Path) -> dict:
+    """variable -> (name, factor, offset), of a CSV source,name,factor and perhaps offset: value * factor +
+    offset is what enters."""
+    table = read_table([path], {"source": str, "name": str, "factor": float}, {"offset": float})
+    source, name, factor = _named_once(table, "source"), table["name"], table["factor"]
+    offset = table.columns.get("offset", np.zeros(len(factor)))
+    table.refuse("name", name.codes < 0, "; give the name that the variable takes")
+    table.refuse("factor", ~np.isfinite(factor), "; give 1 where the unit stays")
+    table.refuse("offset", np.isinf(offset), "; give 0 where there is none")
+    table.report.settle()
+    return dict(zip(source, zip(name, factor.tolist(), np.nan_to_num(offset).tolist())))
+
+
+def _named_once(table: Table, column: str) -> pd.Index:
+    """[rows] the variable that each row names; none, or one named before, is refused."""
+    names = pd.Index(of_each(table[column], str, None), dtype=object)
+    table.refuse(column, names.isna() | names.duplicated(),
+                 ", where each line names another variable; mend or remove the line")
+    return names
+
+
+class _NumberType:
+    """Stands in for numpy.dtype in a pickle: keeps the code (f8) and the byte order, and can do nothing
+    else."""
+
+    def __init__(self, code, *_):
+        self.code, self.order = code, "="
+
+    def __setstate__(self, state):
+        self.order = {"<": "<", ">": ">"}.get(state[1], "=")
+
+    @staticmethod
+    def scalar(kind, raw):
+        if not re.fullmatch("[fiu][248]|[iub]1", kind.code):
+            raise pickle.UnpicklingError(f"a NumPy scalar of type {kind.code!r}")
+        return np.frombuffer(raw, kind.order + kind.code)[0].item()
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Admits containers, strings, numbers and NumPy scalars, the last by stand-ins: nothing that the file
+    names is imported or called."""
+
+    _STAND_INS = {"numpy.dtype": _NumberType, "numpy.multiarray.scalar": _NumberType.scalar,
+                  "_codecs.encode": lambda text, _: text.encode("latin1")}
+
+    def find_class(self, module, name):
+        wanted = f"{module}.{name}"
+        plain = re.sub(r"^numpy\._?core\.", "numpy.", wanted)  # NumPy 2 and 1
+        if plain not in self._STAND_INS:
+            raise pickle.UnpicklingError(f"it asks for {wanted}")
+        return self._STAND_INS[plain]
+
+
+def read_statistics(path: Path) -> pd.DataFrame:
+    """mean and std by variable, from a CSV (variable,mean,std) or a pickle {variable: {"mean": .., "std":
+    ..}}. Left out: those of a variable whose mean is not finite or whose std is zero or not finite, so that
+    they are fitted. InputError for a negative std."""
+    if path.suffix == ".pkl":
+        try:
+            with open(path, "rb") as file:
+                content = _PlainUnpickler(file).load()
+            known = {str(name): (float(entry["mean"]), float(entry["std"]))
+                     for name, entry in content.items()}
+        except Exception as error:  # a damaged or hostile pickle raises anything
+            raise InputError(f"{path}: not a plain pickle of {{variable: {{'mean': number, 'std': number}}}} "
+                             f"({type(error).__name__}: {error}); "
+                             "write it so, or as CSV with variable,mean,std") from None
+        given = pd.DataFrame.from_dict(known, orient="index", columns=["mean", "std"])
+        if (given["std"] < 0).any():
+            raise InputError(f"{path}: std of {given.index[given['std'] < 0][0]} is negative; mend it")
+    elif path.suffix == ".csv":
+        table = read_table([path], {"variable": str, "mean": float, "std": float})
+        given = pd.DataFrame({"mean": table["mean"], "std": table["std"]}, _named_once(table, "variable"))
+        table.refuse("std", table["std"] < 0, ", below 0; mend the line")
+        table.report.settle()
+    else:
+        raise InputError(f"{path}: statistics of this kind are not read; give .csv with variable,mean,std or "
+                         ".pkl")
+    given = given.astype(np.float32)
+    return given[np.isfinite(given).all(axis=1) & (given["std"] > 0)]
+
+
+def read_vectors(path: Path) -> pd.DataFrame:
+    """One vector a variable: `Key`, then a column each dimension. A column without a name (a row number that
+    pandas wrote) is none."""
+    table = read_table([path], {"Key": str}, rest=float)
+    names = _named_once(table, "Key")
+    columns = {name: column for name, column in table.columns.items() if name != "Key"}
+    if not columns:
+        raise InputError(f"{path}: no column beside Key; add one for each dimension")
+    for name, column in columns.items():
+        table.refuse(name, ~np.isfinite(column), ", not finite; mend the line")
+    table.report.settle()
+    return pd.DataFrame(columns, names, dtype=np.float32)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Labels, splits and subjects: what is told of stays that were read, attached after the cache
+# ------------------------------------------------------------------------------------------------------------
+
+_IDS = ("stay_id", "ts_id", "RecordID", "subject_id")
+_LABELS = ("label", "boolean_value", "in_hospital_mortality", "In-hospital_death")
+_TIMES = {"minute": TIME, "hour": HOURS, "prediction_time": np.datetime64}
+_LIKE_A_TIME = re.compile(
+    r"(^|[^a-z])(date|day|hour|minute|offset)s?($|[^a-z])|^time|(time|date|offset)$|stamp")
+SPLIT_WORDS = {"train": 0, "valid": 1, "val": 1, "validation": 1, "dev": 1, "tuning": 1, "test": 2,
+               "held_out": 2, "heldout": 2}
+
+
+def _split_codes(table: Table) -> np.ndarray:
+    """[rows] code of column `split`; None where it is empty."""
+    codes = of_each(table["split"], lambda word: SPLIT_WORDS.get(word.lower(), -1), None)
+    table.refuse("split", codes == -1,
+                 "; it is one of train, valid, test (or val, validation, dev, tuning, held_out)")
+    return codes
+
+
+def _one_of(path: Path, names, wanted) -> str:
+    found = [name for name in wanted if name.lower() in names]
+    if not found:
+        raise InputError(f"{path}: no column {' or '.join(wanted)} (it has {', '.join([*names][:8])}); "
+                         "rename or add it")
+    return found[0]
+
+
+def _told(table: Table, ids: np.ndarray, column: str, value) -> pd.Series:
+    """What a column says of each id, empty cells aside; two things of one are wrong."""
+    said = pd.DataFrame({"id": ids, "value": value}).dropna().drop_duplicates()
+    again = said["id"].duplicated()
+    rows = np.isin(np.arange(len(ids)), said.index[again])
+    table.refuse(column, rows,
+                 f", and another elsewhere for the same stay ({some(said['id'][again].unique())}); give one")
+    return said[~again].set_index("id")["value"]
+
+
+def with_splits(cohort: Cohort, told: pd.Series) -> Cohort:
+    """The cohort with the split of these ids; a stay that is not told of belongs to none."""
+    split = told.reindex(cohort.stay_id, fill_value=-1).to_numpy(np.int8)
+    return replace(cohort, split=split).noting({
+        "stays without a split (neither trained on nor scored)": int((split < 0).sum()),
+        "splits of no stay with a usable event": int((~told.index.isin(cohort.stay_id)).sum())})
+
+
+def read_splits(files: list[Path], own: dict = {}) -> pd.Series:
+    """Split code by stay, of a file with an id and `split`; own: see `read_columns`."""
+    id_column = _one_of(files[0], column_names(files[0], own), _IDS)
+    table = read_table(files, {id_column: ID, "split": str}, report=Report(own))
+    told = _told(table, of_each(table[id_column], str, None), "split", _split_codes(table))
+    table.report.settle()
+    return told
+
+
+def _labels(table: Table, name: str, positive: str | None) -> np.ndarray:
+    """[rows] float labels, NaN where the cell is empty. positive: the word that is label 1; else they are 0
+    and 1, or true and false."""
+    known = {"0": 0, "false": 0, "1": 1, "true": 1}
+    nothing = set(map(str.lower, MISSING))
+    if positive is not None:
+        given = [word for word in map(str.lower, table[name].categories) if word not in nothing]
+        positive = plain_name(positive, missing=[]).lower()
+        if positive not in given and set(given) <= known.keys():
+            table.note(f"labels that are 0 and 1, where the word {positive} is not looked for",
+                       table[name].codes >= 0)
+        elif positive not in given or len(given) > 2:
+            raise InputError(f"{table.paths[0]}: --positive {positive}: {name} is one of {some(given)}; give "
+                             "one of two words")
+        else:
+            known = {word: word == positive for word in given}
+    known |= dict.fromkeys(nothing, np.nan)
+    label = of_each(table[name], lambda word: known.get(word.lower(), -1), np.nan)
+    table.refuse(name, label == -1,
+                 ", not 0 or 1; mend the line, or say which word is positive with --positive WORD")
+    return label
+
+
+def with_labels(cohort: Cohort, files: list[Path], positive: str | None = None, own: dict = {},
+                 points: bool = True) -> Cohort:
+    """The cohort with what its labels' files tell: an id, a label of 0 or 1 (or empty), and perhaps split,
+    subject_id and a time: `minute` or `hour` of the stay or `prediction_time`. With times a row is a
+    prediction point, without one a stay has one at its end.
+
+    positive: the word that is label 1, the other one is 0. own: see `read_columns`. points: False takes split
+    and subject alone. Raises InputError for another label, and for two labels of one point.
+    """
+    names = column_names(files[0], own)
+    id_column, label_column = (_one_of(files[0], names, wanted) for wanted in (_IDS, _LABELS))
+    timed = next((name for name in _TIMES if name in names), None)
+    times = [name for name, clock in names.items() if clock or _LIKE_A_TIME.search(name)]
+    if not timed and times:
+        unit = "prediction_time" if names[times[0]] else "hour"
+        raise InputError(f"{files[0]}: its column {times[0]} looks like a time, of no known unit; call it "
+                         f"minute, hour or prediction_time, here or by --columns {unit}={times[0]} "
+                         f"(other={times[0]}: not read)")
+    columns = {id_column: ID, label_column: str} | ({timed: _TIMES[timed]} if timed else {})
+    optional = {name: kind for name, kind in (("split", str), ("subject_id", OWNER)) if name not in columns}
+    table = read_table(files, columns, optional, report=Report(own))
+    ids, label = of_each(table[id_column], str, None), _labels(table, label_column, positive)
+    subject = split = None
+    if (owner := table.columns.get("subject_id")) is not None:
+        subject = _told(table, ids, "subject_id", of_each(owner, str, None))
+    if "split" in table.columns:
+        split = _told(table, ids, "split", _split_codes(table))
+    if timed:
+        table.refuse(timed, ~np.isfinite(table[timed]), "; give the time of the question")
+    table.report.settle()
+    if subject is not None:
+        subject = subject.reindex(cohort.stay_id)
+        cohort = replace(cohort, subject=np.where(subject.isna(), cohort.subject, subject).astype(str))
+    if split is not None:
+        cohort = with_splits(cohort, split)
+    if not points:
+        return cohort
+
+    # [rows] the stay of each, -1: none of the cohort.
+    rows = pd.DataFrame({"stay": pd.Index(cohort.stay_id).get_indexer(ids), "id": ids, "label": label,
+                         "at": table[timed] if timed else 0})
+    again = rows.duplicated().to_numpy()
+    other = rows.duplicated(["id", "at"]).to_numpy() & ~again
+    table.refuse(id_column, other, f", labelled twice and not alike ({some(rows['id'][other].unique())}); "
+                                   "keep one line of each")
+    table.report.settle()
+    table.note("labels given more than once", again)
+    strange = rows["stay"].to_numpy() < 0
+    table.note("outcomes of no stay with a usable event", strange & ~again)
+    rows = rows[~strange & ~again].sort_values(["stay", "at"])
+    stay, label, at = (rows[name].to_numpy() for name in ("stay", "label", "at"))                  # [Q]
+    count = np.bincount(stay, minlength=len(cohort))
+    if not timed:
+        answers = np.full(len(cohort), np.nan)
+        answers[stay] = label
+        table.report.counts["stays without an outcome (unlabelled)"] = int(np.isnan(answers).sum())
+        return at_end(cohort.noting(table.report.counts, table.report.examples), answers)
+    table.report.counts["stays without a question"] = int((count == 0).sum())
+    if at.dtype.kind == "M":
+        origin = np.array(cohort.origin)
+        if np.isnat(origin).all():
+            raise InputError(f"{files[0]}: {timed} is a clock time, which these data do not know; give "
+                             "minute or hour of the stay")
+        # A stay of static events alone knows no clock: its first question sets it.
+        unknown = np.isnat(origin) & (count > 0)
+        origin[unknown] = at[np.searchsorted(stay, np.flatnonzero(unknown))].astype("datetime64[m]")
+        cohort = replace(cohort, origin=origin)
+        since = at.astype("datetime64[us]").astype(np.int64) - origin[stay].astype(np.int64)
+        at = since // MINUTE + since % MINUTE / MINUTE
+    elif timed == "hour":
+        at = at + cohort.admission[stay]
+    return with_points(cohort.noting(table.report.counts, table.report.examples), count, at, label)
+
+
+def telling_variables(cohort: Cohort, points: np.ndarray) -> dict[str, float]:
+    """{variable: AUROC} of those whose presence or last value alone tells the first answer (0 or 1) of these
+    points [n] with an AUROC above 0.98: it may be the outcome itself. Looks at the last of these points of at
+    most 5,000 stays; a value counts where at least ten points of each class have one."""
+    enough, stay = 10, cohort.point_stay[points]
+    points = points[np.append(stay[1:] != stay[:-1], True)[:len(points)]]
+    points = points[::1 + len(points) // 5000]
+    stay, positive = cohort.point_stay[points], cohort.answers[points, 0] == 1
+    negatives, positives = np.bincount(positive, minlength=2)
+    if min(negatives, positives) < enough:
+        return {}
+    begin, end = cohort.stay_start[stay], cohort.stay_start[stay + 1]
+    end = search_after(cohort.set_minute, cohort.point_minute[points], begin, end)
+    first = cohort.set_start[begin]
+    count = cohort.set_start[end] - first
+    event, asked = ranges(first, count), np.repeat(np.arange(len(points)), count)
+    last = pd.DataFrame({"variable": cohort.event_variable[event], "value": cohort.event_value[event],
+                         "one": positive[asked], "zero": ~positive[asked], "point": asked})
+    last = last.groupby(["variable", "point"]).last()
+    held, valued = last.groupby("variable").sum(), last.dropna()
+    presence = (1 + held["one"] / positives - held["zero"] / negatives) / 2
+    # Of the last values: the Mann-Whitney statistic.
+    valued = valued.assign(rank=valued.groupby("variable")["value"].rank() * valued["one"])
+    sums = valued.groupby("variable")[["one", "zero", "rank"]].sum()
+    ones, zeros = sums["one"], sums["zero"]
+    value = (sums["rank"] - ones * (ones + 1) / 2) / (ones * zeros)
+    scores = pd.concat([presence, value[(ones >= enough) & (zeros >= enough)]])
+    best = np.maximum(scores, 1 - scores).groupby(level=0).max().sort_values(ascending=False)
+    return {cohort.variables[v]: float(auc) for v, auc in best[best > .98].items()}
