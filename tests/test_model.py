@@ -17,7 +17,8 @@ from checkpoint import load_weights
 from finetune_config import (MANY_POINTS, FinetuneConfig, boosted_trees, head_penalty,
                              tree_sizes)
 from history_statistics import real_sets, statistics_at
-from model import History, ModelConfig, SeqSetVAE, SeqSetVAEPretrain, SetVAE, masked_mean
+from model import History, ModelConfig, SeqSetVAE, SeqSetVAEPretrain, SetVAE
+from readouts import masked_mean
 from predictor import CPU
 from tasks import BoostedTrees, Task
 from tests.plain_loop import close, plain_future, plain_pass, plain_statistics
