@@ -330,8 +330,8 @@ def find_stay(dataset, stay_id) -> int | None:
 
 def risk_over_time(model, dataset, stay: int, device=CPU, most: int = 40) -> dict:
     """The risk at every minute at which something was charted or a risk is asked for, as if the stay had
-    ended there: the model is causal, one pass answers all. Where it is highest, the risk without each of the
-    `most` charted variables."""
+    ended there: the model is causal, one pass answers all. At the last of these minutes, the risk without
+    each of the `most` charted variables."""
     cohort = dataset.cohort
     sets, points = (slice(*start[stay:stay + 2]) for start in (cohort.stay_start, cohort.point_start))
     asked, label = cohort.point_minute[points], cohort.label[points]
@@ -341,14 +341,14 @@ def risk_over_time(model, dataset, stay: int, device=CPU, most: int = 40) -> dic
     count = np.where(np.arange(len(cohort)) == stay, len(minute), 0)
     dataset = dataset.of(with_points(cohort, count, minute))
     risk = probability_at(model, dataset, np.arange(len(minute)), device)
-    highest = minute[risk.argmax()]
     septic = (label == 1).any() and of_challenge_2019(np.zeros(len(label)), asked, label)
     return {"stay": str(cohort.stay_id[stay]), "label": int(cohort.stay_label[stay]),
             "minute": minute.tolist(), "events": events.astype(int).tolist(), "risk": risk.tolist(),
             "admission": float(cohort.admission[stay]),
             "onset": float(asked[label == 1][0] + 60 * AHEAD) if septic else None,
             "labelled": asked[label == 1].tolist() if len(label) > 1 else [],
-            "highest": float(highest), "without": risk_without(model, dataset, stay, highest, most, device)}
+            "highest": float(minute[risk.argmax()]),
+            "without": risk_without(model, dataset, stay, minute[-1], most, device)}
 
 
 def risk_without(model, dataset, stay: int, minute: float, most: int, device) -> dict:
@@ -376,10 +376,10 @@ def risk_without(model, dataset, stay: int, minute: float, most: int, device) ->
 
 
 def influence(trajectory: dict) -> pd.Series:
-    """By how much each variable raises the highest risk (lowers: negative), by its name, those that move it
+    """By how much each variable raises the last risk (lowers: negative), by its name, those that move it
     most first."""
     without = pd.Series(trajectory["without"], dtype=float).dropna()
-    moved = max(trajectory["risk"]) - without
+    moved = trajectory["risk"][-1] - without
     return moved.sort_values(key=lambda change: -change.abs(), kind="stable")
 
 

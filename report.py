@@ -427,7 +427,7 @@ def headline(figures: dict, threshold_is: str) -> pd.DataFrame:
 
 
 def print_trajectory(trajectory: dict) -> None:
-    """Prints the risk at each time, and what moves its highest value."""
+    """Prints the risk at each time, and what moves the last one."""
     risk = pd.Series(trajectory["risk"])
     hours = (pd.Series(trajectory["minute"]) - trajectory["admission"]) / 60
     table = pd.DataFrame({"hour": hours.map("{:.2f}".format), "events": map(str, trajectory["events"]),
@@ -435,7 +435,7 @@ def print_trajectory(trajectory: dict) -> None:
     show(f"Stay {trajectory['stay']} ({LABEL_NAMES[trajectory['label']]}): risk at {len(risk)} times", table)
     moved = ", ".join(f"{name} {change:+.4f}" for name, change in influence(trajectory)[:5].items())
     if moved:
-        print(f"most of the highest risk, {risk.max():.4f}, comes and goes with: {moved}")
+        print(f"most of the last risk, {trajectory['risk'][-1]:.4f}, comes and goes with: {moved}")
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -222,9 +222,9 @@ def test_a_variable_moves_the_risk_by_what_the_risk_is_without_it():
         assert without[name] == pytest.approx(expected, abs=1e-5)
     told = risk_over_time(model, dataset, 0)
     assert told["highest"] == told["minute"][np.argmax(told["risk"])]
-    assert told["without"] == risk_without(model, dataset, 0, told["highest"], 40, CPU)
+    assert told["without"] == risk_without(model, dataset, 0, told["minute"][-1], 40, CPU)
     assert risk_over_time(model, dataset, 1)["without"] == {"lab3": None}
-    moved = influence({"risk": [.2, .5], "without": {"a": .4, "b": None, "c": .9}})
+    moved = influence({"risk": [.9, .5], "without": {"a": .4, "b": None, "c": .9}})
     assert moved.index.tolist() == ["c", "a"] and moved["c"] == pytest.approx(-.4)
 
 
