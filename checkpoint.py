@@ -307,8 +307,12 @@ class Checkpoint:
         if self.config is None:
             raise InputError(f"{self.path}: of the original implementation, which needs its data at hand; "
                              "open it by Predictor.with_data")
+        task = Task.from_state(self.task, self.path)
+        if task.outputs != self.config.classes:
+            raise InputError(f"{self.path}: its task is of {task.outputs} outputs, its model config of "
+                             f"{self.config.classes}; {_FORGED}")
         with torch.random.fork_rng(devices=[]):  # the weights that a module draws are overwritten
-            model = SeqSetVAE(self.config, self.vocabulary, Task.from_state(self.task, self.path))
+            model = SeqSetVAE(self.config, self.vocabulary, task)
         weights = self.weights
         if self.original:  # what only training used is left out; a buffer that it lacks keeps its value
             own = model.state_dict()

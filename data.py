@@ -20,6 +20,7 @@ from sklearn.model_selection import train_test_split
 
 READER_VERSION = 7  # raise it when a reader's output changes: older caches are then rebuilt
 SPLITS = ("train", "valid", "test")  # codes 0, 1, 2 in `Cohort.split`; -1 is unassigned
+KINDS = ("binary", "several", "classes", "number", "event")  # of outcomes
 MINUTE = 60_000_000  # microseconds
 
 
@@ -93,12 +94,17 @@ class Cohort:
     split: np.ndarray           # [P] int8, index into SPLITS, -1: unassigned
     point_start: np.ndarray     # [P+1] int64, in points
     point_minute: np.ndarray    # [Q] float64, rising within a stay
-    answers: np.ndarray         # [Q, A] float32, NaN: none; what they mean is the Task's, see tasks.py
+    # [Q, A] float32, NaN: none. binary: 0 or 1; several: 0 or 1 of each; classes: the index in `names`; number:
+    # the number; event: hours from the question to the event or censoring, and the cause: 0 (censored), or 1 +
+    # the index in `names`.
+    answers: np.ndarray
     statistics: np.ndarray      # [V, 2] float32, mean and standard deviation given with the data, NaN: none
     vectors: np.ndarray         # [V, D] float32, vectors given with the data, NaN: none (D may be 0)
     notes: dict = field(default_factory=dict)     # what the reader skipped or met: reason -> count
     examples: dict = field(default_factory=dict)  # reason -> the place of the first
     fingerprint: str = ""       # digest of the stays, not of their labels: a split outlives new labels
+    kind: str = "binary"        # of the labels that were read, one of `KINDS`; no cache holds it
+    names: tuple[str, ...] = ("label",)  # outcomes (several), classes or causes (event), in the answers' order
 
     STAYS = ("event_variable", "event_value", "event_offset", "set_start", "set_minute", "stay_start",
              "stay_id", "subject", "origin", "split")

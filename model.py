@@ -25,7 +25,7 @@ from history_statistics import (Question, ask, at_slots, attention_pool, hours_s
                                 statistics_at, summaries, summary_features, variables_of)
 from readouts import HistoryReadout, ReadoutDecoder, VariableKeys, masked_mean
 from settings import ModelConfig
-from tasks import BoostedTrees, Task
+from tasks import Binary, BoostedTrees, Task
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -578,7 +578,7 @@ class SeqSetVAE(Backbone):
 
     BACKBONE = ("setvae.", "history.", "history_readout.", "mask_token")
 
-    def __init__(self, config: ModelConfig, vocabulary: torch.Tensor, task: Task = Task()):
+    def __init__(self, config: ModelConfig, vocabulary: torch.Tensor, task: Task = Binary()):
         super().__init__(config, vocabulary, hides_sets=not config.classification_only)
         self.task, d = task, config.latent_dim
         if not config.classification_only:

@@ -40,7 +40,7 @@ from predictor import CPU, Predictor, encode_points, open_checkpoint, probabilit
 from readers import load_cohort
 from runs import CHECKPOINTS, choose_device, keep_freed_memory, read_cohort
 from settings import DataSettings, changed, data_options, recorded
-from tasks import Task
+from tasks import Binary
 from train import (HeadTraining, PretrainConfig, clip_and_step, finetune, labelled, pretrain, run_settings,
                    weigh_trees)
 
@@ -155,7 +155,7 @@ def summaries_alone(dataset, variables, train, valid, test, seed: int, device=CP
                     config=FinetuneConfig()) -> np.ndarray:
     """Probabilities at the test points by the default head (linear and trees) on exact summaries of these
     variables (indices in the dataset's vocabulary), see `of_a_frozen_head`."""
-    points, _ = Task().training_points(dataset.cohort, train, config, seed, 0)
+    points, _ = Binary().training_points(dataset.cohort, train, config, seed, 0)
     shape = ModelConfig(len(dataset.normalizer.variables), summaries=True, head_variables=len(variables),
                         head_widths=config.head_widths, **tree_sizes(config, len(points)))
     torch.manual_seed(seed)
@@ -170,7 +170,7 @@ def without_backbone(dataset, train, valid, test, seed: int, device=CPU,
     stays; valid: see `of_a_frozen_head`."""
     cohort = dataset.cohort
     variables = common_variables(cohort, dataset, train, config.most_variables)
-    points, weight = Task().training_points(cohort, train, config, seed, 0)
+    points, weight = Binary().training_points(cohort, train, config, seed, 0)
     own = np.flatnonzero(np.isin(dataset.variable, variables))
     return (hand_made_baselines(cohort, own, points, weight, test)
             | {BASELINES[2]: summaries_alone(dataset, variables, train, valid, test, seed, device, config)})
@@ -188,7 +188,7 @@ def baselines(arguments, checkpoint: Checkpoint, dataset, points) -> dict[str, n
                          f"{'--data_dir' if new else '--baselines'} out")
     config, seed = changed(FinetuneConfig(), checkpoint.run["settings"]), checkpoint.source["seed"]
     share, device = checkpoint.run["options"]["label_fraction"], choose_device(arguments.device, "fp32")[0]
-    train = Task().subset(cohort, labelled(cohort, checkpoint.split["train"]), share, seed)
+    train = Binary().subset(cohort, labelled(cohort, checkpoint.split["train"]), share, seed)
     valid = labelled_points(cohort, stays_of(cohort, checkpoint.split["valid"]))
     methods = without_backbone(dataset, train, valid, points, seed, device, config)
     torch.manual_seed(seed)
@@ -232,7 +232,7 @@ def protocol(given: dict, splits: list, seeds: list, methods: list, fractions: l
     for home, data, seed in turns:
         cohort = read_cohort(data)
         split = make_splits(cohort, seed)
-        Task().check(cohort, split)
+        Binary().check(cohort, split)
         if (checkpoint := home / "pretrain" / "best.pt").exists():
             kept = Checkpoint.open(checkpoint)
             now = recorded(DataSettings(**data)), cohort.fingerprint, label_digest(cohort), split
@@ -297,7 +297,7 @@ def predict_baselines(checkpoint: Path, home: Path, seed: int, fraction: float, 
         return
     opened, cohort = open_checkpoint(checkpoint, given)
     dataset, split = opened.dataset(cohort), opened.split
-    train = Task().subset(cohort, labelled(cohort, split["train"]), fraction, seed)
+    train = Binary().subset(cohort, labelled(cohort, split["train"]), fraction, seed)
     points = scored_points(cohort, split)
     valid = labelled_points(cohort, stays_of(cohort, split["valid"]))
     for method, probability in without_backbone(dataset, train, valid, points, seed).items():

@@ -63,7 +63,8 @@ def performance(arguments, baselines) -> None:
             methods |= others
             thresholds |= others_thresholds
         figures["scored"] = who
-        figures |= task.figures(cohort, scored, methods, thresholds, arguments.sensitivity, groups)
+        figures |= task.figures(cohort, scored, {name: p[:, None] for name, p in methods.items()}, thresholds,
+                                arguments.sensitivity, groups)
         if len(opened) == 1:
             figures["model"] = model_figures(predictor, dataset, scored_stays)
         print_figures(figures, threshold_source([each.checkpoint for each, _ in opened]))

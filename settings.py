@@ -226,7 +226,7 @@ class ModelConfig:
     free_bits: float = setting(0.0, scope="loose")  # KL below free_bits * d costs nothing
     logvar_bonus: float = setting(0.0, scope="loose")  # the original's -0.1 * mean(logvar)
     # Classifier (SeqSetVAE)
-    classes: int = setting(2, high=256, scope="derived")
+    classes: int = setting(2, high=2**12, scope="derived")
     classification_only: bool = setting(True, scope="derived")  # frozen backbone; False: full training
     fuse: bool = setting(True, scope="head")  # mu and logvar fused, or mu alone
     features: str = setting("stable", choices=FEATURES, scope="head")

@@ -2,7 +2,9 @@
 answer."""
 
 import math
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -24,55 +26,118 @@ from metrics import (CHECKPOINT, Points, best_shares, best_utility_threshold, ho
 
 @dataclass(frozen=True)
 class Task:
-    """One outcome that is 0 or 1: how its answers [Q, 1] are learned, and how an output is answered and
-    judged.
+    """What is asked: how answers [Q, A] of one kind are learned, and how an output is answered and judged.
 
-    Training, answering and scoring ask this class whatever depends on the kind of the outcome, so another
-    kind is another class with these attributes and methods. The classifier carries its task; a checkpoint
-    keeps `state_dict`."""
+    Training, answering and scoring ask this class whatever depends on the kind of the outcome; each kind is a
+    class with these attributes and methods. The classifier carries its task; a checkpoint keeps
+    `state_dict`. Of `names` and what training adds to them every field is plain: texts, numbers, tuples."""
 
-    kind: str = "binary"
-    names: tuple[str, ...] = ("label",)  # of the answers' columns
-    outputs = 2                          # logits of the head
-    best = "val_auc"                     # the figure of `validation` that chooses the epoch: the highest
-    untrained = {"val_auc": -1.0, "val_auprc": -1.0, "threshold": 0.5}
+    names: tuple[str, ...] = ("label",)  # of the outcomes, the classes or the causes
+
+    kind: ClassVar[str]
+    needed: ClassVar[str]                # of labels to be learned or scored
+    best: ClassVar[str]                  # the figure of `validation` that chooses the epoch: the highest
+    untrained: ClassVar[dict]
+    losses: ClassVar[tuple] = ("cross_entropy",)  # settings `loss` that this kind can learn by
+    width: ClassVar[int] = 1             # A, columns of the answers
+
+    @staticmethod
+    def of(cohort: Cohort) -> "Task":
+        """The task that the labels of a cohort ask for, not yet `fitted`."""
+        return KINDS[cohort.kind](tuple(cohort.names))
+
+    # ---- shapes and names ----------------------------------------------------------------------------------
+
+    @property
+    def outputs(self) -> int:
+        """The number of logits of the head."""
+        raise NotImplementedError
+
+    @property
+    def ensembles(self) -> int:
+        """The number of ensembles of boosted trees beside the head."""
+        return 0
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The names of what `answer` gives."""
+        return tuple(f"probability_{name}" for name in self.names)
+
+    @property
+    def label_columns(self) -> tuple[str, ...]:
+        """The names of what `labels` gives."""
+        return ("label",)
+
+    def labels(self, answers: np.ndarray) -> pd.DataFrame:
+        """Answers [n, A] as a label file has them, in `label_columns`; an answer that is none is an empty
+        cell."""
+        return pd.DataFrame(answers, columns=self.label_columns)
 
     # ---- what a checkpoint keeps ---------------------------------------------------------------------------
 
     def state_dict(self) -> dict:
-        """The kind and the names as plain types."""
-        return {"kind": self.kind, "names": list(self.names)}
+        """The kind and all fields as plain types."""
+        return {"kind": self.kind} | {name: list(value) if isinstance(value, tuple) else value
+                                      for name, value in asdict(self).items()}
 
-    @classmethod
-    def from_state(cls, state: dict | None, path) -> "Task":
+    @staticmethod
+    def from_state(state: dict | None, path) -> "Task":
         """The task that the checkpoint at `path` records; None: it records none, and asks what the default
-        asks. Raises InputError for a kind that this version does not know."""
-        task = cls()
-        if state is not None and state != task.state_dict():
-            raise InputError(f"{path}: its task is {str(state)[:80]}, which this version does not know; use "
-                             "the version that wrote it")
-        return task
+        asks. Raises InputError for one that this version does not know."""
+        if state is None:
+            return Binary()
+        with suppress(TypeError, KeyError, ValueError, LookupError):
+            given = {name: tuple(value) if isinstance(value, list) else value
+                     for name, value in state.items() if name != "kind"}
+            task = KINDS[state["kind"]](**given)
+            if task.state_dict() == state and task.sound():
+                return task
+        raise InputError(f"{path}: its task is {str(state)[:80]}, which this version does not know; use the "
+                         "version that wrote it")
+
+    def sound(self) -> bool:
+        """Tells whether the fields can be those of a trained task: a checkpoint may come from a stranger."""
+        return set(map(type, self.names)) == {str} and len(set(self.names)) == len(self.names)
+
+    def recode(self, cohort: Cohort) -> Cohort:
+        """The cohort with its answers in the order of this task's names. Raises InputError where its labels
+        are of another kind, or have names that this task does not know."""
+        if cohort.labelled.any() and cohort.kind != self.kind:
+            raise InputError(f"{cohort.reader}: its labels are of the kind {cohort.kind}, where the "
+                             f"checkpoint answers {self.kind}; give labels of its kind, or --kind {self.kind}")
+        if not cohort.labelled.any():
+            answers = np.full((len(cohort.answers), self.width), np.nan, dtype=np.float32)
+        elif unknown := [name for name in cohort.names if name not in self.names]:
+            raise InputError(f"{cohort.reader}: its labels name {', '.join(unknown[:3])}, where the checkpoint "
+                             f"knows {', '.join(self.names[:8])}; give labels of these alone")
+        else:
+            answers = self.renamed(cohort.answers, [self.names.index(name) for name in cohort.names])
+        return replace(cohort, answers=answers, kind=self.kind, names=self.names)
+
+    def renamed(self, answers: np.ndarray, place: list[int]) -> np.ndarray:
+        """Answers [Q, A] of names that stand at these places among this task's."""
+        return answers
 
     # ---- which stays and points are learned from -----------------------------------------------------------
 
     def lacking(self, answers: np.ndarray) -> str:
-        """What keeps these answers [n, 1] from being learned or scored; empty where nothing does."""
-        positive = int((answers == 1).sum())
-        if not len(answers):
-            return "no label at all"
-        one_class = positive in (0, len(answers))
-        return f"one class only ({positive:,} of {len(answers):,} labels are 1)" if one_class else ""
+        """What keeps these answers [n, A] from being learned or scored; empty where nothing does."""
+        return "" if len(answers) else "no label at all"
 
     def check(self, cohort: Cohort, split: dict[str, list[str]]) -> None:
-        """Raises InputError where the labels of one of these parts do not hold both classes."""
+        """Raises InputError where the labels of one of these parts lack what is needed."""
         for name, ids in split.items():
             if lacking := self.lacking(cohort.answers[labelled_points(cohort, stays_of(cohort, ids))]):
-                raise InputError(f"{cohort.reader}: the labelled {name} stays hold {lacking}, where both "
-                                 "classes are needed; check the label file, give more labels or a --split")
+                raise InputError(f"{cohort.reader}: the labelled {name} stays hold {lacking}, where "
+                                 f"{self.needed} needed; check the label file, give more labels or a --split")
 
     def count(self, cohort: Cohort, stays: np.ndarray) -> str:
-        """How many of these stays have the outcome."""
-        return f"{(cohort.stay_label[stays] == 1).sum():,} positive"
+        """What the labels of these stays are, in short."""
+        raise NotImplementedError
+
+    def occurs(self, answers: np.ndarray) -> np.ndarray:
+        """[n] bool: the answers [n, A] from which every epoch learns, however many there are."""
+        return np.zeros(len(answers), dtype=bool)
 
     def subset(self, cohort: Cohort, stays: np.ndarray, fraction: float, seed: int) -> np.ndarray:
         """The stays of a stratified, seeded share of the subjects of labelled stays, as if only these had a
@@ -94,50 +159,142 @@ class Task:
         points are many, a seeded sample of the others; and their weights [n], so that a sampled one stands
         for those left out. config: a FinetuneConfig."""
         points = labelled_points(cohort, stays)
-        without = cohort.label[points] == 0
-        negative = points[without]
-        positives = len(points) - len(negative)
-        most = max(1, int(max(config.negatives * positives, config.few_points - positives)))
-        if len(negative) > most:
-            sample = np.random.default_rng([seed, epoch]).choice(negative, most, replace=False)
-            points = np.sort(np.concatenate([points[~without], sample]))
-        weight = np.where(cohort.label[points] == 0, max(1, len(negative) / most), 1)
-        return points, weight.astype(np.float32)
+        occurs = self.occurs(cohort.answers[points])
+        others, number = points[~occurs], int(occurs.sum())
+        most = max(1, int(max(config.negatives * number, config.few_points - number)))
+        kept = others
+        if len(others) > most:
+            kept = np.random.default_rng([seed, epoch]).choice(others, most, replace=False)
+        weight = np.where(occurs, 1, max(1, len(others) / most))
+        chosen = occurs | np.isin(points, kept)
+        return points[chosen], weight[chosen].astype(np.float32)
+
+    def fitted(self, cohort: Cohort, points: np.ndarray, weight: np.ndarray, horizons: tuple = ()) -> "Task":
+        """The task with what it must know of these training points [n], which have weights [n]. horizons: in
+        hours, of events alone."""
+        if horizons:
+            raise InputError(f"--horizons: labels of the kind {self.kind} have none; leave it out, or give "
+                             "labels with the columns event and hours")
+        return self
 
     # ---- how it is learned ---------------------------------------------------------------------------------
 
     def loss(self, logits, answer, config, weight=None, total=None) -> torch.Tensor:
-        """Focal loss (Lin et al. 2017, eq. 5) or label-smoothed cross-entropy, as `config`, a FinetuneConfig,
-        says: logits [..., 2], answer [..., 1] (NaN: none), weight [...] (None: 1 where there is an answer) ->
-        [], the sum over points divided by `total` (None: the sum of the weights)."""
-        logits, label = logits.float().flatten(0, -2), answer.nan_to_num(nan=-1).long().flatten()
-        weight = (label >= 0).float() if weight is None else weight.flatten()
-        if config.loss == "cross_entropy":
-            loss = F.cross_entropy(logits, label, label_smoothing=config.label_smoothing, ignore_index=-1,
-                                   reduction="none")
-        else:
-            log_p = logits.log_softmax(-1).gather(1, label.clamp(min=0)[:, None]).squeeze(1)  # true class
-            alpha = torch.where(label == 1, config.focal_alpha, 1 - config.focal_alpha)
-            loss = -alpha * (1 - log_p.exp()) ** config.focal_gamma * log_p
+        """The loss by which an answer is learned: logits [..., outputs], answer [..., A] (NaN: none), weight
+        [...] (None: 1 where there is an answer) -> [], the sum over points divided by `total` (None: the sum
+        of the weights). config: a FinetuneConfig."""
+        answer = answer.flatten(0, -2)
+        there = (~answer.isnan()).any(-1).float()
+        weight = there if weight is None else weight.flatten()
+        loss = self.point_loss(logits.float().flatten(0, -2), answer, config)
         return (weight * loss).sum() / (weight.sum() if total is None else total)
 
+    def point_loss(self, logits, answer, config) -> torch.Tensor:
+        """The loss [n] of each point: logits [n, outputs] in float32, answer [n, A]; 0 where it is none."""
+        raise NotImplementedError
+
+    def squares(self, weight) -> torch.Tensor:
+        """The squares [k, F] that the penalty on a linear head's weights [outputs, F] adds up, such that an
+        input that matters costs as much whatever the number of outputs."""
+        return weight.square()
+
     def prior(self, answer, weight) -> torch.Tensor:
-        """The logits [2] with which the head begins: the log of the classes' shares in these answers [n, 1],
-        all there, and weights [n]."""
-        return (torch.bincount(answer[:, 0].long(), weights=weight, minlength=2) / weight.sum()).log()
+        """The logits [outputs] with which the head begins: those that answer these answers [n, A], of weights
+        [n], best without any input."""
+        raise NotImplementedError
 
     def shares(self, logits: list, answers: np.ndarray) -> np.ndarray:
-        """The shares [k] of k logits [n, 2] that fit these answers [n, 1] best, see `best_shares`."""
-        log_odds = [each.diff()[:, 0].cpu().double().numpy() for each in logits]
-        return best_shares(np.stack(log_odds), answers[:, 0].astype(int))
+        """The shares [k], in tenths, of k logits [n, outputs] that fit these answers [n, A] best: those of
+        the least loss."""
+        raise NotImplementedError
 
     # ---- how it is answered and judged ---------------------------------------------------------------------
 
     def answer(self, logits) -> np.ndarray:
+        """Logits [n, outputs] -> the answers in `columns`, [n, columns] float64."""
+        raise NotImplementedError
+
+    def validation(self, cohort: Cohort, points: np.ndarray, answer: np.ndarray) -> dict:
+        """Figures of the answers [n, columns] at these validation points [n], of which `best` chooses the
+        epoch."""
+        raise NotImplementedError
+
+    def describe(self, row: dict) -> str:
+        """The figures of `validation` for the log."""
+        raise NotImplementedError
+
+    def figures(self, cohort: Cohort, points: np.ndarray, methods: dict, thresholds: dict, sensitivity: float,
+                groups: dict) -> dict:
+        """Plain numbers about each method's answers [n, columns] at these points [n]. groups: {variable:
+        {group: mask [n]}}, in which the checkpoint's are repeated; thresholds, of each method, and
+        sensitivity, of alarms, are for a binary outcome."""
+        raise NotImplementedError
+
+    def tables(self, figures: dict) -> dict[str, pd.DataFrame]:
+        """`figures` as tables of texts by their titles."""
+        raise NotImplementedError
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The kinds
+# ------------------------------------------------------------------------------------------------------------
+
+def two_class_loss(logits, label, config) -> torch.Tensor:
+    """Focal loss (Lin et al. 2017, eq. 5) or label-smoothed cross-entropy, as `config`, a FinetuneConfig,
+    says: logits [n, 2], label [n] (-1: none) -> [n]."""
+    if config.loss == "cross_entropy":
+        return F.cross_entropy(logits, label, label_smoothing=config.label_smoothing, ignore_index=-1,
+                               reduction="none")
+    log_p = logits.log_softmax(-1).gather(1, label.clamp(min=0)[:, None]).squeeze(1)  # true class
+    alpha = torch.where(label == 1, config.focal_alpha, 1 - config.focal_alpha)
+    return -alpha * (1 - log_p.exp()) ** config.focal_gamma * log_p
+
+
+class Binary(Task):
+    """One outcome that is 0 or 1, answered by its probability."""
+
+    kind = "binary"
+    needed = "both classes are"
+    best = "val_auc"
+    untrained = {"val_auc": -1.0, "val_auprc": -1.0, "threshold": 0.5}
+    losses = ("cross_entropy", "focal")
+    outputs = 2
+    ensembles = 1
+    columns = ("probability",)
+
+    def labels(self, answers):
+        return pd.DataFrame({"label": pd.array(answers[:, 0], dtype="Int64")})
+
+    def lacking(self, answers):
+        positive = int((answers == 1).sum())
+        if not len(answers):
+            return super().lacking(answers)
+        one_class = positive in (0, len(answers))
+        return f"one class only ({positive:,} of {len(answers):,} labels are 1)" if one_class else ""
+
+    def count(self, cohort, stays):
+        return f"{(cohort.stay_label[stays] == 1).sum():,} positive"
+
+    def occurs(self, answers):
+        return answers[:, 0] != 0
+
+    def point_loss(self, logits, answer, config):
+        return two_class_loss(logits, answer[:, 0].nan_to_num(nan=-1).long(), config)
+
+    def prior(self, answer, weight):
+        """The log of the classes' shares."""
+        return (torch.bincount(answer[:, 0].long(), weights=weight, minlength=2) / weight.sum()).log()
+
+    def shares(self, logits, answers):
+        """See `best_shares`."""
+        log_odds = [each.diff()[:, 0].cpu().double().numpy() for each in logits]
+        return best_shares(np.stack(log_odds), answers[:, 0].astype(int))
+
+    def answer(self, logits):
         """Logits [n, 2] -> the probability of the outcome, [n, 1] float64."""
         return logits.float().softmax(-1)[:, 1:].cpu().double().numpy()
 
-    def validation(self, cohort: Cohort, points: np.ndarray, answer: np.ndarray) -> dict:
+    def validation(self, cohort, points, answer):
         """AUROC and AUPRC of the answers [n, 1] at these validation points [n], and the probability from
         which an answer counts as positive: that of the best F1 or, where the labels are those of the
         challenge 2019, of the best utility."""
@@ -153,25 +310,116 @@ class Task:
             row["threshold"], row["val_utility"] = best_utility_threshold(stay, since, probability)
         return row
 
-    def describe(self, row: dict) -> str:
-        """The figures of `validation` for the log."""
+    def describe(self, row):
         utility = f", utility {row['val_utility']:.4f}" if "val_utility" in row else ""
         return f"validation AUROC {row['val_auc']:.4f}, AUPRC {row['val_auprc']:.4f}{utility}"
 
-    def figures(self, cohort: Cohort, points: np.ndarray, methods: dict, thresholds: dict, sensitivity: float,
-                groups: dict) -> dict:
-        """Plain numbers about each method's probabilities [n] at these points [n], see `score_figures`; with
-        labels of the challenge 2019 also its utility, as `sepsis`. thresholds: of each method. Patients are
+    def figures(self, cohort, points, methods, thresholds, sensitivity, groups):
+        """See `score_figures`; with labels of the challenge 2019 also its utility, as `sepsis`. Patients are
         numbered as their first stays come: where each stay is a patient of its own, a bootstrap over them
         draws stays."""
         stay = cohort.point_stay[points]
         subject = pd.factorize(cohort.subject)[0][stay]
         scored = Points(stay, subject, cohort.point_minute[points], cohort.label[points].astype(int))
+        methods = {name: answer[:, 0] for name, answer in methods.items()}
         figures = score_figures(scored, methods, thresholds[CHECKPOINT], sensitivity, groups)
         if of_challenge_2019(stay, scored.minute, scored.label):
             figures["sepsis"] = {name: sepsis_figures(scored, probability, thresholds[name])
                                  for name, probability in methods.items()}
         return figures
+
+
+class Several(Task):
+    """Several outcomes that are 0 or 1 each, or not known (NaN): a probability each."""
+
+    kind = "several"
+    needed = "both classes of an outcome are"
+    best = "val_auc"
+    untrained = {"val_auc": -1.0, "val_auprc": -1.0}
+    losses = ("cross_entropy", "focal")
+
+    @property
+    def width(self):
+        return len(self.names)
+
+    @property
+    def outputs(self):
+        return 2 * len(self.names)
+
+    @property
+    def ensembles(self):
+        return len(self.names) if len(self.names) <= 8 else 0
+
+    @property
+    def label_columns(self):
+        return self.names
+
+    def labels(self, answers):
+        return pd.DataFrame({name: pd.array(column, dtype="Int64")
+                             for name, column in zip(self.names, answers.T)})
+
+    def renamed(self, answers, place):
+        result = np.full((len(answers), len(self.names)), np.nan, dtype=np.float32)
+        result[:, place] = answers
+        return result
+
+
+class Classes(Task):
+    """One of several classes, which exclude one another: the probability of each."""
+
+    kind = "classes"
+    needed = "at least two are"
+    best = "val_auc"
+    untrained = {"val_auc": -1.0, "val_accuracy": -1.0, "val_log_loss": math.inf}
+
+    @property
+    def outputs(self):
+        return len(self.names)
+
+    def labels(self, answers):
+        words = np.array([*self.names, None], dtype=object)
+        return pd.DataFrame({"label": words[np.nan_to_num(answers[:, 0], nan=-1).astype(int)]})
+
+    def renamed(self, answers, place):
+        return np.append(place, np.nan)[np.nan_to_num(answers, nan=-1).astype(int)].astype(np.float32)
+
+
+class Number(Task):
+    """A number, such as days of stay: its median and an interval that holds it with a chance of 80%."""
+
+    kind = "number"
+    needed = "different numbers are"
+    best = "val_neg_mae"
+    untrained = {"val_mae": math.inf, "val_neg_mae": -math.inf}
+    outputs = 3
+    ensembles = 3
+    columns = ("median", "low", "high")
+
+
+class Event(Task):
+    """The time to an event, which may never be seen (censored), of one or several causes, of which the first
+    to come ends the wait: the chance of each cause up to each horizon, its cumulative incidence.
+
+    Answers [Q, 2]: hours from the question to the event or the censoring; the cause, 0: censored."""
+
+    kind = "event"
+    needed = "an event is"
+    best = "val_concordance"
+    untrained = {"val_concordance": -1.0}
+    width = 2
+    label_columns = ("event", "hours")
+
+    def labels(self, answers):
+        words = np.array(["0", *self.names, None], dtype=object)
+        return pd.DataFrame({"event": words[np.nan_to_num(answers[:, 1], nan=-1).astype(int)],
+                             "hours": answers[:, 0].astype(float)})
+
+    def renamed(self, answers, place):
+        cause = np.array([0, *(at + 1 for at in place), np.nan])
+        return np.stack([answers[:, 0], cause[np.nan_to_num(answers[:, 1], nan=-1).astype(int)]], 1)
+
+
+KINDS = {kind.kind: kind for kind in (Binary, Several, Classes, Number, Event)}
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -506,7 +506,7 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
                          f"{len(leaks)} subjects ({', '.join(leaks[:3])} ...) that "
                          f"{arguments.pretrained_ckpt} was pretrained or selected on; pretrain with this "
                          "split and these labels")
-    task = Task()
+    task = Task.of(cohort)
     task.check(cohort, {name: split[name] for name in ("train", "valid")})
     train, valid = labelled(cohort, split["train"]), labelled(cohort, split["valid"])
     train = task.subset(cohort, train, arguments.label_fraction, arguments.seed)
@@ -521,7 +521,8 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
               f"{auc:.4f}): is it the outcome? leave it out of the events")
 
     torch.manual_seed(arguments.seed)
-    learned, _ = task.training_points(cohort, train, config, arguments.seed, 0)
+    learned, weight = task.training_points(cohort, train, config, arguments.seed, 0)
+    task = task.fitted(cohort, learned, weight)
     listed = common_variables(cohort, dataset, stays_of(cohort, split["train"]), config.most_variables)
     model = new_classifier(arguments, task, config, checkpoint, listed, len(learned)).to(device)
     share = print_size(model, device, dtype)

@@ -18,7 +18,7 @@ from data import (Cohort, InputError, at_every_set, build_cohort, make_splits, r
 from finetune_config import FinetuneConfig
 from model import SeqSetVAE, SeqSetVAEPretrain
 from readers import load_cohort, synthetic_cohort, synthetic_parts
-from tasks import Task
+from tasks import Binary
 from tests.plain_loop import close, plain_grid
 from tests.tiny import NAMES, PLAIN, PRETRAIN, as_lists, batch_of, build, cohort_of, random_stays, tiny
 from train import clip_and_step
@@ -181,7 +181,7 @@ def test_a_training_step_asks_the_device_for_no_value(mode, decoder):
     else:
         model = build(SeqSetVAE, config).to("meta").train()
         losses = model(batch, losses=True)
-        loss = losses["reconstruction"] + Task().loss(losses["logits"], batch.answer, FinetuneConfig())
+        loss = losses["reconstruction"] + Binary().loss(losses["logits"], batch.answer, FinetuneConfig())
     loss.backward()
     optimizer = torch.optim.AdamW(model.parameters())
     norm = clip_and_step(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), 1.0)

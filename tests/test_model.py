@@ -20,7 +20,7 @@ from history_statistics import real_sets, statistics_at
 from model import History, ModelConfig, SeqSetVAE, SeqSetVAEPretrain, SetVAE
 from readouts import masked_mean
 from predictor import CPU
-from tasks import BoostedTrees, Task
+from tasks import Binary, BoostedTrees
 from tests.plain_loop import close, plain_future, plain_pass, plain_statistics
 from tests.tiny import PLAIN, batch_of, build, cohort_of, encoded, random_stays, tiny
 from train import weigh_trees
@@ -207,7 +207,7 @@ def test_gradients_reach_every_parameter_in_full_training(decoder):
     # a seed with a living ReLU among the gate's 4
     model = build(SeqSetVAE, tiny(classification_only=False, decoder=decoder), seed=3).train()
     losses = model.losses(batch := batch_of(random_stays((4, 6, 9, 5))))
-    (Task().loss(losses["logits"], batch.answer, FinetuneConfig()) + losses["reconstruction"]
+    (Binary().loss(losses["logits"], batch.answer, FinetuneConfig()) + losses["reconstruction"]
      + losses["kl"]).backward()
     assert without_gradient(model) == set()
 
@@ -217,7 +217,7 @@ def test_frozen_backbone_stays_in_evaluation_mode_and_only_the_head_trains():
     assert model.cls_head.training and not any(m.training for m in [*model.setvae.modules(), *model.history.modules()])
     assert all(p.requires_grad == name.startswith("cls_head.") for name, p in model.named_parameters())
     batch = batch_of(random_stays())
-    Task().loss(model(batch), batch.answer, FinetuneConfig()).backward()
+    Binary().loss(model(batch), batch.answer, FinetuneConfig()).backward()
     assert without_gradient(model) == set()
     assert all(p.grad is None for name, p in model.named_parameters() if not name.startswith("cls_head."))
 
@@ -315,7 +315,7 @@ def test_focal_loss_equals_its_formula():
     p = p[np.arange(6), label]
     expected = -np.where(label == 1, 0.25, 0.75) * (1 - p) ** 2 * np.log(p)  # Lin et al. 2017, eq. 5
     focal = FinetuneConfig(loss="focal", focal_alpha=0.25, focal_gamma=2.0)
-    close(Task().loss(logits, label[:, None].float(), focal).double(), torch.tensor(expected.mean()))
+    close(Binary().loss(logits, label[:, None].float(), focal).double(), torch.tensor(expected.mean()))
 
 
 def test_every_hidden_layer_of_the_head_that_is_asked_for_is_built():

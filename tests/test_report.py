@@ -22,7 +22,7 @@ from metrics import CHECKPOINT, Points, logit, score_figures
 from predictor import Predictor, risk_over_time
 from readers import synthetic_cohort, write_long_table
 from report import print_figures, subgroups, write_meds_predictions
-from tasks import Task
+from tasks import Binary
 from test_suite import main
 from tests.test_readers import meds
 from tests.tiny import one_error_line, write
@@ -145,7 +145,7 @@ def test_the_analysis_writes_what_is_asked_for_with_or_without_labels(tmp_path, 
     assert auroc["value"] == roc_auc_score(test["label"], test["probability"]) and figures["stays"] == len(test)
     assert list(table) == ["stay_id", "subject_id", "minute", "probability", "split", "label"]
     logits = model.classify(torch.from_numpy(arrays["features"]))
-    np.testing.assert_allclose(Task().answer(logits.detach())[:, 0], table["probability"], atol=1e-6)
+    np.testing.assert_allclose(Binary().answer(logits.detach())[:, 0], table["probability"], atol=1e-6)
     assert arrays["h"].shape == (24, model.config.latent_dim)
     trajectory = figures["trajectory"]
     assert trajectory["stay"] == cohort.stay_id[3]

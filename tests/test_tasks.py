@@ -13,7 +13,7 @@ from data import InputError, at_end, at_every_set, labelled_points, with_points
 from tables import open_cache, write_cache
 from checkpoint import Checkpoint
 from finetune_config import FinetuneConfig
-from tasks import Task
+from tasks import Binary, Task
 from test_suite import main
 from tests.tiny import PLAIN, cohort_of, one_error_line, random_stays
 
@@ -48,7 +48,7 @@ def test_a_finetuned_checkpoint_keeps_its_task_and_an_unknown_one_is_refused(sma
     checkpoint = Checkpoint.open(small_finetuned)
     assert checkpoint.task == {"kind": "binary", "names": ["label"]}
     assert checkpoint.classifier().task.state_dict() == checkpoint.task
-    assert Task.from_state(checkpoint.task, "x") == Task.from_state(None, "x") == Task()
+    assert Task.from_state(checkpoint.task, "x") == Task.from_state(None, "x") == Binary()
     for strange in ({"kind": "several", "names": ["a", "b"]}, {"kind": ["binary"]}, {}):
         path = tmp_path / "best.pt"
         replace(checkpoint, task=strange).save(path)
@@ -60,17 +60,17 @@ def test_points_without_an_answer_have_no_part_in_the_loss_nor_its_gradient():
     logits = torch.randn(2, 3, 2, requires_grad=True)
     answer = torch.tensor([[[0.], [1.], [NAN]], [[1.], [NAN], [NAN]]])
     weight = torch.tensor([[1., 2., 0.], [.5, 0., 0.]])
-    loss = Task().loss(logits, answer, FinetuneConfig(), weight, total=2)
+    loss = Binary().loss(logits, answer, FinetuneConfig(), weight, total=2)
     known = F.cross_entropy(logits[[0, 0, 1], [0, 1, 0]], torch.tensor([0, 1, 1]), reduction="none")
     assert loss.item() == pytest.approx((known @ torch.tensor([1., 2., .5])).item() / 2)
     loss.backward()
     assert torch.isfinite(logits.grad).all() and (logits.grad != 0).any(-1).tolist() == [[1, 1, 0], [1, 0, 0]]
-    unweighted = Task().loss(logits, answer, FinetuneConfig())
+    unweighted = Binary().loss(logits, answer, FinetuneConfig())
     assert unweighted.item() == pytest.approx(known.mean().item())
 
 
 def test_the_answer_is_the_probability_whose_log_odds_are_the_logits_difference():
-    answer = Task().answer(torch.tensor([[0., 0.], [-1., 1.], [3., -2.]]))
+    answer = Binary().answer(torch.tensor([[0., 0.], [-1., 1.], [3., -2.]]))
     assert answer.dtype == np.float64 and answer.shape == (3, 1)
     np.testing.assert_allclose(answer[:, 0], 1 / (1 + np.exp([0, -2, 5])), rtol=1e-6)
 
@@ -81,18 +81,18 @@ def test_a_sampled_negative_stands_for_those_left_out_and_every_epoch_draws_anew
     answers[50:60] = NAN                                       # 5 positive, 85 negative, 10 unlabelled
     cohort = with_points(cohort, np.array([100]), cohort.set_minute, answers)
     config = FinetuneConfig(negatives=4., few_points=1)
-    drawn = [Task().training_points(cohort, np.arange(1), config, 0, epoch) for epoch in (0, 0, 1)]
+    drawn = [Binary().training_points(cohort, np.arange(1), config, 0, epoch) for epoch in (0, 0, 1)]
     for points, weight in drawn:
         label = answers[points]
         assert (np.diff(points) > 0).all() and (label == 1).sum() == 5 and (label == 0).sum() == 20
         assert weight[label == 1].tolist() == [1] * 5 and weight[label == 0].sum() == pytest.approx(85)
     assert drawn[0][0].tolist() == drawn[1][0].tolist() != drawn[2][0].tolist()
-    points, weight = Task().training_points(cohort, np.arange(1), FinetuneConfig(), 0, 0)
+    points, weight = Binary().training_points(cohort, np.arange(1), FinetuneConfig(), 0, 0)
     assert len(points) == 90 and (weight == 1).all()                         # so few are all learned from
 
 
 def test_what_is_lacking_to_learn_is_named_with_its_counts():
-    task = Task()
+    task = Binary()
     assert task.lacking(np.array([[0.], [1.]])) == ""
     assert task.lacking(np.zeros((1200, 1))) == "one class only (0 of 1,200 labels are 1)"
     assert task.lacking(np.ones((3, 1))) == "one class only (3 of 3 labels are 1)"
@@ -105,5 +105,5 @@ def test_what_is_lacking_to_learn_is_named_with_its_counts():
 
 
 def test_the_head_begins_at_the_weighted_prior_of_its_answers():
-    prior = Task().prior(torch.tensor([[0.], [1.], [0.]]), torch.tensor([1., 1., 2.]))
+    prior = Binary().prior(torch.tensor([[0.], [1.], [0.]]), torch.tensor([1., 1., 2.]))
     assert prior.tolist() == pytest.approx([math.log(.75), math.log(.25)])

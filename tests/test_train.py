@@ -24,7 +24,7 @@ from batches import balanced_parts
 from data import make_splits
 from checkpoint import Checkpoint
 from readers import synthetic_cohort, write_long_table
-from tasks import Task
+from tasks import Binary
 from tests.plain_loop import close
 from tests.tiny import FINETUNE, PRETRAIN, cohort_of, finished, random_stays, same_run, small_process, tiny
 
@@ -56,7 +56,7 @@ def test_pretraining_interrupted_and_resumed_ends_with_equal_bits(tmp_path, monk
 
 @pytest.mark.parametrize("where, mode", [
     ("evaluate_pretraining", "pretrain"), ("encode_points", "head"), ("prepare_head", "head"), ("HeadTraining.epoch", "head"),
-    ("HeadTraining.epoch", "full training"), ("Task.validation", "full training")])
+    ("HeadTraining.epoch", "full training"), ("Binary.validation", "full training")])
 def test_outside_the_steps_a_signal_is_obeyed_at_once_and_the_resumed_run_ends_with_equal_bits(
         tmp_path, monkeypatch, capsys, small_pretrained, where, mode):
     command = [*FINETUNE, str(small_pretrained / "best.pt"), "--set", "trees=5"]
@@ -71,7 +71,7 @@ def test_outside_the_steps_a_signal_is_obeyed_at_once_and_the_resumed_run_ends_w
         patch.setattr(f"train.{where}", interrupted)
         assert train.main([*command, "--run_dir", str(tmp_path / "cut")]) == 130
     steps_done = torch.load(tmp_path / "cut" / "last.pt", weights_only=True)["trainer"] is not None
-    assert steps_done == (where in ("evaluate_pretraining", "Task.validation"))  # a signal in evaluating loses no step
+    assert steps_done == (where in ("evaluate_pretraining", "Binary.validation"))  # a signal in evaluating loses no step
     assert capsys.readouterr().err.startswith("saved; go on with: python train.py --mode")
     assert train.main(["--resume", str(tmp_path / "cut")]) == 0
     same_run(tmp_path / "whole", tmp_path / "cut")
@@ -122,7 +122,7 @@ def test_finetuning_interrupted_and_resumed_ends_with_equal_bits(tmp_path, monke
     command += ["--full_training"] * full_training
     assert train.main([*command, "--run_dir", str(tmp_path / "whole")]) == 0
     with monkeypatch.context() as patch:  # a signal while the first epoch is evaluated
-        judge = Task.validation
+        judge = Binary.validation
         patch.setattr(Task, "validation", lambda *a: os.kill(os.getpid(), signal.SIGTERM) or judge(*a))
         assert train.main([*command, "--run_dir", str(tmp_path / "cut")]) == 130
     assert train.main([*command, "--resume", str(tmp_path / "cut")]) == 0
@@ -186,7 +186,7 @@ def small_rank(home: str, command: list, deterministic: bool = True, interrupted
         return call
     batches._MOST_EVENTS = 60
     train.clip_and_step = interrupting(itertools.count(), train.clip_and_step)
-    Task.validation = interrupting(itertools.count(), Task.validation)
+    Binary.validation = interrupting(itertools.count(), Binary.validation)
     if deterministic:
         F.dropout = lambda x, *_: x
         train.finetune.__defaults__[0].full_drop_events = 0.
