@@ -342,14 +342,17 @@ class Checkpoint:
 
     def data_settings(self, given: dict) -> dict:
         """The options with which its data are read: those given, else its own. Of other data than its own
-        only the names and units (`maps`) are, and the word that is label 1. Labels that are given replace its
-        own."""
+        only the names and units (`maps`) are, the word that is label 1 and the kind and names of its outcomes.
+        Labels that are given replace its own."""
         own, maps = self.source["data"], self.maps or {}
         if "data_dir" in given:
             own = {}
         elif {"label_file", "task"} & set(given):
             own = {name: value for name, value in own.items() if name not in ("label_file", "task")}
         kept = {"variables_map": maps.get("variables"), "positive": maps.get("positive")}
+        if self.task and self.task["kind"] != "binary" and not {"kind", "outcomes"} & set(given):
+            several = self.task["kind"] == "several"
+            kept |= {"kind": self.task["kind"], "outcomes": self.task["names"] if several else None}
         data = own | {name: value for name, value in kept.items() if value} | given
         if data.get("data_dir", "") is None:
             raise InputError(f"{self.path}: an exported checkpoint, which does not tell where its data lie; "

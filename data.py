@@ -348,13 +348,26 @@ def at_end(cohort: Cohort, answers=None) -> Cohort:
                    answers=answer_columns(answers, len(cohort)))
 
 
+def answers_moved(cohort: Cohort, points: np.ndarray, minute: np.ndarray) -> np.ndarray:
+    """The answers [n, A] of these points [n], asked at other minutes [n] of their stays. The hours to an event
+    or to its censoring grow by as much as the question comes earlier; a question that comes no sooner than
+    the event has no answer left. Answers of other kinds stay."""
+    answers = np.array(cohort.answers[points])
+    if cohort.kind == "event":
+        later = (minute - cohort.point_minute[points]) / 60
+        hours = answers[:, 0] - later
+        answers[:, 0] = hours
+        answers[(later > 0) & (hours <= 0)] = np.nan
+    return answers
+
+
 def at_hours(cohort: Cohort, hours: float) -> Cohort | None:
     """The cohort asked once a stay, `hours` after its admission, or at its end where that is earlier. None:
     its points have times of their own."""
     if not np.array_equal(cohort.point_minute, at_end(cohort).point_minute):
         return None
-    minute = np.minimum(cohort.admission + 60 * hours, cohort.point_minute)
-    return with_points(cohort, np.ones(len(cohort), dtype=np.int64), minute, cohort.answers)
+    minute, stays = np.minimum(cohort.admission + 60 * hours, cohort.point_minute), np.arange(len(cohort))
+    return with_points(cohort, np.ones_like(stays), minute, answers_moved(cohort, stays, minute))
 
 
 def hours_of(cohort: Cohort, points: np.ndarray) -> np.ndarray:
@@ -575,7 +588,7 @@ def at_every_set(cohort: Cohort, points: np.ndarray, weight: np.ndarray,
     share = np.where(total > 0, before * since / np.maximum(total, 1e-9), 0)
     share[own] = np.where(total[own] > 0, 1 - before, 1)
     asked = replace(cohort, point_start=np.append(0, np.cumsum(count)), point_minute=minute,
-                    answers=np.repeat(cohort.answers[points], number, axis=0))
+                    answers=answers_moved(cohort, np.repeat(points, number), minute))
     return asked, (share * np.repeat(weight, number)).astype(np.float32)
 
 

@@ -204,7 +204,7 @@ def _labels(table: Table, name: str, positive: str | None) -> np.ndarray:
 
 
 def with_labels(cohort: Cohort, files: list[Path], positive: str | None = None, own: dict = {},
-                 points: bool = True) -> Cohort:
+                 points: bool = True, kind: str | None = None, outcomes: list[str] | None = None) -> Cohort:
     """The cohort with what its labels' files tell: an id, a label of 0 or 1 (or empty), and perhaps split,
     subject_id and a time: `minute` or `hour` of the stay or `prediction_time`. With times a row is a
     prediction point, without one a stay has one at its end.

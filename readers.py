@@ -615,9 +615,10 @@ def _find(folder: Path) -> Found:
 
 
 def load_cohort(data_dir: str | None = None, synthetic_stays: int = 1000, cache_dir: Path | None = None,
-                params_map: str | None = None, label_file: str | None = None, task: str | None = None,
+                params_map: str | None = None, label_file: str | None = None, task: str | list | None = None,
                 hours: float | None = None, split_file: str | None = None, positive: str | None = None,
-                variables_map: str | dict | None = None, columns: str | None = None) -> Cohort:
+                variables_map: str | dict | None = None, columns: str | None = None, kind: str | None = None,
+                outcomes: list[str] | None = None) -> Cohort:
     """The cohort at `data_dir` (None: the embedded one), parsed once and then memory-mapped from the cache;
     labels, subjects and splits are attached to it at each call, so that one cached cohort serves every task
     and its fingerprint knows none of them.
@@ -627,7 +628,8 @@ def load_cohort(data_dir: str | None = None, synthetic_stays: int = 1000, cache_
         params_map: statistics of the original layout.
         label_file: a file or folder of labels that lie elsewhere, see `with_labels`.
         positive: the word in it that is label 1.
-        task: which of several in a MEDS folder.
+        task: which of several in a MEDS folder; of a list of more than one, each is an outcome.
+        kind, outcomes: of the labels, see `with_labels`.
         hours: one question a stay, asked so long after its admission (see `Cohort.admission`), or at its end
             if that comes earlier.
         split_file: CSV stay_id,split that overrides the data's own.
@@ -643,6 +645,7 @@ def load_cohort(data_dir: str | None = None, synthetic_stays: int = 1000, cache_
     if not isinstance(rename, dict):
         rename = read_map(Path(rename))
     own = read_columns(columns)
+    task = task[0] if isinstance(task, list) else task
     if data_dir:
         reader, folder, files, listed = _find(Path(data_dir))
         listed["files read"] = len(files)
@@ -678,9 +681,9 @@ def load_cohort(data_dir: str | None = None, synthetic_stays: int = 1000, cache_
     if splits := reader.splits(folder):
         cohort = with_splits(cohort, read_splits(splits, own))
     if labels:
-        cohort = with_labels(cohort, labels, positive, own, points=not label_file)
+        cohort = with_labels(cohort, labels, positive, own, not label_file, kind, outcomes)
     if elsewhere:
-        cohort = with_labels(cohort, elsewhere, positive, own)
+        cohort = with_labels(cohort, elsewhere, positive, own, True, kind, outcomes)
     if hours is not None and (cohort := at_hours(cohort, hours)) is None:
         raise InputError(f"--hours {hours:g}: these labels have times of their own; leave the option out")
     if split:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from pathlib import Path
 
-from data import InputError
+from data import KINDS, InputError
 from history_statistics import summary_features
 
 
@@ -139,7 +139,13 @@ class DataSettings:
         "labels that lie elsewhere: a file or folder, CSV or Parquet, of stay_id,label and perhaps minute or "
         "hour",
         names=("--label_file", "--label_path"), scope="path")
-    task: str = option("which of several tasks in the data's labels/")
+    task: list = option("which of several tasks in the data's labels/; of more than one, each is an outcome",
+                        nargs="+", metavar="NAME")
+    kind: str = option("what an outcome is: 0 or 1 (binary), several of these (see --outcomes), one of several "
+                       "classes, a number, or an event and its time (default: event where the labels have "
+                       "columns event and hours or days, else binary)", choices=KINDS)
+    outcomes: list = option("columns of the labels that hold 0 or 1, each an outcome (--kind several)",
+                            nargs="+", metavar="NAME")
     positive: str = option("the word in the label column that means 1, such as yes")
     hours: float = option("ask once a stay, this many hours after admission (minute 0; of clock times the "
                           "first event); end: at its end, wherever a checkpoint learned", low=0,

@@ -753,7 +753,8 @@ def write_cache(folder: Path, parts: Iterable[Cohort]) -> None:
                 np.lib.format.write_array_header_1_0(files[name], header)
         cohort = replace(part, notes=dict(notes), examples=examples, **_mapped(temporary))
         cohort.fingerprint = cohort.digest()
-        meta = {f.name: getattr(cohort, f.name) for f in fields(Cohort) if f.name not in Cohort.ARRAYS}
+        meta = {f.name: getattr(cohort, f.name) for f in fields(Cohort)
+                if f.name not in (*Cohort.ARRAYS, "kind", "names")}
         meta["shapes"] = {name: list(header["shape"]) for name, header in headers.items()}
         (temporary / "meta.json").write_text(json.dumps(meta))
         for path in temporary.iterdir():
