@@ -33,12 +33,20 @@ class Normalizer:
     mean: np.ndarray       # [V] float32, of f(value)
     std: np.ndarray        # [V] float32, positive
     log_scale: np.ndarray  # [V] float32, raw units; 0: no logarithm
+    # [V] float32, raw units: the range of the values that `fit` kept, which no forecast leaves; high < low:
+    # there was none. None: unknown, as if it had no end
+    low: np.ndarray | None = None
+    high: np.ndarray | None = None
     clip: float = 5.0      # standard deviations
     # What `fit` found: variable -> (values far outside the quartiles, the most frequent of them).
     outside: dict = field(default_factory=dict)
     clipped: float = 0.0   # share of the values that `fit` saw beyond `clip`
 
-    ARRAYS = ("mean", "std", "log_scale")
+    ARRAYS = ("mean", "std", "log_scale", "low", "high")
+
+    def __post_init__(self):
+        if self.low is None:
+            self.low, self.high = (np.full(len(self.mean), side, np.float32) for side in (-np.inf, np.inf))
 
     @classmethod
     def fit(cls, cohort: Cohort, stays: np.ndarray) -> "Normalizer":
@@ -71,7 +79,8 @@ class Normalizer:
         std[:] = 1
         given = ~np.isnan(cohort.statistics[:, 0])
         mean[given], std[given] = cohort.statistics[given].T
-        result = cls(cohort.variables, mean, std, log_scale)
+        low, high = (np.full(len(counts), side, np.float32) for side in (np.inf, -np.inf))
+        result = cls(cohort.variables, mean, std, log_scale, low, high)
         beyond = seen = 0
         for v in np.flatnonzero(counts):
             x = np.concatenate([value[bounds[v]:bounds[v + 1]] for value, bounds in sorted_values])
@@ -87,7 +96,7 @@ class Normalizer:
         return result
 
     def _fit_variable(self, v: int, x: np.ndarray) -> None:
-        """Mean, std and log_scale of variable v from its values x."""
+        """Mean, std, log_scale and range of variable v from its values x."""
         low, middle, high = np.quantile(x, (.25, .5, .75))
         if low == high:  # more than half of the values are equal
             low, high = np.quantile(x, (.05, .95))
@@ -97,6 +106,7 @@ class Normalizer:
             values, count = np.unique(x[~within], return_counts=True)
             self.outside[self.variables[v]] = (int(count.sum()), float(values[count.argmax()]))
         x = x[within]
+        self.low[v], self.high[v] = x.min(), x.max()
         x = x.clip(*np.quantile(x, (TAIL, 1 - TAIL)))
         if x.std() <= 1e-6 * max(1, abs(x.mean())):
             return
@@ -136,15 +146,16 @@ class Normalizer:
     @classmethod
     def from_state(cls, state: dict, path) -> "Normalizer":
         """From the checkpoint at `path`. Raises InputError where the state is not that of a normalizer."""
-        arrays = [state.get(name) for name in cls.ARRAYS]
         names, clip = state.get("variables"), state.get("clip")
+        known = cls.ARRAYS if "low" in state else cls.ARRAYS[:3]  # earlier versions kept no range
+        arrays = [state.get(name) for name in known]
         sound = isinstance(names, list) and isinstance(clip, float) and all(isinstance(x, str) for x in names)
         sound = sound and clip > 0 and len(set(names)) == len(names) and all(
             torch.is_tensor(x) and x.shape == (len(names),) and x.dtype == torch.float32
-            and x.isfinite().all() for x in arrays)
+            and not x.isnan().any() for x in arrays) and all(x.isfinite().all() for x in arrays[:3])
         if not (sound and (arrays[1] > 0).all() and (arrays[2] >= 0).all()):
             raise InputError(f"{path}: its normalizer is damaged or forged; make the checkpoint again")
-        return cls(names, *(x.numpy() for x in arrays), clip)
+        return cls(names, *(x.numpy() for x in arrays), clip=clip)
 
 
 def variable_vectors(variables: list[str], dim: int, given: np.ndarray | None = None) -> torch.Tensor:
@@ -210,6 +221,7 @@ class EventBatch(EventSets):
 
     group_slot: torch.Tensor       # [S] int64, the slot of each set of the groups (0 for padding)
     minute: torch.Tensor           # [B, L] float64, of each set (0 in padding)
+    clock: torch.Tensor            # [B] float32, hour of the day at minute 0; NaN: unknown
     lengths: torch.Tensor          # [B] int64, number of sets
     stay_variables: torch.Tensor   # [B, D] int64, places in `variables`
     variable_counts: torch.Tensor  # [B] int64, how many of a row of `stay_variables` are no padding
@@ -326,11 +338,13 @@ class StayDataset(torch.utils.data.Dataset):
         slot = ranges(np.arange(len(stays)) * length, sizes.sets)                          # [sets]
         minute = np.zeros(len(stays) * length)
         minute[slot] = cohort.set_minute[set_index]
+        origin = np.array(cohort.origin[stays])
         arrays = dict(
             variables=np.pad(variables, (0, round_up(len(variables) + 1) - len(variables))),
             event_variable=local.reshape(-1),
             event_value=value,
             minute=minute.reshape(-1, length),
+            clock=((origin - origin.astype("datetime64[D]")) / np.timedelta64(1, "h")).astype(np.float32),
             lengths=sizes.sets,
             stay=np.array(stays, dtype=np.int64),
             **self._measurements(len(stays), local.reshape(-1), value, valued, slot[event_set], minute),

@@ -108,7 +108,7 @@ def _config(content: dict, path) -> ModelConfig:
     if content["mode"] == "pretrain":  # finetuning chooses the features; earlier versions knew others
         sizes = {name: value for name, value in sizes.items() if name != "features"}
     try:
-        config = ModelConfig(**sizes)
+        config = ModelConfig(**{"queries": 0} | sizes)  # earlier versions asked none
     except (InputError, TypeError) as error:  # a TypeError names the unknown or missing entry
         raise InputError(f"{path}: its model config: {error}; it is damaged, or use the version that wrote "
                          "it") from None

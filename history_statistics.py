@@ -259,3 +259,40 @@ def ask(batch: EventBatch, config, order: torch.Tensor, sample: bool, keys_of) -
     measured = measured_at(batch, slots, column, width)
     return Question(slots, real, column, held.gather(1, chosen), measured, absent, keys, own_keys,
                     keys_of(others))
+
+
+class Queries(NamedTuple):
+    """What will a variable show at a later minute? R queries of each stay, [B, R] each."""
+
+    origin: torch.Tensor  # place among the Q asked sets of the last one that is known
+    column: torch.Tensor  # place among the n asked variables
+    hours: torch.Tensor   # from that set to the minute asked for
+    value: torch.Tensor   # what was measured then, normalised
+    real: torch.Tensor    # bool: there is such a query
+
+
+def draw_queries(batch: EventBatch, question: Question, number: int, sample: bool) -> Queries:
+    """Draw a variable of the stay, one of its measurements, and one of the asked sets before that, each
+    uniformly: at random (`sample`), or by the sequence of Roberts (2018, R3), so that a stay's queries do not
+    depend on its batch."""
+    (stays, length), device = batch.minute.shape, batch.minute.device
+    if sample:
+        draw = torch.rand(3, stays, number, device=device)
+    else:
+        step = 1.2207440846057596 ** -torch.arange(1., 4, device=device)
+        draw = step[:, None] * torch.arange(1, number + 1, device=device) % 1
+        draw = draw[:, None].expand(-1, stays, -1)                                                 # [3, B, R]
+    column = (draw[0] * question.held.sum(1, keepdim=True)).long()                                    # [B, R]
+    own = question.column.shape[1]
+    place = question.column.new_zeros(stays, question.held.shape[1] + 1)                           # [B, n + 1]
+    place = place.scatter(1, question.column, torch.arange(own, device=device).expand(stays, -1))
+    pair = torch.arange(stays, device=device)[:, None] * own + place.gather(1, column)
+    first, end = (torch.searchsorted(batch.cell_pair, pair, right=right) for right in (False, True))
+    cell = (first + (draw[1] * (end - first)).long()).clamp(max=len(batch.cell_pair) - 1)
+    slot = batch.cell_slot[cell] % length
+    before = torch.searchsorted(question.slots, slot)                                             # asked sets
+    origin = (draw[2] * before).long()
+    known = at_slots(batch.minute[..., None], question.slots.gather(1, origin))[..., 0]
+    hours = (batch.minute.gather(1, slot) - known).clamp(min=0).div(60).float()
+    real = (before > 0) & batch.cell_valued[cell] & question.held.any(1, keepdim=True)
+    return Queries(origin, column, hours, batch.cell_value[cell], real)

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from batches import EventBatch, EventSets
-from history_statistics import (Question, ask, at_slots, attention_pool, hours_since, prefix_moments, real_sets,
-                                statistics_at, summaries, summary_features, variables_of)
-from readouts import HistoryReadout, ReadoutDecoder, VariableKeys, masked_mean
+from history_statistics import (Question, ask, at_slots, attention_pool, hours_since, prefix_moments,
+                                real_sets, statistics_at, summaries, summary_features, variables_of)
+from readouts import HistoryReadout, QueryReadout, ReadoutDecoder, VariableKeys, masked_mean
 from settings import ModelConfig
 from tasks import Binary, BoostedTrees, Task
 
@@ -450,8 +450,8 @@ class History(nn.Module):
 # ------------------------------------------------------------------------------------------------------------
 
 class Backbone(nn.Module):
-    """What pretraining and the classifier share: set-VAE, history and, with the readout decoder, the readout
-    of the history so far and the stay's future."""
+    """What pretraining and the classifier share: set-VAE, history and, with the readout decoder, the readouts
+    of the history so far, the stay's future and a variable at a later minute."""
 
     def __init__(self, config: ModelConfig, vocabulary: torch.Tensor, hides_sets: bool):
         super().__init__()
@@ -460,6 +460,8 @@ class Backbone(nn.Module):
         self.history = History(config)
         if config.decoder == "readout":
             self.history_readout = HistoryReadout(config)
+        if config.queries:
+            self.query_readout = QueryReadout(config)
         if hides_sets and config.hide_sets:
             self.mask_token = nn.Parameter(0.02 * torch.randn(config.latent_dim))
 
@@ -479,19 +481,24 @@ class Backbone(nn.Module):
         return mu, logvar, z, self.history(shown, batch.minute)
 
     def sequence_losses(self, h, batch: EventBatch) -> tuple[dict, Question | None]:
-        """The losses of h [B, L, d], name -> [B]: reconstruction and, with the readouts, history and future;
-        and what the readouts were asked."""
+        """The losses of h [B, L, d], name -> [B]: reconstruction and, with the readouts, history, future and
+        (weighted) queries; and what the readouts were asked."""
         if self.config.decoder == "slots":
             return self.setvae.reconstruction_losses(h, batch, None), None
-        question = self.setvae.ask(batch)
+        question, config = self.setvae.ask(batch), self.config
+        exact = statistics_at(batch, question.slots, question.column, question.held.shape[1])
         terms = self.setvae.reconstruction_losses(h, batch, question)
-        return terms | self.history_readout.losses(h, batch, question), question
+        terms |= self.history_readout.losses(h, question, exact)
+        if config.queries:
+            loss = self.query_readout.loss(h, batch, question, exact, config.queries)
+            terms["queries"] = config.query_weight * loss
+        return terms, question
 
 
 class SeqSetVAEPretrain(Backbone):
-    """Set-VAE + history, trained to reconstruct every set (and, with the readout decoder, the history so far
-    and the stay's future) from h_t. Only mu goes to the Transformer. The loss also asks for the sets and
-    events that are hidden in training."""
+    """Set-VAE + history, trained to reconstruct every set (and, with the readout decoder, the history so far,
+    the stay's future and variables at later minutes) from h_t. Only mu goes to the Transformer. The loss also
+    asks for the sets and events that are hidden in training."""
 
     def __init__(self, config: ModelConfig, vocabulary: torch.Tensor):
         super().__init__(config, vocabulary, hides_sets=True)
@@ -576,7 +583,7 @@ class SeqSetVAE(Backbone):
     """Classifier on the set-VAE and its history. `config.classification_only`: the backbone is frozen and
     stays in evaluation mode; otherwise everything trains on classification + reconstruction + KL."""
 
-    BACKBONE = ("setvae.", "history.", "history_readout.", "mask_token")
+    BACKBONE = ("setvae.", "history.", "history_readout.", "query_readout.", "mask_token")
 
     def __init__(self, config: ModelConfig, vocabulary: torch.Tensor, task: Task = Binary()):
         super().__init__(config, vocabulary, hides_sets=not config.classification_only)

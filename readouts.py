@@ -1,14 +1,18 @@
-"""What a code must tell of each variable: its value in the set and whether it was measured, the stay's history so
-far, and its future. A read-out meets the variable's key, so that nothing grows with the vocabulary.
+"""What a code must tell of each variable: its value in the set and whether it was measured, the stay's
+history so far, its future, and its value at a later minute. The output of a read-out meets the variable's
+key, so that nothing grows with the vocabulary.
 
-Shapes as in model.py."""
+Shapes as in model.py; R queries of a stay."""
+
+import math
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from batches import EventBatch
-from history_statistics import FUTURE_STATISTICS, HISTORY_STATISTICS, Question, at_slots, statistics_at
+from history_statistics import (FUTURE_STATISTICS, HISTORY_STATISTICS, Question, Statistics, at_slots,
+                                draw_queries, hours_since)
 from settings import ModelConfig
 
 
@@ -67,10 +71,9 @@ class HistoryReadout(nn.Linear):
         statistics = len(HISTORY_STATISTICS) + len(FUTURE_STATISTICS)
         super().__init__(config.latent_dim, statistics * config.key_dim)
 
-    def losses(self, h, batch: EventBatch, question: Question) -> dict[str, torch.Tensor]:
-        """h [B, L, d] -> name -> [B], means over the sets asked for."""
+    def losses(self, h, question: Question, true: Statistics) -> dict[str, torch.Tensor]:
+        """h [B, L, d], true: of the question -> name -> [B], means over the sets asked for."""
         keys = question.own_keys
-        true = statistics_at(batch, question.slots, question.column, keys.shape[1])
         asked = self(at_slots(h, question.slots)).float().unflatten(-1, (-1, keys.shape[-1]))  # [B, Q, 13, r]
         with torch.autocast("cuda" if h.is_cuda else "cpu", enabled=False):
             answered = asked @ keys.mT[:, None]                                                # [B, Q, 13, n]
@@ -78,3 +81,74 @@ class HistoryReadout(nn.Linear):
         losses = {"history": statistics_loss(past, true.past, true.past_exists),
                   "future": statistics_loss(future, true.future, true.future_exists)}
         return {name: masked_mean(loss, question.real) for name, loss in losses.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Queries: a variable at a later minute
+# ------------------------------------------------------------------------------------------------------------
+
+FREEDOM = 4  # of the Student-t: tails as heavy as charted values have them
+_LOG_NORM = math.lgamma(FREEDOM / 2) - math.lgamma((FREEDOM + 1) / 2) + math.log(FREEDOM * math.pi) / 2
+_LAST, _MEAN, _COUNT = (HISTORY_STATISTICS.index(name) for name in ("last", "mean", "log count"))
+KNOWN = len(HISTORY_STATISTICS) + 9  # see `known_of_query`
+
+
+def known_of_query(past, exists, since, hours, elapsed, clock) -> torch.Tensor:
+    """What a query is told beside h and the variable's key, [..., KNOWN]. past, exists [..., 10]: the
+    variable's statistics so far. The others are [...], hours: since its last event, to the minute asked for,
+    since the stay's first set, and of the day at that minute (NaN: unknown)."""
+    seen = exists[..., [_COUNT, _LAST]].float()
+    angle = clock * (math.pi / 12)
+    times = [hours.log1p(), since.log1p(), (since + hours).log1p(), hours / 24, elapsed.log1p(),
+             angle.sin().nan_to_num(), angle.cos().nan_to_num()]
+    return torch.cat([past, seen, torch.stack(times, dim=-1)], dim=-1)
+
+
+def student_nll(x, location, log_scale) -> torch.Tensor:
+    """The negative log density of a Student-t with FREEDOM degrees of freedom."""
+    z = (x - location) * (-log_scale).exp()
+    return log_scale + _LOG_NORM + (FREEDOM + 1) / 2 * (z.square() / FREEDOM).log1p()
+
+
+class QueryReadout(nn.Module):
+    """From h at the last known set: what a variable will show at a later minute, as a Student-t distribution
+    and its expected value, all normalised. The location leans on the variable's last value and mean by a
+    gate; it is robust, as a median is. The expected value, which has the least squared error, is an offset
+    from it."""
+
+    def __init__(self, config: ModelConfig, width: int = 256):
+        super().__init__()
+        self.state = nn.Linear(config.latent_dim, width)
+        self.key = nn.Linear(config.key_dim, 2 * width)
+        self.known = nn.Linear(KNOWN, width)
+        self.hidden = nn.Linear(width, width)
+        self.out = nn.Linear(width, 4 * config.key_dim)
+
+    def forward(self, state, film, key, known):
+        """state [..., w] and film [..., 2w]: `self.state` of h and `self.key` of the key [..., r]; known: see
+        `known_of_query` -> location, log scale, expected value, [...] each."""
+        gain, shift = film.chunk(2, dim=-1)
+        x = F.gelu(torch.addcmul(shift, state + self.known(known), 1 + gain))
+        out = self.out(F.gelu(self.hidden(x))).float().unflatten(-1, (4, -1))                    # [..., 4, r]
+        location, log_scale, offset, gate = (out * key[..., None, :]).sum(-1).unbind(-1)
+        usual = known[..., _MEAN].lerp(known[..., _LAST], gate.sigmoid())    # both 0 where there is no value
+        location = location + usual
+        return location, log_scale.clamp(-5, 3), location.detach() + offset
+
+    def loss(self, h, batch: EventBatch, question: Question, exact: Statistics, number: int) -> torch.Tensor:
+        """h [B, L, d], exact: of the question -> [B], the mean over `number` queries of each stay: the
+        negative log likelihood, and half the squared error of the expected value."""
+        queries, width = draw_queries(batch, question, number, self.training), question.held.shape[1]
+        row = queries.origin * width + queries.column                                                 # [B, R]
+        past, exists = (x.mT.flatten(1, 2).gather(1, row[..., None].expand(-1, -1, x.shape[2]))
+                        for x in (exact.past, exact.past_exists))                                 # [B, R, 10]
+        since = hours_since(batch, question.slots, question.column, width).flatten(1).gather(1, row)
+        minute = at_slots(batch.minute[..., None], question.slots)[..., 0].gather(1, queries.origin)
+        elapsed = (minute - batch.minute[:, :1]).clamp(min=0).div(60).float()
+        clock = (batch.clock[:, None] + minute / 60 + queries.hours).float()
+        known = known_of_query(past, exists, since, queries.hours, elapsed, clock)
+        state = at_slots(self.state(at_slots(h, question.slots)), queries.origin)                  # [B, R, w]
+        key, film = (at_slots(x, queries.column) for x in (question.own_keys, self.key(question.own_keys)))
+        location, log_scale, expected = self(state, film, key, known)
+        loss = student_nll(queries.value, location, log_scale) + (queries.value - expected).square() / 2
+        return masked_mean(loss, queries.real)

@@ -221,6 +221,9 @@ class ModelConfig:
     asked_variables: int = setting(96, scope="loose")  # of a stay, at most, by the same rule
     # A sample of variables that the stay does not hold, asked whether they were measured
     other_variables: int = setting(128, high=2**20, scope="loose")
+    # What a variable will show at a later minute: so many such queries of each stay (0: none, no forecasts)
+    queries: int = setting(128, low=0, high=2**16)
+    query_weight: float = setting(0.3, scope="loose")  # of their loss beside the other terms
     learned_seeds: bool = True      # slots decoder: learned slot seeds, or pure noise as in the original
     noise_std: float = setting(0.3, scope="loose")  # noise on learned seeds, in training
     sample_z: bool = True           # readout: each set is also decoded from its own z, which trains logvar
@@ -255,6 +258,8 @@ class ModelConfig:
             raise InputError(f"model config: latent_dim {self.latent_dim} is odd or no multiple of heads "
                              f"{self.heads}, or set_dim {self.set_dim} (slots: latent_dim too) of set_heads "
                              f"{self.set_heads}")
+        if self.queries and self.decoder == "slots":
+            raise InputError("model config: queries need the readout decoder; --set queries=0")
         if self.weights > 2**30:
             raise InputError(f"model config: sizes of about {self.weights:.0e} weights; 1e9 is the most")
 
@@ -264,7 +269,8 @@ class ModelConfig:
         d, v, widest = self.latent_dim, self.num_variables, max(self.latent_dim, self.set_dim)
         weights = (d * (self.layers * (4 * d + 2 * self.ff_dim) + 16 * self.key_dim + self.reduced_dim)
                    + self.levels * widest * (40 * widest + 2 * self.inducing)
-                   + self.input_dim * (2 * self.reduced_dim + self.key_dim + v) + v * self.key_dim)
+                   + self.input_dim * (2 * self.reduced_dim + self.key_dim + v) + v * self.key_dim
+                   + 256 * (d + 6 * self.key_dim + 275))
         head = (10 * d + summary_features(self.head_variables), *(self.head_widths or ()), self.classes)
         return weights + head[0] * (self.hidden_width or d) + sum(n * m for n, m in zip(head, head[1:]))
 
@@ -275,5 +281,5 @@ class ModelConfig:
         return cls(num_variables, **dict(
             input_dim=768, reduced_dim=256, set_dim=256, latent_dim=256, levels=2, inducing=16, set_heads=2,
             layers=4, heads=8, ff_dim=512, dropout=0.1, mab_residual=False, presence=False,
-            slope_per_head=False, decoder="slots", learned_seeds=False, sample_z=False, hide_sets=0.0,
-            drop_events=0.0, max_beta=0.05, free_bits=0.1, logvar_bonus=0.1) | sizes)
+            slope_per_head=False, decoder="slots", queries=0, learned_seeds=False, sample_z=False,
+            hide_sets=0.0, drop_events=0.0, max_beta=0.05, free_bits=0.1, logvar_bonus=0.1) | sizes)

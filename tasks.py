@@ -1,5 +1,5 @@
-"""The `Task`: what is asked, how an outcome is learned, answered and judged; and the boosted trees that help to
-answer."""
+"""The `Task`: what is asked, how an outcome is learned, answered and judged; and the boosted trees that help
+to answer."""
 
 import math
 from contextlib import suppress

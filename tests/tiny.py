@@ -57,7 +57,7 @@ def batch_of(stays, max_groups=6) -> EventBatch:
 
 def tiny(**changes) -> ModelConfig:
     return ModelConfig(**{**dict(num_variables=7, input_dim=12, reduced_dim=8, set_dim=12, latent_dim=16, set_heads=2,
-                                 inducing=3, layers=2, heads=2, ff_dim=24), **changes})
+                                 inducing=3, layers=2, heads=2, ff_dim=24, queries=0), **changes})
 
 
 def build(kind, config, seed=1):
