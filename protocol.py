@@ -14,27 +14,31 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from statistics import NormalDist
 from types import SimpleNamespace
+from typing import Callable, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, roc_auc_score
-from sklearn.model_selection import GridSearchCV
+from sklearn.model_selection import GridSearchCV, train_test_split
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
+from tqdm import tqdm
 
 from batches import Normalizer, StayDataset, common_variables, epoch_batches, sorted_batches, variable_vectors
-from data import (InputError, at_end, build_cohort, clear_write_error, labelled_points, make_splits,
-                  search_after, stay_event_index, stays_of, write_atomically)
+from data import (SPLITS, InputError, at_end, build_cohort, clear_write_error, labelled_points, make_splits,
+                  search_after, stay_event_index, stays_of, with_points, write_atomically)
 from checkpoint import Checkpoint, label_digest
 from finetune_config import MANY_POINTS, FinetuneConfig, tree_sizes
 from history_statistics import summary_features
-from metrics import (Points, best_shares, best_utility_threshold, bootstrap, bracketed, hours_since_onset,
-                     interval, logit, normalised_utility, of_challenge_2019, utilities_by, utility_draws)
+from metrics import (Points, best_shares, best_utility_threshold, bootstrap, bracketed, crps,
+                     hours_since_onset, interval, logit, normalised_utility, of_challenge_2019, utilities_by,
+                     utility_draws)
 from model import ModelConfig, SeqSetVAE, SeqSetVAEPretrain
 from predictor import CPU, Predictor, encode_points, open_checkpoint, probability_at
 from readers import load_cohort
@@ -373,25 +377,170 @@ def print_protocol(folder: Path) -> None:
                      for turns in tables.values() for table in turns.values() for part, _ in parts(table))
         rows = {method: {turn: scores(table, hourly) for turn, table in turns.items()}
                 for method, turns in tables.items()}
-        values = {method: pd.DataFrame([each[0] for each in turns.values()])
-                  for method, turns in rows.items()}
-        ranked = sorted(rows, key=lambda method: -values[method][0].mean())
+        ranked = sorted(rows, key=lambda method: -first_figure(rows[method]))
         base = next((method for method in ranked if method in BASELINES), None)
-        names = ["AUROC", "AUPRC", *(["utility"] if hourly else [])]
-        print(f"\n{fraction} of the training labels\n\n| method | splits | {' | '.join(names)} "
-              f"| difference to {base}: {' | '.join(names)} |\n|---|---|{'---|' * 2 * len(names)}")
-        for method in ranked:
-            mean, spread = values[method].mean(), values[method].std().fillna(0)
-            cells = [f"{m:.3f} ± {d:.3f}" for m, d in zip(mean, spread)]
-            pairs = [each - rows[base][turn] for turn, each in rows[method].items()
-                     if method != base and turn in rows.get(base, {})]
-            if pairs:
-                difference, *draws = np.mean(pairs, axis=0)
-                limits = map(interval, np.transpose(draws))
-                cells += [f"{d:+.3f} {bracketed(each)}" for d, each in zip(difference, limits)]
-            else:
-                cells += [""] * len(names)
-            print(f"| {method} | {len(values[method])} | {' | '.join(cells)} |")
+        print(f"\n{fraction} of the training labels")
+        print_methods(rows, ranked, base, ["AUROC", "AUPRC", *(["utility"] if hourly else [])])
+
+
+def first_figure(turns: dict[str, np.ndarray]) -> float:
+    """Returns the mean over the splits of a method's first figure, see `print_methods`."""
+    return np.mean([each[0, 0] for each in turns.values()])
+
+
+def print_methods(rows: dict, ranked: list[str], base: str | None, names: list[str]) -> None:
+    """Prints a table of these methods and figures. rows: method -> split -> [1 + draws, m], the figures and
+    those of resampled patients, which are the same for all methods of a split."""
+    print(f"\n| method | splits | {' | '.join(names)} | difference to {base}: {' | '.join(names)} |\n"
+          f"|---|---|{'---|' * 2 * len(names)}")
+    for method in ranked:
+        values = pd.DataFrame([each[0] for each in rows[method].values()])
+        cells = [f"{m:.3f} ± {d:.3f}" for m, d in zip(values.mean(), values.std().fillna(0))]
+        pairs = [each - rows[base][turn] for turn, each in rows[method].items()
+                 if method != base and turn in rows.get(base, {})]
+        if pairs:
+            difference, *draws = np.mean(pairs, axis=0)
+            limits = map(interval, np.transpose(draws))
+            cells += [f"{d:+.3f} {bracketed(each)}" for d, each in zip(difference, limits)]
+        else:
+            cells += [""] * len(names)
+        print(f"| {method} | {len(values)} | {' | '.join(cells)} |")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The forecast benchmark: the second day of PhysioNet 2012 from the first
+# (`test_suite.py --forecast_benchmark`)
+# ------------------------------------------------------------------------------------------------------------
+
+KNOWN_UNTIL = 1439  # the last minute that is known; every later value is asked for
+MOST_ROWS = 40_000  # values of a variable from which boosting learns
+USUAL, LAST, BOOSTING = "mean of the training stays", "last value, else that mean", "boosting on summaries"
+FIGURES = ("MSE e-3", "MAE e-2", "MSE of z-scores", "CRPS e-2", "coverage of 80%")
+
+
+class Forecasts(NamedTuple):
+    """Answers to n queries, in the variables' units."""
+
+    mean: np.ndarray    # [n]
+    quantile: Callable  # of a level between 0 and 1, [n]
+
+    @classmethod
+    def gaussian(cls, mean, sd) -> "Forecasts":
+        return cls(mean, lambda level: mean + sd * NormalDist().inv_cdf(level))
+
+
+def random_split(ids, seed: int) -> dict[str, list[str]]:
+    """60, 20 and 20% of the sorted ids, as the field draws them."""
+    rest, test = train_test_split(np.sort(ids), train_size=.8, random_state=seed)
+    train, valid = np.split(rest, [len(rest) * 3 // 4])
+    return {"train": train.tolist(), "valid": valid.tolist(), "test": test.tolist()}
+
+
+def charted(cohort) -> pd.DataFrame:
+    """A row a stay, variable and minute with a value, sorted by these: the mean of the values then."""
+    sets = np.repeat(np.arange(len(cohort.set_minute)), np.diff(cohort.set_start))                      # [E]
+    stay = np.searchsorted(cohort.stay_start, sets, side="right") - 1
+    events = pd.DataFrame({"stay": stay, "variable": cohort.event_variable,
+                           "minute": cohort.set_minute[sets], "value": cohort.event_value.astype(float)})
+    return events.dropna().groupby(["stay", "variable", "minute"], as_index=False).mean()
+
+
+def boosted(known: np.ndarray, queries: pd.DataFrame, seed: int) -> np.ndarray:
+    """Answers [n] to the queries whose part is not 0 by a HistGradientBoosting of each variable, learned from
+    at most MOST_ROWS whose part is 0. It gets the STATISTICS of its variable, last, mean and hours since of
+    all, and the minute. known: [P, V, 9], see `summary_table`."""
+    of_all = known[..., [STATISTICS.index(name) for name in ("last", "mean", "hours since")]]
+    of_all, rng = of_all.reshape(len(known), -1), np.random.default_rng(seed)
+    stay, variable, minute, value, part = queries.to_numpy().T
+    stay, variable = stay.astype(int), variable.astype(int)
+    answer = np.full(len(queries), np.nan)
+
+    def inputs(rows):
+        return np.column_stack([known[stay[rows], variable[rows]], of_all[stay[rows]],
+                                minute[rows].astype(np.float32)])
+
+    for v in tqdm(np.unique(variable[part > 0]), desc=f"boosting, seed {seed}", disable=None):
+        learned, asked = (np.flatnonzero((variable == v) & here) for here in (part == 0, part > 0))
+        learned = rng.permutation(learned)[:MOST_ROWS]
+        boosting = HistGradientBoostingRegressor(max_iter=150, max_leaf_nodes=15, early_stopping=False,
+                                                 random_state=0)
+        x = inputs(learned)
+        says = np.fmin.reduce(x) < np.fmax.reduce(x)
+        says[-1] = True  # of one query all are constant
+        answer[asked] = boosting.fit(x[:, says], value[learned]).predict(inputs(asked)[:, says])
+    return answer[part > 0]
+
+
+def forecasts_of(home: Path, values: pd.DataFrame, known: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    """What every method sums up to on the test part of a split, see `forecast_sums`. values: `charted`, with
+    the part of each stay. A baseline answers by a Gaussian around its value, whose sd is that of the
+    variable's errors in the validation part."""
+    seen = values[values["part"] < 2].groupby("variable")["value"]
+    units = pd.DataFrame({"range": seen.max() - seen.min(), "sd": seen.std()})
+    units = units.reindex(range(known.shape[1])).fillna(0).replace(0, 1)  # of a constant: any
+    train = values[values["part"] == 0]
+    queries = values[values["minute"] > KNOWN_UNTIL]
+    queries = queries[queries["variable"].isin(queries["variable"][queries["part"] == 0])]
+    once(home / "boosting", lambda to: np.save(to / "mean.npy", boosted(known, queries, seed)))
+    queries = queries[queries["part"] > 0]
+    variable, tested = queries["variable"], queries["part"] == 2
+    usual = variable.map(train.groupby("variable")["value"].mean()).to_numpy()
+    last = known[queries["stay"], variable, STATISTICS.index("last")]
+    means = {USUAL: usual, LAST: np.where(np.isnan(last), usual, last),
+             BOOSTING: np.load(home / "boosting" / "mean.npy")}
+    print(f"seed {seed}: {tested.sum():,} values of {variable[tested].nunique()} variables in "
+          f"{queries['stay'][tested].nunique():,} test stays, after minute {KNOWN_UNTIL:,}", flush=True)
+    found = {}
+    for method, mean in means.items():
+        error = ((mean - queries["value"]) ** 2)[~tested].groupby(variable).mean() ** .5
+        sd = variable[tested].map(error).fillna(units["sd"]).to_numpy()
+        found[method] = forecast_sums(Forecasts.gaussian(mean[tested], sd), queries[tested], units)
+    return found
+
+
+def forecast_sums(forecasts: Forecasts, queries: pd.DataFrame, units: pd.DataFrame) -> np.ndarray:
+    """Sums over the queries of each stay and variable, [6, stays, V]: their number; squared error, absolute
+    error and CRPS in units of the variable's range; squared error in units of its sd; answers within the 80%
+    interval."""
+    variable, value = queries["variable"].to_numpy(), queries["value"].to_numpy()
+    width, sd = units.to_numpy()[variable].T
+    error = forecasts.mean - value
+    within = (forecasts.quantile(.1) <= value) & (value <= forecasts.quantile(.9))
+    each = [np.ones(len(value)), (error / width) ** 2, abs(error) / width,
+            crps(forecasts.quantile, value) / width, (error / sd) ** 2, within]
+    stay, stays = pd.factorize(queries["stay"])
+    cell, shape = stay * len(units) + variable, (len(stays), len(units))
+    return np.stack([np.bincount(cell, x, np.prod(shape)).reshape(shape) for x in each])
+
+
+def forecast_figures(sums: np.ndarray, repeats: int = 200) -> np.ndarray:
+    """FIGURES of `forecast_sums`, [1 + repeats, 5]: of these stays, then of resampled ones, the same for
+    every method. Errors and CRPS are means over a variable's values, then over variables. The MSE of
+    z-scores and the coverage are means over all values."""
+    stays = sums.shape[1]
+    drawn = np.random.default_rng(0).multinomial(stays, np.full(stays, 1 / stays), repeats)
+    number, *totals, z, within = np.vstack([np.ones(stays), drawn]) @ sums                 # [1 + repeats, V]
+    with np.errstate(invalid="ignore"):  # a variable without a value is in no mean
+        square, absolute, score = (np.nanmean(total / number, axis=1) for total in totals)
+    z, within = (total.sum(1) / number.sum(1) for total in (z, within))
+    return np.stack([1e3 * square, 1e2 * absolute, z, 1e2 * score, within], axis=1)
+
+
+def forecast_benchmark(given: dict, seeds: list, folder: Path) -> None:
+    """For the split of every seed: fit the baselines, answer every value after KNOWN_UNTIL, score the test
+    part. What is finished lies in `folder`, by the data's fingerprint, and is kept: stop and go on at will.
+    given: the data's options, see `data_options`."""
+    cohort = read_cohort(given)
+    print(cohort.describe())
+    values, stays, rows = charted(cohort), np.arange(len(cohort)), {}
+    asked = with_points(cohort, np.ones_like(stays), np.full(len(stays), KNOWN_UNTIL))
+    known = summary_table(asked, stays, np.arange(len(cohort.variables)))
+    for seed in seeds:
+        home, split = folder / f"seed{seed}-{cohort.fingerprint}", random_split(cohort.stay_id, seed)
+        part = sum(code * np.isin(cohort.stay_id, split[name]) for code, name in enumerate(SPLITS))
+        for method, sums in forecasts_of(home, values.assign(part=part[values["stay"]]), known, seed).items():
+            rows.setdefault(method, {})[home] = forecast_figures(sums)
+    print_methods(rows, sorted(rows, key=lambda method: first_figure(rows[method])), BOOSTING, FIGURES)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@
     python test_suite.py --checkpoint C            analyses a finetuned checkpoint on its test split
     python test_suite.py --checkpoint C --follow   reads events as they come, prints each stay's risk
     python test_suite.py --protocol --data_dir D   measures the tables of RESULTS.md
+    python test_suite.py --forecast_benchmark --data_dir D   measures forecasts of the second day
     python test_suite.py --benchmark [--data_dir D]   measures speed and memory beside a plain loop
 """
 
@@ -16,7 +17,7 @@ from pathlib import Path
 from checkpoint import Checkpoint
 from data import InputError
 from predictor import follow
-from protocol import METHODS, baselines, benchmark, protocol, scale
+from protocol import METHODS, baselines, benchmark, forecast_benchmark, protocol, scale
 from report import performance
 from runs import CHECKPOINTS, exit_code
 from settings import SEED, SHARE, Parser, SharedSettings, changed, data_options, option
@@ -24,7 +25,7 @@ from settings import SEED, SHARE, Parser, SharedSettings, changed, data_options,
 
 TESTS = str(Path(__file__).with_name("tests"))
 # Options of which each is a command of its own, and those of the analysis.
-INSTEAD = ("soak", "protocol", "benchmark", "export", "follow")
+INSTEAD = ("soak", "protocol", "forecast_benchmark", "benchmark", "export", "follow")
 ANALYSIS = ("baselines", "predictions", "embeddings", "trajectory", "plots", "subgroups", "json")
 
 
@@ -60,8 +61,13 @@ class Options(SharedSettings):
         "pretrain, finetune in every way and score, on several splits of --data_dir, keeping what is "
         "finished in this folder (default: checkpoints/protocol)", group="protocol", nargs="?",
         const=str(CHECKPOINTS / "protocol"))
-    seeds: tuple = option("of the splits, the weights and the batches (default: 0 1 2 3 4)", (0, 1, 2, 3, 4),
-                          nargs="+", type=int, **SEED)
+    forecast_benchmark: str = option(
+        "pretrain and forecast all that comes after the first day, beside baselines, on several splits of "
+        "--data_dir, keeping what is finished in this folder (default: checkpoints/forecasts)", nargs="?",
+        const=str(CHECKPOINTS / "forecasts"))
+    seeds: tuple = option(
+        "of the splits, the weights and the batches (default: 0 1 2 3 4; of --forecast_benchmark, whose "
+        "splits alone they draw: 42 43 44 45 46)", (0, 1, 2, 3, 4), nargs="+", type=int, **SEED)
     splits: list = option("instead of drawn splits: files as --split takes", (None,), nargs="+")
     methods: list = option(f"some of: {'; '.join(METHODS)} (default: all)", METHODS, nargs="+",
                            choices=METHODS, metavar="NAME")
@@ -104,11 +110,14 @@ def run(given: dict) -> int | None:
     if arguments.soak:
         os.environ["SEQSETVAE_SOAK"] = "1"
         return run_tests("-s", "-k", "random")
+    if (arguments.protocol or arguments.forecast_benchmark) and not arguments.data_dir:
+        raise InputError(f"--{instead[0]} needs --data_dir, for instance ../shared/data/physionet2012")
     if arguments.protocol:
-        if not arguments.data_dir:
-            raise InputError("--protocol needs --data_dir, for instance ../shared/data/physionet2012")
         protocol(data_options(arguments), arguments.splits, arguments.seeds, arguments.methods,
                  arguments.fractions, Path(arguments.protocol))
+    elif arguments.forecast_benchmark:
+        forecast_benchmark(data_options(arguments), given.get("seeds", range(42, 47)),
+                           Path(arguments.forecast_benchmark))
     elif arguments.benchmark == "scale":
         scale()
     elif arguments.benchmark:
@@ -122,8 +131,8 @@ def run(given: dict) -> int | None:
     elif arguments.checkpoint:
         performance(arguments, baselines if arguments.baselines else None)
     elif given:
-        raise InputError("these options need --checkpoint (or --protocol, --benchmark); "
-                         "the tests run without any option")
+        raise InputError("these options need --checkpoint (or --protocol, --forecast_benchmark, "
+                         "--benchmark); the tests run without any option")
     else:
         return run_tests()
 
