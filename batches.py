@@ -116,10 +116,24 @@ class Normalizer:
         self.mean[v], self.std[v] = x.mean(), x.std()
 
     def __call__(self, variable: np.ndarray, value: np.ndarray) -> np.ndarray:
+        return self.unclipped(variable, value).clip(-self.clip, self.clip).astype(np.float32)
+
+    def unclipped(self, variable: np.ndarray, value: np.ndarray) -> np.ndarray:
         scale = self.log_scale[variable]
         value = np.where(scale > 0, np.log1p(np.maximum(value, 0) / np.where(scale > 0, scale, 1)), value)
-        z = (value - self.mean[variable]) / self.std[variable]
-        return z.clip(-self.clip, self.clip).astype(np.float32)
+        return (value - self.mean[variable]) / self.std[variable]
+
+    def in_units(self, variable: np.ndarray, z: np.ndarray, variance: np.ndarray | float = 0) -> np.ndarray:
+        """Raw values [n] of normalised ones, within the range of the training values (NaN: the variable had
+        none). On a log scale that is the mean of a lognormal, exp(m + v / 2), where z is a mean and has a
+        `variance`, which counts up to 1 of f(value)."""
+        scale, std, low, high = (x[variable].astype(np.float64)
+                                 for x in (self.log_scale, self.std, self.low, self.high))
+        value = z * std + self.mean[variable]
+        logarithm = np.where(scale > 0, value + np.minimum(variance * std**2, 1) / 2, 0)
+        with np.errstate(over="ignore"):  # what is too large ends at `high`
+            value = np.where(scale > 0, np.expm1(logarithm) * scale, value).clip(low, high)
+        return np.where(low <= high, value, np.nan)
 
     def describe(self, most: int = 5) -> str:
         """The lines that tell what `fit` found, see `Cohort.describe`."""

@@ -17,7 +17,7 @@ import torch
 from batches import Normalizer, StayDataset, variable_vectors
 from data import SPLITS, Cohort, InputError, at_hours, make_splits, write_atomically
 from labels import read_map
-from model import ModelConfig, SeqSetVAE
+from model import ModelConfig, SeqSetVAE, SeqSetVAEPretrain
 from settings import DataSettings
 from tasks import Task
 
@@ -160,7 +160,7 @@ def _weights(state, path, original: bool) -> dict[str, torch.Tensor]:
     return ours
 
 
-def load_weights(model: SeqSetVAE, state: dict[str, torch.Tensor], path) -> None:
+def load_weights(model, state: dict[str, torch.Tensor], path) -> None:
     """Copy every weight of a checkpoint into the model of its config. Raises InputError where they
     disagree."""
     own, given = ({(name, weight.shape, weight.dtype) for name, weight in weights.items()}
@@ -320,6 +320,19 @@ class Checkpoint:
             weights = {name: tensor for name, tensor in own.items() if not name.startswith(learned)} | {
                 name: tensor.float() for name, tensor in weights.items() if name in own}
         load_weights(model, weights, self.path)
+        return model.eval()
+
+    def forecaster(self) -> SeqSetVAEPretrain | SeqSetVAE:
+        """The model that forecasts, in evaluation mode: the pretrained one, or the classifier. Raises
+        InputError where its pretraining asked no queries."""
+        if self.config is None or not self.config.queries:
+            raise InputError(f"{self.path}: its pretraining asked for no value at a later minute, so it cannot "
+                             "forecast; pretrain again with this version (and queries above 0)")
+        if self.mode == "finetune":
+            return self.classifier()
+        with torch.random.fork_rng(devices=[]):  # the weights that a module draws are overwritten
+            model = SeqSetVAEPretrain(self.config, self.vocabulary)
+        load_weights(model, self.weights, self.path)
         return model.eval()
 
     def backbone_into(self, model: SeqSetVAE) -> WeightReport:

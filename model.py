@@ -480,6 +480,11 @@ class Backbone(nn.Module):
             shown = torch.where(hidden, self.mask_token, z)
         return mu, logvar, z, self.history(shown, batch.minute)
 
+    def forecasting(self, batch: EventBatch):
+        """h [B, L, d] as its queries were learned from it: a frozen backbone's of mu, as in pretraining."""
+        mu, logvar = self.setvae.encode(batch)
+        return self.history(mu if self.config.classification_only else self.fused(mu, logvar), batch.minute)
+
     def sequence_losses(self, h, batch: EventBatch) -> tuple[dict, Question | None]:
         """The losses of h [B, L, d], name -> [B]: reconstruction and, with the readouts, history, future and
         (weighted) queries; and what the readouts were asked."""

@@ -13,18 +13,21 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from scipy.special import stdtrit
 
 import runs
-from batches import EventBatch, EventSets, StayDataset
-from data import (Cohort, InputError, build_cohort, describe_questions, make_splits, stay_event_index,
-                  stays_of, stays_with, with_points)
+from batches import EventBatch, EventSets, StayDataset, group_widths
+from data import (MINUTE, Cohort, InputError, build_cohort, describe_questions, make_splits, ranges,
+                  search_after, stay_event_index, stays_of, stays_with, with_points)
 from tables import BEYOND, MISSING, NAMELESS, TRUTH, Report, plain_name
 from checkpoint import Checkpoint
-from history_statistics import RunningStatistics, at_slots, summaries
+from history_statistics import (HISTORY_STATISTICS, RunningStatistics, at_slots, statistics_at, summaries,
+                                variables_of)
 from labels import read_map
 from metrics import AHEAD, of_challenge_2019
 from model import SeqSetVAE
 from readers import cohort_of_frame
+from readouts import FREEDOM, known_at
 from runs import (choose_device, evaluation_loader, from_rank_0, gathered, printable, read_cohort,
                   summed)
 from settings import data_options
@@ -307,6 +310,125 @@ def probability_at(model: SeqSetVAE, dataset: StayDataset, points: np.ndarray, d
         return np.zeros(0)
     logits = encode_points(model, dataset, points, device, through=model.classify)
     return model.task.answer(logits)[:, 0]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Forecasts
+# ------------------------------------------------------------------------------------------------------------
+
+FORECAST = ("mean", "low", "high")  # low, high: quantiles .1 and .9
+_MOST_STATISTICS, _MOST_QUERIES = 2**23, 2**14  # that are held at once
+
+
+def forecast_at(model, dataset: StayDataset, stay, known_until, variable, minute, device=CPU) -> pd.DataFrame:
+    """What a variable will show at a later minute of a stay, from all at or before `known_until`: one pass of
+    the backbone over the stays. Of n queries, [n] each: the stay (index in the data), the minutes as in the
+    data, and the variable (index in the checkpoint's vocabulary). Returns a row for each: `FORECAST` in the
+    variable's unit; location, log_scale and expected, the Student-t and its mean, normalised. NaN: no set is
+    known by then, or (in units) the variable had no number in training.
+
+    Where a set is known more finely than by the minute and `known_until` cuts it, the stay is encoded for
+    that question alone."""
+    cohort = dataset.cohort
+    origins = pd.DataFrame({"stay": stay, "known": known_until})
+    group = origins.groupby(["stay", "known"], sort=True)
+    point, origins = group.ngroup().to_numpy(), group.size().reset_index()       # [n], and of each its origin
+    at, known = origins["stay"].to_numpy(np.int64), origins["known"].to_numpy(np.float64)
+    turn = turns(cohort, at, known)
+    answers = np.full((len(point), 3), np.nan)
+    for number in np.unique(turn):
+        chosen = np.flatnonzero(turn == number)
+        asked = with_points(cohort, np.bincount(at[chosen], minlength=len(cohort)), known[chosen])
+        mine = np.flatnonzero(turn[point] == number)
+        answers[mine] = answer_queries(model, dataset.of(asked), np.searchsorted(chosen, point[mine]),
+                                       np.asarray(variable)[mine], np.asarray(minute, np.float64)[mine], device)
+    return forecasts_of(dataset.normalizer, np.asarray(variable), answers)
+
+
+def turns(cohort: Cohort, stay, minute) -> np.ndarray:
+    """[n] 0: no set is cut at this minute of the stay; else which of the stay's minutes that cut one it is.
+    stay, minute: [n], sorted by both."""
+    turn = np.zeros(len(stay), dtype=np.int64)
+    if len(cohort.event_offset) and len(stay):
+        first = cohort.stay_start[stay]
+        last = search_after(cohort.set_minute, minute, first, cohort.stay_start[stay + 1]) - 1
+        end = np.floor(cohort.set_minute[last]) + cohort.event_offset[cohort.set_start[last + 1] - 1] / MINUTE
+        cut = (last >= first) & (end > minute)
+        turn[cut] = pd.Series(stay[cut]).groupby(stay[cut]).cumcount() + 1
+    return turn
+
+
+def forecasts_of(normalizer, variable, answers) -> pd.DataFrame:
+    """The table of `forecast_at`. variable [n]; answers [n, 3]: location, log scale and expected value."""
+    location, log_scale, expected = answers.T
+    scale = np.exp(log_scale)
+    low, high = (location + scale * stdtrit(FREEDOM, share) for share in (.1, .9))
+    variance = FREEDOM / (FREEDOM - 2) * scale**2
+    return pd.DataFrame({"mean": normalizer.in_units(variable, expected, variance),
+                         "low": normalizer.in_units(variable, low),
+                         "high": normalizer.in_units(variable, high),
+                         "location": location, "log_scale": log_scale, "expected": expected})
+
+
+@torch.no_grad()
+def answer_queries(model, dataset: StayDataset, point, variable, minute, device=CPU) -> np.ndarray:
+    """Location, log scale and expected value, normalised, [n, 3] float64, of n queries: the index of the
+    prediction point up to which all is known, of the variable in the checkpoint's vocabulary, and the minute,
+    [n] each. NaN where no set lies before the point. Raises InputError where the checkpoint learned no
+    queries."""
+    model.eval()
+    cohort = dataset.cohort
+    stays, answers = np.unique(cohort.point_stay[point]), np.full((len(point), 3), np.nan)
+    number = dataset.sizes(stays).sets
+    if not number.any():
+        return answers
+    # Sets are padded as those that are known need it: nothing later may move the last bit.
+    sets = np.diff(cohort.set_start)[ranges(cohort.stay_start[stays], number)]
+    dataset = dataset.of(cohort)
+    dataset.widths = group_widths(*np.unique(sets, return_counts=True), 8)
+    order = np.argsort(point, kind="stable")
+    start = np.searchsorted(point[order], np.arange(len(cohort.point_minute) + 1))
+    for batch in evaluation_loader(dataset, stays[number > 0], device):
+        asked, slot = (batch.point >= 0).nonzero(as_tuple=True)
+        points = batch.point[asked, slot].cpu().numpy()
+        count = start[points + 1] - start[points]
+        query = order[ranges(start[points], count)]
+        stay, origin = (np.repeat(x.cpu().numpy(), count) for x in (asked, slot))
+        if len(query):
+            answers[query] = answer_batch(model, batch, stay, origin, variable[query], minute[query])
+    return answers
+
+
+def answer_batch(model, batch: EventBatch, stay, origin, variable, minute) -> np.ndarray:
+    """`answer_queries` of a batch. stay, origin [n]: the places of a query's stay and prediction point."""
+    readout, device, size = model.query_readout, batch.minute.device, model.config.num_variables
+    # A stay's variables that are asked for: its pairs with them, [k], and where each stay's begin.
+    pairs, pair = np.unique(stay * size + variable, return_inverse=True)
+    begin = np.searchsorted(pairs, np.arange(len(batch)) * size)
+    width = int(np.diff(begin, append=len(pairs)).max())
+    pairs, begin, pair, stay, origin, minute = (torch.from_numpy(x).to(device)
+                                                for x in (pairs, begin, pair, stay, origin, minute))
+    mine, held = variables_of(batch)
+    mine = mine + size * torch.arange(len(batch), device=device)[:, None]                              # [B, D]
+    place = torch.searchsorted(pairs, mine).clamp(max=len(pairs) - 1)
+    column = torch.where(held & (pairs[place] == mine), place - begin[:, None], width)
+
+    slots = batch.point_slot.masked_fill(batch.point < 0, batch.minute.shape[1])                       # [B, Q]
+    state = readout.state(at_slots(model.forecasting(batch), slots))                                # [B, Q, w]
+    key = model.setvae.keys_of(pairs % size)
+    film = readout.key(key)
+    hours = (minute - batch.minute.gather(1, batch.point_slot)[stay, origin]).div(60).clamp(min=0).float()
+    answers = torch.zeros(len(stay), 3, device=device)
+    block = max(1, _MOST_STATISTICS // (len(batch) * width * len(HISTORY_STATISTICS)))              # of points
+    for first in range(0, slots.shape[1], block):
+        some = slots[:, first:first + block].contiguous()
+        exact = statistics_at(batch, some, column, width)
+        inside = ((origin >= first) & (origin < first + block)).nonzero()[:, 0]
+        for query in inside.split(_MOST_QUERIES):
+            s, o, p = stay[query], origin[query], pair[query]
+            known = known_at(batch, some, column, width, exact, s, o - first, p - begin[s], hours[query])
+            answers[query] = torch.stack(readout(state[s, o], film[p], key[p], known), dim=-1)
+    return answers.double().cpu().numpy()
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -104,6 +104,21 @@ def known_of_query(past, exists, since, hours, elapsed, clock) -> torch.Tensor:
     return torch.cat([past, seen, torch.stack(times, dim=-1)], dim=-1)
 
 
+def known_at(batch: EventBatch, slots, column, width: int, exact: Statistics, stay, origin, variable, hours
+             ) -> torch.Tensor:
+    """`known_of_query` of queries, [..., KNOWN]. slots [B, Q], column, width: of `statistics_at`, which gave
+    `exact`; of each query, [...]: the stay, the place among the slots of its last known set, the place of its
+    variable and the hours from that set."""
+    place = stay * slots.shape[1] + origin
+    row = place * width + variable
+    past, exists = (x.mT.flatten(0, 2)[row] for x in (exact.past, exact.past_exists))           # [..., 10]
+    since = hours_since(batch, slots, column, width).flatten()[row]
+    minute = at_slots(batch.minute[..., None], slots).flatten()[place]
+    elapsed = (minute - batch.minute[stay, 0]).clamp(min=0).div(60).float()
+    clock = (batch.clock[stay] + minute / 60 + hours).float()
+    return known_of_query(past, exists, since, hours, elapsed, clock)
+
+
 def student_nll(x, location, log_scale) -> torch.Tensor:
     """The negative log density of a Student-t with FREEDOM degrees of freedom."""
     z = (x - location) * (-log_scale).exp()
@@ -139,14 +154,9 @@ class QueryReadout(nn.Module):
         """h [B, L, d], exact: of the question -> [B], the mean over `number` queries of each stay: the
         negative log likelihood, and half the squared error of the expected value."""
         queries, width = draw_queries(batch, question, number, self.training), question.held.shape[1]
-        row = queries.origin * width + queries.column                                                 # [B, R]
-        past, exists = (x.mT.flatten(1, 2).gather(1, row[..., None].expand(-1, -1, x.shape[2]))
-                        for x in (exact.past, exact.past_exists))                                 # [B, R, 10]
-        since = hours_since(batch, question.slots, question.column, width).flatten(1).gather(1, row)
-        minute = at_slots(batch.minute[..., None], question.slots)[..., 0].gather(1, queries.origin)
-        elapsed = (minute - batch.minute[:, :1]).clamp(min=0).div(60).float()
-        clock = (batch.clock[:, None] + minute / 60 + queries.hours).float()
-        known = known_of_query(past, exists, since, queries.hours, elapsed, clock)
+        stay = torch.arange(len(batch), device=h.device)[:, None].expand_as(queries.origin)           # [B, R]
+        known = known_at(batch, question.slots, question.column, width, exact, stay, queries.origin,
+                         queries.column, queries.hours)
         state = at_slots(self.state(at_slots(h, question.slots)), queries.origin)                  # [B, R, w]
         key, film = (at_slots(x, queries.column) for x in (question.own_keys, self.key(question.own_keys)))
         location, log_scale, expected = self(state, film, key, known)

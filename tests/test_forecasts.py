@@ -8,14 +8,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import predictor
 from batches import Normalizer, StayDataset
-from data import InputError
+from data import InputError, build_cohort
 from history_statistics import draw_queries
 from model import SeqSetVAEPretrain
+from predictor import forecast_at
 from readouts import FREEDOM, student_nll
 from settings import ModelConfig
 from tests.plain_loop import close, plain_grid, plain_keys, plain_pass, plain_statistics
-from tests.tiny import PLAIN, batch_of, build, cohort_of, random_stays, tiny
+from tests.tiny import NAMES, PLAIN, batch_of, build, cohort_of, random_stays, tiny
 
 
 def drawn(model, batch, sample=False, number=40):
@@ -130,3 +132,117 @@ def test_a_normalizer_keeps_the_range_of_its_values():
 def test_the_decoder_of_the_original_answers_no_queries():
     with pytest.raises(InputError, match="queries need the readout decoder"):
         ModelConfig(7, decoder="slots")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Answers
+# ------------------------------------------------------------------------------------------------------------
+
+ASKS = tiny(queries=8)
+STAYS = random_stays((5, 9, 12, 3), valueless=.1)
+
+
+def asked_of(stays, *queries, model=None):
+    """The answers to queries (stay, known_until, variable, minute)."""
+    dataset = StayDataset(cohort_of(stays), PLAIN, points=True)
+    return forecast_at(model or build(SeqSetVAEPretrain, ASKS), dataset, *map(np.array, zip(*queries))).to_numpy()
+
+
+def some_queries(number, seed=0):
+    rng = np.random.default_rng(seed)
+    return [(int(rng.integers(4)), known := float(rng.integers(1500, 2990)), int(rng.integers(7)),
+             known + float(rng.integers(1, 600))) for _ in range(number)]
+
+
+def test_nothing_later_than_known_until_moves_an_answer_by_a_bit():
+    stay = random_stays((12,))[0]
+    queries = [(0, stay[5][0], v, stay[5][0] + 90.) for v in range(7)]
+    whole, known = asked_of([stay], *queries), asked_of([stay[:6]], *queries)
+    others = [(minute, [(v, 9. - x) for v, x in events] * 30) for minute, events in stay[6:]]
+    assert np.array_equal(whole, known) and not np.isnan(whole).any()
+    assert np.array_equal(asked_of([stay[:6] + others], *queries), known)
+    at_the_minute = stay[:5] + [(stay[5][0], [(v, 9. - x) for v, x in stay[5][1]])]
+    assert not np.isclose(asked_of([at_the_minute], *queries), known).all(1).any()
+
+
+def test_later_origins_of_the_same_stay_move_no_answer():
+    stay = random_stays((12,))[0]
+    queries = [(0, minute + 1, v, minute + 60.) for minute, _ in stay for v in range(7)]
+    alone = np.concatenate([asked_of([stay], query) for query in queries])
+    np.testing.assert_allclose(asked_of([stay], *queries), alone, rtol=1e-5, atol=1e-5)
+
+
+def test_queries_in_any_order_and_batch_give_equal_answers(monkeypatch):
+    queries = some_queries(60)
+    order = np.random.default_rng(1).permutation(60)
+    answers = asked_of(STAYS, *queries)
+    assert np.array_equal(asked_of(STAYS, *[queries[i] for i in order]), answers[order], equal_nan=True)
+    alone = np.concatenate([asked_of(STAYS, query) for query in queries])
+    np.testing.assert_allclose(alone, answers, rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(predictor, "_MOST_STATISTICS", 1)
+    monkeypatch.setattr(predictor, "_MOST_QUERIES", 3)
+    np.testing.assert_allclose(asked_of(STAYS, *queries), answers, rtol=1e-5, atol=1e-5)
+
+
+def test_a_forecast_is_what_pretraining_asks_and_scores():
+    model, stays = build(SeqSetVAEPretrain, tiny(queries=40)), random_stays((9, 7))
+    batch = batch_of(stays)
+    question, queries = drawn(model, batch)
+    b, r = queries.real.nonzero(as_tuple=True)
+    own, column = batch.variables[batch.stay_variables], question.column
+    variable = [own[i][column[i] == queries.column[i, j]].item() for i, j in zip(b, r)]
+    known = np.array([stays[i][queries.origin[i, j]][0] for i, j in zip(b, r)], float)
+    minute = known + 60 * queries.hours[b, r].double().numpy()
+    answers = asked_of(stays, *zip(b.tolist(), known, variable, minute), model=model)
+    location, log_scale, expected = torch.tensor(answers[:, 3:]).unbind(1)
+    value = queries.value[b, r]
+    loss = student_nll(value, location, log_scale) + (value - expected).square() / 2
+    own = torch.stack([loss[b == i].mean() for i in range(2)]).mean()
+    with torch.no_grad():
+        close(model(batch, 0.0)["queries"], model.config.query_weight * own.float())
+
+
+def test_before_the_first_set_nothing_is_forecast():
+    answers = asked_of(STAYS, (0, -1., 2, 10.), (0, 3000., 2, 3010.))
+    assert np.isnan(answers[0]).all() and not np.isnan(answers[1]).any()
+    assert np.isnan(asked_of(STAYS, (0, -1., 2, 10.))).all()
+
+
+def test_answers_come_in_the_units_and_the_range_of_training():
+    rng = np.random.default_rng(0)
+    x = rng.lognormal(1, 1, 400)
+    cohort = cohort_of([[(i, [(0, x[i]), (1, 5.0), (2, 100 + 10 * rng.normal()), (3, np.nan)]) for i in range(400)]])
+    normalizer = Normalizer.fit(cohort, np.arange(1))
+    assert normalizer.log_scale[0] > 0 == normalizer.log_scale[2]
+    for v in (0, 2):
+        values = cohort.event_value[cohort.event_variable == v]
+        z = normalizer.unclipped(np.full(400, v), values)
+        np.testing.assert_allclose(normalizer.in_units(np.full(400, v), z), values, rtol=1e-5)
+        assert normalizer.in_units(np.array([v]), np.array([99.])) == values.max()
+    draws = normalizer.in_units(np.zeros(10**5, int), rng.normal(-1, .3, 10**5))  # a lognormal's mean
+    assert abs(normalizer.in_units(np.array([0]), np.array([-1.]), .09) / draws.mean() - 1) < .01
+    assert normalizer.in_units(np.array([1]), np.array([2.3])) == 5
+    assert np.isnan(normalizer.in_units(np.array([3]), np.array([0.])))
+
+
+def test_a_known_until_between_the_events_of_a_minute_is_exact(monkeypatch):
+    """Events at 10:20 s and 10:50 s are one set; by 10.5 minutes the first is known."""
+    stay, minute = np.zeros(4, int), np.array([0., 10., 10., 30.])
+    seconds = np.array([0, 20, 50, 5]) * 10**6
+    cohort = build_cohort("handmade", NAMES[:2], stay, minute, np.array([0, 0, 1, 1]), np.array([1., 2., 3., 4.]),
+                          ["a"], offset=seconds)
+    dataset = StayDataset(cohort, PLAIN, points=True)
+    model = build(SeqSetVAEPretrain, ASKS)
+
+    def answers(*known):
+        n = len(known)
+        return forecast_at(model, dataset, np.zeros(n, int), np.array(known), np.ones(n, int),
+                           np.full(n, 60.)).to_numpy()
+    first = build_cohort("handmade", NAMES[:2], stay[:2], minute[:2], np.array([0, 0]), np.array([1., 2.]), ["a"],
+                         offset=seconds[:2])
+    alone = forecast_at(model, StayDataset(first, PLAIN, points=True), [0], [11.], [1], [60.]).to_numpy()
+    assert np.array_equal(answers(10.5), alone)
+    together = answers(25., 10.5, 10.9, 10.)
+    for i, known in enumerate((25., 10.5, 10.9, 10.)):
+        np.testing.assert_allclose(together[i], answers(known)[0], rtol=1e-5, atol=1e-5)
+    assert len(np.unique(together[:, 3].round(4))) == 3  # by 10.9 and 25 the same is known
