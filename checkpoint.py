@@ -298,12 +298,16 @@ class Checkpoint:
 
     # ---- the model -----------------------------------------------------------------------------------------
 
-    def classifier(self) -> SeqSetVAE:
-        """The finetuned model, in evaluation mode. Raises InputError where it is not finetuned, or its
-        weights are others than its config says."""
+    def check_finetuned(self) -> None:
+        """Raises InputError where it has no head."""
         if self.mode != "finetune":
             raise InputError(f"{self.path}: not a finetuned checkpoint; make one with: "
                              f"python train.py --mode finetune --pretrained_ckpt {self.path}")
+
+    def classifier(self) -> SeqSetVAE:
+        """The finetuned model, in evaluation mode. Raises InputError where it is not finetuned, or its
+        weights are others than its config says."""
+        self.check_finetuned()
         if self.config is None:
             raise InputError(f"{self.path}: of the original implementation, which needs its data at hand; "
                              "open it by Predictor.with_data")
@@ -322,12 +326,16 @@ class Checkpoint:
         load_weights(model, weights, self.path)
         return model.eval()
 
+    def check_forecasts(self) -> None:
+        """Raises InputError where its pretraining asked no queries."""
+        if self.config is None or not self.config.queries:
+            raise InputError(f"{self.path}: its pretraining asked for no value at a later minute, so it "
+                             "cannot forecast; pretrain again, with queries above 0")
+
     def forecaster(self) -> SeqSetVAEPretrain | SeqSetVAE:
         """The model that forecasts, in evaluation mode: the pretrained one, or the classifier. Raises
-        InputError where its pretraining asked no queries."""
-        if self.config is None or not self.config.queries:
-            raise InputError(f"{self.path}: its pretraining asked for no value at a later minute, so it cannot "
-                             "forecast; pretrain again with this version (and queries above 0)")
+        InputError, see `check_forecasts`."""
+        self.check_forecasts()
         if self.mode == "finetune":
             return self.classifier()
         with torch.random.fork_rng(devices=[]):  # the weights that a module draws are overwritten

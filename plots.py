@@ -211,6 +211,37 @@ def plot_trajectory(trajectory: dict, dataset, stay: int, threshold: float):
     return figure
 
 
+def plot_forecast(table: pd.DataFrame, dataset, stay: int):
+    """Draws of the six variables of a stay with the most values what was known, the forecast with its 80%
+    interval, and what came. table: forecasts of this stay, of which those of the last `known_until` count."""
+    cohort = dataset.cohort
+    table = table[table["known_until"] == table["known_until"].max()].sort_values("minute")
+    known = table["known_until"].iloc[0] / 60
+    events = stay_event_index(cohort, np.array([stay]))
+    sets = np.searchsorted(cohort.set_start, events, side="right") - 1
+    charted = pd.DataFrame({"variable": np.array(cohort.variables)[cohort.event_variable[events]],
+                            "hour": (cohort.set_minute[sets] - cohort.admission[stay]) / 60,
+                            "value": cohort.event_value[events]}).dropna()
+    count = charted["variable"].value_counts().reindex(table["variable"].unique()).fillna(0)
+    names = count.sort_values(ascending=False, kind="stable").index[:6]
+    figure, axes = new_figure(1, len(names), width=7, height=1.6, sharex=True)
+    figure.suptitle(f"Stay {cohort.stay_id[stay]}: forecasts from hour {known:.4g} on")
+    for ax, name in zip(axes, names):
+        own, told = (rows[rows["variable"] == name] for rows in (charted, table))
+        hour, came = told["minute"] / 60, own["hour"] > known
+        ax.plot(own["hour"][~came], own["value"][~came], ".", color="#888888", label="known")
+        ax.plot(own["hour"][came], own["value"][came], "x", color="#D55E00", label="what came")
+        ax.fill_between(hour, told["low"], told["high"], color="#0072B2", alpha=.2)
+        error = [told["mean"] - told["low"], told["high"] - told["mean"]]
+        ax.errorbar(hour, told["mean"], np.maximum(error, 0), color="#0072B2", marker="o", markersize=2,
+                    linewidth=1, elinewidth=0 if len(hour) > 1 else 1, label="forecast, 80% interval")
+        ax.axvline(known, **FAINT)
+        ax.set_ylabel(name, fontsize=8)
+    axes[-1].set_xlabel("hours since admission")
+    legend(axes[0], 3)
+    return figure
+
+
 MOST_ROWS = 24  # variables under a trajectory
 
 

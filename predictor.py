@@ -58,7 +58,7 @@ def open_checkpoint(path, given: dict = {}) -> tuple[Checkpoint, Cohort]:
 
 
 class Predictor:
-    """A finetuned checkpoint that answers, opened once.
+    """A checkpoint that answers, opened once: a finetuned one all, a pretrained one forecasts alone.
 
     The methods take `events`: a DataFrame with the columns stay_id, minute, variable and value of the long
     table (see README.md), a row an event, or a Cohort. A DataFrame may hold what a Parquet file may; the
@@ -68,7 +68,10 @@ class Predictor:
     def __init__(self, checkpoint: Checkpoint | str | Path, device: str = "auto"):
         self.device = choose_device(device, "fp32")[0]
         self.checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
-        self.model = self.checkpoint.classifier().to(self.device)
+        pretrained = self.checkpoint.mode == "pretrain" and self.checkpoint.config
+        forecasts = pretrained and pretrained.queries
+        model = self.checkpoint.forecaster() if forecasts else self.checkpoint.classifier()
+        self.model = model.to(self.device)
         self.index = {name: i for i, name in enumerate(self.checkpoint.normalizer.variables)}
         self.rename = (self.checkpoint.maps or {}).get("variables", {})
 
@@ -99,6 +102,7 @@ class Predictor:
         """The columns stay_id (text), minute and probability: a row a question. A DataFrame is asked once a
         stay, in the order of the ids: at its last event, or where all training questions were
         (`Checkpoint.asked_at`). A stay without an answer has NaN."""
+        self.checkpoint.check_finetuned()
         dataset, ids = self._dataset(events)
         table = pd.DataFrame({"stay_id": pd.Series(ids, dtype=str), "minute": np.nan, "probability": np.nan})
         if dataset is None:
@@ -114,6 +118,7 @@ class Predictor:
     def trajectory(self, events: pd.DataFrame | Cohort, stay_id: str) -> pd.DataFrame:
         """The risk of a stay at every minute at which something was charted or a risk is asked for: the
         columns minute, events and risk."""
+        self.checkpoint.check_finetuned()
         dataset, _ = self._dataset(events)
         if dataset is None:
             raise InputError("events: no usable event in any stay; check columns and values")
@@ -123,6 +128,7 @@ class Predictor:
     def embed(self, events: pd.DataFrame | Cohort) -> pd.DataFrame:
         """h of the last set before each question that has an answer: the columns stay_id, minute, h0, h1,
         ..."""
+        self.checkpoint.check_finetuned()
         dataset, _ = self._dataset(events)
         points = [] if dataset is None else answered_points(dataset)
         d = self.model.config.latent_dim
@@ -133,6 +139,25 @@ class Predictor:
         table.insert(0, "stay_id", cohort.stay_id[cohort.point_stay[points]])
         table.insert(1, "minute", cohort.point_minute[points])
         return table
+
+    def forecast(self, events: pd.DataFrame | Cohort, queries: pd.DataFrame) -> pd.DataFrame:
+        """What was asked, in its order, with the columns mean, low and high (80%). queries: the columns
+        stay_id, known_until, minute and variable (a name of the checkpoint). All at or before `known_until`
+        is known and nothing after it; minutes are those of the events, of clock times those since the first
+        event that is no birth. A query that cannot be answered has NaN, and is counted in a warning. Raises
+        InputError where none can, and for a checkpoint whose pretraining asked no queries."""
+        self.checkpoint.check_forecasts()
+        if missing := [name for name in QUERY if name not in queries]:
+            raise InputError(f"queries: no column {', '.join(missing)}; give {', '.join(QUERY)}")
+        dataset, _ = self._dataset(events)
+        if dataset is None:
+            raise InputError("events: no usable event in any stay; check columns and values")
+        asked = pd.DataFrame({name: queries[name].map(plain_name) if name in ("stay_id", "variable")
+                              else pd.to_numeric(queries[name], errors="coerce") for name in QUERY})
+        answers, lines = answered_queries(self, dataset, asked, "queries")
+        if lines:
+            warnings.warn("\n".join(lines), stacklevel=2)
+        return queries.assign(**{name: answers[name].to_numpy() for name in FORECAST})
 
     def _dataset(self, events: pd.DataFrame | Cohort) -> tuple[StayDataset | None, np.ndarray]:
         """The events with the checkpoint's vocabulary (None: none is usable), and the ids of all stays. What
@@ -159,6 +184,7 @@ class Predictor:
 
     def start(self) -> "Bedside":
         """A stay without sets."""
+        self.checkpoint.check_finetuned()
         like, config = self.model.feature_mean, self.model.config
         d = config.latent_dim
         return Bedside(Cache(1, like.double()), Cache(d, like), Cache(d, like),
@@ -269,11 +295,16 @@ def answered_points(dataset) -> np.ndarray:
     """Indices [n] of the points that have an answer: those with an event of a variable that the checkpoint
     knows at or before them."""
     cohort = dataset.cohort
+    return np.flatnonzero(first_known(dataset)[cohort.point_stay] <= cohort.point_minute)
+
+
+def first_known(dataset) -> np.ndarray:
+    """[P] the minute of each stay's first event of a variable that the checkpoint knows, inf: none."""
+    cohort = dataset.cohort
     known = dataset.variable[cohort.event_variable] >= 0                                                # [E]
     known = np.logical_or.reduceat(known, cohort.set_start[:-1])                                        # [T]
     minute = np.where(known, cohort.set_minute, np.inf)
-    first = np.minimum.reduceat(minute, cohort.stay_start[:-1])                                         # [P]
-    return np.flatnonzero(first[cohort.point_stay] <= cohort.point_minute)
+    return np.minimum.reduceat(minute, cohort.stay_start[:-1])
 
 
 @torch.no_grad()
@@ -316,6 +347,7 @@ def probability_at(model: SeqSetVAE, dataset: StayDataset, points: np.ndarray, d
 # Forecasts
 # ------------------------------------------------------------------------------------------------------------
 
+QUERY = ("stay_id", "known_until", "minute", "variable")
 FORECAST = ("mean", "low", "high")  # low, high: quantiles .1 and .9
 _MOST_STATISTICS, _MOST_QUERIES = 2**23, 2**14  # that are held at once
 
@@ -341,7 +373,7 @@ def forecast_at(model, dataset: StayDataset, stay, known_until, variable, minute
         asked = with_points(cohort, np.bincount(at[chosen], minlength=len(cohort)), known[chosen])
         mine = np.flatnonzero(turn[point] == number)
         answers[mine] = answer_queries(model, dataset.of(asked), np.searchsorted(chosen, point[mine]),
-                                       np.asarray(variable)[mine], np.asarray(minute, np.float64)[mine], device)
+                                       np.asarray(variable)[mine], np.asarray(minute, float)[mine], device)
     return forecasts_of(dataset.normalizer, np.asarray(variable), answers)
 
 
@@ -409,17 +441,17 @@ def answer_batch(model, batch: EventBatch, stay, origin, variable, minute) -> np
     pairs, begin, pair, stay, origin, minute = (torch.from_numpy(x).to(device)
                                                 for x in (pairs, begin, pair, stay, origin, minute))
     mine, held = variables_of(batch)
-    mine = mine + size * torch.arange(len(batch), device=device)[:, None]                              # [B, D]
+    mine = mine + size * torch.arange(len(batch), device=device)[:, None]                             # [B, D]
     place = torch.searchsorted(pairs, mine).clamp(max=len(pairs) - 1)
     column = torch.where(held & (pairs[place] == mine), place - begin[:, None], width)
 
-    slots = batch.point_slot.masked_fill(batch.point < 0, batch.minute.shape[1])                       # [B, Q]
-    state = readout.state(at_slots(model.forecasting(batch), slots))                                # [B, Q, w]
+    slots = batch.point_slot.masked_fill(batch.point < 0, batch.minute.shape[1])                      # [B, Q]
+    state = readout.state(at_slots(model.forecasting(batch), slots))                               # [B, Q, w]
     key = model.setvae.keys_of(pairs % size)
     film = readout.key(key)
     hours = (minute - batch.minute.gather(1, batch.point_slot)[stay, origin]).div(60).clamp(min=0).float()
     answers = torch.zeros(len(stay), 3, device=device)
-    block = max(1, _MOST_STATISTICS // (len(batch) * width * len(HISTORY_STATISTICS)))              # of points
+    block = max(1, _MOST_STATISTICS // (len(batch) * width * len(HISTORY_STATISTICS)))             # of points
     for first in range(0, slots.shape[1], block):
         some = slots[:, first:first + block].contiguous()
         exact = statistics_at(batch, some, column, width)
@@ -429,6 +461,44 @@ def answer_batch(model, batch: EventBatch, stay, origin, variable, minute) -> np
             known = known_at(batch, some, column, width, exact, s, o - first, p - begin[s], hours[query])
             answers[query] = torch.stack(readout(state[s, o], film[p], key[p], known), dim=-1)
     return answers.double().cpu().numpy()
+
+
+def answered_queries(predictor: Predictor, dataset: StayDataset, queries: pd.DataFrame, path
+                     ) -> tuple[pd.DataFrame, list[str]]:
+    """The table of `forecast_at` for `QUERY` columns, a row for each, and lines that count those that cannot
+    be answered (NaN). Minutes count from the zero of hours (`Cohort.admission`). Raises InputError, which
+    names `path`, where none can."""
+    cohort, normalizer = dataset.cohort, dataset.normalizer
+    stay = pd.Index(cohort.stay_id).get_indexer(queries["stay_id"])
+    variable = pd.Index(normalizer.variables).get_indexer(queries["variable"])
+    known, minute = (queries[name].to_numpy(np.float64) + np.append(cohort.admission, 0)[stay]
+                     for name in ("known_until", "minute"))
+    reasons = {"of no stay of the data": stay < 0, "of a variable unknown to the checkpoint": variable < 0,
+               "of a variable that had no number in training, which is not forecast":
+                   (normalizer.low > normalizer.high)[variable],
+               "of a minute that is not after known_until": ~(minute > known),
+               "of a known_until before all that the checkpoint knows":
+                   ~(np.append(first_known(dataset), 0)[stay] <= known)}
+    usable, lines = np.ones(len(queries), dtype=bool), []
+
+    def leave_out(reason, wrong):
+        if (wrong := wrong & usable).any():
+            first = queries.iloc[int(wrong.argmax())]
+            lines.append(f"{wrong.sum():,} queries {reason}, left empty, the first: "
+                         + ", ".join(f"{name} {first[name]}" for name in QUERY))
+            usable[wrong] = False
+    for reason, wrong in reasons.items():
+        leave_out(reason, wrong)
+    answers = pd.DataFrame(np.nan, queries.index, [*FORECAST, "location", "log_scale", "expected"])
+    if usable.any():
+        asked = np.flatnonzero(usable)
+        told = forecast_at(predictor.model, dataset, stay[asked], known[asked], variable[asked], minute[asked],
+                           predictor.device)
+        answers.iloc[asked] = told.to_numpy()
+        leave_out(reason, answers["location"].isna().to_numpy())  # the known part of a minute
+    if not usable.any():
+        raise InputError(f"{path}: no query can be answered" + "".join(f"; {line}" for line in lines))
+    return answers, lines
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -618,6 +688,7 @@ def follow(arguments) -> None:
         rename = read_map(Path(arguments.variables_map)) if arguments.variables_map else {}
     elif rename:
         say(predictor.checkpoint.describe_kept({})[0])
+    predictor.checkpoint.check_finetuned()
     ward = Ward(predictor)
     if isinstance(sys.stdin, io.TextIOWrapper):
         # As tables are read, with a mark before the first line or without; what is no text is a malformed

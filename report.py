@@ -4,24 +4,29 @@ asked for."""
 import difflib
 import json
 import re
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from scipy.special import stdtr
 
 from checkpoint import Checkpoint, label_digest
-from data import (SPLITS, InputError, labelled_points, make_splits, point_slots, stay_event_index, stays_of,
+from data import (MINUTE, SPLITS, Cohort, InputError, labelled_points, make_splits, point_slots, stay_event_index, stays_of,
                   stays_with, write_atomically)
 from history_statistics import real_sets
 from metrics import CHECKPOINT, FEW, bracketed, mean_of_logits
 from plots import (LABEL_NAMES, picture_folder, plot_calibration, plot_curves, plot_decision, plot_features,
-                   plot_ranking, plot_trajectory, save_figure)
-from predictor import (Predictor, answered_points, encode_points, features_and_history, find_stay, influence,
-                       probability_at, risk_over_time)
+                   plot_forecast, plot_ranking, plot_trajectory, save_figure)
+from predictor import (FORECAST, QUERY, Predictor, answer_queries, answered_points, answered_queries,
+                       encode_points, features_and_history, find_stay, first_known, forecast_at, forecasts_of,
+                       influence, probability_at, risk_over_time)
+from readouts import FREEDOM
 from runs import evaluation_loader
 from settings import data_options
+from tables import ID, TIME, of_each, read_table
 
 
 def performance(arguments, baselines) -> None:
@@ -34,6 +39,12 @@ def performance(arguments, baselines) -> None:
             raise InputError(f"{path}: its folder does not exist; make it, or name another place")
     opened = open_together(arguments)
     predictor, dataset = opened[0]
+    if predictor.checkpoint.mode == "pretrain":
+        unused = [name for name in ("predictions", "embeddings", "trajectory", "plots", "baselines",
+                                    "subgroups") if getattr(arguments, name)]
+        if len(opened) > 1 or unused:
+            predictor.checkpoint.check_finetuned()
+        return pretrained_report(arguments, predictor, dataset)
     cohort, task = dataset.cohort, predictor.model.task
     figures = origin(arguments.checkpoint, predictor.checkpoint, dataset)
     traced = find_stay(dataset, arguments.trajectory)
@@ -257,7 +268,7 @@ def write_table(path, table: pd.DataFrame) -> None:
     try:
         write_atomically(path, lambda out: write(out, index=False))
     except ImportError:
-        raise InputError(f"--predictions {path}: Parquet needs pyarrow; pip install pyarrow") from None
+        raise InputError(f"{path}: Parquet needs pyarrow; pip install pyarrow") from None
 
 
 def write_predictions(path, splits: list[dict], cohort, points, probability) -> None:
@@ -317,16 +328,21 @@ def write_embeddings(path, predictor, dataset, points) -> None:
 # Figures as tables, printed
 # ------------------------------------------------------------------------------------------------------------
 
-@torch.no_grad()
 def model_figures(predictor, dataset, stays) -> dict:
-    """Returns the sizes of head and model, and the active units: those of mu whose variance over the sets of
-    these stays exceeds 0.01 (Burda et al. 2016, section 5.2)."""
+    """Returns the sizes of head and model, and the `active_units`."""
     model = predictor.model
-    mu = torch.cat([model.setvae.encode(batch)[0][real_sets(batch)]
-                    for batch in evaluation_loader(dataset, stays, predictor.device)])
     return {"head_parameters": sum(p.numel() for p in model.cls_head.parameters()),
             "parameters": sum(p.numel() for p in model.parameters()),
-            "active_units": int((mu.var(0) > 0.01).sum()), "latent_dim": model.config.latent_dim}
+            "active_units": active_units(predictor, dataset, stays), "latent_dim": model.config.latent_dim}
+
+
+@torch.no_grad()
+def active_units(predictor, dataset, stays) -> int:
+    """Returns how many units of mu have a variance over the sets of these stays above 0.01 (Burda et al.
+    2016, section 5.2)."""
+    mu = torch.cat([predictor.model.setvae.encode(batch)[0][real_sets(batch)]
+                    for batch in evaluation_loader(dataset, stays, predictor.device)])
+    return int((mu.var(0) > 0.01).sum())
 
 
 def threshold_source(checkpoints: list[Checkpoint]) -> str:
@@ -437,6 +453,176 @@ def print_trajectory(trajectory: dict) -> None:
     moved = ", ".join(f"{name} {change:+.4f}" for name, change in influence(trajectory)[:5].items())
     if moved:
         print(f"most of the last risk, {trajectory['risk'][-1]:.4f}, comes and goes with: {moved}")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Forecasts
+# ------------------------------------------------------------------------------------------------------------
+
+_QUERY_COLUMNS = {"stay_id": ID, "known_until": TIME, "minute": TIME, "variable": str}
+
+
+def forecasts(arguments) -> None:
+    """Writes --forecast or --odd, and draws the --trajectory's forecasts in --plots."""
+    folder = arguments.plots and picture_folder(arguments.plots)
+    path = arguments.forecast or arguments.odd
+    if not Path(path).resolve().parent.is_dir():
+        raise InputError(f"{path}: its folder does not exist; make it, or name another place")
+    if arguments.forecast and (arguments.queries is None) == (arguments.until is None):
+        raise InputError(f"--forecast {path}: give either --queries FILE or --until HOURS")
+    Checkpoint.open(arguments.checkpoint[0]).check_forecasts()
+    ((predictor, dataset),) = open_together(arguments)
+    origin(arguments.checkpoint, predictor.checkpoint, dataset)
+    traced = find_stay(dataset, arguments.trajectory)
+    if arguments.odd:
+        table = odd_values(predictor, dataset)
+        write_table(path, table)
+        first = len(dataset.cohort.event_value) - len(table)
+        print(f"odd: {len(table):,} values written to {path}, {(table['tail'] < .001).sum():,} of them with a "
+              f"tail below .001; left out: {first:,} events without an earlier set, or of no number or a "
+              "variable without numbers")
+        return
+    if arguments.queries:
+        queries = read_queries(Path(arguments.queries))
+    else:
+        queries = grid_of_queries(dataset, arguments.origin, arguments.until, arguments.every)
+    answers, lines = answered_queries(predictor, dataset, queries, arguments.queries or "--until")
+    table = queries.assign(**{name: answers[name] for name in FORECAST})
+    write_table(path, table)
+    print(f"forecast: {len(table):,} queries of {table['stay_id'].nunique():,} stays written to {path}",
+          *(f"forecast: {line}" for line in lines), sep="\n")
+    if folder and traced is not None:
+        own = table[(table["stay_id"] == dataset.cohort.stay_id[traced]) & table["mean"].notna()]
+        if own.empty:
+            raise InputError(f"--trajectory {arguments.trajectory}: nothing was forecast of this stay")
+        save_figure(plot_forecast(own, dataset, traced), folder / "forecast.png")
+        print(f"pictures: forecast.png in {folder}")
+
+
+def read_queries(path: Path) -> pd.DataFrame:
+    """The `QUERY` columns of a file, CSV or Parquet. Raises InputError where it is none."""
+    table = read_table([path], _QUERY_COLUMNS)
+    table.report.settle()
+    return pd.DataFrame({name: of_each(table[name], str, "") if isinstance(table[name], pd.Categorical)
+                         else table[name] for name in QUERY})
+
+
+def record_ends(cohort: Cohort) -> np.ndarray:
+    """[P] the exact minute of each stay's last event."""
+    last = cohort.stay_start[1:] - 1
+    end = cohort.set_minute[last]
+    if len(cohort.event_offset):
+        end = np.floor(end) + cohort.event_offset[cohort.set_start[last + 1] - 1] / MINUTE
+    return end
+
+
+def grid_of_queries(dataset, origin: float | None, until: float, every: float | None
+                    ) -> pd.DataFrame:
+    """`QUERY` of every stay and every variable with numbers: known until `origin` hours (None: the end of the
+    record), at each `every` minutes up to `until` hours after it (None: then alone)."""
+    cohort, normalizer = dataset.cohort, dataset.normalizer
+    names = np.array(normalizer.variables, dtype=object)[normalizer.low <= normalizer.high]
+    known = record_ends(cohort) - cohort.admission if origin is None else np.full(len(cohort), 60. * origin)
+    stays = np.flatnonzero(first_known(dataset) <= known + cohort.admission)
+    if len(stays) < len(cohort):
+        print(f"forecast: {len(cohort) - len(stays):,} stays left out, as nothing that the checkpoint knows "
+              "lies before their origin")
+    later = 60. * until if every is None else np.arange(1, 60 * until // every + 1) * every
+    later = np.atleast_1d(later)
+    each = len(names) * len(later)
+    known = np.repeat(known[stays], each)
+    return pd.DataFrame({"stay_id": np.repeat(cohort.stay_id[stays], each), "known_until": known,
+                         "minute": known + np.tile(np.repeat(later, len(names)), len(stays)),
+                         "variable": np.tile(names, len(stays) * len(later))})
+
+
+def odd_values(predictor: Predictor, dataset) -> pd.DataFrame:
+    """Every charted value beside what was expected of it from the sets of earlier minutes: a row an event
+    with a number and an earlier set: stay_id, minute, variable, value, expected, low, high, and tail, the
+    chance of a value as far out on either side, 2 min(F, 1 - F) of the Student-t."""
+    cohort, normalizer = dataset.cohort, dataset.normalizer
+    stay = np.repeat(np.arange(len(cohort)), np.diff(cohort.stay_start))                                # [T]
+    new = (np.diff(stay, prepend=-1) != 0) | (np.diff(cohort.set_minute, prepend=np.nan) != 0)
+    point = np.cumsum(new) - 1                                            # [T] the minutes, as points
+    asked = replace(cohort, point_start=np.searchsorted(stay[new], np.arange(len(cohort) + 1)),
+                    point_minute=cohort.set_minute[new], answers=np.full((new.sum(), 1), np.nan, np.float32))
+    sets = np.repeat(np.arange(len(stay)), np.diff(cohort.set_start))                                   # [E]
+    variable = dataset.variable[cohort.event_variable]
+    minutes = asked.point_minute[asked.point_start[:-1]]
+    judged = (variable >= 0) & ~np.isnan(cohort.event_value) & (normalizer.low <= normalizer.high)[variable]
+    judged &= (cohort.set_minute > minutes[stay])[sets]
+    event = np.flatnonzero(judged)
+    sets, variable, value = sets[event], variable[event], cohort.event_value[event].astype(np.float64)
+    answers = answer_queries(predictor.model, dataset.of(asked), point[sets] - 1, variable,
+                             cohort.set_minute[sets], predictor.device)
+    forecasts = forecasts_of(normalizer, variable, answers)
+    z = (normalizer.unclipped(variable, value) - forecasts["location"]) * np.exp(-forecasts["log_scale"])
+    return pd.DataFrame({"stay_id": cohort.stay_id[stay[sets]],
+                         "minute": cohort.set_minute[sets] - cohort.admission[stay[sets]],
+                         "variable": np.array(normalizer.variables, dtype=object)[variable], "value": value,
+                         "expected": forecasts["mean"], "low": forecasts["low"], "high": forecasts["high"],
+                         "tail": 2 * stdtr(FREEDOM, -z.abs())})
+
+def pretrained_report(arguments, predictor, dataset) -> None:
+    """Prints what a pretrained checkpoint forecasts of the stays that it may be scored on, beside the last
+    value, and its active units; writes --json."""
+    stays, who = tested_stays(predictor.checkpoint, dataset.cohort, arguments.split_file)
+    figures = origin(arguments.checkpoint, predictor.checkpoint, dataset)
+    figures |= {"scored": who, "forecast": forecast_figures(predictor, dataset, stays),
+                "active_units": active_units(predictor, dataset, stays),
+                "latent_dim": predictor.model.config.latent_dim}
+    told = figures["forecast"]
+    rows = pd.DataFrame(told["variables"]).T.sort_values("values", ascending=False)
+    shown = pd.DataFrame({"values": rows["values"].map("{:,.0f}".format), "skill": rows["skill"].map(
+        "{:.3f}".format), "error": rows["error"].map("{:.3g}".format), "error of the last value":
+        rows["error_of_last"].map("{:.3g}".format), "coverage": rows["coverage"].map("{:.1%}".format)})
+    print(f"\nScored: {len(stays):,} stays: {who}")
+    show(f"Forecasts of the second half of each record: {told['values']:,} values of {len(rows)} variables; "
+         f"in the mean of these skill {told['skill']:.3f}, coverage of the 80% interval "
+         f"{told['coverage']:.1%}\n(skill: 1 - squared error / that of the last value, or of the training mean "
+         f"where there is none; error: mean absolute)", shown.head(24))
+    if len(rows) > 24:
+        print(f"... and {len(rows) - 24} more (--json has all)")
+    print(f"\nActive units: {figures['active_units']} of {figures['latent_dim']} (variance of mu over sets > "
+          "0.01)")
+    if arguments.json:
+        write_atomically(arguments.json, lambda out: out.write_text(json.dumps(figures, indent=1)))
+
+
+def forecast_figures(predictor, dataset, stays) -> dict:
+    """Returns the figures of every value in the second half of each of these stays, in time, asked from the
+    first half: of each variable with ten values or more, and their plain mean."""
+    cohort, normalizer = dataset.cohort, dataset.normalizer
+    first, last = cohort.set_minute[cohort.stay_start[:-1]], cohort.set_minute[cohort.stay_start[1:] - 1]
+    half = np.maximum((first + last) / 2, first_known(dataset))
+    event = stay_event_index(cohort, stays)
+    sets = np.searchsorted(cohort.set_start, event, side="right") - 1
+    table = pd.DataFrame({"stay": np.repeat(stays, cohort.stay_events[stays]), "value":
+                          cohort.event_value[event].astype(float), "minute": cohort.set_minute[sets],
+                          "variable": dataset.variable[cohort.event_variable[event]]}).dropna()
+    table = table[(table["variable"] >= 0) & (normalizer.low <= normalizer.high)[table["variable"]]]
+    known = table["minute"] <= half[table["stay"]]
+    usual = table[known].groupby(["stay", "variable"])["value"].last().rename("last")
+    table = table[~known].join(usual, on=["stay", "variable"])
+    variable = table["variable"].to_numpy()
+    counts = np.bincount(variable, minlength=1)
+    if counts.max() < 10:
+        raise InputError(f"{cohort.reader}: the stays to be scored have no ten values of any variable in the "
+                         "second half of their records, by which forecasts are scored; give more stays")
+    told = forecast_at(predictor.model, dataset, table["stay"].to_numpy(), half[table["stay"]], variable,
+                       table["minute"].to_numpy(), predictor.device).set_index(table.index)
+    table["last"] = table["last"].fillna(pd.Series(normalizer.in_units(variable, 0.), table.index))
+    error, error_of_last = table["value"] - told["mean"], table["value"] - table["last"]
+    within = table["value"].between(told["low"] - 1e-6 * told["low"].abs(),
+                                    told["high"] + 1e-6 * told["high"].abs())  # float32 values
+    by = pd.DataFrame({"variable": variable, "values": 1, "square": error**2, "of_last": error_of_last**2,
+                       "error": error.abs(), "error_of_last": error_of_last.abs(), "coverage": within})
+    by = by.groupby("variable").agg({"values": "sum"} | dict.fromkeys(by.columns[2:], "mean"))
+    by = by[by["values"] >= 10]
+    by["skill"] = (1 - by["square"] / by["of_last"]).where(by["of_last"] > 0)
+    rows = {normalizer.variables[v]: row.drop(["square", "of_last"]).dropna().to_dict() for v, row in by.iterrows()}
+    return {"values": int(by["values"].sum()), "skill": float(by["skill"].mean()),
+            "coverage": float(by["coverage"].mean()), "variables": rows}
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@
     python test_suite.py --soak                    runs the kill and damage tests at length, with counts
     python test_suite.py --checkpoint C            analyses a finetuned checkpoint on its test split
     python test_suite.py --checkpoint C --follow   reads events as they come, prints each stay's risk
+    python test_suite.py --checkpoint C --forecast F --until 24   what each variable will show
     python test_suite.py --protocol --data_dir D   measures the tables of RESULTS.md
     python test_suite.py --forecast_benchmark --data_dir D   measures forecasts of the second day
     python test_suite.py --benchmark [--data_dir D]   measures speed and memory beside a plain loop
@@ -18,14 +19,16 @@ from checkpoint import Checkpoint
 from data import InputError
 from predictor import follow
 from protocol import METHODS, baselines, benchmark, forecast_benchmark, protocol, scale
-from report import performance
+from report import forecasts, performance
 from runs import CHECKPOINTS, exit_code
 from settings import SEED, SHARE, Parser, SharedSettings, changed, data_options, option
 
 
 TESTS = str(Path(__file__).with_name("tests"))
 # Options of which each is a command of its own, and those of the analysis.
-INSTEAD = ("soak", "protocol", "forecast_benchmark", "benchmark", "export", "follow")
+FORECASTS = ("queries", "origin", "until", "every")
+INSTEAD = ("soak", "protocol", "forecast_benchmark", "benchmark", "export", "follow", "forecast",
+           "odd")
 ANALYSIS = ("baselines", "predictions", "embeddings", "trajectory", "plots", "subgroups", "json")
 
 
@@ -33,8 +36,8 @@ ANALYSIS = ("baselines", "predictions", "embeddings", "trajectory", "plots", "su
 class Options(SharedSettings):
     """The options of test_suite.py."""
     checkpoint: list = option(
-        "the finetuned checkpoint, of train.py or of the original implementation; of several, the mean of "
-        "their logits",
+        "the checkpoint, of train.py or of the original implementation: a finetuned one (of several, the mean "
+        "of their logits) or a pretrained one, whose forecasts are scored",
         (), group="analysis", nargs="+")
     baselines: bool = option("compare with hand-made baselines and an untrained backbone", False)
     predictions: str = option(
@@ -55,6 +58,17 @@ class Options(SharedSettings):
         "stay, numbers in quartiles; events: by how many it had by then", (),
         type=lambda text: text.split(","))
     json: str = option("file to write: the analysis' figures")
+    forecast: str = option(
+        "instead: file to write (CSV or .parquet): stay_id, known_until, minute, variable and mean, low, high "
+        "(80%) of what is asked by --queries or --until; with --plots and --trajectory also a picture")
+    queries: str = option("file of the columns stay_id, known_until, minute, variable; minutes as in the data, "
+                          "of clock times from the first event on")
+    origin: float = option("hours until which all is known (default: the end of each record)", low=-1e6)
+    until: float = option("forecast every variable with numbers, this many hours after the origin", low=1e-3)
+    every: float = option("and before that each so many minutes", low=1)
+    odd: str = option(
+        "instead: file to write: every charted value beside what was expected of it from the sets before, and "
+        "the chance of one as far out (tail)")
     export: str = option(
         "instead: write the checkpoint (of either mode) without ids, paths and commands, to give it away")
     protocol: str = option(
@@ -104,7 +118,9 @@ def run(given: dict) -> int | None:
     """Do what the options given ask for. Returns the exit code of the tests."""
     arguments = changed(Options(), given)
     instead = [name for name in INSTEAD if getattr(arguments, name)]
-    if instead and (unused := [name for name in (*instead[1:], *ANALYSIS) if getattr(arguments, name)]):
+    drawn = ("trajectory", "plots") if arguments.forecast else ()
+    others = {*instead[1:], *ANALYSIS, *(() if arguments.forecast else FORECASTS)} - {*drawn}
+    if instead and (unused := [name for name in sorted(others) if getattr(arguments, name)]):
         raise InputError(f"--{instead[0]} does not go with --{', --'.join(unused)}; give them one after "
                          "another")
     if arguments.soak:
@@ -122,12 +138,16 @@ def run(given: dict) -> int | None:
         scale()
     elif arguments.benchmark:
         benchmark(arguments)
-    elif len(arguments.checkpoint) > 1 and (arguments.export or arguments.follow):
-        raise InputError("--export and --follow take one --checkpoint")
+    elif len(arguments.checkpoint) > 1 and instead:
+        raise InputError(f"--{instead[0]} takes one --checkpoint")
     elif arguments.checkpoint and arguments.export:
         Checkpoint.open(arguments.checkpoint[0]).export(arguments.export)
     elif arguments.checkpoint and arguments.follow:
         follow(arguments)
+    elif arguments.checkpoint and instead:
+        forecasts(arguments)
+    elif any(getattr(arguments, name) is not None for name in FORECASTS):
+        raise InputError("--queries, --origin, --until and --every need --forecast FILE and --checkpoint")
     elif arguments.checkpoint:
         performance(arguments, baselines if arguments.baselines else None)
     elif given:

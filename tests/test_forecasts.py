@@ -1,23 +1,33 @@
 """Queries: what a variable will show at a later minute."""
 
+import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
+import scipy.stats
 import torch
 import torch.nn.functional as F
 
 import predictor
-from batches import Normalizer, StayDataset
-from data import InputError, build_cohort
+import train
+from batches import Normalizer, StayDataset, variable_vectors
+from checkpoint import Checkpoint
+from data import SPLITS, InputError, build_cohort, synthetic_cohort
 from history_statistics import draw_queries
 from model import SeqSetVAEPretrain
-from predictor import forecast_at
+from predictor import Predictor, forecast_at
 from readouts import FREEDOM, student_nll
+from report import odd_values
 from settings import ModelConfig
 from tests.plain_loop import close, plain_grid, plain_keys, plain_pass, plain_statistics
-from tests.tiny import NAMES, PLAIN, batch_of, build, cohort_of, random_stays, tiny
+from test_suite import main
+from tests.test_readers import at, meds, meds_folder  # noqa: F401 (a fixture)
+from tests.tiny import (EVENTS, FINETUNE, NAMES, PLAIN, PRETRAIN, as_lists, batch_of, build, cohort_of, make_small,
+                        one_error_line, random_stays, tiny, write, write_physionet)
 
 
 def drawn(model, batch, sample=False, number=40):
@@ -246,3 +256,166 @@ def test_a_known_until_between_the_events_of_a_minute_is_exact(monkeypatch):
     for i, known in enumerate((25., 10.5, 10.9, 10.)):
         np.testing.assert_allclose(together[i], answers(known)[0], rtol=1e-5, atol=1e-5)
     assert len(np.unique(together[:, 3].round(4))) == 3  # by 10.9 and 25 the same is known
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Commands
+# ------------------------------------------------------------------------------------------------------------
+
+def checkpoint_of(cohort, **changes) -> Checkpoint:
+    """An untrained one of the cohort's vocabulary."""
+    normalizer = Normalizer.fit(cohort, np.arange(len(cohort)))
+    config = tiny(num_variables=len(cohort.variables), queries=8)
+    vectors = variable_vectors(cohort.variables, config.input_dim)
+    torch.manual_seed(0)
+    return Checkpoint("tiny", "pretrain", config, SeqSetVAEPretrain(config, vectors).state_dict(), vectors, normalizer,
+                      {part: [] for part in SPLITS}, {part: [] for part in SPLITS}, {"fingerprint": ""}, {})
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Folders of a tiny pretrained checkpoint that forecasts and of its frozen head."""
+    home = tmp_path_factory.mktemp("forecasts")
+    with pytest.MonkeyPatch.context() as patch:
+        make_small(patch)
+        patch.setattr(train, "ModelConfig", lambda v: tiny(num_variables=v, queries=8))
+        assert train.main([*PRETRAIN, "--run_dir", str(home / "pretrain")]) == 0
+        assert train.main([*FINETUNE, str(home / "pretrain" / "best.pt"), "--run_dir", str(home / "finetune")]) == 0
+    return home
+
+
+ASKED = """stay_id,known_until,minute,variable
+synthetic-03,600,700,HR
+nobody,600,700,HR
+synthetic-04,600.5,2000,Lactate
+synthetic-03,600,700,Nix
+synthetic-03,600,600,HR
+synthetic-03,-5,600,HR
+"""
+
+
+def test_a_file_of_queries_is_answered_and_each_that_cannot_be_is_counted(trained, tmp_path, capsys):
+    path, out = write(tmp_path / "q.csv", ASKED), tmp_path / "f.csv"
+    pretrained = str(trained / "pretrain" / "best.pt")
+    assert main(["--checkpoint", pretrained, "--forecast", str(out), "--queries", str(path)]) == 0
+    said, table, queries = capsys.readouterr().out, pd.read_csv(out), pd.read_csv(path)
+    assert table[["stay_id", "known_until", "minute", "variable"]].equals(queries.astype({"known_until": float,
+                                                                                        "minute": float}))
+    assert table["mean"].notna().tolist() == [True, False, True, False, False, False]
+    assert (table["low"] <= table["high"])[[0, 2]].all()
+    for reason in ("1 queries of no stay", "1 queries of a variable unknown", "1 queries of a minute that is not after",
+                   "1 queries of a known_until before"):
+        assert reason in said
+    # In Python, from a table in memory; frozen and exported checkpoints forecast what the pretrained one does.
+    cohort = synthetic_cohort(24)
+    events = pd.DataFrame([(stay, minute, name, value) for stay, sets in as_lists(cohort).items()
+                           for minute, pairs in sets for name, value in pairs],
+                          columns=["stay_id", "minute", "variable", "value"])
+    with pytest.warns(UserWarning, match="no stay of the data"):
+        answers = Predictor(pretrained).forecast(events, queries)
+    np.testing.assert_allclose(answers[["mean", "low", "high"]], table[["mean", "low", "high"]], rtol=1e-6)
+    frozen, exported = str(trained / "finetune" / "best.pt"), str(tmp_path / "exported.pt")
+    assert main(["--checkpoint", frozen, "--export", exported]) == 0
+    for other in (["--checkpoint", frozen], ["--checkpoint", exported, "--synthetic_stays", "24"]):
+        assert main([*other, "--forecast", str(tmp_path / "g.csv"), "--queries", str(path)]) == 0
+        np.testing.assert_allclose(pd.read_csv(tmp_path / "g.csv").iloc[:, 4:], table.iloc[:, 4:], rtol=1e-6)
+    with pytest.raises(InputError, match="not a finetuned checkpoint"):
+        Predictor(pretrained).predict(events)
+
+
+def test_a_forecast_without_a_usable_query_is_one_error(trained, tmp_path, capsys, small_finetuned):
+    path = write(tmp_path / "q.csv", "stay_id,known_until,minute,variable\nnobody,600,700,HR\n")
+    pretrained, out = str(trained / "pretrain" / "best.pt"), str(tmp_path / "f.csv")
+    capsys.readouterr()
+    for told, named in (
+            (["--checkpoint", pretrained, "--queries", str(path)], "no query can be answered; 1 queries of no stay"),
+            (["--checkpoint", pretrained], "--queries FILE or --until HOURS"),
+            (["--checkpoint", str(small_finetuned), "--until", "3"], "cannot forecast")):
+        code = main([*told, "--forecast", out])
+        error = capsys.readouterr().err
+        assert code == 2 and error.count("\n") == 1 and named in error
+    one_error_line(capsys, main(["--checkpoint", pretrained, "--until", "3"]), "--forecast")
+
+
+def test_from_now_on_every_variable_with_numbers_is_forecast(trained, tmp_path):
+    checkpoint, out = str(trained / "pretrain" / "best.pt"), tmp_path / "f.csv"
+    told = ["--checkpoint", checkpoint, "--forecast", str(out)]
+    assert main([*told, "--until", "6"]) == 0
+    table, cohort = pd.read_csv(out), synthetic_cohort(24)
+    end = pd.Series(cohort.point_minute, cohort.stay_id)
+    numbers = Checkpoint.open(checkpoint).normalizer.variables
+    assert len(table) == 24 * len(numbers) and not table.isna().any().any()
+    assert (table["known_until"].to_numpy() == end[table["stay_id"]].to_numpy()).all()
+    assert (table["minute"] - table["known_until"] == 360).all()
+    pytest.importorskip("matplotlib")
+    plots = ["--plots", str(tmp_path), "--trajectory", "synthetic-03"]
+    assert main([*told, "--origin", "24", "--until", "3", "--every", "60", *plots]) == 0
+    table = pd.read_csv(out)
+    assert sorted(set(table["minute"])) == [1500, 1560, 1620] and set(table["known_until"]) == {1440}
+    assert (tmp_path / "forecast.png").stat().st_size > 10_000
+
+
+def test_every_value_is_compared_with_what_the_sets_before_let_expect(trained, tmp_path):
+    checkpoint, out = str(trained / "pretrain" / "best.pt"), tmp_path / "odd.csv"
+    assert main(["--checkpoint", checkpoint, "--odd", str(out)]) == 0
+    table = pd.read_csv(out)
+    cohort = synthetic_cohort(24)
+    assert len(table) == len(cohort.event_value) - np.diff(cohort.set_start)[
+        cohort.stay_start[:-1]].sum()  # all but each first set
+    predictor, dataset = Predictor.with_data(checkpoint)
+    rows = table.sample(20, random_state=0)
+    normalizer = dataset.normalizer
+    for _, row in rows.iterrows():
+        p = list(cohort.stay_id).index(row["stay_id"])
+        minutes = cohort.set_minute[cohort.stay_start[p]:cohort.stay_start[p + 1]]
+        v = normalizer.variables.index(row["variable"])
+        told = forecast_at(predictor.model, dataset, [p], [minutes[minutes < row["minute"]].max()], [v],
+                           [row["minute"]]).iloc[0]
+        z = (normalizer.unclipped(np.array([v]), np.array([row["value"]]))[0] - told["location"]) * np.exp(
+            -told["log_scale"])
+        share = scipy.stats.t.cdf(z, FREEDOM)
+        np.testing.assert_allclose(row[["expected", "low", "high", "tail"]].astype(float),
+                                   [told["mean"], told["low"], told["high"], 2 * min(share, 1 - share)], rtol=1e-4)
+
+
+def test_a_mistyped_value_is_the_oddest():
+    stays = random_stays((9, 12))
+    normal, typed = (StayDataset(cohort_of(s), PLAIN, points=True) for s in (
+        stays, [stays[0], [*stays[1][:6], (stays[1][6][0], [(3, 735.0)]), *stays[1][7:]]]))
+    asking = SimpleNamespace(model=build(SeqSetVAEPretrain, ASKS), device=torch.device("cpu"))
+    table = odd_values(asking, typed)
+    worst = table.loc[table["tail"].idxmin()]
+    assert worst["value"] == 735 and worst["tail"] < odd_values(asking, normal)["tail"].min()
+
+
+def test_a_pretrained_checkpoint_is_scored_by_its_forecasts(trained, tmp_path, capsys):
+    told = ["--checkpoint", str(trained / "pretrain" / "best.pt"), "--json", str(tmp_path / "r.json")]
+    split = "".join(["stay_id,split\n", *(f"{stay},test\n" for stay in synthetic_cohort(24).stay_id)])
+    assert main([*told, "--split", str(write(tmp_path / "split.csv", split))]) == 0
+    said, figures = capsys.readouterr().out, json.loads((tmp_path / "r.json").read_text())
+    assert "stays left out of subjects that" in said and "coverage" in said and "Active units" in said
+    rows = figures["forecast"]["variables"]
+    assert figures["forecast"]["values"] == sum(row["values"] for row in rows.values())
+    assert all(0 <= row["coverage"] <= 1 for row in rows.values()) and "HR" in rows
+    one_error_line(capsys, main([*told[:2], "--predictions", str(tmp_path / "p.csv")]), "not a finetuned checkpoint")
+
+
+def test_data_of_every_layout_are_forecast_and_minutes_count_from_admission(meds_folder, load, tmp_path):
+    psv = "HR|Temp|SepsisLabel\n" + "".join(f"{80 + i}|37|0\n" for i in range(5))
+    write(tmp_path / "cinc" / "training_setA" / "p000001.psv", psv)
+    write(tmp_path / "long" / "events.csv", EVENTS.replace("7,61.5,K,inf\n", ""))
+    for folder, stay, known, name in ((write_physionet(tmp_path / "2012"), "132539", 60, "HR"), (
+            tmp_path / "cinc", "p000001", 130, "HR"), (tmp_path / "long", "7", 60, "HR"), (meds_folder, "5", 30, "HR")):
+        cohort = load(folder)
+        predictor = Predictor(checkpoint_of(cohort), "cpu")
+        queries = pd.DataFrame({"stay_id": [stay], "known_until": [known], "minute": [known + 60], "variable": [name]})
+        assert predictor.forecast(cohort, queries)["mean"].notna().all(), folder
+    # Of clock times minutes count from the first event that is no birth.
+    meds(tmp_path / "born", "data/0.parquet", subject_id=[5, 5, 5], code=["MEDS_BIRTH", "HR", "HR"],
+         time=[at("01 00:00"), at("03 00:00"), at("03 02:00")], numeric_value=np.array([np.nan, 80, 90], np.float32))
+    cohort = load(tmp_path / "born")
+    model = Predictor(checkpoint_of(cohort), "cpu")
+    queries = pd.DataFrame({"stay_id": ["5"] * 2, "known_until": [0, 119], "minute": 180, "variable": "HR"})
+    answers = model.forecast(cohort, queries)
+    direct = forecast_at(model.model, model.checkpoint.dataset(cohort), [0, 0], [2880, 2999], [0, 0], [3060, 3060])
+    np.testing.assert_allclose(answers["mean"], direct["mean"], rtol=1e-6)
