@@ -492,8 +492,8 @@ def answered_queries(predictor: Predictor, dataset: StayDataset, queries: pd.Dat
     answers = pd.DataFrame(np.nan, queries.index, [*FORECAST, "location", "log_scale", "expected"])
     if usable.any():
         asked = np.flatnonzero(usable)
-        told = forecast_at(predictor.model, dataset, stay[asked], known[asked], variable[asked], minute[asked],
-                           predictor.device)
+        told = forecast_at(predictor.model, dataset, stay[asked], known[asked], variable[asked],
+                           minute[asked], predictor.device)
         answers.iloc[asked] = told.to_numpy()
         leave_out(reason, answers["location"].isna().to_numpy())  # the known part of a minute
     if not usable.any():

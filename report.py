@@ -14,8 +14,8 @@ import torch
 from scipy.special import stdtr
 
 from checkpoint import Checkpoint, label_digest
-from data import (MINUTE, SPLITS, Cohort, InputError, labelled_points, make_splits, point_slots, stay_event_index, stays_of,
-                  stays_with, write_atomically)
+from data import (MINUTE, SPLITS, Cohort, InputError, labelled_points, make_splits, point_slots,
+                  stay_event_index, stays_of, stays_with, write_atomically)
 from history_statistics import real_sets
 from metrics import CHECKPOINT, FEW, bracketed, mean_of_logits
 from plots import (LABEL_NAMES, picture_folder, plot_calibration, plot_curves, plot_decision, plot_features,
@@ -477,10 +477,9 @@ def forecasts(arguments) -> None:
     if arguments.odd:
         table = odd_values(predictor, dataset)
         write_table(path, table)
-        first = len(dataset.cohort.event_value) - len(table)
-        print(f"odd: {len(table):,} values written to {path}, {(table['tail'] < .001).sum():,} of them with a "
-              f"tail below .001; left out: {first:,} events without an earlier set, or of no number or a "
-              "variable without numbers")
+        others, odd = len(dataset.cohort.event_value) - len(table), (table["tail"] < .001).sum()
+        print(f"odd: {len(table):,} values written to {path}, {odd:,} of them with a tail below .001; left "
+              f"out: {others:,} events without an earlier set or without a number")
         return
     if arguments.queries:
         queries = read_queries(Path(arguments.queries))
@@ -579,8 +578,8 @@ def pretrained_report(arguments, predictor, dataset) -> None:
     print(f"\nScored: {len(stays):,} stays: {who}")
     show(f"Forecasts of the second half of each record: {told['values']:,} values of {len(rows)} variables; "
          f"in the mean of these skill {told['skill']:.3f}, coverage of the 80% interval "
-         f"{told['coverage']:.1%}\n(skill: 1 - squared error / that of the last value, or of the training mean "
-         f"where there is none; error: mean absolute)", shown.head(24))
+         f"{told['coverage']:.1%}\n(skill: 1 - squared error / that of the last value, or where none is "
+         "of the training mean; error: mean absolute)", shown.head(24))
     if len(rows) > 24:
         print(f"... and {len(rows) - 24} more (--json has all)")
     print(f"\nActive units: {figures['active_units']} of {figures['latent_dim']} (variance of mu over sets > "
@@ -620,7 +619,8 @@ def forecast_figures(predictor, dataset, stays) -> dict:
     by = by.groupby("variable").agg({"values": "sum"} | dict.fromkeys(by.columns[2:], "mean"))
     by = by[by["values"] >= 10]
     by["skill"] = (1 - by["square"] / by["of_last"]).where(by["of_last"] > 0)
-    rows = {normalizer.variables[v]: row.drop(["square", "of_last"]).dropna().to_dict() for v, row in by.iterrows()}
+    rows = {normalizer.variables[v]: row.dropna().to_dict()
+            for v, row in by.drop(columns=["square", "of_last"]).iterrows()}
     return {"values": int(by["values"].sum()), "skill": float(by["skill"].mean()),
             "coverage": float(by["coverage"].mean()), "variables": rows}
 

@@ -36,8 +36,8 @@ ANALYSIS = ("baselines", "predictions", "embeddings", "trajectory", "plots", "su
 class Options(SharedSettings):
     """The options of test_suite.py."""
     checkpoint: list = option(
-        "the checkpoint, of train.py or of the original implementation: a finetuned one (of several, the mean "
-        "of their logits) or a pretrained one, whose forecasts are scored",
+        "the checkpoint, of train.py or of the original implementation: a finetuned one (of several, the "
+        "mean of their logits) or a pretrained one, whose forecasts are scored",
         (), group="analysis", nargs="+")
     baselines: bool = option("compare with hand-made baselines and an untrained backbone", False)
     predictions: str = option(
@@ -59,16 +59,16 @@ class Options(SharedSettings):
         type=lambda text: text.split(","))
     json: str = option("file to write: the analysis' figures")
     forecast: str = option(
-        "instead: file to write (CSV or .parquet): stay_id, known_until, minute, variable and mean, low, high "
-        "(80%) of what is asked by --queries or --until; with --plots and --trajectory also a picture")
-    queries: str = option("file of the columns stay_id, known_until, minute, variable; minutes as in the data, "
-                          "of clock times from the first event on")
+        "instead: file to write (CSV or .parquet): stay_id, known_until, minute, variable and mean, low, "
+        "high (80%%) of what is asked by --queries or --until; with --plots and --trajectory also a picture")
+    queries: str = option("file of the columns stay_id, known_until, minute, variable; minutes as in the "
+                          "data, of clock times from the first event on")
     origin: float = option("hours until which all is known (default: the end of each record)", low=-1e6)
     until: float = option("forecast every variable with numbers, this many hours after the origin", low=1e-3)
     every: float = option("and before that each so many minutes", low=1)
     odd: str = option(
-        "instead: file to write: every charted value beside what was expected of it from the sets before, and "
-        "the chance of one as far out (tail)")
+        "instead: file to write: every charted value beside what was expected of it from the sets before, "
+        "and the chance of one as far out (tail)")
     export: str = option(
         "instead: write the checkpoint (of either mode) without ids, paths and commands, to give it away")
     protocol: str = option(
