@@ -14,13 +14,12 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from statistics import NormalDist
 from types import SimpleNamespace
-from typing import Callable, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
+from scipy.special import stdtrit
 from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
@@ -36,12 +35,13 @@ from data import (SPLITS, InputError, at_end, build_cohort, clear_write_error, l
 from checkpoint import Checkpoint, label_digest
 from finetune_config import MANY_POINTS, FinetuneConfig, tree_sizes
 from history_statistics import summary_features
-from metrics import (Points, best_shares, best_utility_threshold, bootstrap, bracketed, crps,
-                     hours_since_onset, interval, logit, normalised_utility, of_challenge_2019, utilities_by,
-                     utility_draws)
+from metrics import (FORECAST_FIGURES, Forecasts, Points, best_shares, best_utility_threshold, bootstrap,
+                     bracketed, forecast_figures, forecast_sums, hours_since_onset, interval, logit,
+                     normalised_utility, of_challenge_2019, utilities_by, utility_draws)
 from model import ModelConfig, SeqSetVAE, SeqSetVAEPretrain
-from predictor import CPU, Predictor, encode_points, open_checkpoint, probability_at
+from predictor import CPU, Predictor, encode_points, forecast_at, open_checkpoint, probability_at
 from readers import load_cohort
+from readouts import FREEDOM
 from runs import CHECKPOINTS, choose_device, keep_freed_memory, read_cohort
 from settings import DataSettings, changed, data_options, recorded
 from tasks import Binary
@@ -415,18 +415,7 @@ def print_methods(rows: dict, ranked: list[str], base: str | None, names: list[s
 KNOWN_UNTIL = 1439  # the last minute that is known; every later value is asked for
 MOST_ROWS = 40_000  # values of a variable from which boosting learns
 USUAL, LAST, BOOSTING = "mean of the training stays", "last value, else that mean", "boosting on summaries"
-FIGURES = ("MSE e-3", "MAE e-2", "MSE of z-scores", "CRPS e-2", "coverage of 80%")
-
-
-class Forecasts(NamedTuple):
-    """Answers to n queries, in the variables' units."""
-
-    mean: np.ndarray    # [n]
-    quantile: Callable  # of a level between 0 and 1, [n]
-
-    @classmethod
-    def gaussian(cls, mean, sd) -> "Forecasts":
-        return cls(mean, lambda level: mean + sd * NormalDist().inv_cdf(level))
+MODEL, WITH_BOOSTING = "pretrained model", "average of model and boosting"
 
 
 def random_split(ids, seed: int) -> dict[str, list[str]]:
@@ -471,65 +460,56 @@ def boosted(known: np.ndarray, queries: pd.DataFrame, seed: int) -> np.ndarray:
     return answer[part > 0]
 
 
-def forecasts_of(home: Path, values: pd.DataFrame, known: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-    """What every method sums up to on the test part of a split, see `forecast_sums`. values: `charted`, with
-    the part of each stay. A baseline answers by a Gaussian around its value, whose sd is that of the
-    variable's errors in the validation part."""
+def queries_answered(checkpoint: Checkpoint, cohort, queries: pd.DataFrame) -> np.ndarray:
+    """Returns a checkpoint's answers to the queries: mean in the variable's unit, location and log scale,
+    [3, n] float32."""
+    dataset = checkpoint.dataset(cohort)
+    stay, variable, minute = (queries[name].to_numpy() for name in ("stay", "variable", "minute"))
+    answers = forecast_at(checkpoint.forecaster(), dataset, stay, np.full(len(stay), KNOWN_UNTIL),
+                          dataset.variable[variable], minute)
+    return answers[["mean", "location", "log_scale"]].to_numpy(np.float32).T
+
+
+def forecasts_on(home: Path, checkpoint: Checkpoint, cohort, values, queries, known) -> dict[str, np.ndarray]:
+    """Returns what every method sums up to on the test part of a split, see `forecast_sums`, from what lies
+    in `home`. A baseline answers by a Gaussian around its value, whose sd is that of the variable's errors in
+    the validation part. The average gives the model the share that is best there."""
     seen = values[values["part"] < 2].groupby("variable")["value"]
     units = pd.DataFrame({"range": seen.max() - seen.min(), "sd": seen.std()})
     units = units.reindex(range(known.shape[1])).fillna(0).replace(0, 1)  # of a constant: any
-    train = values[values["part"] == 0]
-    queries = values[values["minute"] > KNOWN_UNTIL]
-    queries = queries[queries["variable"].isin(queries["variable"][queries["part"] == 0])]
-    once(home / "boosting", lambda to: np.save(to / "mean.npy", boosted(known, queries, seed)))
-    queries = queries[queries["part"] > 0]
-    variable, tested = queries["variable"], queries["part"] == 2
-    usual = variable.map(train.groupby("variable")["value"].mean()).to_numpy()
-    last = known[queries["stay"], variable, STATISTICS.index("last")]
-    means = {USUAL: usual, LAST: np.where(np.isnan(last), usual, last),
-             BOOSTING: np.load(home / "boosting" / "mean.npy")}
-    print(f"seed {seed}: {tested.sum():,} values of {variable[tested].nunique()} variables in "
-          f"{queries['stay'][tested].nunique():,} test stays, after minute {KNOWN_UNTIL:,}", flush=True)
-    found = {}
-    for method, mean in means.items():
-        error = ((mean - queries["value"]) ** 2)[~tested].groupby(variable).mean() ** .5
-        sd = variable[tested].map(error).fillna(units["sd"]).to_numpy()
-        found[method] = forecast_sums(Forecasts.gaussian(mean[tested], sd), queries[tested], units)
-    return found
-
-
-def forecast_sums(forecasts: Forecasts, queries: pd.DataFrame, units: pd.DataFrame) -> np.ndarray:
-    """Sums over the queries of each stay and variable, [6, stays, V]: their number; squared error, absolute
-    error and CRPS in units of the variable's range; squared error in units of its sd; answers within the 80%
-    interval."""
     variable, value = queries["variable"].to_numpy(), queries["value"].to_numpy()
-    width, sd = units.to_numpy()[variable].T
-    error = forecasts.mean - value
-    within = (forecasts.quantile(.1) <= value) & (value <= forecasts.quantile(.9))
-    each = [np.ones(len(value)), (error / width) ** 2, abs(error) / width,
-            crps(forecasts.quantile, value) / width, (error / sd) ** 2, within]
-    stay, stays = pd.factorize(queries["stay"])
-    cell, shape = stay * len(units) + variable, (len(stays), len(units))
-    return np.stack([np.bincount(cell, x, np.prod(shape)).reshape(shape) for x in each])
+    tested, width = (queries["part"] == 2).to_numpy(), units["range"].to_numpy()[variable]
+    usual = values[values["part"] == 0].groupby("variable")["value"].mean().reindex(units.index)
+    usual, last = usual.to_numpy()[variable], known[queries["stay"], variable, STATISTICS.index("last")]
+    model, location, log_scale = np.load(home / "model" / "answers.npy").astype(float)
+    means = {USUAL: usual, LAST: np.where(np.isnan(last), usual, last),
+             BOOSTING: np.load(home / "boosting" / "answers.npy")}
 
+    def valid_error(mean) -> pd.Series:
+        """The mean square error of each variable, in units of its range."""
+        return pd.Series(((mean - value) / width)[~tested] ** 2).groupby(variable[~tested]).mean()
 
-def forecast_figures(sums: np.ndarray, repeats: int = 200) -> np.ndarray:
-    """FIGURES of `forecast_sums`, [1 + repeats, 5]: of these stays, then of resampled ones, the same for
-    every method. Errors and CRPS are means over a variable's values, then over variables. The MSE of
-    z-scores and the coverage are means over all values."""
-    stays = sums.shape[1]
-    drawn = np.random.default_rng(0).multinomial(stays, np.full(stays, 1 / stays), repeats)
-    number, *totals, z, within = np.vstack([np.ones(stays), drawn]) @ sums                 # [1 + repeats, V]
-    with np.errstate(invalid="ignore"):  # a variable without a value is in no mean
-        square, absolute, score = (np.nanmean(total / number, axis=1) for total in totals)
-    z, within = (total.sum(1) / number.sum(1) for total in (z, within))
-    return np.stack([1e3 * square, 1e2 * absolute, z, 1e2 * score, within], axis=1)
+    forecasts = {}
+    for method, mean in means.items():
+        sd = valid_error(mean).reindex(units.index).fillna(0).to_numpy()[variable] ** .5 * width
+        forecasts[method] = Forecasts.gaussian(mean[tested], sd[tested])
+    own = checkpoint.dataset(cohort).variable[variable[tested]]
+    location, scale = location[tested], np.exp(log_scale[tested])
+    forecasts[MODEL] = Forecasts(model[tested], lambda level: checkpoint.normalizer.in_units(
+        own, location + scale * stdtrit(FREEDOM, level)))
+    share = min(np.arange(11) / 10, key=lambda share: valid_error(
+        share * model + (1 - share) * means[BOOSTING]).mean())
+    forecasts[WITH_BOOSTING] = forecasts[MODEL].averaged(forecasts[BOOSTING], share)
+    print(f"{home}: {tested.sum():,} values of {len(np.unique(variable[tested]))} variables in "
+          f"{queries['stay'][tested].nunique():,} test stays; {share:g} of the average is the model",
+          flush=True)
+    return {method: forecast_sums(each, queries[tested], units) for method, each in forecasts.items()}
 
 
 def forecast_benchmark(given: dict, seeds: list, folder: Path) -> None:
-    """For the split of every seed: fit the baselines, answer every value after KNOWN_UNTIL, score the test
-    part. What is finished lies in `folder`, by the data's fingerprint, and is kept: stop and go on at will.
-    given: the data's options, see `data_options`."""
+    """For the split of every seed: fit the baselines, pretrain with the defaults, answer every value after
+    KNOWN_UNTIL, score the test part. What is finished lies in `folder`, by the data's fingerprint, and is
+    kept: stop and go on at will. given: the data's options, see `data_options`."""
     cohort = read_cohort(given)
     print(cohort.describe())
     values, stays, rows = charted(cohort), np.arange(len(cohort)), {}
@@ -538,9 +518,25 @@ def forecast_benchmark(given: dict, seeds: list, folder: Path) -> None:
     for seed in seeds:
         home, split = folder / f"seed{seed}-{cohort.fingerprint}", random_split(cohort.stay_id, seed)
         part = sum(code * np.isin(cohort.stay_id, split[name]) for code, name in enumerate(SPLITS))
-        for method, sums in forecasts_of(home, values.assign(part=part[values["stay"]]), known, seed).items():
+        values["part"] = part[values["stay"]]
+        later = values["minute"] > KNOWN_UNTIL
+        queries = values[later & values["stay"].isin(values["stay"][~later])]
+        queries = queries[queries["variable"].isin(queries["variable"][queries["part"] == 0])]
+        once(home / "boosting", lambda to: np.save(to / "answers.npy", boosted(known, queries, seed)))
+        queries = queries[queries["part"] > 0]
+
+        table = pd.DataFrame({"stay_id": cohort.stay_id, "split": np.take(SPLITS, part)})
+        file = home / "split.csv"
+        write_atomically(file, lambda out: table.to_csv(out, index=False))
+        once(home / "pretrain", lambda to: pretrain(run_settings(
+            mode="pretrain", run_dir=str(to), resume="auto", **given | {"split_file": str(file)})))
+        checkpoint = Checkpoint.open(home / "pretrain" / "best.pt")
+        once(home / "model", lambda to: np.save(to / "answers.npy",
+                                                queries_answered(checkpoint, cohort, queries)))
+        for method, sums in forecasts_on(home, checkpoint, cohort, values, queries, known).items():
             rows.setdefault(method, {})[home] = forecast_figures(sums)
-    print_methods(rows, sorted(rows, key=lambda method: first_figure(rows[method])), BOOSTING, FIGURES)
+    ranked = sorted(rows, key=lambda method: first_figure(rows[method]))
+    print_methods(rows, ranked, BOOSTING, FORECAST_FIGURES)
 
 
 # ------------------------------------------------------------------------------------------------------------
