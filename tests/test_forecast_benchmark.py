@@ -9,13 +9,14 @@ from scipy import stats
 from sklearn.model_selection import train_test_split
 
 import protocol
+import train
 from data import build_cohort
 from metrics import crps
 from protocol import Forecasts, charted, forecast_figures, forecast_sums, random_split
 from readers import write_long_table
 from test_suite import main
 from tests.test_evaluate import rows_of
-from tests.tiny import one_error_line
+from tests.tiny import one_error_line, tiny
 
 def test_crps_is_the_integral_over_the_squared_distance_of_the_distributions():
     x = np.linspace(-80, 80, 400_001)
@@ -51,8 +52,15 @@ def test_forecasts_are_scored_in_each_variables_units():
     assert figures.shape == (201, 5) and {tuple(row) for row in figures[1:, 4:]} == {(1,), (.75,), (0,)}
 
 
-def test_the_forecast_benchmark_keeps_what_is_finished_and_answers_by_the_past(tmp_path, monkeypatch, capsys):
+def test_an_average_of_forecasts_has_the_averaged_quantiles():
+    one, other = Forecasts.gaussian(np.zeros(1), 1.), Forecasts.gaussian(np.full(1, 10.), 3.)
+    both = one.averaged(other, .25)
+    assert both.mean == 7.5 and abs(both.quantile(.9) - (7.5 + 2.5 * stats.norm.ppf(.9))) < 1e-9
+
+
+def test_the_forecast_benchmark_keeps_what_is_finished(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "ModelConfig", lambda v: tiny(num_variables=v, queries=8))
     rng, n = np.random.default_rng(0), 60
     stay, hour = np.divmod(np.arange(n * 48), 48)
     level = rng.normal(size=n)  # the last value and the mean of the stay tell what comes, boosting learns a rise
@@ -68,7 +76,9 @@ def test_the_forecast_benchmark_keeps_what_is_finished_and_answers_by_the_past(t
     boosting, last, usual = (float(first[name][1].split()[0]) for name in (protocol.BOOSTING, protocol.LAST,
                                                                            protocol.USUAL))
     assert boosting < .2 * last and boosting < .2 * usual and first[protocol.LAST][0] == "2"
-    monkeypatch.setattr(protocol, "boosted", lambda *_: pytest.fail("fitted again"))
+    assert {protocol.MODEL, protocol.WITH_BOOSTING} <= first.keys() and len(first) == 5
+    for name in ("boosted", "pretrain", "forecast_at"):
+        monkeypatch.setattr(protocol, name, lambda *_: pytest.fail("done again"))
     assert main(words) == 0
     assert {row[0]: row[1:] for row in rows_of(capsys.readouterr().out)} == first
     one_error_line(capsys, main(["--forecast_benchmark"]), "--forecast_benchmark needs --data_dir")
