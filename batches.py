@@ -86,7 +86,7 @@ class Normalizer:
             x = np.concatenate([value[bounds[v]:bounds[v + 1]] for value, bounds in sorted_values])
             x = x.astype(np.float64)
             if len(x):
-                result._fit_variable(v, x)
+                result.fit_variable(v, x)
                 if given[v]:
                     (mean[v], std[v]), log_scale[v] = cohort.statistics[v], 0
                 seen += len(x)
@@ -95,7 +95,7 @@ class Normalizer:
         result.clipped = beyond / max(1, seen)
         return result
 
-    def _fit_variable(self, v: int, x: np.ndarray) -> None:
+    def fit_variable(self, v: int, x: np.ndarray) -> None:
         """Mean, std, log_scale and range of variable v from its values x."""
         low, middle, high = np.quantile(x, (.25, .5, .75))
         if low == high:  # more than half of the values are equal

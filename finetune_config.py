@@ -1,14 +1,18 @@
 """The settings of finetuning, in one place: what trains, the head, its optimizer, schedule, loss and early
-stopping."""
+stopping; and the boosted trees that help to answer."""
 
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from sklearn.ensemble import GradientBoostingClassifier, HistGradientBoostingClassifier
+import torch.nn as nn
+from sklearn.base import is_classifier
+from sklearn.ensemble import (GradientBoostingClassifier, GradientBoostingRegressor,
+                              HistGradientBoostingClassifier, HistGradientBoostingRegressor)
 
-from model import SeqSetVAE
 from settings import FEATURES, check_settings, setting
+from tasks import LEVELS, Binary, Task
 
 
 @dataclass
@@ -80,12 +84,13 @@ def epochs_of_steps(steps: int, stays: int, batch_size: int, most: int) -> int:
     return min(most, math.ceil(steps / math.ceil(stays / batch_size)))
 
 
-def head_penalty(model: SeqSetVAE, config: FinetuneConfig, points: int) -> torch.Tensor:
+def head_penalty(model: nn.Module, config: FinetuneConfig, points: int) -> torch.Tensor:
     """Returns the L2 penalty on the head's first layer, [], beside the mean loss over this number of training
     points. The layer's inputs outnumber the positive stays. The penalty stands for two Gaussian priors, on
     the inputs that the backbone learned and on the summaries. The more points there are, the less it
     counts."""
-    square = model.cls_head[0].weight.square()  # [c, F]
+    weight = model.cls_head[0].weight
+    square = model.task.squares(weight) if len(model.cls_head) == 1 else weight.square()  # [c, F]
     learned, exact = square.tensor_split([square.shape[1] - model.feature_sizes()["summaries"]], dim=1)
     return 0.5 / points * (config.learned_prior * learned.sum() + config.summaries_prior * exact.sum())
 
@@ -93,25 +98,33 @@ def head_penalty(model: SeqSetVAE, config: FinetuneConfig, points: int) -> torch
 MANY_POINTS = 20_000  # for more, exact boosting takes hours: histograms, and fewer, larger trees
 
 
-def tree_sizes(config: FinetuneConfig, points: int) -> dict:
-    """Returns the number and depth of the trees for this number of training points, as fields of ModelConfig.
-    Without summaries there are no trees, which see nothing else."""
-    trees = config.trees if config.summaries else None
+def tree_sizes(config: FinetuneConfig, points: int, task: Task = Binary()) -> dict:
+    """Returns the number and depth of the trees of an ensemble for this number of training points, as fields
+    of ModelConfig. Without summaries there are no trees, which see nothing else; nor of some kinds."""
+    trees = config.trees if config.summaries and task.ensembles else None
     if trees and points > MANY_POINTS:
         return {"head_trees": min(trees, 100), "tree_depth": max(config.tree_depth, 6)}
     return {"head_trees": trees, "tree_depth": config.tree_depth}
 
 
-def boosted_trees(config: FinetuneConfig, points: int, seed: int):
-    """Returns the estimator of the trees for this number of training points: stochastic gradient boosting
-    (Friedman 2002), or boosting on histograms (Ke et al. 2017) for more than MANY_POINTS."""
+def boosted_trees(config: FinetuneConfig, points: int, seed: int, task: Task = Binary()) -> list:
+    """Returns an estimator an ensemble of trees for this number of training points: stochastic gradient
+    boosting (Friedman 2002), or boosting on histograms (Ke et al. 2017) for more than MANY_POINTS. A number's
+    are regressors of its quantiles."""
     trees, depth = tree_sizes(config, points).values()
     shared = dict(max_depth=depth, min_samples_leaf=config.tree_leaf, random_state=seed)
     if points > MANY_POINTS:
-        return HistGradientBoostingClassifier(max_iter=trees, learning_rate=0.1, l2_regularization=10.,
-                                              max_features=0.2, early_stopping=False, **shared)
-    return GradientBoostingClassifier(n_estimators=trees, learning_rate=config.tree_rate, **shared,
-                                      max_features=config.tree_features, subsample=config.tree_subsample)
+        kinds = HistGradientBoostingClassifier, HistGradientBoostingRegressor, "quantile"
+        shared |= dict(max_iter=trees, learning_rate=0.1, l2_regularization=10., max_features=0.2,
+                       early_stopping=False)
+    else:
+        kinds = GradientBoostingClassifier, GradientBoostingRegressor, "alpha"
+        shared |= dict(n_estimators=trees, learning_rate=config.tree_rate, max_features=config.tree_features,
+                       subsample=config.tree_subsample)
+    classifier, regressor, level = kinds
+    if task.kind == "number":
+        return [regressor(loss="quantile", **{level: of}, **shared) for of in LEVELS]
+    return [classifier(**shared) for _ in range(task.ensembles)]
 
 
 def adamw(parameters, rate: float, config) -> torch.optim.Optimizer:
@@ -124,3 +137,79 @@ def cosine(rate: float, done: int, total: int) -> float:
     """Returns the learning rate when `done` of `total` steps, or epochs, are done. It falls to zero at the
     end (Loshchilov & Hutter 2017)."""
     return rate * 0.5 * (1 + math.cos(math.pi * min(1, done / total)))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Boosted trees
+# ------------------------------------------------------------------------------------------------------------
+
+def trees_of(estimator):
+    """Yield left and right child (of a leaf: -1), feature, threshold and value (with the shrinkage) of the
+    nodes of each tree of a fitted (Hist)GradientBoosting estimator."""
+    if isinstance(estimator, (GradientBoostingClassifier, GradientBoostingRegressor)):
+        for tree in (each.tree_ for each in estimator.estimators_[:, 0]):
+            value = estimator.learning_rate * tree.value[:, 0, 0]
+            yield tree.children_left, tree.children_right, tree.feature, tree.threshold, value
+    else:
+        for (predictor,) in estimator._predictors:
+            nodes, leaf = predictor.nodes, predictor.nodes["is_leaf"].astype(bool)
+            left, right = (np.where(leaf, -1, nodes[side].astype(np.int64)) for side in ("left", "right"))
+            yield left, right, nodes["feature_idx"].astype(np.int64), nodes["num_threshold"], nodes["value"]
+
+
+class BoostedTrees(nn.Module):
+    """Ensembles of gradient-boosted trees (Friedman 2001), fitted by scikit-learn and kept as tensors: each a
+    complete binary tree, whose node n has the children 2n + 1 and 2n + 2. They see what a linear head cannot,
+    such as a variable that matters beyond a threshold."""
+
+    def __init__(self, trees: int, depth: int, ensembles: int = 1):
+        super().__init__()
+        self.depth, self.trees = depth, trees
+        trees = trees * ensembles
+        self.register_buffer("feature", torch.zeros(trees, 2**depth - 1, dtype=torch.int64))
+        self.register_buffer("threshold", torch.full((trees, 2**depth - 1), math.inf))
+        self.register_buffer("value", torch.zeros(trees, 2**depth))  # of the leaves
+        self.register_buffer("prior", torch.zeros(ensembles if ensembles > 1 else ()))
+
+    def fit(self, x, targets: list, weight, estimators: list) -> None:
+        """x [n, F]; weight [n]; of each ensemble the target [n] (NaN: none), and a (Hist)GradientBoosting
+        estimator of as many trees, no deeper: a classifier, whose score is the log odds, or a regressor."""
+        for number, (target, estimator) in enumerate(zip(targets, estimators)):
+            known = ~target.isnan()
+            target, weights = target[known], weight[known]
+            classifies = is_classifier(estimator)
+            estimator.fit(x[known].cpu().numpy(), (target.long() if classifies else target).cpu().numpy(),
+                          sample_weight=weights.cpu().numpy())
+            if classifies:
+                prior = ((weights * target).sum() / weights.sum()).logit()
+            elif isinstance(estimator, GradientBoostingRegressor):
+                prior = torch.tensor(estimator.init_.constant_.item())
+            else:
+                prior = torch.tensor(estimator._baseline_prediction.item())
+            self.prior.view(-1)[number] = prior
+            self._keep(estimator, number * self.trees)
+
+    def _keep(self, estimator, first: int) -> None:
+        """Keeps the trees of a fitted estimator, from this place on."""
+        for i, (left, right, feature, cut, value) in enumerate(trees_of(estimator), first):
+            node = np.zeros(1, dtype=np.int64)
+            for level in range(self.depth):  # where a tree ends early, all go left, down to the same leaf
+                leaf, at = left[node] < 0, slice(2**level - 1, 2**(level + 1) - 1)
+                threshold = cut[node].astype(np.float32)
+                below = np.nextafter(threshold, np.float32(-np.inf))
+                threshold = np.where(threshold > cut[node], below, threshold)  # every x keeps its side
+                self.feature[i, at] = torch.from_numpy(np.where(leaf, 0, feature[node]))
+                self.threshold[i, at] = torch.from_numpy(np.where(leaf, np.float32(np.inf), threshold))
+                children = [np.where(leaf, node, child[node]) for child in (left, right)]
+                node = np.stack(children, axis=1).ravel()
+            self.value[i] = torch.from_numpy(value[node].astype(np.float32))
+
+    def forward(self, x):
+        """x [..., F] -> the score of each ensemble, [..., ensembles]."""
+        shape, x = x.shape, x.flatten(0, -2)
+        tree = torch.arange(len(self.value), device=x.device)
+        node = torch.zeros(len(x), len(tree), dtype=torch.int64, device=x.device)               # [n, trees]
+        for _ in range(self.depth):
+            node = 2 * node + 1 + (x.gather(1, self.feature[tree, node]) > self.threshold[tree, node])
+        values = self.value[tree, node - self.feature.shape[1]].unflatten(1, (-1, self.trees))
+        return (self.prior + values.sum(-1)).view(*shape[:-1], -1)

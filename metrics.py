@@ -430,3 +430,221 @@ def sepsis_figures(points: Points, probability, threshold: float) -> dict:
         result[name] = {"hours": int(hours.sum()), "auroc": float(roc_auc_score(*some)),
                         "auprc": float(average_precision_score(*some))}
     return result | ward_figures(stay, since, alarm)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Figures of the other kinds of answers: functions of weights [R, n], a row each sample of a bootstrap
+# ------------------------------------------------------------------------------------------------------------
+
+def measured(names: list[str], measure, group, repeats: int | None = None) -> dict:
+    """Returns {name: {"value", "interval"}} of the m numbers of a measure, a function of weights [R, n] of n
+    points -> [R, m], with 95% intervals by bootstrap over the groups [n]. The value is None where it is not
+    determined, the interval where there are fewer than FEW groups.
+
+    repeats: samples (None: 1,000, or 200 for many points)."""
+    values = measure(np.ones((1, len(group))))[0]
+    group = np.unique(group, return_inverse=True)[1]
+    groups, rng, draws = group.max() + 1, np.random.default_rng(0), []
+    repeats = repeats or (200 if len(group) > RESAMPLED_LESS else 1000)
+    for _ in range(0, repeats if groups >= FEW else 0, 50):
+        drawn = rng.multinomial(groups, np.full(groups, 1 / groups), 50)
+        draws.append(measure(drawn[:, group].astype(float)))
+    intervals = [interval(column) for column in np.concatenate(draws).T] if draws else [None] * len(values)
+    return {name: {"value": float(value) if np.isfinite(value) else None, "interval": limits}
+            for name, value, limits in zip(names, values, intervals)}
+
+
+def weighted_mean(weight, *columns) -> np.ndarray:
+    """Returns the means [R, k] of k columns [n] by weights [R, n]."""
+    return weight @ np.stack(columns, axis=1) / weight.sum(1, keepdims=True)
+
+
+def ranking_measure(label, probability):
+    """Returns the measure of AUROC and AUPRC of k outcomes: label [n, k] of 0 and 1 (NaN: none), probability
+    [n, k] -> a function of weights [R, n] -> [R, 2 + 2k], of which the first two are the macro averages over
+    the outcomes that have both classes."""
+    outcomes = []
+    for y, p in zip(label.T, probability.T):
+        order = np.argsort(-p, kind="stable")
+        order = order[~np.isnan(y[order])]
+        outcomes.append((order, y[order], p[order]))
+
+    def measure(weight):
+        found = np.full((len(weight), 2, len(outcomes)), np.nan)
+        for k, (order, y, p) in enumerate(outcomes):
+            if 0 < y.sum() < len(y):
+                with np.errstate(invalid="ignore", divide="ignore"):  # a sample may hold one class alone
+                    found[:, :, k] = [ranks(y, p, w) for w in weight[:, order]]
+        with np.errstate(invalid="ignore"):
+            macro = np.nansum(found, 2) / np.isfinite(found).sum(2)
+        return np.concatenate([macro, found.transpose(0, 2, 1).reshape(len(weight), -1)], axis=1)
+    return measure
+
+
+def class_measure(label, probability):
+    """Returns the measure of the probabilities [n, C] of C classes, label [n]: accuracy, macro
+    one-versus-rest AUROC, log loss, Cohen's kappa (1960) of the most probable class: [R, n] -> [R, 4]."""
+    n, classes = probability.shape
+    guess, own = probability.argmax(1), probability[np.arange(n), label]
+    ranking = ranking_measure((label[:, None] == np.arange(classes)).astype(float), probability)
+
+    def measure(weight):
+        right, loss = weighted_mean(weight, guess == label, -np.log(own.clip(1e-12))).T
+        total = weight.sum(1)
+        shares = [[np.bincount(x, w, classes) / t for w, t in zip(weight, total)] for x in (label, guess)]
+        chance = np.multiply(*shares).sum(1)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            kappa = (right - chance) / (1 - chance)
+        return np.stack([right, ranking(weight)[:, 0], loss, kappa], axis=1)
+    return measure
+
+
+def number_measure(number, median, low, high):
+    """Returns the measure of predicted medians and 80% intervals [n] of numbers [n]: mean absolute error,
+    root mean square error and Spearman's rank correlation of the median, share of the numbers within the
+    interval and its mean width: [R, n] -> [R, 5]."""
+    places = [np.unique(x, return_inverse=True)[1] for x in (number, median)]
+
+    def correlation(w):
+        of_rank = []
+        for place in places:
+            count = np.bincount(place, w)
+            rank = (np.cumsum(count) - count / 2)[place]  # of equal values the mean
+            of_rank.append(rank - w @ rank / w.sum())
+        a, b = of_rank
+        return (w * a) @ b / np.sqrt((w @ a**2) * (w @ b**2))
+
+    def measure(weight):
+        error = number - median
+        mae, square, within, width = weighted_mean(weight, abs(error), error**2,
+                                                   (low <= number) & (number <= high), high - low).T
+        with np.errstate(invalid="ignore", divide="ignore"):
+            spearman = [correlation(w) for w in weight]
+        return np.stack([mae, np.sqrt(square), spearman, within, width], axis=1)
+    return measure
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Times to events: hours [n] and cause [n], 0 where censored
+# ------------------------------------------------------------------------------------------------------------
+
+MOST_STEPS = 1000  # of a curve that is kept
+
+
+def censoring_curve(hours, cause, weight) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the times [s] at which points are censored, and the share [s] not yet censored after each: the
+    Kaplan-Meier estimate, where an event of the same time comes before. Of more than MOST_STEPS steps those
+    are kept that divide its fall evenly."""
+    time, place = np.unique(hours, return_inverse=True)
+    total, censored = np.bincount(place, weight), np.bincount(place, weight * (cause == 0))
+    at_risk = total[::-1].cumsum()[::-1] - (total - censored)
+    share = np.cumprod(1 - censored / np.maximum(at_risk, 1e-300))
+    steps = np.flatnonzero(censored)
+    if len(steps) > MOST_STEPS:
+        fall = np.linspace(share[steps[0]], share[steps[-1]], MOST_STEPS)
+        steps = np.unique(steps[np.searchsorted(-share[steps], -fall).clip(max=len(steps) - 1)])
+    return time[steps], share[steps]
+
+
+def uncensored(curve: tuple, hours) -> np.ndarray:
+    """Returns the share [n] not censored by these hours [n], of a `censoring_curve`."""
+    time, share = curve
+    return np.append(1, share)[np.searchsorted(time, hours, side="right")]
+
+
+def incidence_curve(hours, cause, weight, causes: int, horizons) -> np.ndarray:
+    """Returns the cumulative incidence [causes, horizons] of each cause: the Aalen-Johansen estimate."""
+    time, place = np.unique(hours, return_inverse=True)
+    total = np.bincount(place, weight)
+    at_risk = total[::-1].cumsum()[::-1]
+    hazard = np.stack([np.bincount(place, weight * (cause == k + 1)) / at_risk for k in range(causes)])
+    free = np.append(1, np.cumprod(1 - hazard.sum(0))[:-1])  # before each time
+    return np.pad((free * hazard).cumsum(1), ((0, 0), (1, 0)))[:, np.searchsorted(time, horizons, "right")]
+
+
+class LaterAndLower:
+    """Sums over the later elements of a sequence that have a lower risk [m], where those of equal risk count
+    half: by merging, so that m elements take m log(m) steps."""
+
+    def __init__(self, risk):
+        size, place, rank = 1, np.arange(len(risk)), np.unique(risk, return_inverse=True)[1]
+        self.levels = []
+        while size < len(risk):  # the later half of each block of 2 * size serves the earlier half
+            block, later = place // (2 * size), place // size % 2 == 1
+            order = np.lexsort((rank, block))
+            key = (block * len(risk) + rank)[order]
+            begin, first = (np.searchsorted(key, least) for least in (block[order] * len(risk), key))
+            self.levels.append((order, later[order], begin, first, np.searchsorted(key, key, side="right")))
+            size *= 2
+
+    def sums(self, value) -> np.ndarray:
+        """value [R, m] -> [R, m]."""
+        result = np.zeros_like(value)
+        for order, later, begin, first, last in self.levels:
+            total = np.pad((value[:, order] * later).cumsum(1), ((0, 0), (1, 0)))
+            result[:, order] += ((total[:, first] + total[:, last]) / 2 - total[:, begin]) * ~later
+        return result
+
+
+def concordance_measure(hours, cause, k: int, risk, curve: tuple, until: float):
+    """Returns the measure of concordance of risk [n] and cause k: the share of pairs, of an event of cause k
+    before `until` hours and a point still without an event at that time, or one that another cause took
+    before, in which the former has the higher risk; pairs are weighted by the inverse probability that both
+    are not censored (Uno et al. 2011; Wolbers et al. 2014, section 3.2). curve: a `censoring_curve`. [R, n]
+    -> [R, 1]."""
+    share = uncensored(curve, hours)
+    inverse = np.divide(1, share, out=np.zeros(len(share)), where=share > 0)
+    mine, other = (cause == k) & (hours < until), (cause != k) & (cause != 0)
+    # A sequence in which the elements after an event of cause k are those that have none at its time: of one
+    # time first the events, then what asks for the later ones (each event of cause k), then the censored.
+    asking, n = np.flatnonzero(mine), len(hours)
+    element = np.concatenate([np.arange(n), asking])
+    rank = np.concatenate([np.where(cause == 0, 2, 0), np.ones(len(asking))])
+    order = np.lexsort((rank, hours[element]))
+    element, asks = element[order], order >= n
+    lower, of = LaterAndLower(risk[element]), element[asks]
+    place = np.unique(risk, return_inverse=True)[1]
+    at = place[of]
+
+    def later(value):
+        """Sums over the later points, of a lower risk and of all: value [R, n] -> [R, asking] each."""
+        value = np.where(asks, 0, value[:, element])
+        everything = value[:, ::-1].cumsum(1)[:, ::-1]
+        return lower.sums(value)[:, asks], everything[:, asks]
+
+    def measure(weight):
+        taken = weight * inverse * other
+        total = np.stack([np.bincount(place, row, place.max() + 1) for row in taken])
+        below = (total.cumsum(1) - total / 2)[:, at]
+        (lower_free, free), (lower_taken, later_taken) = later(weight), later(taken)
+        g, w = inverse[of], weight[:, of]
+        right = w * g * (g * lower_free + below - lower_taken)
+        pairs = w * g * (g * free + taken.sum(1, keepdims=True) - later_taken)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return (right.sum(1) / pairs.sum(1))[:, None]
+    return measure
+
+
+def censoring_weights(hours, cause, horizons, curve: tuple) -> np.ndarray:
+    """Returns the weights [n, horizons] with which points stand for those censored before a horizon: the
+    inverse of the share not censored by the event, or by the horizon where none came before; 0 for those
+    censored before it (Graf et al. 1999)."""
+    early = hours[:, None] <= horizons
+    by = uncensored(curve, np.where(early, hours[:, None], horizons))
+    known = (~early | (cause > 0)[:, None]) & (by > 0)
+    return np.divide(known, by, out=np.zeros(by.shape), where=known)
+
+
+def brier_scores(hours, cause, k: int, incidence, horizons, curve: tuple) -> np.ndarray:
+    """Returns what each point adds to the Brier score of cause k at each horizon: incidence [n, horizons] ->
+    [n, horizons]."""
+    happened = (hours[:, None] <= horizons) & (cause == k)[:, None]
+    return censoring_weights(hours, cause, horizons, curve) * (happened - incidence) ** 2
+
+
+def integrated(scores, horizons) -> np.ndarray:
+    """Returns the mean over time, by the trapezoidal rule, of scores [..., horizons] -> [...]; of one horizon
+    the score itself."""
+    if len(horizons) == 1:
+        return scores[..., 0]
+    return np.trapezoid(scores, horizons) / (horizons[-1] - horizons[0])

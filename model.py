@@ -21,11 +21,12 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from batches import EventBatch, EventSets
+from finetune_config import BoostedTrees
 from history_statistics import (Question, ask, at_slots, attention_pool, hours_since, prefix_moments,
                                 real_sets, statistics_at, summaries, summary_features, variables_of)
 from readouts import HistoryReadout, QueryReadout, ReadoutDecoder, VariableKeys, masked_mean
 from settings import ModelConfig
-from tasks import Binary, BoostedTrees, Task
+from tasks import Binary, Task
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -614,9 +615,12 @@ class SeqSetVAE(Backbone):
                 nn.Dropout(0.3), nn.Linear(config.hidden_width, config.classes))
             nn.init.zeros_(self.hidden_head[-1].weight)
             nn.init.zeros_(self.hidden_head[-1].bias)
-        self.trees = BoostedTrees(config.head_trees, config.tree_depth) if config.head_trees else None
-        # The trees' share in the logits.
-        self.register_buffer("trees_share", torch.tensor(0.5), persistent=bool(config.head_trees))
+        self.trees, ensembles = None, task.ensembles
+        if config.head_trees and ensembles:
+            self.trees = BoostedTrees(config.head_trees, config.tree_depth, ensembles)
+        # The share of each ensemble in its logits.
+        self.register_buffer("trees_share", torch.full((ensembles,) if ensembles > 1 else (), 0.5),
+                             persistent=bool(config.head_trees))
         if config.classification_only:
             for name, parameter in self.named_parameters():
                 parameter.requires_grad_(not name.startswith(self.BACKBONE))
@@ -705,8 +709,10 @@ class SeqSetVAE(Backbone):
         logits = self.cls_head(x)
         if hasattr(self, "hidden_head"):
             logits = logits + self.hidden_head(x)
-        return logits if self.training or self.trees is None else logits.lerp(self.trees(self.tree_input(x)),
-                                                                              self.trees_share)
+        if self.training or self.trees is None:
+            return logits
+        share = self.trees_share.view(-1, 1).expand(-1, self.task.outputs // self.task.ensembles).flatten()
+        return logits.lerp(self.task.tree_logits(self.trees(self.tree_input(x))), share)
 
     def tree_input(self, x):
         """x [..., F], standardised -> its exact summaries: the trees see what no training changes."""

@@ -3,21 +3,22 @@ to answer."""
 
 import math
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
-from typing import ClassVar
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Callable, ClassVar
 
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
-from sklearn.ensemble import GradientBoostingClassifier
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 from sklearn.model_selection import train_test_split
 
 from data import Cohort, InputError, labelled_points, stays_of, subjects_with_label
-from metrics import (CHECKPOINT, Points, best_shares, best_utility_threshold, hours_since_onset,
-                     of_challenge_2019, score_figures, sepsis_figures)
+from batches import Normalizer
+from metrics import (CHECKPOINT, FEW, Points, best_shares, best_utility_threshold, brier_scores,
+                     censoring_curve, censoring_weights, class_measure, concordance_measure,
+                     hours_since_onset, incidence_curve, integrated, measured, number_measure,
+                     of_challenge_2019, ranking_measure, score_figures, sepsis_figures, weighted_mean)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -97,19 +98,25 @@ class Task:
 
     def sound(self) -> bool:
         """Tells whether the fields can be those of a trained task: a checkpoint may come from a stranger."""
-        return set(map(type, self.names)) == {str} and len(set(self.names)) == len(self.names)
+        values = {f.name: (getattr(self, f.name), type(f.default)) for f in fields(self)}
+        numbers = [number for name, (value, _) in values.items() if name != "names"
+                   for number in (value if isinstance(value, tuple) else [value])]
+        return (all(type(value) is kind for value, kind in values.values())
+                and set(map(type, self.names)) == {str} and len(set(self.names)) == len(self.names)
+                and all(type(number) is float and math.isfinite(number) for number in numbers))
 
     def recode(self, cohort: Cohort) -> Cohort:
         """The cohort with its answers in the order of this task's names. Raises InputError where its labels
         are of another kind, or have names that this task does not know."""
         if cohort.labelled.any() and cohort.kind != self.kind:
             raise InputError(f"{cohort.reader}: its labels are of the kind {cohort.kind}, where the "
-                             f"checkpoint answers {self.kind}; give labels of its kind, or --kind {self.kind}")
+                             f"checkpoint answers {self.kind}; give labels of its kind, or --kind "
+                             f"{self.kind}")
         if not cohort.labelled.any():
             answers = np.full((len(cohort.answers), self.width), np.nan, dtype=np.float32)
         elif unknown := [name for name in cohort.names if name not in self.names]:
-            raise InputError(f"{cohort.reader}: its labels name {', '.join(unknown[:3])}, where the checkpoint "
-                             f"knows {', '.join(self.names[:8])}; give labels of these alone")
+            raise InputError(f"{cohort.reader}: its labels name {', '.join(unknown[:3])}, where the "
+                             f"checkpoint knows {', '.join(self.names[:8])}; give labels of these alone")
         else:
             answers = self.renamed(cohort.answers, [self.names.index(name) for name in cohort.names])
         return replace(cohort, answers=answers, kind=self.kind, names=self.names)
@@ -203,9 +210,17 @@ class Task:
         [n], best without any input."""
         raise NotImplementedError
 
-    def shares(self, logits: list, answers: np.ndarray) -> np.ndarray:
-        """The shares [k], in tenths, of k logits [n, outputs] that fit these answers [n, A] best: those of
-        the least loss."""
+    def tree_targets(self, answer) -> torch.Tensor:
+        """What each ensemble of trees learns of the answers [n, A]: [n, ensembles], NaN: none."""
+        return answer
+
+    def tree_logits(self, score) -> torch.Tensor:
+        """The scores of the ensembles as logits: log odds [..., ensembles] -> [..., outputs]."""
+        return torch.stack([-score / 2, score / 2], dim=-1).flatten(-2)
+
+    def trees_share(self, head, trees, answers: np.ndarray) -> np.ndarray:
+        """The share of each ensemble of trees, in tenths, by which its logits and the head's, [n, outputs]
+        each, are averaged so that they fit these answers [n, A] best."""
         raise NotImplementedError
 
     # ---- how it is answered and judged ---------------------------------------------------------------------
@@ -214,25 +229,65 @@ class Task:
         """Logits [n, outputs] -> the answers in `columns`, [n, columns] float64."""
         raise NotImplementedError
 
+    def measures(self, answers: np.ndarray, given: np.ndarray) -> tuple[list[str], Callable]:
+        """The names of m numbers that judge what was `given` [n, columns] for these answers [n, A], and their
+        measure, see `measured`."""
+        raise NotImplementedError
+
     def validation(self, cohort: Cohort, points: np.ndarray, answer: np.ndarray) -> dict:
         """Figures of the answers [n, columns] at these validation points [n], of which `best` chooses the
         epoch."""
-        raise NotImplementedError
+        names, measure = self.measures(cohort.answers[points].astype(float), answer)
+        values = measure(np.ones((1, len(points))))[0].tolist()
+        return {f"val_{name}": value for name, value in zip(names, values) if f"val_{name}" in self.untrained}
 
     def describe(self, row: dict) -> str:
         """The figures of `validation` for the log."""
-        raise NotImplementedError
+        shown = ", ".join(f"{TITLES[name.removeprefix('val_')]} {row[name]:.4f}" for name in self.untrained)
+        return f"validation {shown}"
 
-    def figures(self, cohort: Cohort, points: np.ndarray, methods: dict, thresholds: dict, sensitivity: float,
-                groups: dict) -> dict:
-        """Plain numbers about each method's answers [n, columns] at these points [n]. groups: {variable:
-        {group: mask [n]}}, in which the checkpoint's are repeated; thresholds, of each method, and
-        sensitivity, of alarms, are for a binary outcome."""
-        raise NotImplementedError
+    def figures(self, cohort: Cohort, points: np.ndarray, methods: dict, thresholds: dict = {},
+                sensitivity: float = .8, groups: dict = {}) -> dict:
+        """Plain numbers about each method's answers [n, columns] at these points [n], with 95% intervals by
+        bootstrap over patients. groups: {variable: {group: mask [n]}}, in which the checkpoint's are
+        repeated; thresholds, of each method, and sensitivity, of alarms, are for a binary outcome."""
+        stay, answers = cohort.point_stay[points], cohort.answers[points].astype(float)
+        subject = pd.factorize(cohort.subject)[0][stay]
+        own = methods[CHECKPOINT]
+
+        def size(mask):
+            return {"stays": len(np.unique(stay[mask])), "patients": len(np.unique(subject[mask])),
+                    "points": int(mask.sum())}
+
+        def group_figures(mask):
+            measured_there = measured(*self.measures(answers[mask], own[mask]), subject[mask])
+            return size(mask) | measured_there
+
+        whole = size(np.ones(len(points), dtype=bool))
+        unit = "patients" if whole["patients"] < whole["stays"] else "stays"
+        few = f"{unit}: {whole[unit]}; below {FEW} no interval is given, and the figures may be chance"
+        return {"kind": self.kind, **whole, "resampled": unit, "few": few if whole[unit] < FEW else "",
+                "methods": {name: measured(*self.measures(answers, given), subject)
+                            for name, given in methods.items()},
+                "subgroups": {variable: {key: group_figures(mask) for key, mask in masks.items()}
+                              for variable, masks in groups.items()},
+                **self.details(answers, own)}
+
+    def details(self, answers: np.ndarray, given: np.ndarray) -> dict:
+        """More plain numbers about what the checkpoint gave [n, columns] for these answers [n, A]."""
+        return {}
 
     def tables(self, figures: dict) -> dict[str, pd.DataFrame]:
-        """`figures` as tables of texts by their titles."""
+        """`figures` as tables of texts by their titles. They also hold who was `scored`, where the threshold
+        comes from (`threshold_is`) and perhaps the figures of the `model`."""
         raise NotImplementedError
+
+
+# What the figures of other kinds than binary are called.
+TITLES = {"auc": "AUROC", "auprc": "AUPRC", "accuracy": "accuracy", "log_loss": "log loss", "kappa": "kappa",
+          "mae": "mean absolute error", "neg_mae": "its negative", "rmse": "root mean square error",
+          "spearman": "rank correlation", "coverage": "coverage of the 80% interval", "width": "its width",
+          "concordance": "concordance", "brier": "integrated Brier score"}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -285,10 +340,10 @@ class Binary(Task):
         """The log of the classes' shares."""
         return (torch.bincount(answer[:, 0].long(), weights=weight, minlength=2) / weight.sum()).log()
 
-    def shares(self, logits, answers):
+    def trees_share(self, head, trees, answers):
         """See `best_shares`."""
-        log_odds = [each.diff()[:, 0].cpu().double().numpy() for each in logits]
-        return best_shares(np.stack(log_odds), answers[:, 0].astype(int))
+        log_odds = [each.diff()[:, 0].cpu().double().numpy() for each in (head, trees)]
+        return best_shares(np.stack(log_odds), answers[:, 0].astype(int))[1]
 
     def answer(self, logits):
         """Logits [n, 2] -> the probability of the outcome, [n, 1] float64."""
@@ -363,6 +418,63 @@ class Several(Task):
         result[:, place] = answers
         return result
 
+    def lacking(self, answers):
+        both = ((answers == 0).any(0) & (answers == 1).any(0)).any()
+        return super().lacking(answers) or ("" if both else "one class alone of each outcome")
+
+    def check(self, cohort, split):
+        """Also each outcome needs both classes among the training labels."""
+        super().check(cohort, split)
+        answers = cohort.answers[labelled_points(cohort, stays_of(cohort, split["train"]))]
+        both = (answers == 0).any(0) & (answers == 1).any(0)
+        if not both.all():
+            lacking = [self.names[k] for k in np.flatnonzero(~both)]
+            raise InputError(f"{cohort.reader}: the training labels of {', '.join(lacking[:3])} hold one "
+                             "class only; leave out these outcomes, or give more labels")
+
+    def count(self, cohort, stays):
+        answers = cohort.answers[np.isin(cohort.point_stay, stays)]
+        counts = [f"{name} {positive:,}" for name, positive in zip(self.names, (answers == 1).sum(0))]
+        return f"positive: {', '.join(counts[:8])}{' ...' * (len(counts) > 8)}"
+
+    def occurs(self, answers):
+        return (answers == 1).any(1)
+
+    def point_loss(self, logits, answer, config):
+        """The mean over the outcomes that have an answer."""
+        label = answer.nan_to_num(nan=-1).long()                                                     # [n, k]
+        loss = two_class_loss(logits.view(-1, 2), label.flatten(), config).view(label.shape)
+        known = label >= 0
+        return (loss * known).sum(1) / known.sum(1).clamp(min=1)
+
+    def squares(self, weight):
+        return weight.square() / len(self.names)
+
+    def prior(self, answer, weight):
+        """The log of the classes' shares of each outcome."""
+        shares = [(weight[:, None] * (answer == label)).sum(0) for label in (0, 1)]
+        return (torch.stack(shares, dim=1) / sum(shares)[:, None]).clamp(min=1e-6).log().flatten()
+
+    def trees_share(self, head, trees, answers):
+        both = torch.stack([each.view(len(each), -1, 2).diff()[..., 0] for each in (head, trees)])
+        both, known = both.cpu().double().numpy(), ~np.isnan(answers)                             # [2, n, k]
+        return np.array([best_shares(both[:, of, k], answers[of, k].astype(int))[1]
+                         for k, of in enumerate(known.T)])
+
+    def answer(self, logits):
+        """The probability of each outcome."""
+        return logits.float().view(len(logits), -1, 2).softmax(-1)[..., 1].cpu().double().numpy()
+
+    def measures(self, answers, given):
+        names = [f"{measure}{of}" for of in ("", *(f"_{name}" for name in self.names))
+                 for measure in ("auc", "auprc")]
+        return names, ranking_measure(answers, given)
+
+    def details(self, answers, given):
+        known = ~np.isnan(answers)
+        return {"labelled": dict(zip(self.names, known.sum(0).tolist())),
+                "positive": dict(zip(self.names, (answers == 1).sum(0).tolist()))}
+
 
 class Classes(Task):
     """One of several classes, which exclude one another: the probability of each."""
@@ -370,7 +482,7 @@ class Classes(Task):
     kind = "classes"
     needed = "at least two are"
     best = "val_auc"
-    untrained = {"val_auc": -1.0, "val_accuracy": -1.0, "val_log_loss": math.inf}
+    untrained = {"val_accuracy": -1.0, "val_auc": -1.0, "val_log_loss": math.inf}
 
     @property
     def outputs(self):
@@ -383,31 +495,166 @@ class Classes(Task):
     def renamed(self, answers, place):
         return np.append(place, np.nan)[np.nan_to_num(answers, nan=-1).astype(int)].astype(np.float32)
 
+    def lacking(self, answers):
+        one = "" if len(np.unique(answers)) > 1 else "one class only"
+        return super().lacking(answers) or one
 
+    def count(self, cohort, stays):
+        label = cohort.answers[np.isin(cohort.point_stay, stays) & cohort.labelled, 0].astype(int)
+        counts = zip(self.names, np.bincount(label, minlength=len(self.names)))
+        return ", ".join([f"{name} {count:,}" for name, count in counts][:8])
+
+    def point_loss(self, logits, answer, config):
+        return F.cross_entropy(logits, answer[:, 0].nan_to_num(nan=-1).long(), reduction="none",
+                               label_smoothing=config.label_smoothing, ignore_index=-1)
+
+    def prior(self, answer, weight):
+        """The log of the classes' shares; a class without a label counts half a one."""
+        count = torch.bincount(answer[:, 0].long(), weights=weight, minlength=len(self.names)).clamp(min=.5)
+        return (count / count.sum()).log()
+
+    def answer(self, logits):
+        """The probability of each class."""
+        return logits.double().softmax(-1).cpu().numpy()
+
+    def measures(self, answers, given):
+        return ["accuracy", "auc", "log_loss", "kappa"], class_measure(answers[:, 0].astype(int), given)
+
+    def details(self, answers, given):
+        """The confusion: how many points of a class (row) are taken for each (column)."""
+        size = len(self.names)
+        pairs = answers[:, 0].astype(int) * size + given.argmax(1)
+        return {"classes": list(self.names),
+                "confusion": np.bincount(pairs, minlength=size**2).reshape(size, size).tolist()}
+
+
+LEVELS = (.1, .5, .9)  # the quantiles that a number is answered by
+
+
+@dataclass(frozen=True)
 class Number(Task):
-    """A number, such as days of stay: its median and an interval that holds it with a chance of 80%."""
+    """A number, such as days of stay: its median and an interval that holds it with a chance of 80%. The
+    logits are its quantiles on a standardised scale, see `Normalizer`."""
+
+    mean: float = 0.0       # of f(number)
+    std: float = 1.0
+    log_scale: float = 0.0  # f(x) = log(1 + x / log_scale); 0: x
 
     kind = "number"
     needed = "different numbers are"
     best = "val_neg_mae"
-    untrained = {"val_mae": math.inf, "val_neg_mae": -math.inf}
-    outputs = 3
-    ensembles = 3
+    untrained = {"val_mae": math.inf, "val_neg_mae": -math.inf, "val_coverage": -1.0}
+    outputs = ensembles = len(LEVELS)
     columns = ("median", "low", "high")
 
+    def sound(self):
+        return super().sound() and self.std > 0 <= self.log_scale
 
+    def lacking(self, answers):
+        return super().lacking(answers) or ("" if np.ptp(answers) > 0 else "one number only")
+
+    def count(self, cohort, stays):
+        number = cohort.answers[np.isin(cohort.point_stay, stays) & cohort.labelled, 0]
+        low, middle, high = np.quantile(number, (.25, .5, .75))
+        return f"median {middle:g}, quartiles {low:g} and {high:g}"
+
+    def fitted(self, cohort, points, weight, horizons=()):
+        super().fitted(cohort, points, weight, horizons)
+        scale = Normalizer(["label"], np.zeros(1), np.ones(1), np.zeros(1))
+        scale.fit_variable(0, cohort.answers[points, 0].astype(float))
+        return replace(self, mean=float(scale.mean[0]), std=float(scale.std[0]),
+                       log_scale=float(scale.log_scale[0]))
+
+    def standardised(self, answer) -> torch.Tensor:
+        """Numbers as the logits are: a tensor of any shape -> the same."""
+        if self.log_scale:
+            answer = (answer.clamp(min=0) / self.log_scale).log1p()
+        return (answer - self.mean) / self.std
+
+    def point_loss(self, logits, answer, config):
+        """The mean pinball loss of the quantiles (Koenker & Bassett 1978)."""
+        over = self.standardised(answer).nan_to_num() - logits                                       # [n, 3]
+        level = torch.tensor(LEVELS, device=logits.device)
+        return torch.maximum(level * over, (level - 1) * over).mean(1) * ~answer[:, 0].isnan()
+
+    def squares(self, weight):
+        return weight.square() / len(LEVELS)
+
+    def prior(self, answer, weight):
+        """The quantiles of the weighted answers."""
+        number, order = self.standardised(answer[:, 0].float()).sort()
+        share = weight[order].cumsum(0) / weight.sum()
+        level = torch.tensor(LEVELS, device=share.device)
+        return number[torch.searchsorted(share, level).clamp(max=len(number) - 1)]
+
+    def tree_targets(self, answer):
+        return self.standardised(answer).expand(-1, len(LEVELS))
+
+    def tree_logits(self, score):
+        return score
+
+    def trees_share(self, head, trees, answers):
+        answers, shares = torch.from_numpy(answers).to(head.device), torch.arange(11) / 10
+        level, number = torch.tensor(LEVELS, device=head.device), self.standardised(answers)
+        over = torch.stack([number - head.lerp(trees, float(share)) for share in shares])        # [11, n, 3]
+        loss = torch.maximum(level * over, (level - 1) * over).double().mean(1)
+        return shares[loss.argmin(0).cpu()].numpy()
+
+    def answer(self, logits):
+        """Median, low and high in the number's own unit. Quantiles that cross are put in order, which brings
+        them nearer to the true ones (Chernozhukov et al. 2010)."""
+        number = logits.double().cpu().sort(-1).values.numpy() * self.std + self.mean
+        if self.log_scale:
+            number = (np.expm1(number) * self.log_scale).clip(0)
+        return number[:, [1, 0, 2]]
+
+    def measures(self, answers, given):
+        names = ["mae", "rmse", "spearman", "coverage", "width"]
+        return names, number_measure(answers[:, 0], *given.T)
+
+    def validation(self, cohort, points, answer):
+        row = super().validation(cohort, points, answer)
+        return row | {"val_neg_mae": -row["val_mae"]}
+
+
+INTERVALS = 20  # about so many discrete hazards make a time
+
+
+@dataclass(frozen=True)
 class Event(Task):
     """The time to an event, which may never be seen (censored), of one or several causes, of which the first
     to come ends the wait: the chance of each cause up to each horizon, its cumulative incidence.
 
-    Answers [Q, 2]: hours from the question to the event or the censoring; the cause, 0: censored."""
+    Answers [Q, 2]: hours from the question to the event or the censoring; the cause, 0: censored. The logits
+    [J, 1 + causes] are those of no event and of each cause in each of J intervals, for a point that came
+    through the intervals before (Gensheimer & Narasimhan 2019)."""
+
+    horizons: tuple = ()    # [H] hours
+    edges: tuple = ()       # [J] hours, at which intervals end
+    marginal: tuple = ()    # [causes * H] incidence of the training points
+    times: tuple = ()       # the curve of censoring of the training points, see `censoring_curve`
+    share: tuple = ()
 
     kind = "event"
     needed = "an event is"
     best = "val_concordance"
-    untrained = {"val_concordance": -1.0}
+    untrained = {"val_concordance": -1.0, "val_brier": math.inf}
     width = 2
     label_columns = ("event", "hours")
+
+    @property
+    def outputs(self):
+        return len(self.edges) * (1 + len(self.names))
+
+    @property
+    def columns(self):
+        return tuple(f"{name}_{hours:g}" for name in self.names for hours in self.horizons)
+
+    def sound(self):
+        rising = all((np.diff([0, *times]) > 0).all() for times in (self.edges, self.horizons))
+        return (super().sound() and rising and 0 < len(self.horizons) and {*self.horizons} <= {*self.edges}
+                and len(self.marginal) == len(self.columns) and len(self.times) == len(self.share)
+                and list(self.times) == sorted(self.times) and all(0 <= x <= 1 for x in self.share))
 
     def labels(self, answers):
         words = np.array(["0", *self.names, None], dtype=object)
@@ -415,68 +662,122 @@ class Event(Task):
                              "hours": answers[:, 0].astype(float)})
 
     def renamed(self, answers, place):
-        cause = np.array([0, *(at + 1 for at in place), np.nan])
+        cause = np.array([0, *(at + 1 for at in place), np.nan], dtype=np.float32)
         return np.stack([answers[:, 0], cause[np.nan_to_num(answers[:, 1], nan=-1).astype(int)]], 1)
+
+    def lacking(self, answers):
+        return super().lacking(answers) or ("" if (answers[:, 1] > 0).any() else "no event")
+
+    def count(self, cohort, stays):
+        cause = cohort.answers[np.isin(cohort.point_stay, stays) & cohort.labelled, 1].astype(int)
+        counts = zip(("censored", *self.names), np.bincount(cause, minlength=1 + len(self.names)))
+        return ", ".join(f"{name} {count:,}" for name, count in counts)
+
+    def occurs(self, answers):
+        return answers[:, 1] > 0
+
+    def fitted(self, cohort, points, weight, horizons=()):
+        hours, cause = cohort.answers[points].astype(float).T
+        events = hours[cause > 0]
+        horizons = np.unique(horizons if len(horizons) else np.quantile(events, (.25, .5, .75)))
+        if horizons[0] <= 0 or horizons[-1] > hours.max():
+            raise InputError(f"--horizons {horizons[-1]:g}: a training stay is followed for {hours.max():g} "
+                             "hours at most; give hours above 0 up to that")
+        edges = np.union1d(np.quantile(events, np.linspace(0, 1, INTERVALS + 1)[1:]), horizons)
+        marginal = incidence_curve(hours, cause, weight, len(self.names), horizons).ravel()
+        found = horizons, edges[edges > 0], marginal, *censoring_curve(hours, cause, weight)
+        names = ("horizons", "edges", "marginal", "times", "share")
+        return replace(self, **{name: tuple(array.tolist()) for name, array in zip(names, found)})
+
+    def outcomes(self, answer) -> torch.Tensor:
+        """answer [n, 2] -> [n, J] what came of each interval: 0 none, 1.. a cause, -1 not known. A point that
+        is censored in the second half of an interval came through it."""
+        edges = torch.tensor(self.edges, device=answer.device, dtype=answer.dtype)
+        begin = F.pad(edges[:-1], (1, 0))
+        hours, cause = answer[:, :1], answer[:, 1:]
+        through = torch.where(cause > 0, hours > edges, hours >= (begin + edges) / 2)
+        inside = (hours > begin) | (begin == 0)
+        here = (cause > 0) & inside & (hours <= edges)
+        return torch.where(here, cause, torch.where(through, 0., -1.)).nan_to_num(nan=-1).long()
+
+    def point_loss(self, logits, answer, config):
+        """The negative log likelihood of what came of the intervals."""
+        outcome = self.outcomes(answer)
+        loss = F.cross_entropy(logits.view(outcome.numel(), -1), outcome.flatten(), ignore_index=-1,
+                               reduction="none")
+        return loss.view(outcome.shape).sum(1)
+
+    def squares(self, weight):
+        """An input costs what it costs one outcome where it matters as much in all intervals, and more by how
+        much it matters in an interval beside the mean of all."""
+        weight = weight.view(len(self.edges), 1 + len(self.names), -1)
+        mean = weight.mean(0, keepdim=True)
+        return torch.cat([mean, weight - mean]).square().flatten(0, 1)
+
+    def prior(self, answer, weight):
+        """The log of the shares of what came of each interval; half a point more came to nothing known."""
+        outcome = F.one_hot(self.outcomes(answer) + 1, 2 + len(self.names))[..., 1:]          # [n, J, 1 + c]
+        count = torch.einsum("n,njc->jc", weight, outcome.float()) + .5 / (1 + len(self.names))
+        return (count / count.sum(1, keepdim=True)).log().flatten()
+
+    def answer(self, logits):
+        """The cumulative incidence of each cause at each horizon."""
+        chance = logits.double().view(len(logits), len(self.edges), -1).softmax(-1).cpu().numpy()
+        free = np.pad(chance[:, :-1, 0].cumprod(1), ((0, 0), (1, 0)), constant_values=1)        # before each
+        incidence = (free[..., None] * chance[..., 1:]).cumsum(1)                             # [n, J, causes]
+        at = np.searchsorted(self.edges, self.horizons)
+        return incidence[:, at].transpose(0, 2, 1).reshape(len(logits), -1)
+
+    def _each_cause(self, given):
+        """Yield each cause's number, name and incidence [n, H]."""
+        incidence = given.reshape(len(given), len(self.names), -1)
+        for k, name in enumerate(self.names):
+            yield k + 1, name, incidence[:, k]
+
+    def measures(self, answers, given):
+        """Of each cause concordance of the incidence at the largest horizon and integrated Brier score; those
+        of the first cause also under the names of all."""
+        hours, cause, curve, until = *answers.T, (self.times, self.share), self.horizons[-1]
+        names, concordances, scores = [], [], []
+        for k, name, incidence in self._each_cause(given):
+            names += [f"concordance_{name}", f"brier_{name}"]
+            concordances.append(concordance_measure(hours, cause, k, incidence[:, -1], curve, until))
+            scores.append(integrated(brier_scores(hours, cause, k, incidence, self.horizons, curve),
+                                     self.horizons))
+
+        def measure(weight):
+            brier = weighted_mean(weight, *scores)                                                    # [R, k]
+            ranked = np.concatenate([concordance(weight) for concordance in concordances], axis=1)
+            return np.stack([ranked, brier], axis=2).reshape(len(weight), -1)
+        return names, measure
+
+    def validation(self, cohort, points, answer):
+        names, measure = self.measures(cohort.answers[points].astype(float), answer)
+        concordance, brier = measure(np.ones((1, len(points))))[0, :2].tolist()
+        return {"val_concordance": concordance, "val_brier": brier}
+
+    def details(self, answers, given):
+        """The integrated Brier score of the training points' marginal curve; at each horizon what was
+        predicted and what came, in all and in fifths of the prediction: observed incidences weigh points as
+        `censoring_weights` does."""
+        hours, cause, curve = *answers.T, (self.times, self.share)
+        weights = censoring_weights(hours, cause, self.horizons, curve)                               # [n, H]
+        marginal, calibration = np.tile(self.marginal, (len(given), 1)), {}
+        of_marginal = {name: float(integrated(
+            brier_scores(hours, cause, k, incidence, self.horizons, curve), self.horizons).mean())
+            for k, name, incidence in self._each_cause(marginal)}
+        for k, name, incidence in self._each_cause(given):
+            for h, until in enumerate(self.horizons):
+                came, weight, p = (cause == k) & (hours <= until), weights[:, h], incidence[:, h]
+                fifth = np.searchsorted(np.quantile(p, (.2, .4, .6, .8)), p, side="left")
+                parts = [fifth == part for part in range(5)]
+                rows = [{"points": int(of.sum()), "predicted": float(p[of].mean()),
+                         "observed": float(weight[of] @ came[of] / weight[of].sum())}
+                        for of in [np.ones(len(p), dtype=bool), *parts] if weight[of].sum() > 0]
+                calibration[f"{name}_{until:g}"] = {"all": rows[0], "fifths": rows[1:]}
+        return {"causes": list(self.names), "horizons": list(self.horizons), "calibration": calibration,
+                "brier_of_marginal": of_marginal,
+                "events": {name: int((cause == k + 1).sum()) for k, name in enumerate(self.names)}}
 
 
 KINDS = {kind.kind: kind for kind in (Binary, Several, Classes, Number, Event)}
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Boosted trees
-# ------------------------------------------------------------------------------------------------------------
-
-def trees_of(classifier):
-    """Yield left and right child (of a leaf: -1), feature, threshold and value (in log odds, with the
-    shrinkage) of the nodes of each tree of a fitted (Hist)GradientBoostingClassifier."""
-    if isinstance(classifier, GradientBoostingClassifier):
-        for tree in (estimator.tree_ for estimator in classifier.estimators_[:, 0]):
-            value = classifier.learning_rate * tree.value[:, 0, 0]
-            yield tree.children_left, tree.children_right, tree.feature, tree.threshold, value
-    else:
-        for (predictor,) in classifier._predictors:
-            nodes, leaf = predictor.nodes, predictor.nodes["is_leaf"].astype(bool)
-            left, right = (np.where(leaf, -1, nodes[side].astype(np.int64)) for side in ("left", "right"))
-            yield left, right, nodes["feature_idx"].astype(np.int64), nodes["num_threshold"], nodes["value"]
-
-
-class BoostedTrees(nn.Module):
-    """Gradient-boosted trees for two classes (Friedman 2001), fitted by scikit-learn and kept as tensors:
-    each a complete binary tree, whose node n has the children 2n + 1 and 2n + 2. They see what a linear head
-    cannot, such as a variable that matters beyond a threshold."""
-
-    def __init__(self, trees: int, depth: int):
-        super().__init__()
-        self.depth = depth
-        self.register_buffer("feature", torch.zeros(trees, 2**depth - 1, dtype=torch.int64))
-        self.register_buffer("threshold", torch.full((trees, 2**depth - 1), math.inf))
-        self.register_buffer("value", torch.zeros(trees, 2**depth))  # of the leaves, in log odds
-        self.register_buffer("prior", torch.zeros(()))
-
-    def fit(self, x, label, weight, classifier) -> None:
-        """x [n, F], label [n], weight [n]; classifier: a (Hist)GradientBoostingClassifier of as many trees,
-        no deeper."""
-        classifier.fit(x.cpu().numpy(), label.cpu().numpy(), sample_weight=weight.cpu().numpy())
-        self.prior.copy_(((weight * label).sum() / weight.sum()).logit())
-        for i, (left, right, feature, cut, value) in enumerate(trees_of(classifier)):
-            node = np.zeros(1, dtype=np.int64)
-            for level in range(self.depth):  # where a tree ends early, all go left, down to the same leaf
-                leaf, at = left[node] < 0, slice(2**level - 1, 2**(level + 1) - 1)
-                threshold = cut[node].astype(np.float32)
-                below = np.nextafter(threshold, np.float32(-np.inf))
-                threshold = np.where(threshold > cut[node], below, threshold)  # every x keeps its side
-                self.feature[i, at] = torch.from_numpy(np.where(leaf, 0, feature[node]))
-                self.threshold[i, at] = torch.from_numpy(np.where(leaf, np.float32(np.inf), threshold))
-                children = [np.where(leaf, node, child[node]) for child in (left, right)]
-                node = np.stack(children, axis=1).ravel()
-            self.value[i] = torch.from_numpy(value[node].astype(np.float32))
-
-    def forward(self, x):
-        """x [..., F] -> logits [..., 2]."""
-        shape, x = x.shape, x.flatten(0, -2)
-        tree = torch.arange(len(self.value), device=x.device)
-        node = torch.zeros(len(x), len(tree), dtype=torch.int64, device=x.device)               # [n, trees]
-        for _ in range(self.depth):
-            node = 2 * node + 1 + (x.gather(1, self.feature[tree, node]) > self.threshold[tree, node])
-        odds = self.prior + self.value[tree, node - self.feature.shape[1]].sum(1)
-        return torch.stack([-odds / 2, odds / 2], dim=-1).view(*shape[:-1], 2)

@@ -75,6 +75,10 @@ class RunSettings(SharedSettings):
     split_seed: int = option("seed of the split alone (default: --seed)", group="data", **SEED)
     label_fraction: float = option("finetune: share of the training labels used (default: 1)", 1.0,
                                    mode="finetune", **SHARE)
+    horizons: tuple = option(
+        "finetune: of events, up to which hours after the question their chances are answered (default: "
+        "the quartiles of the training events' times)", (), nargs="+", type=float, metavar="HOURS",
+        mode="finetune", low=1e-6)
     objective: str = option("pretrain: our objective, or the original's (default: readout)", "readout",
                             group="model", mode="pretrain", choices=("readout", "original"))
     pretrained_ckpt: str = option(
@@ -507,6 +511,9 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
                          f"{arguments.pretrained_ckpt} was pretrained or selected on; pretrain with this "
                          "split and these labels")
     task = Task.of(cohort)
+    if config.loss not in task.losses:
+        raise InputError(f"--set loss={config.loss}: labels of the kind {task.kind} are learned by "
+                         f"{task.losses[0]}; leave it out")
     task.check(cohort, {name: split[name] for name in ("train", "valid")})
     train, valid = labelled(cohort, split["train"]), labelled(cohort, split["valid"])
     train = task.subset(cohort, train, arguments.label_fraction, arguments.seed)
@@ -522,7 +529,7 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
 
     torch.manual_seed(arguments.seed)
     learned, weight = task.training_points(cohort, train, config, arguments.seed, 0)
-    task = task.fitted(cohort, learned, weight)
+    task = task.fitted(cohort, learned, weight, arguments.horizons)
     listed = common_variables(cohort, dataset, stays_of(cohort, split["train"]), config.most_variables)
     model = new_classifier(arguments, task, config, checkpoint, listed, len(learned)).to(device)
     share = print_size(model, device, dtype)
@@ -555,7 +562,7 @@ def new_classifier(arguments, task: Task, config: FinetuneConfig, checkpoint: Ch
     """The model to be finetuned, with the checkpoint's backbone or an untrained one of its sizes; listed [K]:
     the variables whose summaries its head gets; points: from how many it learns. Raises InputError where
     weights of the backbone are missing."""
-    head = asdict(config) | tree_sizes(config, points)
+    head = asdict(config) | tree_sizes(config, points, task)
     head |= {"classes": task.outputs, "classification_only": not arguments.full_training,
              "head_variables": len(listed), "drop_events": config.full_drop_events}
     model = SeqSetVAE(changed(checkpoint.config, arguments.changes | head), checkpoint.vocabulary, task)
@@ -581,21 +588,22 @@ def prepare_head(model: SeqSetVAE, features, answer, weight, config: FinetuneCon
     model.feature_std.copy_(untrained.std(0).clamp(min=1e-6))
     model.cls_head[-1].bias.copy_(model.task.prior(answer, weight))
     if model.trees is not None:
-        model.trees.fit(model.tree_input(model.standardise(features)), answer[:, 0].long(), weight,
-                        boosted_trees(config, len(answer), seed))
+        targets = model.task.tree_targets(answer).T
+        model.trees.fit(model.tree_input(model.standardise(features)), targets, weight,
+                        boosted_trees(config, len(answer), seed, model.task))
 
 
 @torch.no_grad()
 def weigh_trees(model: SeqSetVAE, features, answers: np.ndarray) -> None:
     """Give the trees the share of the logits that is best at these validation points: features [n, F],
-    answers [n, A]; see `Task.shares`."""
+    answers [n, A]; see `Task.trees_share`."""
     if model.trees is None:
         return
     logits = []  # of the head, of the trees
     for share in (0, 1):
         model.trees_share.fill_(share)
         logits.append(model.eval().classify(features))
-    model.trees_share.fill_(model.task.shares(logits, answers)[1])
+    model.trees_share.copy_(torch.as_tensor(model.task.trees_share(*logits, answers)))
 
 
 class HeadTraining:

@@ -5,13 +5,16 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+import sklearn.metrics
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 import train
 from checkpoint import Checkpoint
-from metrics import (CHECKPOINT, Points, alarm_from, best_utility_threshold, bootstrap, calibration_bins,
-                     calibration_error, hours_since_onset, net_benefit,
+from metrics import (CHECKPOINT, Points, alarm_from, best_utility_threshold, bootstrap, brier_scores,
+                     calibration_bins, calibration_error, censoring_curve, censoring_weights, class_measure,
+                     concordance_measure, hours_since_onset, incidence_curve, integrated, measured, net_benefit,
+                     number_measure, ranking_measure, uncensored,
                      normalised_utility, of_challenge_2019, ranks, recalibration, score_figures, sepsis_figures, threshold_of,
                      utilities, utilities_by, ward_figures)
 from test_suite import main
@@ -248,3 +251,107 @@ def test_the_interval_of_an_observed_share_is_that_of_independent_points_where_e
     assert bins.loc[1, ["low", "high"]].tolist() == pytest.approx([centre - half, centre + half])
     assert bins.loc[0, "low"] == 0 < bins.loc[0, "high"] < .25
     assert calibration_error(bins) == pytest.approx(.05)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Other kinds of answers
+# ----------------------------------------------------------------------------------------------------------------------
+
+def made_up_times(seed: int, n: int = 300):
+    """Hours (with ties) and causes of n points of which a third is censored, and a risk that tells of them."""
+    rng = np.random.default_rng(seed)
+    risk = rng.normal(size=n).round(1)
+    hours, censored = rng.exponential(20 * np.exp(-risk)).round() + 1, rng.exponential(40, n).round() + 1
+    cause = np.where(censored < hours, 0, 1 + (rng.random(n) < .3))
+    return np.minimum(hours, censored), cause, risk
+
+
+def test_concordance_and_brier_score_of_one_cause_are_those_of_scikit_survival():
+    reference = pytest.importorskip("sksurv.metrics", reason="scikit-survival is not installed: the figures of "
+                                    "events are not compared with it")
+    (time, cause, _), (hours, happened, risk) = made_up_times(0), made_up_times(1)
+    cause, happened, horizons = np.minimum(cause, 1), np.minimum(happened, 1), np.array([5., 12., 30.])
+    curve = censoring_curve(time, cause, np.ones(len(time)))
+    train, test = (np.array([*zip(c == 1, h)], dtype=[("e", bool), ("t", float)])
+                   for c, h in ((cause, time), (happened, hours)))
+    mine = concordance_measure(hours, happened, 1, risk, curve, 30.)(np.ones((1, 300)))[0, 0]
+    assert mine == pytest.approx(reference.concordance_index_ipcw(train, test, risk, tau=30.)[0], abs=1e-9)
+    incidence = 1 / (1 + np.exp(-risk[:, None] - np.array([-1., 0., 1.])))
+    mine = integrated(brier_scores(hours, happened, 1, incidence, horizons, curve), horizons).mean()
+    assert mine == pytest.approx(reference.integrated_brier_score(train, test, 1 - incidence, horizons), abs=1e-9)
+
+
+def test_concordance_of_competing_causes_equals_a_loop_over_pairs_and_weights_count_as_copies():
+    hours, cause, risk = made_up_times(2, 80)
+    curve = censoring_curve(*made_up_times(0)[:2], np.ones(300))
+    g, until, copies = uncensored(curve, hours), 30, np.random.default_rng(0).integers(0, 4, 80)
+    for k in (1, 2):
+        def loop(weight):
+            right = pairs = 0
+            for i in np.flatnonzero((cause == k) & (hours < until)):
+                for j in range(80):
+                    if hours[j] > hours[i] or hours[j] == hours[i] and cause[j] == 0:
+                        each = 1 / g[i]**2
+                    elif cause[j] not in (0, k) and hours[j] <= hours[i]:
+                        each = 1 / (g[i] * g[j])
+                    else:
+                        continue
+                    each *= weight[i] * weight[j]
+                    pairs += each
+                    right += each * ((risk[i] > risk[j]) + .5 * (risk[i] == risk[j]))
+            return right / pairs
+        found = concordance_measure(hours, cause, k, risk, curve, until)(np.stack([np.ones(80), copies]))[:, 0]
+        np.testing.assert_allclose(found, [loop(np.ones(80)), loop(copies)], rtol=1e-10)
+
+
+def test_without_censoring_incidence_is_the_share_that_came_and_no_point_is_weighted():
+    hours, cause = np.array([1., 2., 2., 5.]), np.array([1, 2, 1, 1])
+    found = incidence_curve(hours, cause, np.ones(4), 2, [1., 2., 4., 6.])
+    np.testing.assert_allclose(found, [[.25, .5, .5, .75], [0, .25, .25, .25]])
+    curve = censoring_curve(hours, cause, np.ones(4))
+    assert (censoring_weights(hours, cause, np.array([1., 3.]), curve) == 1).all()
+
+
+def test_a_curve_of_many_steps_keeps_a_thousand_near_the_whole():
+    hours, cause = np.random.default_rng(0).exponential(size=5000), np.zeros(5000)
+    time, share = censoring_curve(hours, cause, np.ones(5000))
+    assert len(time) <= 1000 and share[-1] == 0
+    at = np.linspace(0, 5, 50)
+    np.testing.assert_allclose(uncensored((time, share), at), [(hours > t).mean() for t in at], atol=2e-3)
+
+
+def test_figures_of_classes_numbers_and_several_outcomes_are_those_of_scikit_learn_and_weights_count_as_copies():
+    rng = np.random.default_rng(0)
+    label, p = rng.integers(0, 3, 90), rng.dirichlet((1, 1, 1), 90)
+    number, median = rng.normal(size=(2, 90)).round(1)
+    outcome = (rng.random((90, 2)) < p[:, :2]).astype(float)
+    outcome[:9, 0] = np.nan
+    copies = rng.integers(0, 3, 90)
+    measures = [class_measure(label, p), number_measure(number, median, median - 1, median + 1),
+                ranking_measure(outcome, p[:, :2])]
+    found = [measure(np.stack([np.ones(90), copies])) for measure in measures]
+    for row, of in enumerate((np.arange(90), np.repeat(np.arange(90), copies))):
+        y, q, a, b = label[of], p[of], number[of], median[of]
+        np.testing.assert_allclose(found[0][row], [
+            (y == q.argmax(1)).mean(), roc_auc_score(y, q, multi_class="ovr"), sklearn.metrics.log_loss(y, q),
+            sklearn.metrics.cohen_kappa_score(y, q.argmax(1))])
+        inside = ((b - 1 <= a) & (a <= b + 1)).mean()
+        np.testing.assert_allclose(found[1][row], [
+            abs(a - b).mean(), np.sqrt(((a - b)**2).mean()), pd.Series(a).corr(pd.Series(b), "spearman"), inside, 2])
+        known = ~np.isnan(outcome[of, 0])
+        each = [[f(outcome[of, k][m], q[m, k]) for f in (roc_auc_score, average_precision_score)]
+                for k, m in ((0, known), (1, known | True))]
+        np.testing.assert_allclose(found[2][row], [*np.mean(each, 0), *each[0], *each[1]])
+
+
+def test_an_interval_holds_the_value_and_narrows_with_more_patients():
+    widths = []
+    for n in (50, 800):
+        x = np.random.default_rng(0).normal(size=n)
+        row = measured(["mean"], lambda weight: weight @ x[:, None] / weight.sum(1, keepdims=True), np.arange(n))["mean"]
+        low, high = row["interval"]
+        assert low < row["value"] < high and row["value"] == pytest.approx(x.mean())
+        assert high - low == pytest.approx(2 * 1.96 * x.std() / np.sqrt(n), rel=.15)
+        widths.append(high - low)
+    assert widths[1] < widths[0] / 3
+    assert measured(["mean"], lambda weight: weight[:, :1], np.zeros(20))["mean"]["interval"] is None

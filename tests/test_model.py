@@ -14,13 +14,13 @@ import train
 from batches import StayDataset
 from data import InputError, labelled_points, stays_of, with_points
 from checkpoint import load_weights
-from finetune_config import (MANY_POINTS, FinetuneConfig, boosted_trees, head_penalty,
+from finetune_config import (MANY_POINTS, BoostedTrees, FinetuneConfig, boosted_trees, head_penalty,
                              tree_sizes)
 from history_statistics import real_sets, statistics_at
 from model import History, ModelConfig, SeqSetVAE, SeqSetVAEPretrain, SetVAE
 from readouts import masked_mean
 from predictor import CPU
-from tasks import Binary, BoostedTrees
+from tasks import Binary
 from tests.plain_loop import close, plain_future, plain_pass, plain_statistics
 from tests.tiny import PLAIN, batch_of, build, cohort_of, encoded, random_stays, tiny
 from train import weigh_trees
@@ -259,11 +259,11 @@ def test_the_trees_of_the_head_predict_what_scikit_learn_fitted(points):
     x = torch.randn(300, 9).mul(4).round().div(4)  # ties at the thresholds
     label = ((x[:, 0] > 0.5) ^ (x[:, 3] < 0)).long()
     config = replace(FinetuneConfig(), trees=30, tree_features=1.0, tree_depth=3, tree_leaf=5)
-    classifier = boosted_trees(config, points, seed=1)
+    [classifier] = boosted_trees(config, points, seed=1)
     assert isinstance(classifier, HistGradientBoostingClassifier) == (points > MANY_POINTS)
     trees, weight = BoostedTrees(*tree_sizes(config, points).values()), torch.where(label == 0, 2.0, 1.0)
-    trees.fit(x[:200], label[:200], weight[:200], classifier)
-    logits = trees(x).double()
+    trees.fit(x[:200], [label[:200].float()], weight[:200], [classifier])
+    logits = Binary().tree_logits(trees(x)).double()
     np.testing.assert_allclose(logits[:, 1] - logits[:, 0], classifier.decision_function(x.numpy()), atol=1e-5)
     assert roc_auc_score(label[200:], logits[200:, 1]) > 0.9
 

@@ -68,7 +68,7 @@ def test_outside_the_steps_a_signal_is_obeyed_at_once_and_the_resumed_run_ends_w
         time.sleep(1)
         pytest.fail("it went on")
     with monkeypatch.context() as patch:
-        patch.setattr(f"train.{where}", interrupted)
+        patch.setattr(f"{'tasks' if where == 'Binary.validation' else 'train'}.{where}", interrupted)
         assert train.main([*command, "--run_dir", str(tmp_path / "cut")]) == 130
     steps_done = torch.load(tmp_path / "cut" / "last.pt", weights_only=True)["trainer"] is not None
     assert steps_done == (where in ("evaluate_pretraining", "Binary.validation"))  # a signal in evaluating loses no step
