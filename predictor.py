@@ -1,5 +1,4 @@
-"""A checkpoint that answers: probabilities of a table or a cohort, the risk over one stay, and at the
-bedside."""
+"""A checkpoint that answers: about a table or a cohort, over one stay, and at the bedside."""
 
 import csv
 import io
@@ -99,31 +98,32 @@ class Predictor:
     # ---- whole stays ---------------------------------------------------------------------------------------
 
     def predict(self, events: pd.DataFrame | Cohort) -> pd.DataFrame:
-        """The columns stay_id (text), minute and probability: a row a question. A DataFrame is asked once a
-        stay, in the order of the ids: at its last event, or where all training questions were
-        (`Checkpoint.asked_at`). A stay without an answer has NaN."""
+        """The columns stay_id (text), minute and those of the answer (`Task.columns`): a row a question. A
+        DataFrame is asked once a stay, in the order of the ids: at its last event, or where all training
+        questions were (`Checkpoint.asked_at`). A stay without an answer has NaN."""
         self.checkpoint.check_finetuned()
         dataset, ids = self._dataset(events)
-        table = pd.DataFrame({"stay_id": pd.Series(ids, dtype=str), "minute": np.nan, "probability": np.nan})
+        task = self.model.task
+        table = pd.DataFrame({"stay_id": pd.Series(ids, dtype=str),
+                              **dict.fromkeys(["minute", *task.columns], np.nan)})
         if dataset is None:
             return table
         cohort, points = dataset.cohort, answered_points(dataset)
-        answers = np.full(len(cohort.point_minute), np.nan)
-        answers[points] = probability_at(self.model, dataset, points, self.device)
+        answers = answers_at(self.model, dataset, points, self.device)
         asked = pd.DataFrame({"stay_id": cohort.stay_id[cohort.point_stay], "minute": cohort.point_minute,
-                              "probability": answers})
+                              **in_columns(task, cohort, points, answers)})
         silent = table[~np.isin(ids, cohort.stay_id)]  # stays without a usable event
         return pd.concat([asked, silent]).sort_values("stay_id", ignore_index=True) if len(silent) else asked
 
     def trajectory(self, events: pd.DataFrame | Cohort, stay_id: str) -> pd.DataFrame:
-        """The risk of a stay at every minute at which something was charted or a risk is asked for: the
-        columns minute, events and risk."""
+        """The answer at every minute of a stay at which something was charted or an answer is asked for: the
+        columns minute, events and those of the answer (of a `binary` task: risk)."""
         self.checkpoint.check_finetuned()
         dataset, _ = self._dataset(events)
         if dataset is None:
             raise InputError("events: no usable event in any stay; check columns and values")
         risks = risk_over_time(self.model, dataset, find_stay(dataset, stay_id), self.device, most=0)
-        return pd.DataFrame({name: risks[name] for name in ("minute", "events", "risk")})
+        return pd.DataFrame({"minute": risks["minute"], "events": risks["events"], **risks["answers"]})
 
     def embed(self, events: pd.DataFrame | Cohort) -> pd.DataFrame:
         """h of the last set before each question that has an answer: the columns stay_id, minute, h0, h1,
@@ -235,11 +235,13 @@ class Predictor:
         return self.model.head_input(z, h, last, exact, state.pool.rows)
 
     @torch.no_grad()
-    def ask(self, state: "Bedside", minute: float) -> float:
-        """The probability at `minute`, NaN where the checkpoint knows no variable of the stay so far; see
-        `features_at`."""
-        answer = self.model.task.answer(self.model.classify(self.features_at(state, minute))[0])
-        return float(answer[0, 0]) if state.known else math.nan
+    def ask(self, state: "Bedside", minute: float) -> float | dict[str, float]:
+        """The probability at `minute`, or the answer's columns where the task is not `binary`; NaN where the
+        checkpoint knows no variable of the stay so far; see `features_at`."""
+        task = self.model.task
+        (answer,) = task.answer(self.model.classify(self.features_at(state, minute))[0])
+        answer = dict(zip(task.columns, answer.tolist() if state.known else [math.nan] * len(answer)))
+        return answer["probability"] if task.kind == "binary" else answer
 
 
 class Cache:
@@ -279,7 +281,7 @@ class Bedside:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Probabilities
+# Answers
 # ------------------------------------------------------------------------------------------------------------
 
 def valueless(dataset: StayDataset) -> dict[str, int]:
@@ -335,12 +337,19 @@ def features_and_history(model: SeqSetVAE, batch: EventBatch) -> torch.Tensor:
     return torch.cat([model.features_of(z, h, batch), at_slots(h, batch.point_slot)], dim=-1)
 
 
-def probability_at(model: SeqSetVAE, dataset: StayDataset, points: np.ndarray, device) -> np.ndarray:
-    """The first answer at every point, [n] float64."""
+def answers_at(model: SeqSetVAE, dataset: StayDataset, points: np.ndarray, device) -> np.ndarray:
+    """The answer at every point, [n, k] float64, see `Task.columns`."""
     if not len(points):
-        return np.zeros(0)
+        return np.zeros((0, len(model.task.columns)))
     logits = encode_points(model, dataset, points, device, through=model.classify)
-    return model.task.answer(logits)[:, 0]
+    return model.task.answer(logits)
+
+
+def in_columns(task, cohort: Cohort, points: np.ndarray, answers: np.ndarray) -> dict[str, np.ndarray]:
+    """The columns [Q] of the answers [n, k] at these points of the cohort; NaN at its others."""
+    whole = np.full((len(cohort.point_minute), answers.shape[1]), np.nan)
+    whole[points] = answers
+    return dict(zip(task.columns, whole.T))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -521,10 +530,10 @@ def find_stay(dataset, stay_id) -> int | None:
 
 
 def risk_over_time(model, dataset, stay: int, device=CPU, most: int = 40) -> dict:
-    """The risk at every minute at which something was charted or a risk is asked for, as if the stay had
-    ended there: the model is causal, one pass answers all. At the last of these minutes, the risk without
-    each of the `most` charted variables."""
-    cohort = dataset.cohort
+    """The answers at every minute at which something was charted or an answer is asked for, as if the stay
+    had ended there: the model is causal, one pass answers all. One of them, `Task.followed`, is the risk: at
+    the last of these minutes also without each of the `most` charted variables."""
+    cohort, task = dataset.cohort, model.task
     sets, points = (slice(*start[stay:stay + 2]) for start in (cohort.stay_start, cohort.point_start))
     asked, label = cohort.point_minute[points], cohort.label[points]
     minute = np.union1d(cohort.set_minute[sets], asked[asked >= cohort.set_minute[sets][0]])
@@ -532,10 +541,12 @@ def risk_over_time(model, dataset, stay: int, device=CPU, most: int = 40) -> dic
     events = np.bincount(place, size, len(minute))
     count = np.where(np.arange(len(cohort)) == stay, len(minute), 0)
     dataset = dataset.of(with_points(cohort, count, minute))
-    risk = probability_at(model, dataset, np.arange(len(minute)), device)
+    answers = answers_at(model, dataset, np.arange(len(minute)), device)
+    names, risk = ["risk"] if task.kind == "binary" else task.columns, answers[:, task.followed]
     septic = (label == 1).any() and of_challenge_2019(np.zeros(len(label)), asked, label)
     return {"stay": str(cohort.stay_id[stay]), "label": int(cohort.stay_label[stay]),
             "minute": minute.tolist(), "events": events.astype(int).tolist(), "risk": risk.tolist(),
+            "followed": names[task.followed], "answers": dict(zip(names, answers.T.tolist())),
             "admission": float(cohort.admission[stay]),
             "onset": float(asked[label == 1][0] + 60 * AHEAD) if septic else None,
             "labelled": asked[label == 1].tolist() if len(label) > 1 else [],
@@ -563,7 +574,7 @@ def risk_without(model, dataset, stay: int, minute: float, most: int, device) ->
                           set_key=sets[event], whole=True)
     ones = np.ones(len(copies), dtype=int)
     dataset = dataset.of(with_points(copies, ones, minute * ones))
-    risk = probability_at(model, dataset, np.arange(len(copies)), device)
+    risk = answers_at(model, dataset, np.arange(len(copies)), device)[:, model.task.followed]
     return dict.fromkeys(names) | dict(zip(copies.stay_id.tolist(), risk.tolist()))
 
 
@@ -640,13 +651,14 @@ class Ward:
         self.unknown[variable] += 1
 
     def end_set(self, stay: str) -> None:
-        """Print the risk after the stay's open set."""
+        """Print the answer after the stay's open set."""
         (minute, events), state = self.sets.pop(stay), self.states[stay]
         self.predictor.step(state, minute, events)
-        risk = self.predictor.ask(state, minute)
-        shown = "" if math.isnan(risk) else f"{risk:.6f}"
-        self.counts[self.RISKS] += bool(shown)  # first: a signal may end the command once it is printed
-        self.out.writerow([stay, int(minute) if minute.is_integer() else minute, shown])
+        answer = self.predictor.ask(state, minute)
+        answer = answer.values() if isinstance(answer, dict) else [answer]
+        shown = [f"{value:.6f}" if state.known else "" for value in answer]
+        self.counts[self.RISKS] += state.known  # first: a signal may end the command once it is printed
+        self.out.writerow([stay, int(minute) if minute.is_integer() else minute, *shown])
 
     def end_sets(self) -> None:
         for stay in list(self.sets):
@@ -673,8 +685,8 @@ def say(line: str) -> None:
 
 def follow(arguments) -> None:
     """Lines stay_id,minute,variable,value of standard input (no value: it happened), perhaps under a header
-    -> after each set a printed line stay_id,minute,risk (no risk: so far the checkpoint knows none of the
-    stay's variables). A set ends with a later minute of its stay, an empty line or the input. What cannot be
+    -> after each set a printed line stay_id,minute and the answer's columns (empty: so far the checkpoint
+    knows none of the stay's variables). A set ends with a later minute of its stay, an empty line or the input. What cannot be
     used is counted on standard error."""
     (path,) = arguments.checkpoint
     checkpoint = Checkpoint.open(path)

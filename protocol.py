@@ -39,7 +39,7 @@ from metrics import (FORECAST_FIGURES, Forecasts, Points, best_shares, best_util
                      bracketed, forecast_figures, forecast_sums, hours_since_onset, interval, logit,
                      normalised_utility, of_challenge_2019, utilities_by, utility_draws)
 from model import ModelConfig, SeqSetVAE, SeqSetVAEPretrain
-from predictor import CPU, Predictor, encode_points, forecast_at, open_checkpoint, probability_at
+from predictor import CPU, Predictor, answers_at, encode_points, forecast_at, open_checkpoint
 from readers import load_cohort
 from readouts import FREEDOM
 from runs import CHECKPOINTS, choose_device, keep_freed_memory, read_cohort
@@ -152,7 +152,7 @@ def of_a_frozen_head(model, dataset, train, valid, test, config: FinetuneConfig,
     for epoch in range(head.epochs):
         head.epoch(epoch)
     weigh_trees(model, encode_points(model, dataset, valid, device), dataset.cohort.answers[valid])
-    return probability_at(model, dataset, test, device)
+    return answers_at(model, dataset, test, device)[:, 0]
 
 
 def summaries_alone(dataset, variables, train, valid, test, seed: int, device=CPU,
@@ -258,7 +258,7 @@ def protocol(given: dict, splits: list, seeds: list, methods: list, fractions: l
             predictor, dataset = Predictor.with_data(best, data, "cpu")
             split = predictor.checkpoint.split
             points = scored_points(dataset.cohort, split)
-            probability = probability_at(predictor.model, dataset, points, CPU)
+            probability = answers_at(predictor.model, dataset, points, CPU)[:, 0]
             save_predictions(to, dataset.cohort, split, points, probability)
             (to / "last.pt").unlink()
 

@@ -257,7 +257,7 @@ def write_answers(arguments, opened: list, points, probability, threshold: float
         write_meds_predictions(path, dataset.cohort, points, probability, threshold, stays)
     elif path:
         splits = [each.checkpoint.split for each, _ in opened]
-        write_predictions(path, splits, dataset.cohort, points, probability)
+        write_predictions(path, predictor.model.task, splits, dataset.cohort, points, answers)
     if arguments.embeddings:
         write_embeddings(arguments.embeddings, predictor, dataset, points)
 
@@ -271,24 +271,22 @@ def write_table(path, table: pd.DataFrame) -> None:
         raise InputError(f"{path}: Parquet needs pyarrow; pip install pyarrow") from None
 
 
-def write_predictions(path, splits: list[dict], cohort, points, probability) -> None:
-    """Writes a row for every prediction point of the data, with its probability (empty: no answer), its label
-    (empty: none) and the part of the checkpoint's split that holds its stay: of several splits the first of
-    train, valid and test in which one of them has it."""
-    stay = cohort.point_stay
-    part, answers = np.full(len(cohort), "", dtype=object), np.full(len(stay), np.nan)
+def write_predictions(path, task, splits: list[dict], cohort, points, answers) -> None:
+    """Writes a row for every prediction point of the data, with its answer [n, k] at these points (else
+    empty), its label (empty: none) and the part of the checkpoint's split that holds its stay: of several
+    splits the first of train, valid and test in which one of them has it."""
+    stay, part = cohort.point_stay, np.full(len(cohort), "", dtype=object)
     for name in reversed(SPLITS):
         for split in splits:
             part[stays_of(cohort, split[name])] = name
-    answers[points] = probability
     table = pd.DataFrame({"stay_id": cohort.stay_id[stay], "subject_id": cohort.subject[stay],
-                          "minute": cohort.point_minute, "probability": answers, "split": part[stay],
-                          "label": pd.array(cohort.answers[:, 0], dtype="Int64")})
+                          "minute": cohort.point_minute, **in_columns(task, cohort, points, answers),
+                          "split": part[stay]}).join(task.labels(cohort.answers))
     write_table(path, table)
     print(f"predictions: {len(table):,} points of {len(np.unique(stay)):,} stays written to {path}")
-    empty = table[table["probability"].isna()]
+    empty = table[table[task.columns[0]].isna()]
     if len(empty):
-        print(f"predictions: {len(empty):,} without a probability, as nothing that the checkpoint knows lies "
+        print(f"predictions: {len(empty):,} without an answer, as nothing that the checkpoint knows lies "
               f"before them (stay {empty['stay_id'].iloc[0]} at minute {empty['minute'].iloc[0]:g})")
 
 
