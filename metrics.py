@@ -648,3 +648,90 @@ def integrated(scores, horizons) -> np.ndarray:
     if len(horizons) == 1:
         return scores[..., 0]
     return np.trapezoid(scores, horizons) / (horizons[-1] - horizons[0])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Figures as tables of texts
+# ------------------------------------------------------------------------------------------------------------
+
+def cell(measure: dict, digits: int = 4) -> str:
+    """Returns a measure and its interval as text; "-" where it is not determined."""
+    value, limits = measure["value"], measure["interval"]
+    return "-" if value is None else f"{value:.{digits}f} {bracketed(limits, min(digits, 3))}"
+
+
+def measure_table(rows: dict, columns: dict, digits: int = 4) -> pd.DataFrame:
+    """Returns the measures of each method or group with their intervals; empty where a group has none.
+    columns: {measure: title}."""
+    return pd.DataFrame({name: {title: cell(row[measure], digits) if measure in row else ""
+                                for measure, title in columns.items()} for name, row in rows.items()}).T
+
+
+def format_table(rows: dict, columns: dict) -> pd.DataFrame:
+    """Returns the figures of each method or group as texts. columns: {title: format}."""
+    return pd.DataFrame({name: {title: text.format(**row) for title, text in columns.items()}
+                         for name, row in rows.items()}).T
+
+
+RANKED = {"auroc": "AUROC", "auprc": "AUPRC"}
+CALIBRATED = {"slope": "slope", "intercept": "intercept", "sensitivity": "sensitivity"}
+SEPSIS = {"AUROC": "{all_hours[auroc]:.4f}", "AUPRC": "{all_hours[auprc]:.4f}",
+          "up to the onset": "{until_the_onset[auroc]:.4f}, {until_the_onset[auprc]:.4f}",
+          "alarm from": "{threshold:.4f}", "warned in the 12 hours before": "{share_warned:.1%} ({warned:,})",
+          "median lead in hours": "{lead_hours}", "false alarms a patient-day": "{false_alarms_a_day:.2f}"}
+
+
+def binary_tables(figures: dict) -> dict[str, pd.DataFrame]:
+    """Returns what `score_figures` returns as tables of texts by their titles, with the figures of the model
+    and of sepsis where they are among it."""
+    unit, methods = figures["resampled"], figures["methods"]
+    intervals = figures["few"] or f"95% intervals by bootstrap over {figures[unit]:,} {unit}"
+    points = f"{figures['points']:,} points in " * (figures["points"] > figures["stays"])
+    patients = f" of {figures['patients']:,} patients" * (unit == "patients")
+    scored = (f"Scored: {points}{figures['stays']:,} stays{patients}, {figures['positive']:,} positive "
+              f"({figures['prevalence']:.1%}): {figures['scored']}")
+    tables = {f"{scored}\n{intervals}": headline(figures)}
+    if len(methods) > 1:
+        tables["Compared"] = measure_table(methods, RANKED)
+    if figures["subgroups"]:
+        rows = {"all": figures | methods[CHECKPOINT]}
+        rows |= {f"{variable} {key}": group for variable, groups in figures["subgroups"].items()
+                 for key, group in groups.items()}
+        sizes = format_table(rows, {"stays": "{stays:6,}", "positive": "{positive:6,}"})
+        tables[f"Subgroups (no interval below {FEW} {unit} of a label, no figure of one class alone)"] = (
+            sizes.join(measure_table(rows, RANKED | CALIBRATED, digits=2)))
+    if "sepsis" in figures:
+        sepsis = figures["sepsis"]
+        title = ("As the PhysioNet/CinC Challenge 2019 scores (the onset of sepsis is six hours after the "
+                 "first label 1)\n{septic_stays:,} septic stays, {labelled_from_the_first_hour:,} of them "
+                 "labelled from the first hour on and left out of the lead; {patient_days:,.0f} patient-days")
+        tables[title.format(**sepsis[CHECKPOINT])] = (
+            measure_table(sepsis, {"utility": "utility"}).join(format_table(sepsis, SEPSIS)))
+    return tables
+
+
+def headline(figures: dict) -> pd.DataFrame:
+    """Returns a row for each figure of the checkpoint: its value, its interval and what it means."""
+    own, unit = figures["methods"][CHECKPOINT], "points" if figures["points"] > figures["stays"] else "stays"
+    rows = {
+        "AUROC": (cell(own["auroc"]), ""),
+        "AUPRC": (cell(own["auprc"]), "prevalence {prevalence:.4f}"),
+        "Brier score": ("{brier:.4f}", "prevalence alone: {brier_of_prevalence:.4f}"),
+        "Calibration error": ("{calibration_error:.4f}", "expected, 10 bins"),
+        "Calibration slope": (cell(own["slope"]), "1 where calibrated"),
+        "Calibration intercept": (cell(own["intercept"]), "0 where calibrated"),
+        "Mean probability": ("{probability[mean]:.4f}",
+                             "range {probability[min]:.4f} to {probability[max]:.4f}, below 0.01: "
+                             "{probability[below_0.01]}, above 0.99: {probability[above_0.99]}"),
+        "Sensitivity": (cell(own["sensitivity"]), "of alarms from {alarm[threshold]:.4f} on, where these "
+                                                  "labels' sensitivity reaches {alarm[sensitivity]:g}"),
+        "Predictive value": (cell(own["ppv"]), "the share of these alarms that are true"),
+        f"Alarms per 100 {unit}": (cell(own["alarms"]), ""),
+        "F1": ("{f1:.4f}", "from {threshold:.4f} on ({threshold_is}): TP {confusion[tp]}, "
+                           "FP {confusion[fp]}, FN {confusion[fn]}, TN {confusion[tn]}")}
+    if "model" in figures:
+        rows |= {"Head parameters": ("{model[head_parameters]:,}", "of {model[parameters]:,}"),
+                 "Active units": ("{model[active_units]}",
+                                  "of {model[latent_dim]} (variance of mu over sets > 0.01)")}
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=["value and 95% interval", ""])
+    return table.map(lambda text: text.format(**figures))

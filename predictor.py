@@ -535,7 +535,8 @@ def risk_over_time(model, dataset, stay: int, device=CPU, most: int = 40) -> dic
     the last of these minutes also without each of the `most` charted variables."""
     cohort, task = dataset.cohort, model.task
     sets, points = (slice(*start[stay:stay + 2]) for start in (cohort.stay_start, cohort.point_start))
-    asked, label = cohort.point_minute[points], cohort.label[points]
+    asked = cohort.point_minute[points]
+    label = cohort.label[points] if task.kind == "binary" else np.full(len(asked), -1)
     minute = np.union1d(cohort.set_minute[sets], asked[asked >= cohort.set_minute[sets][0]])
     place, size = np.searchsorted(minute, cohort.set_minute[sets]), np.diff(cohort.set_start)[sets]
     events = np.bincount(place, size, len(minute))
@@ -544,7 +545,7 @@ def risk_over_time(model, dataset, stay: int, device=CPU, most: int = 40) -> dic
     answers = answers_at(model, dataset, np.arange(len(minute)), device)
     names, risk = ["risk"] if task.kind == "binary" else task.columns, answers[:, task.followed]
     septic = (label == 1).any() and of_challenge_2019(np.zeros(len(label)), asked, label)
-    return {"stay": str(cohort.stay_id[stay]), "label": int(cohort.stay_label[stay]),
+    return {"stay": str(cohort.stay_id[stay]), "label": outcome_of(task, cohort.answers[points]),
             "minute": minute.tolist(), "events": events.astype(int).tolist(), "risk": risk.tolist(),
             "followed": names[task.followed], "answers": dict(zip(names, answers.T.tolist())),
             "admission": float(cohort.admission[stay]),
@@ -552,6 +553,17 @@ def risk_over_time(model, dataset, stay: int, device=CPU, most: int = 40) -> dic
             "labelled": asked[label == 1].tolist() if len(label) > 1 else [],
             "highest": float(minute[risk.argmax()]),
             "without": risk_without(model, dataset, stay, minute[-1], most, device)}
+
+
+def outcome_of(task, answers: np.ndarray) -> int | str:
+    """The largest of a stay's answers [n, A]: of a `binary` task 0, 1 or -1 (none), else as a text."""
+    largest = np.fmax.reduce(answers, axis=0, initial=np.nan)
+    if task.kind == "binary":
+        return int(np.nan_to_num(largest[0], nan=-1))
+    (row,) = task.labels(largest[None]).to_dict("records")
+    known = [f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+             for name, value in row.items() if pd.notna(value)]
+    return ", ".join(known) or "no label"
 
 
 def risk_without(model, dataset, stay: int, minute: float, most: int, device) -> dict:

@@ -17,12 +17,12 @@ from checkpoint import Checkpoint, label_digest
 from data import (MINUTE, SPLITS, Cohort, InputError, labelled_points, make_splits, point_slots,
                   stay_event_index, stays_of, stays_with, write_atomically)
 from history_statistics import real_sets
-from metrics import CHECKPOINT, FEW, bracketed, mean_of_logits
+from metrics import CHECKPOINT, mean_of_logits
 from plots import (LABEL_NAMES, picture_folder, plot_calibration, plot_curves, plot_decision, plot_features,
                    plot_forecast, plot_ranking, plot_trajectory, save_figure)
 from predictor import (FORECAST, QUERY, Predictor, answer_queries, answered_points, answered_queries,
-                       encode_points, features_and_history, find_stay, first_known, forecast_at, forecasts_of,
-                       influence, probability_at, risk_over_time)
+                       answers_at, encode_points, features_and_history, find_stay, first_known, forecast_at, forecasts_of,
+                       in_columns, influence, risk_over_time)
 from readouts import FREEDOM
 from runs import evaluation_loader
 from settings import data_options
@@ -62,10 +62,10 @@ def performance(arguments, baselines) -> None:
     groups = {name: subgroups(cohort, scored, name) for name in arguments.subgroups}
 
     asked = answered if to_file else scored
-    answers, thresholds = probabilities(arguments.checkpoint, opened, asked)
+    answers, thresholds = answers_of(arguments.checkpoint, opened, asked)
     write_answers(arguments, opened, asked, answers[CHECKPOINT], thresholds[CHECKPOINT], stays)
 
-    methods = {name: p[np.searchsorted(asked, scored)] for name, p in answers.items()}
+    methods = {name: answer[np.searchsorted(asked, scored)] for name, answer in answers.items()}
     if unscorable:
         print(f"nothing to score: {unscorable}")
     else:
@@ -73,12 +73,13 @@ def performance(arguments, baselines) -> None:
             others, others_thresholds = baseline_answers(arguments, baselines, opened[0], scored)
             methods |= others
             thresholds |= others_thresholds
-        figures["scored"] = who
-        figures |= task.figures(cohort, scored, {name: p[:, None] for name, p in methods.items()}, thresholds,
-                                arguments.sensitivity, groups)
+        figures |= {"scored": who,
+                    "threshold_is": threshold_source([each.checkpoint for each, _ in opened])}
+        figures |= task.figures(cohort, scored, methods, thresholds, arguments.sensitivity, groups)
         if len(opened) == 1:
             figures["model"] = model_figures(predictor, dataset, scored_stays)
-        print_figures(figures, threshold_source([each.checkpoint for each, _ in opened]))
+        for title, table in task.tables(figures).items():
+            show(title, table)
     if traced is not None:
         figures["trajectory"] = risk_over_time(predictor.model, dataset, traced, predictor.device)
         print_trajectory(figures["trajectory"])
@@ -216,14 +217,14 @@ def events_until(cohort, points) -> pd.Series:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Probabilities, and the files that hold them
+# Answers, and the files that hold them
 # ------------------------------------------------------------------------------------------------------------
 
-def probabilities(paths: list, opened: list, points) -> tuple[dict, dict]:
-    """Returns {method: probabilities [n] at these points} and {method: threshold}. The methods are CHECKPOINT
-    and, where there are several, the path of each."""
-    each = [probability_at(predictor.model, data, points, predictor.device) for predictor, data in opened]
-    thresholds = [predictor.checkpoint.metrics["threshold"] for predictor, _ in opened]
+def answers_of(paths: list, opened: list, points) -> tuple[dict, dict]:
+    """Returns {method: answers [n, k] at these points} and {method: threshold} (None: of a kind without). The
+    methods are CHECKPOINT and, where there are several, the path of each."""
+    each = [answers_at(predictor.model, data, points, predictor.device) for predictor, data in opened]
+    thresholds = [predictor.checkpoint.metrics.get("threshold") for predictor, _ in opened]
     if len(opened) == 1:
         return {CHECKPOINT: each[0]}, {CHECKPOINT: thresholds[0]}
     print(f"checkpoint: scored is the mean of the logits of {len(opened)} checkpoints")
@@ -232,7 +233,7 @@ def probabilities(paths: list, opened: list, points) -> tuple[dict, dict]:
 
 
 def baseline_answers(arguments, baselines, opened: tuple, scored) -> tuple[dict, dict]:
-    """Returns {baseline: probabilities [n] at the scored points} and {baseline: threshold}, which the
+    """Returns {baseline: probabilities [n, 1] at the scored points} and {baseline: threshold}, which the
     validation points choose."""
     predictor, dataset = opened
     cohort = dataset.cohort
@@ -242,22 +243,23 @@ def baseline_answers(arguments, baselines, opened: tuple, scored) -> tuple[dict,
     at_valid = np.searchsorted(asked, valid)
     thresholds = {name: predictor.model.task.validation(cohort, valid, p[at_valid, None])["threshold"]
                   for name, p in answers.items()}
-    return {name: p[np.searchsorted(asked, scored)] for name, p in answers.items()}, thresholds
+    return {name: p[np.searchsorted(asked, scored), None] for name, p in answers.items()}, thresholds
 
 
-def write_answers(arguments, opened: list, points, probability, threshold: float, stays) -> None:
+def write_answers(arguments, opened: list, points, answers, threshold: float | None, stays) -> None:
     """Writes --predictions and --embeddings. stays: those that may be scored."""
     predictor, dataset = opened[0]
-    path = arguments.predictions
+    task, path = predictor.model.task, arguments.predictions
     if not len(points) and (path or arguments.embeddings):
         raise InputError(f"{dataset.cohort.reader}: no question has an answer, as nothing that the "
                          "checkpoint knows lies before any; give these stays' events, or their names by "
                          "--variables")
-    if path and dataset.cohort.reader.startswith("MEDS") and Path(path).suffix == ".parquet":
-        write_meds_predictions(path, dataset.cohort, points, probability, threshold, stays)
+    of_meds = dataset.cohort.reader.startswith("MEDS") and task.kind == "binary"
+    if path and of_meds and Path(path).suffix == ".parquet":
+        write_meds_predictions(path, dataset.cohort, points, answers[:, 0], threshold, stays)
     elif path:
         splits = [each.checkpoint.split for each, _ in opened]
-        write_predictions(path, predictor.model.task, splits, dataset.cohort, points, answers)
+        write_predictions(path, task, splits, dataset.cohort, points, answers)
     if arguments.embeddings:
         write_embeddings(arguments.embeddings, predictor, dataset, points)
 
@@ -323,7 +325,7 @@ def write_embeddings(path, predictor, dataset, points) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Figures as tables, printed
+# Figures, printed
 # ------------------------------------------------------------------------------------------------------------
 
 def model_figures(predictor, dataset, stays) -> dict:
@@ -359,98 +361,19 @@ def show(title: str, table: pd.DataFrame) -> None:
     print(f"\n{title}", *map(str.rstrip, lines), sep="\n")
 
 
-def cell(measure: dict, digits: int = 4) -> str:
-    """Returns a measure and its interval as text; "-" where it is not determined."""
-    value, limits = measure["value"], measure["interval"]
-    return "-" if value is None else f"{value:.{digits}f} {bracketed(limits, min(digits, 3))}"
-
-
-def measure_table(rows: dict, columns: dict, digits: int = 4) -> pd.DataFrame:
-    """Returns the measures of each method or group with their intervals; empty where a group has none.
-    columns: {measure: title}."""
-    return pd.DataFrame({name: {title: cell(row[measure], digits) if measure in row else ""
-                                for measure, title in columns.items()} for name, row in rows.items()}).T
-
-
-def format_table(rows: dict, columns: dict) -> pd.DataFrame:
-    """Returns the figures of each method or group as texts. columns: {title: format}."""
-    return pd.DataFrame({name: {title: text.format(**row) for title, text in columns.items()}
-                         for name, row in rows.items()}).T
-
-
-RANKED = {"auroc": "AUROC", "auprc": "AUPRC"}
-CALIBRATED = {"slope": "slope", "intercept": "intercept", "sensitivity": "sensitivity"}
-SEPSIS = {"AUROC": "{all_hours[auroc]:.4f}", "AUPRC": "{all_hours[auprc]:.4f}",
-          "up to the onset": "{until_the_onset[auroc]:.4f}, {until_the_onset[auprc]:.4f}",
-          "alarm from": "{threshold:.4f}", "warned in the 12 hours before": "{share_warned:.1%} ({warned:,})",
-          "median lead in hours": "{lead_hours}", "false alarms a patient-day": "{false_alarms_a_day:.2f}"}
-
-
-def print_figures(figures: dict, threshold_is: str) -> None:
-    """Prints what `score_figures` returns, with `model_figures` and `sepsis_figures` where they are among
-    it."""
-    unit, methods = figures["resampled"], figures["methods"]
-    intervals = figures["few"] or f"95% intervals by bootstrap over {figures[unit]:,} {unit}"
-    points = f"{figures['points']:,} points in " * (figures["points"] > figures["stays"])
-    patients = f" of {figures['patients']:,} patients" * (unit == "patients")
-    scored = (f"Scored: {points}{figures['stays']:,} stays{patients}, {figures['positive']:,} positive "
-              f"({figures['prevalence']:.1%}): {figures['scored']}")
-    show(f"{scored}\n{intervals}", headline(figures, threshold_is))
-    if len(methods) > 1:
-        show("Compared", measure_table(methods, RANKED))
-    if figures["subgroups"]:
-        rows = {"all": figures | methods[CHECKPOINT]}
-        rows |= {f"{variable} {key}": group for variable, groups in figures["subgroups"].items()
-                 for key, group in groups.items()}
-        sizes = format_table(rows, {"stays": "{stays:6,}", "positive": "{positive:6,}"})
-        show(f"Subgroups (no interval below {FEW} {unit} of a label, no figure of one class alone)",
-             sizes.join(measure_table(rows, RANKED | CALIBRATED, digits=2)))
-    if "sepsis" in figures:
-        sepsis = figures["sepsis"]
-        title = ("As the PhysioNet/CinC Challenge 2019 scores (the onset of sepsis is six hours after the "
-                 "first label 1)\n{septic_stays:,} septic stays, {labelled_from_the_first_hour:,} of them "
-                 "labelled from the first hour on and left out of the lead; {patient_days:,.0f} patient-days")
-        show(title.format(**sepsis[CHECKPOINT]),
-             measure_table(sepsis, {"utility": "utility"}).join(format_table(sepsis, SEPSIS)))
-
-
-def headline(figures: dict, threshold_is: str) -> pd.DataFrame:
-    """Returns a row for each figure of the checkpoint: its value, its interval and what it means."""
-    own, unit = figures["methods"][CHECKPOINT], "points" if figures["points"] > figures["stays"] else "stays"
-    rows = {
-        "AUROC": (cell(own["auroc"]), ""),
-        "AUPRC": (cell(own["auprc"]), "prevalence {prevalence:.4f}"),
-        "Brier score": ("{brier:.4f}", "prevalence alone: {brier_of_prevalence:.4f}"),
-        "Calibration error": ("{calibration_error:.4f}", "expected, 10 bins"),
-        "Calibration slope": (cell(own["slope"]), "1 where calibrated"),
-        "Calibration intercept": (cell(own["intercept"]), "0 where calibrated"),
-        "Mean probability": ("{probability[mean]:.4f}",
-                             "range {probability[min]:.4f} to {probability[max]:.4f}, below 0.01: "
-                             "{probability[below_0.01]}, above 0.99: {probability[above_0.99]}"),
-        "Sensitivity": (cell(own["sensitivity"]), "of alarms from {alarm[threshold]:.4f} on, where these "
-                                                  "labels' sensitivity reaches {alarm[sensitivity]:g}"),
-        "Predictive value": (cell(own["ppv"]), "the share of these alarms that are true"),
-        f"Alarms per 100 {unit}": (cell(own["alarms"]), ""),
-        "F1": ("{f1:.4f}", f"from {{threshold:.4f}} on ({threshold_is}): TP {{confusion[tp]}}, "
-                           "FP {confusion[fp]}, FN {confusion[fn]}, TN {confusion[tn]}")}
-    if "model" in figures:
-        rows |= {"Head parameters": ("{model[head_parameters]:,}", "of {model[parameters]:,}"),
-                 "Active units": ("{model[active_units]}",
-                                  "of {model[latent_dim]} (variance of mu over sets > 0.01)")}
-    table = pd.DataFrame.from_dict(rows, orient="index", columns=["value and 95% interval", ""])
-    return table.map(lambda text: text.format(**figures))
-
-
 def print_trajectory(trajectory: dict) -> None:
-    """Prints the risk at each time, and what moves the last one."""
-    risk = pd.Series(trajectory["risk"])
+    """Prints the answers at each time, and what moves the last risk."""
+    risk, followed = np.array(trajectory["risk"]), trajectory["followed"]
     hours = (pd.Series(trajectory["minute"]) - trajectory["admission"]) / 60
+    bars = (40 * risk.clip(0) / max(1, risk.max())).round().astype(int)
     table = pd.DataFrame({"hour": hours.map("{:.2f}".format), "events": map(str, trajectory["events"]),
-                          "risk": risk.map("{:.4f}".format), "": ["#" * round(40 * x) for x in risk]})
-    show(f"Stay {trajectory['stay']} ({LABEL_NAMES[trajectory['label']]}): risk at {len(risk)} times", table)
+                          **{name: map("{:.4f}".format, answer)
+                             for name, answer in trajectory["answers"].items()}, "": ["#" * n for n in bars]})
+    label = LABEL_NAMES.get(trajectory["label"], trajectory["label"])
+    show(f"Stay {trajectory['stay']} ({label}): {followed} at {len(risk)} times", table)
     moved = ", ".join(f"{name} {change:+.4f}" for name, change in influence(trajectory)[:5].items())
     if moved:
-        print(f"most of the last risk, {trajectory['risk'][-1]:.4f}, comes and goes with: {moved}")
+        print(f"most of the last {followed}, {risk[-1]:.4f}, comes and goes with: {moved}")
 
 
 # ------------------------------------------------------------------------------------------------------------
