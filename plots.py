@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from sklearn.decomposition import PCA
-from sklearn.metrics import precision_recall_curve, roc_curve
+from sklearn.metrics import confusion_matrix, precision_recall_curve, roc_curve
 from sklearn.preprocessing import StandardScaler
 
 from data import InputError, stay_event_index, write_atomically
-from metrics import net_benefit
+from metrics import CHECKPOINT, net_benefit
 from predictor import influence
 
 
@@ -157,6 +157,68 @@ def plot_decision(label, methods: dict):
     return figure
 
 
+def binary_pictures(task, answers, methods: dict, figures: dict) -> dict:
+    """Returns the pictures of an outcome that is 0 or 1, by name. As in those of the other kinds, answers are
+    the true ones [n, A], methods {name: what it answers [n, k]}, figures those of the task."""
+    label, methods = answers[:, 0].astype(int), {name: answer[:, 0] for name, answer in methods.items()}
+    return {"ranking": plot_ranking(label, methods, figures["methods"]),
+            "calibration": plot_calibration(figures), "decision": plot_decision(label, methods)}
+
+
+def several_pictures(task, answers, methods: dict, figures: dict) -> dict:
+    """ROC and precision-recall of each outcome."""
+    figure, (roc, pr) = new_figure(2, width=5, height=4.8)
+    for name, label, p, style in zip(task.names, answers.T, methods[CHECKPOINT].T, itertools.cycle(STYLES)):
+        known = ~np.isnan(label)
+        if (label == 1).any() and (label == 0).any():
+            roc.plot(*roc_curve(label[known], p[known])[:2], label=name, **style)
+            precision, recall, _ = precision_recall_curve(label[known], p[known])
+            pr.plot(recall, precision, label=f"{name} (prevalence {label[known].mean():.3f})",
+                    drawstyle="steps-post", **style)
+    roc.plot([0, 1], [0, 1], **FAINT)
+    roc.set(title="ROC", xlabel="false positive rate", ylabel="true positive rate")
+    pr.set(title="Precision-recall", xlabel="recall", ylabel="precision")
+    for ax in (roc, pr):
+        ax.set(xlim=(0, 1), ylim=(0, 1.01))
+        legend(ax)
+    return {"ranking": figure}
+
+
+def classes_pictures(task, answers, methods: dict, figures: dict) -> dict:
+    """How often a stay of each class is given each class as the likeliest."""
+    classes = range(len(task.names))
+    counts = confusion_matrix(answers[:, 0], methods[CHECKPOINT].argmax(1), labels=classes)
+    shares = counts / counts.sum(1, keepdims=True).clip(min=1)
+    figure, (ax,) = new_figure(1, width=2.5 + .7 * len(classes), height=2 + .6 * len(classes))
+    ax.imshow(shares, cmap="Greys", vmin=0, vmax=1, aspect="auto")
+    for (row, column), share in np.ndenumerate(shares):
+        ax.text(column, row, f"{counts[row, column]:,}\n{share:.0%}", ha="center", va="center", fontsize=8,
+                color="white" if share > .5 else "black")
+    ax.set_xticks(classes, task.names, rotation=30, ha="right")
+    ax.set_yticks(classes, task.names)
+    ax.set(title="Confusion: counts and shares of the true class", xlabel="likeliest class",
+           ylabel="true class")
+    return {"confusion": figure}
+
+
+def number_pictures(task, answers, methods: dict, figures: dict) -> dict:
+    """The median and its interval against the true number."""
+    true, (median, low, high) = answers[:, 0], methods[CHECKPOINT].T
+    figure, (ax,) = new_figure(1, width=6, height=5)
+    ax.vlines(true, low, high, color="#bbbbbb", linewidth=.6, label="80% interval")
+    ax.plot(true, median, ".", color="black", markersize=4, label="median")
+    limits = np.percentile(np.concatenate([true, median]), [0, 99])
+    ax.plot(limits, limits, **FAINT)
+    ax.set(title=f"Predicted against true, {len(true):,} points (up to the 99th percentile)", xlabel="true",
+           ylabel="predicted", xlim=limits, ylim=limits)
+    legend(ax)
+    return {"numbers": figure}
+
+
+OUTCOME_PICTURES = {"binary": binary_pictures, "several": several_pictures, "classes": classes_pictures,
+                    "number": number_pictures}
+
+
 def plot_features(features, label):
     """Draws the standardised head inputs [n, F], clipped as the head clips them, on their first two principal
     components. label: [n], -1 without one."""
@@ -178,7 +240,7 @@ def plot_features(features, label):
     return figure
 
 
-def plot_trajectory(trajectory: dict, dataset, stay: int, threshold: float):
+def plot_trajectory(trajectory: dict, dataset, stay: int, threshold: float | None):
     """Draws the risk over time; below it the events of the MOST_ROWS variables that move its highest value
     most, low and high values marked; and beside them by how much each moves it."""
     moved = influence(trajectory)
@@ -195,7 +257,8 @@ def plot_trajectory(trajectory: dict, dataset, stay: int, threshold: float):
     figure, (risk, corner, chart, bars) = new_figure(
         2, 2, width=5.5, height=1.7 + .09 * len(rows), sharex="col", sharey="row",
         gridspec_kw={"width_ratios": [4, 1], "height_ratios": [2.2, .8 + .18 * len(rows)]})
-    figure.suptitle(f"Stay {trajectory['stay']} ({LABEL_NAMES[trajectory['label']]})")
+    label = LABEL_NAMES.get(trajectory["label"], trajectory["label"])
+    figure.suptitle(f"Stay {trajectory['stay']} ({label})")
     corner.set_axis_off()
     draw_risk(risk, trajectory, time, threshold)
     draw_events(chart, dataset, stay, rows.index, time, begin)
@@ -245,18 +308,24 @@ def plot_forecast(table: pd.DataFrame, dataset, stay: int):
 MOST_ROWS = 24  # variables under a trajectory
 
 
-def draw_risk(ax, trajectory: dict, time, threshold: float) -> None:
+def draw_risk(ax, trajectory: dict, time, threshold: float | None) -> None:
+    """Draws the risk, and any other answers as faint lines. threshold: None where there are no alarms."""
     hours, risk = time(trajectory["minute"]), np.array(trajectory["risk"])
     highest = risk.max()
+    for name, answer in trajectory["answers"].items():
+        if name != trajectory["followed"]:
+            ax.step(hours, answer, where="post", **FAINT)
+            ax.annotate(name, (hours[-1], answer[-1]), fontsize=7, color="#888888", ha="right")
     ax.step(hours, risk, where="post", color="black")
-    ax.fill_between(hours, threshold, risk, where=risk >= threshold, step="post", color="#D55E00", alpha=.15,
-                    label="alarm")
-    ax.axhline(threshold, color="#888888", linestyle=":", label=f"threshold {threshold:.3g}")
+    if threshold is not None:
+        ax.fill_between(hours, threshold, risk, where=risk >= threshold, step="post", color="#D55E00",
+                        alpha=.15, label="alarm")
+        ax.axhline(threshold, color="#888888", linestyle=":", label=f"threshold {threshold:.3g}")
     ax.plot(time(trajectory["highest"]), highest, "o", color="#D55E00", label=f"highest, {highest:.3g}")
     if labelled := trajectory["labelled"]:
         ax.plot(time(labelled), np.zeros(len(labelled)), "s", color="#0072B2", markersize=4, clip_on=False,
                 label="label 1")
-    ax.set(ylabel="risk", ylim=0)
+    ax.set(ylabel=trajectory["followed"], ylim=0)
 
 
 def draw_events(ax, dataset, stay: int, rows: pd.Index, time, begin: float) -> None:

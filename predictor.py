@@ -93,7 +93,7 @@ class Predictor:
         if then not in (None, now):
             print(f"checkpoint: its training questions lie at {then}; asked now: {now}")
         predictor = cls(checkpoint, device)
-        return predictor, checkpoint.dataset(cohort)
+        return predictor, checkpoint.dataset(predictor.model.task.recode(cohort))
 
     # ---- whole stays ---------------------------------------------------------------------------------------
 
@@ -536,7 +536,8 @@ def risk_over_time(model, dataset, stay: int, device=CPU, most: int = 40) -> dic
     cohort, task = dataset.cohort, model.task
     sets, points = (slice(*start[stay:stay + 2]) for start in (cohort.stay_start, cohort.point_start))
     asked = cohort.point_minute[points]
-    label = cohort.label[points] if task.kind == "binary" else np.full(len(asked), -1)
+    truth = cohort.answers[points] if cohort.kind == task.kind else np.full((len(asked), task.width), np.nan)
+    label = np.nan_to_num(truth[:, 0], nan=-1) if task.kind == "binary" else np.full(len(asked), -1)
     minute = np.union1d(cohort.set_minute[sets], asked[asked >= cohort.set_minute[sets][0]])
     place, size = np.searchsorted(minute, cohort.set_minute[sets]), np.diff(cohort.set_start)[sets]
     events = np.bincount(place, size, len(minute))
@@ -545,7 +546,7 @@ def risk_over_time(model, dataset, stay: int, device=CPU, most: int = 40) -> dic
     answers = answers_at(model, dataset, np.arange(len(minute)), device)
     names, risk = ["risk"] if task.kind == "binary" else task.columns, answers[:, task.followed]
     septic = (label == 1).any() and of_challenge_2019(np.zeros(len(label)), asked, label)
-    return {"stay": str(cohort.stay_id[stay]), "label": outcome_of(task, cohort.answers[points]),
+    return {"stay": str(cohort.stay_id[stay]), "label": outcome_of(task, truth),
             "minute": minute.tolist(), "events": events.astype(int).tolist(), "risk": risk.tolist(),
             "followed": names[task.followed], "answers": dict(zip(names, answers.T.tolist())),
             "admission": float(cohort.admission[stay]),

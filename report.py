@@ -18,11 +18,11 @@ from data import (MINUTE, SPLITS, Cohort, InputError, labelled_points, make_spli
                   stay_event_index, stays_of, stays_with, write_atomically)
 from history_statistics import real_sets
 from metrics import CHECKPOINT, mean_of_logits
-from plots import (LABEL_NAMES, picture_folder, plot_calibration, plot_curves, plot_decision, plot_features,
-                   plot_forecast, plot_ranking, plot_trajectory, save_figure)
+from plots import (LABEL_NAMES, OUTCOME_PICTURES, picture_folder, plot_curves, plot_features, plot_forecast,
+                   plot_trajectory, save_figure)
 from predictor import (FORECAST, QUERY, Predictor, answer_queries, answered_points, answered_queries,
-                       answers_at, encode_points, features_and_history, find_stay, first_known, forecast_at, forecasts_of,
-                       in_columns, influence, risk_over_time)
+                       answers_at, encode_points, features_and_history, find_stay, first_known, forecast_at,
+                       forecasts_of, in_columns, influence, risk_over_time)
 from readouts import FREEDOM
 from runs import evaluation_loader
 from settings import data_options
@@ -86,7 +86,7 @@ def performance(arguments, baselines) -> None:
     if arguments.json:
         write_atomically(arguments.json, lambda out: out.write_text(json.dumps(figures, indent=1)))
     if folder:
-        draw(folder, figures, predictor, dataset, traced, asked, cohort.label[scored], methods)
+        draw(folder, figures, predictor, dataset, traced, asked, scored, methods)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -103,6 +103,12 @@ def open_together(arguments) -> list[tuple]:
                              "others out")
     opened = [Predictor.with_data(path, data_options(arguments), arguments.device, arguments.set_heads,
                                   arguments.transformer_heads) for path in paths]
+    others = [path for path, (predictor, _) in zip(paths, opened) if predictor.model.task.kind != "binary"]
+    of_binary = {"--baselines": arguments.baselines, "several checkpoints": len(paths) > 1,
+                 "--sensitivity": arguments.sensitivity != type(arguments).sensitivity}
+    for name, asked in of_binary.items():
+        if others and asked:
+            raise InputError(f"{others[0]}: {name} is for binary outcomes, and its outcome is none; leave it out")
     read = [(data.cohort.fingerprint, label_digest(data.cohort)) for _, data in opened]
     for path, its in zip(paths, read):
         if its != read[0]:
@@ -553,21 +559,21 @@ def forecast_figures(predictor, dataset, stays) -> dict:
 MOST_SHOWN = 5000  # points in the picture of the features
 
 
-def draw(folder: Path, figures: dict, predictor, dataset, traced, points, label, methods: dict) -> None:
-    """Writes the pictures. points: those with an answer; label: that of the scored ones, [n] as each of
-    `methods`."""
+def draw(folder: Path, figures: dict, predictor, dataset, traced, points, scored, methods: dict) -> None:
+    """Writes the pictures. points: those with an answer; scored: the scored ones, [n] as the answers of each
+    of `methods` [n, k]."""
     checkpoint = predictor.checkpoint
     curves = plot_curves(checkpoint.path, checkpoint.source.get("pretrained_ckpt"))
     pictures = {"curves": curves} if curves else {}
     if figures["scored"]:
-        pictures |= {"ranking": plot_ranking(label, methods, figures["methods"]),
-                     "calibration": plot_calibration(figures), "decision": plot_decision(label, methods)}
+        task = predictor.model.task
+        pictures |= OUTCOME_PICTURES[task.kind](task, dataset.cohort.answers[scored], methods, figures)
     shown = np.sort(np.random.default_rng(0).permutation(points)[:MOST_SHOWN])
     if len(shown) > 2:
         features = encode_points(predictor.model, dataset, shown, predictor.device).cpu()
         pictures["features"] = plot_features(features, dataset.cohort.label[shown])
     if traced is not None:
-        threshold = checkpoint.metrics["threshold"]
+        threshold = checkpoint.metrics.get("threshold")
         pictures["trajectory"] = plot_trajectory(figures["trajectory"], dataset, traced, threshold)
     for name, figure in pictures.items():
         save_figure(figure, folder / f"{name}.png")

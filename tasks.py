@@ -15,8 +15,8 @@ from sklearn.model_selection import train_test_split
 
 from data import Cohort, InputError, labelled_points, stays_of, subjects_with_label
 from batches import Normalizer
-from metrics import (CHECKPOINT, FEW, Points, best_shares, best_utility_threshold, brier_scores,
-                     censoring_curve, censoring_weights, class_measure, concordance_measure,
+from metrics import (CHECKPOINT, FEW, Points, best_shares, best_utility_threshold, binary_tables,
+                     brier_scores, censoring_curve, censoring_weights, class_measure, concordance_measure,
                      hours_since_onset, incidence_curve, integrated, measured, number_measure,
                      of_challenge_2019, ranking_measure, score_figures, sepsis_figures, weighted_mean)
 
@@ -41,6 +41,7 @@ class Task:
     untrained: ClassVar[dict]
     losses: ClassVar[tuple] = ("cross_entropy",)  # settings `loss` that this kind can learn by
     width: ClassVar[int] = 1             # A, columns of the answers
+    followed: ClassVar[int] = 0          # of `columns`, the one that stands for the whole answer: the risk
 
     @staticmethod
     def of(cohort: Cohort) -> "Task":
@@ -382,6 +383,9 @@ class Binary(Task):
             figures["sepsis"] = {name: sepsis_figures(scored, probability, thresholds[name])
                                  for name, probability in methods.items()}
         return figures
+
+    def tables(self, figures):
+        return binary_tables(figures)
 
 
 class Several(Task):

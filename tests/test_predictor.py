@@ -21,7 +21,7 @@ from batches import Normalizer, StayDataset
 from data import InputError, with_points
 from checkpoint import Checkpoint
 from model import SeqSetVAE
-from predictor import (CPU, Predictor, encode_points, followed_event, influence, probability_at, risk_over_time,
+from predictor import (CPU, Predictor, answers_at, encode_points, followed_event, influence, risk_over_time,
                        risk_without)
 from readers import synthetic_cohort, write_long_table
 from test_suite import main
@@ -184,7 +184,7 @@ def test_the_risk_over_time_equals_scoring_the_truncated_stay(config):
     trajectory = risk_over_time(model, StayDataset(cohort, PLAIN, points=True), 1)
     truncated = StayDataset(cohort_of([stay[:end] for end in range(1, 38)]), PLAIN, points=True)
     # float32, in other batches
-    np.testing.assert_allclose(trajectory["risk"], probability_at(model, truncated, np.arange(37), CPU), atol=1e-5)
+    np.testing.assert_allclose(trajectory["risk"], answers_at(model, truncated, np.arange(37), CPU)[:, 0], atol=1e-5)
     assert trajectory["minute"] == [minute for minute, _ in stay]
     assert trajectory["events"] == [len(events) for _, events in stay]
 
@@ -218,7 +218,7 @@ def test_a_variable_moves_the_risk_by_what_the_risk_is_without_it():
         rest = [(m, kept) for m, events in stay if (kept := [e for e in events if e[0] != v])]
         other = cohort_of([rest, [(5, [(u, 0.) for u in range(7)])]])
         other = with_points(other, np.array([1, 0]), np.array([last]))
-        expected = probability_at(model, StayDataset(other, PLAIN, points=True), np.arange(1), CPU)[0]
+        expected = answers_at(model, StayDataset(other, PLAIN, points=True), np.arange(1), CPU)[0, 0]
         assert without[name] == pytest.approx(expected, abs=1e-5)
     told = risk_over_time(model, dataset, 0)
     assert told["highest"] == told["minute"][np.argmax(told["risk"])]

@@ -21,7 +21,7 @@ from data import InputError, with_points
 from metrics import CHECKPOINT, Points, logit, score_figures
 from predictor import Predictor, risk_over_time
 from readers import synthetic_cohort, write_long_table
-from report import print_figures, subgroups, write_meds_predictions
+from report import show, subgroups, write_meds_predictions
 from tasks import Binary
 from test_suite import main
 from tests.test_readers import meds
@@ -33,6 +33,11 @@ def points_of_stays(stays, label) -> Points:
     return Points(stays, stays, np.zeros(len(stays)), label)
 
 
+def print_tables(figures: dict) -> None:
+    for title, table in Binary().tables(figures | {"threshold_is": "best F1"}).items():
+        show(title, table)
+
+
 def test_fewer_than_ten_positives_or_negatives_have_no_interval(capsys):
     rng = np.random.default_rng(0)
     few = "stays with a positive label: 9, with a negative one: 31; below 10 of each no interval is given"
@@ -42,7 +47,7 @@ def test_fewer_than_ten_positives_or_negatives_have_no_interval(capsys):
         figures = score_figures(points_of_stays(np.arange(40), label), methods, .5)
         intervals = [measure["interval"] for measures in figures["methods"].values() for measure in measures.values()]
         assert figures["few"].startswith(said) and all((i is None) == bool(said) for i in intervals)
-        print_figures(figures | {"scored": "these", "model": model_figures_of()}, "best F1")
+        print_tables(figures | {"scored": "these", "model": model_figures_of()})
         out = capsys.readouterr().out
         assert ("\n95% intervals by bootstrap over 40 stays\n" in out) == (" [0." in out) == (not said)
     # many points of few stays are no more evidence
@@ -64,7 +69,7 @@ def test_a_planted_miscalibration_shows_in_its_group_and_nowhere_else(capsys):
         assert group["stays"] == groups["unit and sex"][name].sum()
         assert group["sensitivity"]["interval"][0] < group["sensitivity"]["value"] < group["sensitivity"]["interval"][1]
     assert figures["methods"][CHECKPOINT]["sensitivity"]["value"] == pytest.approx(.8, abs=.001)
-    print_figures(figures | {"scored": "these"}, "best F1")
+    print_tables(figures | {"scored": "these"})
     rows = capsys.readouterr().out.split("\nSubgroups")[1].splitlines()
     assert rows[1].split() == ["stays", "positive", "AUROC", "AUPRC", "slope", "intercept", "sensitivity"]
     named = ["all", *(f"unit and sex {group}" for group in ("00", "01", "10", "11"))]
@@ -212,7 +217,7 @@ def test_a_stay_without_a_known_variable_has_no_probability_and_no_part_in_the_s
     assert table.isna().sum() == 1 and np.isnan(table["X"]) and 0 < table["Y"] < 1
     assert "not scored: 1 labelled points, as nothing that the checkpoint knows lies before them (stay X at" in out
     assert "Scored: 24 stays, 5 positive" in out
-    assert "predictions: 1 without a probability, as nothing that the checkpoint knows lies before them (stay X" in out
+    assert "predictions: 1 without an answer, as nothing that the checkpoint knows lies before them (stay X" in out
     one_error_line(capsys, main([*options, "--trajectory", "X"]), "the checkpoint knows none of its variables")
 
 
