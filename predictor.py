@@ -93,7 +93,9 @@ class Predictor:
         if then not in (None, now):
             print(f"checkpoint: its training questions lie at {then}; asked now: {now}")
         predictor = cls(checkpoint, device)
-        return predictor, checkpoint.dataset(predictor.model.task.recode(cohort))
+        if checkpoint.mode == "finetune":
+            cohort = predictor.model.task.recode(cohort)
+        return predictor, checkpoint.dataset(cohort)
 
     # ---- whole stays ---------------------------------------------------------------------------------------
 
@@ -699,7 +701,8 @@ def say(line: str) -> None:
 def follow(arguments) -> None:
     """Lines stay_id,minute,variable,value of standard input (no value: it happened), perhaps under a header
     -> after each set a printed line stay_id,minute and the answer's columns (empty: so far the checkpoint
-    knows none of the stay's variables). A set ends with a later minute of its stay, an empty line or the input. What cannot be
+    knows none of the stay's variables). A set ends with a later minute of its stay, an empty line or the
+    input. What cannot be
     used is counted on standard error."""
     (path,) = arguments.checkpoint
     checkpoint = Checkpoint.open(path)

@@ -103,12 +103,14 @@ def open_together(arguments) -> list[tuple]:
                              "others out")
     opened = [Predictor.with_data(path, data_options(arguments), arguments.device, arguments.set_heads,
                                   arguments.transformer_heads) for path in paths]
-    others = [path for path, (predictor, _) in zip(paths, opened) if predictor.model.task.kind != "binary"]
+    others = [path for path, (predictor, _) in zip(paths, opened)
+              if (predictor.checkpoint.task or {"kind": "binary"})["kind"] != "binary"]
     of_binary = {"--baselines": arguments.baselines, "several checkpoints": len(paths) > 1,
                  "--sensitivity": arguments.sensitivity != type(arguments).sensitivity}
     for name, asked in of_binary.items():
         if others and asked:
-            raise InputError(f"{others[0]}: {name} is for binary outcomes, and its outcome is none; leave it out")
+            raise InputError(f"{others[0]}: {name} is for binary outcomes, and its outcome is none; leave it "
+                             "out")
     read = [(data.cohort.fingerprint, label_digest(data.cohort)) for _, data in opened]
     for path, its in zip(paths, read):
         if its != read[0]:
@@ -567,9 +569,10 @@ def draw(folder: Path, figures: dict, predictor, dataset, traced, points, scored
     pictures = {"curves": curves} if curves else {}
     if figures["scored"]:
         task = predictor.model.task
-        pictures |= OUTCOME_PICTURES[task.kind](task, dataset.cohort.answers[scored], methods, figures)
+        draw_outcome = OUTCOME_PICTURES.get(task.kind, lambda *_: {})  # an event has none yet
+        pictures |= draw_outcome(task, dataset.cohort.answers[scored], methods, figures)
     shown = np.sort(np.random.default_rng(0).permutation(points)[:MOST_SHOWN])
-    if len(shown) > 2:
+    if len(shown) > 2 and predictor.model.task.kind == "binary":
         features = encode_points(predictor.model, dataset, shown, predictor.device).cpu()
         pictures["features"] = plot_features(features, dataset.cohort.label[shown])
     if traced is not None:

@@ -17,8 +17,8 @@ from data import Cohort, InputError, labelled_points, stays_of, subjects_with_la
 from batches import Normalizer
 from metrics import (CHECKPOINT, FEW, Points, best_shares, best_utility_threshold, binary_tables,
                      brier_scores, censoring_curve, censoring_weights, class_measure, concordance_measure,
-                     hours_since_onset, incidence_curve, integrated, measured, number_measure,
-                     of_challenge_2019, ranking_measure, score_figures, sepsis_figures, weighted_mean)
+                     hours_since_onset, incidence_curve, integrated, measure_table, measured,
+                     number_measure, of_challenge_2019, ranking_measure, score_figures, sepsis_figures, weighted_mean)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -281,7 +281,14 @@ class Task:
     def tables(self, figures: dict) -> dict[str, pd.DataFrame]:
         """`figures` as tables of texts by their titles. They also hold who was `scored`, where the threshold
         comes from (`threshold_is`) and perhaps the figures of the `model`."""
-        raise NotImplementedError
+        unit, methods = figures["resampled"], figures["methods"]
+        intervals = figures["few"] or f"95% intervals by bootstrap over {figures[unit]:,} {unit}"
+        titles = {name: TITLES.get(name, name) for name in methods[CHECKPOINT]}
+        scored = f"Scored: {figures['points']:,} points in {figures['stays']:,} stays: {figures['scored']}"
+        tables = {f"{scored}\n{intervals}": measure_table(methods, titles).T}
+        for variable, groups in figures["subgroups"].items():
+            tables[f"By {variable}"] = measure_table(groups, titles, digits=2)
+        return tables
 
 
 # What the figures of other kinds than binary are called.
