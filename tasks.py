@@ -18,7 +18,8 @@ from batches import Normalizer
 from metrics import (CHECKPOINT, FEW, Points, best_shares, best_utility_threshold, binary_tables,
                      brier_scores, censoring_curve, censoring_weights, class_measure, concordance_measure,
                      hours_since_onset, incidence_curve, integrated, measure_table, measured,
-                     number_measure, of_challenge_2019, ranking_measure, score_figures, sepsis_figures, weighted_mean)
+                     number_measure, of_challenge_2019, ranking_measure, score_figures, sepsis_figures,
+                     weighted_mean)
 
 
 # ------------------------------------------------------------------------------------------------------------
