@@ -123,7 +123,7 @@ def test_finetuning_interrupted_and_resumed_ends_with_equal_bits(tmp_path, monke
     assert train.main([*command, "--run_dir", str(tmp_path / "whole")]) == 0
     with monkeypatch.context() as patch:  # a signal while the first epoch is evaluated
         judge = Binary.validation
-        patch.setattr(Task, "validation", lambda *a: os.kill(os.getpid(), signal.SIGTERM) or judge(*a))
+        patch.setattr(Binary, "validation", lambda *a: os.kill(os.getpid(), signal.SIGTERM) or judge(*a))
         assert train.main([*command, "--run_dir", str(tmp_path / "cut")]) == 130
     assert train.main([*command, "--resume", str(tmp_path / "cut")]) == 0
     same_run(tmp_path / "whole", tmp_path / "cut")
