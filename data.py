@@ -94,9 +94,9 @@ class Cohort:
     split: np.ndarray           # [P] int8, index into SPLITS, -1: unassigned
     point_start: np.ndarray     # [P+1] int64, in points
     point_minute: np.ndarray    # [Q] float64, rising within a stay
-    # [Q, A] float32, NaN: none. binary: 0 or 1; several: 0 or 1 of each; classes: the index in `names`; number:
-    # the number; event: hours from the question to the event or censoring, and the cause: 0 (censored), or 1 +
-    # the index in `names`.
+    # [Q, A] float32, NaN: none. binary: 0 or 1; several: 0 or 1 of each; classes: the index in `names`;
+    # number: the number; event: hours from the question to the event or censoring, and the cause: 0
+    # (censored), or 1 + the index in `names`.
     answers: np.ndarray
     statistics: np.ndarray      # [V, 2] float32, mean and standard deviation given with the data, NaN: none
     vectors: np.ndarray         # [V, D] float32, vectors given with the data, NaN: none (D may be 0)
@@ -104,7 +104,7 @@ class Cohort:
     examples: dict = field(default_factory=dict)  # reason -> the place of the first
     fingerprint: str = ""       # digest of the stays, not of their labels: a split outlives new labels
     kind: str = "binary"        # of the labels that were read, one of `KINDS`; no cache holds it
-    names: tuple[str, ...] = ("label",)  # outcomes (several), classes or causes (event), in the answers' order
+    names: tuple[str, ...] = ("label",)  # of outcomes (several), classes or causes (event)
 
     STAYS = ("event_variable", "event_value", "event_offset", "set_start", "set_minute", "stay_start",
              "stay_id", "subject", "origin", "split")
@@ -120,13 +120,17 @@ class Cohort:
 
     @property
     def label(self) -> np.ndarray:
-        """[Q] int8, the first answer as a class; -1 where there is none."""
-        return np.nan_to_num(self.answers[:, 0], nan=-1).astype(np.int8)
+        """[Q] int16, the class by which splits are stratified, -1 where there is no answer: the first outcome
+        or the class; of a number its quarter (0 to 3); of an event whether there is one."""
+        answer = self.answers[:, int(self.kind == "event")]
+        if self.kind == "number":
+            answer = np.searchsorted(np.nanquantile(answer, (.25, .5, .75)), answer) + 0 * answer
+        return np.nan_to_num(answer, nan=-1).astype(np.int16)
 
     @property
     def stay_label(self) -> np.ndarray:
-        """[P] the largest label of the stay's points, -1 where none has one. Splits are stratified by it."""
-        label = np.full(len(self), -1, dtype=np.int8)
+        """[P] the largest label of the stay's points, -1 where none has one."""
+        label = np.full(len(self), -1, dtype=np.int16)
         np.maximum.at(label, self.point_stay, self.label)
         return label
 
@@ -175,7 +179,7 @@ class Cohort:
         """The lines a command prints about what it read."""
         lines = [f"data: {self.reader}: {len(self):,} stays, {len(self.set_minute):,} sets, "
                  f"{len(self.event_value):,} events, {len(self.variables)} variables, "
-                 f"{self.labelled.sum():,} labelled ({(self.label == 1).sum():,} positive)"]
+                 f"{self.labelled.sum():,} labelled ({self.describe_answers()})"]
         first, last = self.set_minute[self.first_set], self.set_minute[self.stay_start[1:] - 1]
         hours, sets = np.median(last - first) / 60, np.median(np.diff(self.stay_start))
         lines.append(f"data: minutes {first.min():,.0f} to {last.max():,.0f}; a median stay lasts "
@@ -185,6 +189,21 @@ class Cohort:
             asked = (np.diff(self.point_start) > 0).sum()
             lines.append(f"data: {len(self.answers):,} prediction points in {asked:,} stays")
         return "\n".join(lines + [f"data: {line}" for line in met(self.notes, self.examples)])
+
+    def describe_answers(self) -> str:
+        """How many points have which answer."""
+        answer = self.answers[:, -1]
+        if self.kind == "binary":
+            return f"{(answer == 1).sum():,} positive"
+        if self.kind == "number":
+            return f"median {pd.Series(answer).median():.4g}"
+        if self.kind == "several":
+            counts = zip(self.names, (self.answers == 1).sum(0), (self.answers >= 0).sum(0))
+            return ", ".join(f"{name} {positive:,} of {known:,}" for name, positive, known in counts)
+        if self.kind == "classes":
+            return "classes " + ", ".join(f"{name} {(answer == i).sum():,}" for i, name in enumerate(self.names))
+        names = [*enumerate(self.names, 1), (0, "censored")]
+        return ", ".join(f"{(answer == i).sum():,} {name}" for i, name in names)
 
     def noting(self, notes: dict, examples: dict = {}) -> "Cohort":
         """The cohort with more notes, and examples of them."""
@@ -349,9 +368,9 @@ def at_end(cohort: Cohort, answers=None) -> Cohort:
 
 
 def answers_moved(cohort: Cohort, points: np.ndarray, minute: np.ndarray) -> np.ndarray:
-    """The answers [n, A] of these points [n], asked at other minutes [n] of their stays. The hours to an event
-    or to its censoring grow by as much as the question comes earlier; a question that comes no sooner than
-    the event has no answer left. Answers of other kinds stay."""
+    """The answers [n, A] of these points [n], asked at other minutes [n] of their stays. The hours to an
+    event or to its censoring grow by as much as the question comes earlier; a question that comes no sooner
+    than the event has no answer left. Answers of other kinds stay."""
     answers = np.array(cohort.answers[points])
     if cohort.kind == "event":
         later = (minute - cohort.point_minute[points]) / 60
@@ -494,19 +513,20 @@ def make_splits(cohort: Cohort, seed: int) -> dict[str, list[str]]:
 def subjects_with_label(cohort: Cohort, stays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The subject [n] of each of these stays, numbered as they come, and each subject's largest label."""
     subject, names = pd.factorize(cohort.subject[stays])
-    label = np.full(len(names), -1, dtype=np.int8)
+    label = np.full(len(names), -1, dtype=np.int16)
     np.maximum.at(label, subject, cohort.stay_label[stays])
     return subject, label
 
 
 def draw(label: np.ndarray, others: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Positions in `label` of four fifths and of the fifth drawn, stratified. Where that cannot be done, or
-    leaves the fifth without a positive though there are more than the `others` parts need, every fifth is
-    drawn from a seeded order that begins with the positives."""
+    leaves the fifth without one of the labels above 0 though more have it than the `others` parts need, every
+    fifth is drawn from a seeded order that begins with the largest labels."""
     everyone = np.arange(len(label))
     try:
         rest, fifth = train_test_split(everyone, test_size=.2, stratify=label, random_state=seed)
-        if (label[fifth] == 1).any() or (label == 1).sum() <= others:
+        number = np.bincount(label[label > 0])
+        if np.isin(np.flatnonzero(number > others), label[fifth]).all():
             return rest, fifth
     except ValueError:  # a label too rare to be stratified
         pass

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from data import (MINUTE, Cohort, InputError, at_end, ranges, search_after, with_points)
+from data import (KINDS, MINUTE, Cohort, InputError, at_end, ranges, search_after, with_points)
 from tables import (HOURS, ID, MISSING, OWNER, TIME, Report, Table, column_names, of_each, plain_name,
                     read_table, some)
 
@@ -130,6 +130,8 @@ def read_vectors(path: Path) -> pd.DataFrame:
 
 _IDS = ("stay_id", "ts_id", "RecordID", "subject_id")
 _LABELS = ("label", "boolean_value", "in_hospital_mortality", "In-hospital_death")
+_UNTIL = ("hours", "days")  # from the question to an event
+MOST_CLASSES = 256
 _TIMES = {"minute": TIME, "hour": HOURS, "prediction_time": np.datetime64}
 _LIKE_A_TIME = re.compile(
     r"(^|[^a-z])(date|day|hour|minute|offset)s?($|[^a-z])|^time|(time|date|offset)$|stamp")
@@ -145,11 +147,11 @@ def _split_codes(table: Table) -> np.ndarray:
     return codes
 
 
-def _one_of(path: Path, names, wanted) -> str:
+def _one_of(path: Path, names, wanted, mend: str = "rename or add it") -> str:
     found = [name for name in wanted if name.lower() in names]
     if not found:
         raise InputError(f"{path}: no column {' or '.join(wanted)} (it has {', '.join([*names][:8])}); "
-                         "rename or add it")
+                         f"{mend}")
     return found[0]
 
 
@@ -180,13 +182,13 @@ def read_splits(files: list[Path], own: dict = {}) -> pd.Series:
     return told
 
 
-def _labels(table: Table, name: str, positive: str | None) -> np.ndarray:
+def _labels(table: Table, name: str, positive: str | None, mend: str = "") -> np.ndarray:
     """[rows] float labels, NaN where the cell is empty. positive: the word that is label 1; else they are 0
-    and 1, or true and false."""
+    and 1, or true and false. mend: of other labels, beside mending the line."""
     known = {"0": 0, "false": 0, "1": 1, "true": 1}
     nothing = set(map(str.lower, MISSING))
+    given = [word for word in map(str.lower, table[name].categories) if word not in nothing]
     if positive is not None:
-        given = [word for word in map(str.lower, table[name].categories) if word not in nothing]
         positive = plain_name(positive, missing=[]).lower()
         if positive not in given and set(given) <= known.keys():
             table.note(f"labels that are 0 and 1, where the word {positive} is not looked for",
@@ -198,73 +200,187 @@ def _labels(table: Table, name: str, positive: str | None) -> np.ndarray:
             known = {word: word == positive for word in given}
     known |= dict.fromkeys(nothing, np.nan)
     label = of_each(table[name], lambda word: known.get(word.lower(), -1), np.nan)
-    table.refuse(name, label == -1,
-                 ", not 0 or 1; mend the line, or say which word is positive with --positive WORD")
+    if not mend:
+        numbers = pd.to_numeric(pd.Series(given, dtype=object), errors="coerce").notna().all()
+        mend = f"{'--kind number, ' if numbers else ''}--kind classes or (one of two words) --positive WORD"
+    table.refuse(name, label == -1, f", not 0 or 1; mend the line, or say how it is read: {mend}")
     return label
 
 
-def with_labels(cohort: Cohort, files: list[Path], positive: str | None = None, own: dict = {},
-                 points: bool = True, kind: str | None = None, outcomes: list[str] | None = None) -> Cohort:
-    """The cohort with what its labels' files tell: an id, a label of 0 or 1 (or empty), and perhaps split,
-    subject_id and a time: `minute` or `hour` of the stay or `prediction_time`. With times a row is a
-    prediction point, without one a stay has one at its end.
+def _classes(table: Table, name: str) -> tuple[np.ndarray, tuple[str, ...]]:
+    """[rows, 1] the class of each row, NaN where the cell is empty; and the classes: whole numbers by size,
+    then words."""
+    number = re.compile(r"-?\d+")
+    words = sorted((word for word in table[name].categories if word not in MISSING),
+                   key=lambda word: (0, int(word), word) if number.fullmatch(word) else (1, 0, word))
+    if len(words) > MOST_CLASSES:
+        raise InputError(f"{table.paths[0]}: {name} holds {len(words):,} classes; give at most {MOST_CLASSES}"
+                         ", or --kind number")
+    place = {word: i for i, word in enumerate(words)}
+    return of_each(table[name], lambda word: place.get(word, np.nan), np.nan)[:, None], tuple(words)
 
-    positive: the word that is label 1, the other one is 0. own: see `read_columns`. points: False takes split
-    and subject alone. Raises InputError for another label, and for two labels of one point.
+
+def _number(table: Table, columns: list[str]) -> np.ndarray:
+    """[rows, 1] the number of each row, in the first of these columns that holds one; NaN where none does."""
+    value = np.full(table.rows.sum(), np.nan)
+    for name in columns:
+        table.refuse(name, np.isinf(table[name]), ", not finite; mend the line")
+        value = np.where(np.isnan(value), table[name], value)
+    return value[:, None]
+
+
+def _events(table: Table, time: str) -> tuple[np.ndarray, tuple[str, ...]]:
+    """[rows, 2] hours to the event or to the censoring of each row, and its cause (0: censored, else 1 + its
+    place among the causes), both NaN where the row tells neither; and the causes, sorted."""
+    censored, given = (*MISSING, "0", "false"), table["event"].codes >= 0
+    causes = sorted(word for word in table["event"].categories if word.lower() not in censored)
+    place = {word: i for i, word in enumerate(causes, 1)}
+    cause, until = of_each(table["event"], lambda word: place.get(word, 0), 0), table[time]
+    table.refuse(time, np.isnan(until) & given, ", where its event is told; give the time from the question")
+    table.refuse(time, (until < 0) | np.isinf(until), "; give a time from the question on, 0 or later")
+    hours = until * (24 if time == "days" else 1)
+    return np.stack([hours, np.where(np.isnan(hours), np.nan, cause)], axis=1), tuple(causes)
+
+
+def _value_columns(path: Path, names, kind: str, outcomes) -> dict:
+    """{column: type} of the columns that hold the answers of this kind. Raises InputError where one is
+    missing."""
+    if kind == "binary":
+        return {_one_of(path, names, _LABELS, "rename or add it, or "
+                         "name others with --kind or --outcomes"): str}
+    if kind == "several":
+        return {_one_of(path, names, [name]): str for name in outcomes}
+    if kind == "classes":
+        return {_one_of(path, names, ("label", "categorical_value")): str}
+    if kind == "number":
+        first = _one_of(path, names, ("label", "float_value", "integer_value"))
+        return {first: float} | ({"integer_value": float} if {first, "integer_value"} <= names.keys()
+                                 and first != "label" else {})
+    times = [_one_of(path, names, _UNTIL), *(name for name in _UNTIL if name in names)]
+    if len(times) > 2:
+        raise InputError(f"{path}: holds both hours and days to an event; keep one of them")
+    return {_one_of(path, names, ("event",)): str, times[0]: float}
+
+
+def kind_of(names, kind: str | None, outcomes: list | None, positive: str | None) -> str:
+    """The kind of labels in a table with these columns. kind: None: implied by `outcomes`, or by columns
+    event and hours or days, else binary. Raises InputError for options that contradict each other."""
+    found = kind or ("several" if outcomes else
+                     "event" if "event" in names and set(_UNTIL) & set(names) else "binary")
+    if outcomes and (found != "several" or len(set(outcomes)) < len(outcomes)):
+        raise InputError(f"--outcomes {' '.join(outcomes)}: names several outcomes, each once; leave it out "
+                         f"with --kind {found}, or name each column once")
+    if found == "several" and not outcomes:
+        raise InputError("--kind several: which columns? name them with --outcomes")
+    if positive is not None and found != "binary":
+        raise InputError(f"--positive {positive}: is of labels that are one of two words, and these are of "
+                         f"the kind {found}; leave it out")
+    return found
+
+
+def _answers(table: Table, kind: str, columns: list[str], positive: str | None
+             ) -> tuple[np.ndarray, tuple[str, ...]]:
+    """The answers [rows, A] in these columns, and what they are called, see `Cohort.names`."""
+    if kind == "classes":
+        return _classes(table, *columns)
+    if kind == "event":
+        return _events(table, *columns)
+    if kind == "number":
+        return _number(table, columns), ("label",)
+    mend = "leave the column out of --outcomes" if kind == "several" else ""
+    answers = np.stack([_labels(table, name, positive, mend) for name in columns], axis=1)
+    return answers, tuple(columns) if kind == "several" else ("label",)
+
+
+def with_labels(cohort: Cohort, files: list[Path] | dict[str, list[Path]], positive: str | None = None,
+                own: dict = {}, kind: str | None = None, outcomes: list[str] | None = None,
+                kinds: tuple = KINDS) -> Cohort:
+    """The cohort with what its labels' files tell: an id, answers (README.md lists the columns of each kind;
+    an empty cell is none), and perhaps split, subject_id and a time: `minute` or `hour` of the stay or
+    `prediction_time`. With times a row is a prediction point, without one a stay has one at its end.
+
+    files: of one table, or by outcome those of one table each, of labels 0 or 1, whose rows of equal stay and
+    time are joined. positive: the word that is label 1, the other one is 0. own: see `read_columns`. kind,
+    outcomes: see `kind_of`. kinds: of which the answers are read; of others split and subject alone. Raises
+    InputError for an answer that is none of its kind, and for two of one point.
     """
-    names = column_names(files[0], own)
-    id_column, label_column = (_one_of(files[0], names, wanted) for wanted in (_IDS, _LABELS))
-    timed = next((name for name in _TIMES if name in names), None)
-    times = [name for name, clock in names.items() if clock or _LIKE_A_TIME.search(name)]
-    if not timed and times:
-        unit = "prediction_time" if names[times[0]] else "hour"
-        raise InputError(f"{files[0]}: its column {times[0]} looks like a time, of no known unit; call it "
-                         f"minute, hour or prediction_time, here or by --columns {unit}={times[0]} "
-                         f"(other={times[0]}: not read)")
-    columns = {id_column: ID, label_column: str} | ({timed: _TIMES[timed]} if timed else {})
-    optional = {name: kind for name, kind in (("split", str), ("subject_id", OWNER)) if name not in columns}
-    table = read_table(files, columns, optional, report=Report(own))
-    ids, label = of_each(table[id_column], str, None), _labels(table, label_column, positive)
-    subject = split = None
-    if (owner := table.columns.get("subject_id")) is not None:
-        subject = _told(table, ids, "subject_id", of_each(owner, str, None))
-    if "split" in table.columns:
-        split = _told(table, ids, "split", _split_codes(table))
-    if timed:
-        table.refuse(timed, ~np.isfinite(table[timed]), "; give the time of the question")
-    table.report.settle()
-    if subject is not None:
+    report, joined, said = Report(own), None, {}
+    tasks = files if isinstance(files, dict) else {"": files}
+    for task, files in enumerate(tasks.values()):
+        names = column_names(files[0], own)
+        found = kind_of(names, kind, [*tasks] if len(tasks) > 1 else outcomes, positive)
+        read = found in kinds
+        table_kind = "binary" if len(tasks) > 1 else found
+        id_column = _one_of(files[0], names, _IDS)
+        values = _value_columns(files[0], names, table_kind, outcomes) if read else {}
+        timed = next((name for name in _TIMES if name in names), None) if read else None
+        times = [name for name, clock in names.items()
+                 if (clock or _LIKE_A_TIME.search(name)) and name not in map(str.lower, values)]
+        if read and not timed and times:
+            unit = "prediction_time" if names[times[0]] else "hour"
+            raise InputError(f"{files[0]}: its column {times[0]} looks like a time, of no known unit; call "
+                             f"it minute, hour or prediction_time, here or by --columns {unit}={times[0]} "
+                             f"(other={times[0]}: not read)")
+        columns = {id_column: ID, **values} | ({timed: _TIMES[timed]} if timed else {})
+        optional = {name: type_ for name, type_ in (("split", str), ("subject_id", OWNER))
+                    if name not in columns}
+        table = read_table(files, columns, optional, report=report)
+        ids = of_each(table[id_column], str, None)
+        if read:
+            answers, told = _answers(table, table_kind, [*values], positive)
+        for column, owner in table.columns.items():
+            if column in optional:
+                value = _split_codes(table) if column == "split" else of_each(owner, str, None)
+                value = _told(table, ids, column, value)
+                said[column] = value if column not in said else said[column].combine_first(value)
+        if timed:
+            table.refuse(timed, ~np.isfinite(table[timed]), "; give the time of the question")
+        report.settle()
+        if not read:
+            continue
+
+        rows = pd.DataFrame({"id": ids, "at": table[timed] if timed else 0})
+        rows[[*range(task, task + answers.shape[1])]] = answers
+        again = rows.duplicated().to_numpy()
+        other = rows.duplicated(["id", "at"]).to_numpy() & ~again
+        table.refuse(id_column, other, f", labelled twice and not alike ({some(np.unique(ids[other]))}); keep "
+                                       "one line of each")
+        report.settle()
+        table.note("labels given more than once", again)
+        strange = ~rows["id"].isin(cohort.stay_id).to_numpy()
+        table.note("outcomes of no stay with a usable event", strange & ~again)
+        rows = rows[~strange & ~again]
+        if joined is None:
+            joined, first_timed = rows, timed
+        elif timed != first_timed:
+            raise InputError(f"{files[0]}: {timed or 'no time'} where the first task has "
+                             f"{first_timed or 'none'}; ask tasks with and without times apart")
+        else:
+            joined = joined.merge(rows, how="outer", on=["id", "at"])
+
+    if (subject := said.get("subject_id")) is not None:
         subject = subject.reindex(cohort.stay_id)
         cohort = replace(cohort, subject=np.where(subject.isna(), cohort.subject, subject).astype(str))
-    if split is not None:
-        cohort = with_splits(cohort, split)
-    if not points:
+    if "split" in said:
+        cohort = with_splits(cohort, said["split"])
+    if joined is None:
         return cohort
-
-    # [rows] the stay of each, -1: none of the cohort.
-    rows = pd.DataFrame({"stay": pd.Index(cohort.stay_id).get_indexer(ids), "id": ids, "label": label,
-                         "at": table[timed] if timed else 0})
-    again = rows.duplicated().to_numpy()
-    other = rows.duplicated(["id", "at"]).to_numpy() & ~again
-    table.refuse(id_column, other, f", labelled twice and not alike ({some(rows['id'][other].unique())}); "
-                                   "keep one line of each")
-    table.report.settle()
-    table.note("labels given more than once", again)
-    strange = rows["stay"].to_numpy() < 0
-    table.note("outcomes of no stay with a usable event", strange & ~again)
-    rows = rows[~strange & ~again].sort_values(["stay", "at"])
-    stay, label, at = (rows[name].to_numpy() for name in ("stay", "label", "at"))                  # [Q]
+    cohort = replace(cohort, kind=found, names=tuple(tasks) if len(tasks) > 1 else told)
+    joined["stay"] = pd.Index(cohort.stay_id).get_indexer(joined["id"])
+    joined = joined.sort_values(["stay", "at"])
+    stay, at = joined["stay"].to_numpy(), joined["at"].to_numpy()                                  # [Q]
+    answers = joined.drop(columns=["id", "at", "stay"]).to_numpy(float)                            # [Q, A]
     count = np.bincount(stay, minlength=len(cohort))
     if not timed:
-        answers = np.full(len(cohort), np.nan)
-        answers[stay] = label
-        table.report.counts["stays without an outcome (unlabelled)"] = int(np.isnan(answers).sum())
-        return at_end(cohort.noting(table.report.counts, table.report.examples), answers)
-    table.report.counts["stays without a question"] = int((count == 0).sum())
+        at_ends = np.full((len(cohort), answers.shape[1]), np.nan)
+        at_ends[stay] = answers
+        report.counts["stays without an outcome (unlabelled)"] = int(np.isnan(at_ends).all(1).sum())
+        return at_end(cohort.noting(report.counts, report.examples), at_ends)
+    report.counts["stays without a question"] = int((count == 0).sum())
     if at.dtype.kind == "M":
         origin = np.array(cohort.origin)
         if np.isnat(origin).all():
-            raise InputError(f"{files[0]}: {timed} is a clock time, which these data do not know; give "
+            raise InputError(f"{table.paths[0]}: {timed} is a clock time, which these data do not know; give "
                              "minute or hour of the stay")
         # A stay of static events alone knows no clock: its first question sets it.
         unknown = np.isnat(origin) & (count > 0)
@@ -274,7 +390,7 @@ def with_labels(cohort: Cohort, files: list[Path], positive: str | None = None, 
         at = since // MINUTE + since % MINUTE / MINUTE
     elif timed == "hour":
         at = at + cohort.admission[stay]
-    return with_points(cohort.noting(table.report.counts, table.report.examples), count, at, label)
+    return with_points(cohort.noting(report.counts, report.examples), count, at, answers)
 
 
 def telling_variables(cohort: Cohort, points: np.ndarray) -> dict[str, float]:

@@ -23,9 +23,9 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from data import (MINUTE, READER_VERSION, SPLITS, SYNTHETIC_BYTES, Cohort, InputError, at_hours, build_cohort,
-                  clear_write_error, duplicates, ranges, sets_charted, since_first, synthetic_cohort,
-                  synthetic_parts, whole_cohort, with_points)
+from data import (KINDS, MINUTE, READER_VERSION, SPLITS, SYNTHETIC_BYTES, Cohort, InputError, at_hours,
+                  build_cohort, clear_write_error, duplicates, ranges, sets_charted, since_first,
+                  synthetic_cohort, synthetic_parts, whole_cohort, with_points)
 from labels import (SPLIT_WORDS, read_columns, read_map, read_splits, read_statistics, read_vectors,
                     with_labels, with_splits)
 from tables import (ANY, CACHE_MEND, ID, OWNER, TIME, VALUE, Report, Table, cache_home, column_names,
@@ -469,18 +469,23 @@ def _meds_events(folder: Path, counts: Counter) -> list[Path]:
 _SHARD = re.compile(rf"((part|shard|chunk|data)?[-_.]?\d+\b.*|{'|'.join(SPLIT_WORDS)})", re.IGNORECASE)
 
 
-def _meds_labels(folder: Path, task: str | None, counts: Counter) -> list[Path]:
-    """The files of one task: a file or folder in labels/, at any depth, named by its path there
+def _meds_labels(folder: Path, task: list | None, outcomes: list | None, counts: Counter
+                 ) -> list[Path] | dict[str, list[Path]]:
+    """The files of one task, or by task those of several: those named by `task`, else `outcomes` where all
+    are tasks. A task is a file or folder in labels/, at any depth, named by its path there
     (mortality/first_24h); what is named by a number, or like a split, is a shard of one."""
     tasks, home = {}, folder / "labels"
     for path in table_files(home, counts) if home.is_dir() else []:
         *folders, name = path.relative_to(home).parts
         name = "/".join(part for part in (*folders, name.partition(".")[0]) if not _SHARD.fullmatch(part))
         tasks.setdefault(name or "labels", []).append(path)
-    if len(tasks) > 1 and task is None or task is not None and task not in tasks:
+    if task is None and set(outcomes or [""]) <= tasks.keys():
+        task = outcomes
+    if len(tasks) > 1 and task is None or not set(task or []) <= tasks.keys():
         raise InputError(f"{home}: holds the tasks {', '.join(tasks) or '(none)'}; choose one with --task "
-                         "NAME")
-    return tasks[task or next(iter(tasks))] if tasks else []
+                         "NAME (several: each an outcome)")
+    chosen = {name: tasks[name] for name in task or [*tasks][:1]}
+    return chosen if len(chosen) > 1 else sum(chosen.values(), [])
 
 
 def read_meds(folder: Path, files: list[Path], report: Report) -> Source:
@@ -555,7 +560,8 @@ class Reader(NamedTuple):
     name: str                                      # what it reads
     sources: Callable[[Path, Counter], list[Path]]  # the files of a folder that its cohort depends on
     read: Callable[..., Source]                    # (folder, those files, report, **options)
-    labels: Callable = lambda folder, task, counts: []         # its labels' files; of which task
+    # Its labels' files (by task where there are several): of which tasks or outcomes
+    labels: Callable = lambda folder, task, outcomes, counts: []
     splits: Callable[[Path], list[Path]] = lambda folder: []   # its split's files
     options: tuple[str, ...] = ()                  # what only it takes: params_map, task
 
@@ -570,7 +576,7 @@ READERS = [  # the first that finds its files is taken
            _original_sources, read_original, options=("params_map",)),
     Reader("a long table (events.csv or events.parquet, and labels.csv)",
            lambda folder, counts: named_tables(folder, "events", counts), read_long_table,
-           lambda folder, _, counts: named_tables(folder, "labels", counts)),
+           lambda folder, task, outcomes, counts: named_tables(folder, "labels", counts)),
     Reader("PhysioNet 2019 (training_setA/*.psv or training_setA.tar.gz, training_setB)",
            lambda folder, counts: _record_files(_record_sets(folder, "training_set", "AB"), ".psv", counts),
            read_physionet2019),
@@ -618,7 +624,7 @@ def load_cohort(data_dir: str | None = None, synthetic_stays: int = 1000, cache_
                 params_map: str | None = None, label_file: str | None = None, task: str | list | None = None,
                 hours: float | None = None, split_file: str | None = None, positive: str | None = None,
                 variables_map: str | dict | None = None, columns: str | None = None, kind: str | None = None,
-                outcomes: list[str] | None = None) -> Cohort:
+                outcomes: list[str] | None = None, kinds: tuple = KINDS) -> Cohort:
     """The cohort at `data_dir` (None: the embedded one), parsed once and then memory-mapped from the cache;
     labels, subjects and splits are attached to it at each call, so that one cached cohort serves every task
     and its fingerprint knows none of them.
@@ -629,7 +635,7 @@ def load_cohort(data_dir: str | None = None, synthetic_stays: int = 1000, cache_
         label_file: a file or folder of labels that lie elsewhere, see `with_labels`.
         positive: the word in it that is label 1.
         task: which of several in a MEDS folder; of a list of more than one, each is an outcome.
-        kind, outcomes: of the labels, see `with_labels`.
+        kind, outcomes, kinds: of the labels, see `with_labels`.
         hours: one question a stay, asked so long after its admission (see `Cohort.admission`), or at its end
             if that comes earlier.
         split_file: CSV stay_id,split that overrides the data's own.
@@ -645,25 +651,26 @@ def load_cohort(data_dir: str | None = None, synthetic_stays: int = 1000, cache_
     if not isinstance(rename, dict):
         rename = read_map(Path(rename))
     own = read_columns(columns)
-    task = task[0] if isinstance(task, list) else task
+    task = [task] if isinstance(task, str) else task
     if data_dir:
         reader, folder, files, listed = _find(Path(data_dir))
         listed["files read"] = len(files)
     else:
         reader = Reader(f"the embedded cohort of {synthetic_stays} stays", None, None)
         folder, files, listed = None, [], Counter()
-    for name, value in (("params_map", params_map), ("task", task)):
+    for name, value in (("params_map", params_map), ("task", " ".join(task or []))):
         if value and name not in reader.options:
             raise InputError(f"--{name} {value}: not read with {reader.name}; leave the option out")
     for name, path in options.items():
         if not path.exists():
             raise InputError(f"--{name} {path}: no such file; correct the path")
     if task and label_file:
-        raise InputError(f"--task {task}: --label_file names the labels already; leave one of them out")
+        raise InputError(f"--task {' '.join(task)}: --label_file names the labels already; leave one of them "
+                         "out")
     if rename and folder is None:
         raise InputError("--variables: the embedded cohort has its names and units; leave the option out, or "
                          "give none where a checkpoint keeps a map")
-    labels = [] if label_file and "task" in reader.options else reader.labels(folder, task, listed)
+    labels = [] if label_file and "task" in reader.options else reader.labels(folder, task, outcomes, listed)
     elsewhere = table_files(options["label_file"], listed) if label_file else []
     if label_file and not elsewhere:
         raise InputError(f"--label_file {label_file}: a folder without CSV or Parquet files; name the "
@@ -681,9 +688,12 @@ def load_cohort(data_dir: str | None = None, synthetic_stays: int = 1000, cache_
     if splits := reader.splits(folder):
         cohort = with_splits(cohort, read_splits(splits, own))
     if labels:
-        cohort = with_labels(cohort, labels, positive, own, not label_file, kind, outcomes)
+        cohort = with_labels(cohort, labels, positive, own, kind, outcomes, () if label_file else kinds)
     if elsewhere:
-        cohort = with_labels(cohort, elsewhere, positive, own, True, kind, outcomes)
+        cohort = with_labels(cohort, elsewhere, positive, own, kind, outcomes, kinds)
+    if not (labels or elsewhere) and (outcomes or kind not in (None, "binary")) and cohort.labelled.any():
+        raise InputError(f"{cohort.reader}: its own labels are 0 and 1; give those of --kind or --outcomes "
+                         "with --label_file")
     if hours is not None and (cohort := at_hours(cohort, hours)) is None:
         raise InputError(f"--hours {hours:g}: these labels have times of their own; leave the option out")
     if split:

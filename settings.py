@@ -141,9 +141,9 @@ class DataSettings:
         names=("--label_file", "--label_path"), scope="path")
     task: list = option("which of several tasks in the data's labels/; of more than one, each is an outcome",
                         nargs="+", metavar="NAME")
-    kind: str = option("what an outcome is: 0 or 1 (binary), several of these (see --outcomes), one of several "
-                       "classes, a number, or an event and its time (default: event where the labels have "
-                       "columns event and hours or days, else binary)", choices=KINDS)
+    kind: str = option("what an outcome is: 0 or 1 (binary), several of these (see --outcomes), one of "
+                       "several classes, a number, or an event and its time (default: event where the labels "
+                       "have columns event and hours or days, else binary)", choices=KINDS)
     outcomes: list = option("columns of the labels that hold 0 or 1, each an outcome (--kind several)",
                             nargs="+", metavar="NAME")
     positive: str = option("the word in the label column that means 1, such as yes")

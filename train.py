@@ -377,7 +377,7 @@ def pretrain(arguments) -> Path:
     config = changed(PretrainConfig(), arguments.changes)
     device, dtype = choose_device(arguments.device, arguments.precision)
     data = data_options(arguments)
-    cohort = read_cohort(data)
+    cohort = read_cohort(data | {"kinds": ("binary",)})  # labels of other kinds would not stratify the split
     print(cohort.describe())
     split_seed = arguments.seed if arguments.split_seed is None else arguments.split_seed
     split = make_splits(cohort, split_seed)
