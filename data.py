@@ -201,7 +201,8 @@ class Cohort:
             counts = zip(self.names, (self.answers == 1).sum(0), (self.answers >= 0).sum(0))
             return ", ".join(f"{name} {positive:,} of {known:,}" for name, positive, known in counts)
         if self.kind == "classes":
-            return "classes " + ", ".join(f"{name} {(answer == i).sum():,}" for i, name in enumerate(self.names))
+            counts = [f"{name} {(answer == i).sum():,}" for i, name in enumerate(self.names)]
+            return f"classes {', '.join(counts)}"
         names = [*enumerate(self.names, 1), (0, "censored")]
         return ", ".join(f"{(answer == i).sum():,} {name}" for i, name in names)
 

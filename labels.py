@@ -284,7 +284,7 @@ def _answers(table: Table, kind: str, columns: list[str], positive: str | None
     if kind == "classes":
         return _classes(table, *columns)
     if kind == "event":
-        return _events(table, *columns)
+        return _events(table, columns[1])
     if kind == "number":
         return _number(table, columns), ("label",)
     mend = "leave the column out of --outcomes" if kind == "several" else ""
@@ -343,8 +343,8 @@ def with_labels(cohort: Cohort, files: list[Path] | dict[str, list[Path]], posit
         rows[[*range(task, task + answers.shape[1])]] = answers
         again = rows.duplicated().to_numpy()
         other = rows.duplicated(["id", "at"]).to_numpy() & ~again
-        table.refuse(id_column, other, f", labelled twice and not alike ({some(np.unique(ids[other]))}); keep "
-                                       "one line of each")
+        named = some(np.unique(ids[other]))
+        table.refuse(id_column, other, f", labelled twice and not alike ({named}); keep one line of each")
         report.settle()
         table.note("labels given more than once", again)
         strange = ~rows["id"].isin(cohort.stay_id).to_numpy()
@@ -394,13 +394,23 @@ def with_labels(cohort: Cohort, files: list[Path] | dict[str, list[Path]], posit
 
 
 def telling_variables(cohort: Cohort, points: np.ndarray) -> dict[str, float]:
-    """{variable: AUROC} of those whose presence or last value alone tells the first answer (0 or 1) of these
-    points [n] with an AUROC above 0.98: it may be the outcome itself. Looks at the last of these points of at
-    most 5,000 stays; a value counts where at least ten points of each class have one."""
+    """{variable: AUROC} of those whose presence or last value alone tells the labels (0 or 1) of these points
+    [n] with an AUROC above 0.98: it may be the outcome itself. Of several outcomes "variable (of outcome)";
+    of another kind none. Looks at the last of these points of at most 5,000 stays; a value counts where at least
+    ten points of each class have one."""
+    if cohort.kind == "binary":
+        return _telling(cohort, points, cohort.answers[points, 0])
+    return {f"{variable} (of {name})": auc
+            for name, answer in zip(cohort.names, cohort.answers[points].T) if cohort.kind == "several"
+            for variable, auc in _telling(cohort, points[answer >= 0], answer[answer >= 0]).items()}
+
+
+def _telling(cohort: Cohort, points: np.ndarray, label: np.ndarray) -> dict[str, float]:
+    """See `telling_variables`; label [n]: 0 or 1 of each point."""
     enough, stay = 10, cohort.point_stay[points]
-    points = points[np.append(stay[1:] != stay[:-1], True)[:len(points)]]
-    points = points[::1 + len(points) // 5000]
-    stay, positive = cohort.point_stay[points], cohort.answers[points, 0] == 1
+    chosen = np.flatnonzero(np.append(stay[1:] != stay[:-1], True)[:len(points)])
+    chosen = chosen[::1 + len(chosen) // 5000]
+    points, stay, positive = points[chosen], stay[chosen], label[chosen] == 1
     negatives, positives = np.bincount(positive, minlength=2)
     if min(negatives, positives) < enough:
         return {}

@@ -20,7 +20,8 @@ import pytest
 
 import readers
 from batches import Normalizer, variable_vectors
-from data import Cohort, InputError, at_end, build_cohort, make_splits, with_points
+from data import (Cohort, InputError, answers_moved, at_end, at_every_set, build_cohort, make_splits,
+                  with_points)
 from labels import telling_variables
 from readers import load_cohort
 from tests.tiny import (EVENTS, OUTCOMES, RECORDS, SHARED, Call, as_lists, counted, events_of, labels_of,
@@ -1157,3 +1158,145 @@ def test_a_variable_that_tells_the_label_alone_is_found(tells):
     assert telling_variables(cohort, np.flatnonzero(~label)) == {}
     early = replace(cohort, point_minute=np.ones(n))  # before the event that tells it
     assert telling_variables(early, np.arange(n)) == {}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Labels of other kinds than 0 and 1
+# ----------------------------------------------------------------------------------------------------------------------
+
+THREE = "stay_id,minute,variable,value\n" + "".join(f"{i},{m},a,1\n" for i in (1, 2, 3) for m in (0, 600))
+
+
+def answers_of(cohort) -> list:
+    """The answers, None: none."""
+    return [[None if np.isnan(x) else float(x) for x in row] for row in cohort.answers]
+
+
+@pytest.mark.parametrize("labels, options, kind, names, answers, said", [
+    ("stay_id,died,over_7_days,x\n1,1,0,5\n2,,true,5\n3,,,5\n", dict(outcomes=["died", "over_7_days"]), "several",
+     ("died", "over_7_days"), [[1, 0], [None, 1], [None, None]], "2 labelled (died 1 of 1, over_7_days 1 of 2)"),
+    ("stay_id,label\n1,home\n2,NA\n3,a ward\n", dict(kind="classes"), "classes", ("a ward", "home"),
+     [[1], [None], [0]], "2 labelled (classes a ward 1, home 1)"),
+    ("stay_id,label\n1,10\n2,9.0\n3,-1\n", dict(kind="classes"), "classes", ("-1", "9", "10"), [[2], [1], [0]],
+     "3 labelled (classes -1 1, 9 1, 10 1)"),
+    ("stay_id,label\n1,5.5\n2,\n3,-2\n", dict(kind="number"), "number", ("label",), [[5.5], [None], [-2]],
+     "2 labelled (median 1.75)"),
+    ("stay_id,event,hours\n1,died,30\n2,,7.5\n3,0,0\n", {}, "event", ("died",), [[30, 1], [7.5, 0], [0, 0]],
+     "3 labelled (1 died, 2 censored)"),
+    ("stay_id,days,event\n1,.5,home\n2,,\n3,2,died\n", {}, "event", ("died", "home"),
+     [[12, 2], [None, None], [48, 1]], "2 labelled (1 died, 1 home, 0 censored)")])
+def test_label_files_of_each_kind(tmp_path, load, labels, options, kind, names, answers, said):
+    write(tmp_path / "d/events.csv", THREE)
+    plain = load(tmp_path / "d")
+    write(tmp_path / "d/labels.csv", labels)
+    cohort = load(tmp_path / "d", **options)
+    assert (cohort.kind, cohort.names, answers_of(cohort)) == (kind, names, answers)
+    assert said in cohort.describe() and cohort.fingerprint == plain.fingerprint
+    unlabelled = sum(row == [None] * len(row) for row in answers)
+    assert counted(cohort).get("stays without an outcome (unlabelled)", 0) == unlabelled
+    assert answers_of(load(tmp_path / "d", kinds=("binary",), **options)) == [[None]] * 3  # as pretraining reads
+
+
+@pytest.mark.parametrize("labels, options, message", [
+    ("label\n2", {}, "label is '2', not 0 or 1; .*--kind number, --kind classes or .* --positive WORD"),
+    ("label\ndead", {}, "label is 'dead', not 0 or 1; mend the line, or say how it is read: --kind classes or"),
+    ("died\n1", {}, "no column label or .*; rename or add it, or name others with --kind or --outcomes"),
+    ("label\n1", dict(outcomes=["died"]), "no column died "),
+    ("died\n2", dict(outcomes=["died"]), "line 2: died is '2', not 0 or 1; .*--outcomes"),
+    ("died\n1", dict(outcomes=["died", "died"]), "--outcomes died died: names several outcomes, each once"),
+    ("died\n1", dict(outcomes=["died"], kind="classes"), "--outcomes died: .*--kind classes"),
+    ("died\n1", dict(kind="several"), "--kind several: which columns. name them with --outcomes"),
+    ("label\na", dict(kind="classes", positive="a"), "--positive a: .*kind classes; leave it out"),
+    ("label\na", dict(kind="number"), "line 2: label is 'a', not a number"),
+    ("label\n-inf", dict(kind="number"), "line 2: label is -inf, not finite; mend the line"),
+    ("event,hours\ndied,-1", {}, "line 2: hours is -1; give a time from the question on, 0 or later"),
+    ("event,hours\ndied,inf", {}, "line 2: hours is inf; give a time"),
+    ("event,days\ndied,", {}, "line 2: days is missing, where its event is told; give the time from the question"),
+    ("event,hours,days\n,1,1", {}, "holds both hours and days"),
+    ("event,hour\ndied,1", dict(kind="event"), "no column hours or days"),
+    ("label,hours\n1,3", {}, "its column hours looks like a time"),
+    ("label,hours\n1,3", dict(kind="number"), "its column hours looks like a time")])
+def test_labels_that_are_none_of_their_kind_are_one_line(tmp_path, load, labels, options, message):
+    write(tmp_path / "d/events.csv", THREE)
+    header, row = labels.split("\n")
+    write(tmp_path / "d/labels.csv", f"stay_id,{header}\n1,{row}\n")
+    with pytest.raises(InputError, match=message) as caught:
+        load(tmp_path / "d", **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_own_labels_of_0_and_1_are_not_taken_for_another_kind(tmp_path):
+    with pytest.raises(InputError, match="its own labels are 0 and 1; give those of --kind or --outcomes with"):
+        load_cohort(None, 24, cache_dir=tmp_path, kind="number")
+
+
+def test_labels_elsewhere_leave_those_in_the_folder_unread(tmp_path, load):
+    write(tmp_path / "d/events.csv", THREE)
+    write(tmp_path / "d/labels.csv", "stay_id,label,split\n1,whatever,train\n2,x,test\n3,y,valid\n")
+    write(tmp_path / "days.csv", "stay_id,label\n1,2.5\n2,3\n")
+    cohort = load(tmp_path / "d", label_file=str(tmp_path / "days.csv"), kind="number")
+    assert answers_of(cohort) == [[2.5], [3], [None]] and cohort.split.tolist() == [0, 2, 1]
+
+
+def test_meds_tasks_are_joined_into_several_outcomes(meds_folder, load):
+    for name, hours, values in (("death", (12, 13), (True, False)), ("aki", (13, 14), (True, None))):
+        meds(meds_folder, f"labels/{name}.parquet", subject_id=[5, 5], boolean_value=values,
+             prediction_time=[at(f"01 {hour}:00") for hour in hours])
+    cohort = load(meds_folder, task=["aki", "death"])
+    assert (cohort.kind, cohort.names) == ("several", ("aki", "death"))
+    assert cohort.point_minute.tolist() == [121, 181, 241]
+    assert answers_of(cohort) == [[None, 1], [1, 0], [None, None]]
+    assert answers_of(load(meds_folder, outcomes=["death", "aki"]))[1] == [0, 1]
+    with pytest.raises(InputError, match="--outcomes aki death: .*--kind number"):
+        load(meds_folder, task=["aki", "death"], kind="number")
+
+
+def test_meds_values_of_other_types(meds_folder, load):
+    values = dict(categorical_value=["a", "b"], float_value=[1.5, None], integer_value=pd.array([None, 7], dtype="Int64"))
+    meds(meds_folder, "labels/0.parquet", subject_id=[5, 5], prediction_time=[at("01 12:00"), at("01 13:00")], **values)
+    assert answers_of(load(meds_folder, kind="classes")) == [[0], [1]]
+    assert answers_of(load(meds_folder, kind="number")) == [[1.5], [7]]
+
+
+def test_hours_to_an_event_grow_as_the_question_comes_earlier_and_a_number_stays(tmp_path, load):
+    write(tmp_path / "d/events.csv", THREE)
+    write(tmp_path / "d/labels.csv", "stay_id,event,hours\n1,died,30\n2,,7.5\n3,,\n")
+    assert answers_of(load(tmp_path / "d", hours=4)) == [[36, 1], [13.5, 0], [None, None]]
+    cohort, stays = load(tmp_path / "d"), np.arange(3)
+    later = answers_moved(cohort, stays, cohort.point_minute + 60 * 7.5)
+    assert np.array_equal(later, [[22.5, 1], [np.nan, np.nan], [np.nan, np.nan]], equal_nan=True)
+    every, _ = at_every_set(cohort, np.array([0]), np.ones(1), .5)
+    assert every.answers.tolist() == [[40, 1], [30, 1]]
+    write(tmp_path / "d/labels.csv", "stay_id,label\n1,5\n2,6\n3,7\n")
+    assert answers_of(load(tmp_path / "d", hours=4, kind="number")) == [[5], [6], [7]]
+
+
+@pytest.mark.parametrize("kind, answers, strata", [
+    ("several", [[0, 1], [1, 0], [np.nan, 1]], [0, 1, -1]), ("classes", [[2], [0], [np.nan]], [2, 0, -1]),
+    ("number", [[1], [2], [3], [4], [np.nan]], [0, 1, 2, 3, -1]),
+    ("event", [[5, 2], [3, 0], [np.nan, np.nan]], [1, 0, -1])])
+def test_what_a_split_is_stratified_by(tmp_path, kind, answers, strata):
+    cohort = build_cohort("x", ["a"], np.arange(len(answers)), np.zeros(len(answers)), np.zeros(len(answers), int),
+                          np.ones(len(answers)), [f"s{i}" for i in range(len(answers))], answers=answers)
+    labels = replace(cohort, kind=kind).stay_label
+    assert (np.sign(labels) if kind == "event" else labels).tolist() == strata
+
+
+def test_a_split_holds_every_class_in_each_part(tmp_path):
+    answers = np.repeat([0, 1, 2], [40, 30, 5])
+    cohort = build_cohort("x", ["a"], np.arange(75), np.zeros(75), np.zeros(75, int), np.ones(75),
+                          [f"s{i:02}" for i in range(75)], answers=answers)
+    split = make_splits(replace(cohort, kind="classes", names=("a", "b", "c")), seed=0)
+    for ids in split.values():
+        assert set(cohort.answers[np.isin(cohort.stay_id, ids), 0]) == {0, 1, 2}
+
+
+def test_a_variable_that_tells_one_of_several_outcomes_is_named(tmp_path):
+    answers = np.stack([np.arange(40) % 2, np.arange(40) < 15], axis=1).astype(float)
+    answers[:4, 1] = np.nan
+    value = np.where(answers[:, 1] == 1, 5., 2.)
+    cohort = build_cohort("x", ["a"], np.arange(40), np.zeros(40), np.zeros(40, int), value,
+                          [f"s{i:02}" for i in range(40)], answers=answers)
+    several = replace(cohort, kind="several", names=("odd", "first"))
+    assert telling_variables(several, np.arange(40)) == {"a (of first)": 1}
+    assert telling_variables(replace(cohort, kind="event"), np.arange(40)) == {}
