@@ -371,9 +371,9 @@ class Checkpoint:
         elif {"label_file", "task"} & set(given):
             own = {name: value for name, value in own.items() if name not in ("label_file", "task")}
         kept = {"variables_map": maps.get("variables"), "positive": maps.get("positive")}
-        if self.task and self.task["kind"] != "binary" and not {"kind", "outcomes"} & set(given):
-            several = self.task["kind"] == "several"
-            kept |= {"kind": self.task["kind"], "outcomes": self.task["names"] if several else None}
+        task = Task.from_state(self.task, self.path)
+        if task.kind != "binary" and not {"kind", "outcomes"} & set(given):
+            kept |= {"kind": task.kind, "outcomes": list(task.names) if task.kind == "several" else None}
         data = own | {name: value for name, value in kept.items() if value} | given
         if data.get("data_dir", "") is None:
             raise InputError(f"{self.path}: an exported checkpoint, which does not tell where its data lie; "

@@ -692,8 +692,8 @@ def load_cohort(data_dir: str | None = None, synthetic_stays: int = 1000, cache_
     if elsewhere:
         cohort = with_labels(cohort, elsewhere, positive, own, kind, outcomes, kinds)
     if not (labels or elsewhere) and (outcomes or kind not in (None, "binary")) and cohort.labelled.any():
-        raise InputError(f"{cohort.reader}: its own labels are 0 and 1; give those of --kind or --outcomes "
-                         "with --label_file")
+        raise InputError(f"{cohort.reader}: its own labels are 0 and 1, where those of the kind "
+                         f"{kind or 'several'} are asked for; give these with --label_file")
     if hours is not None and (cohort := at_hours(cohort, hours)) is None:
         raise InputError(f"--hours {hours:g}: these labels have times of their own; leave the option out")
     if split:

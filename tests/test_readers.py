@@ -1226,7 +1226,7 @@ def test_labels_that_are_none_of_their_kind_are_one_line(tmp_path, load, labels,
 
 
 def test_own_labels_of_0_and_1_are_not_taken_for_another_kind(tmp_path):
-    with pytest.raises(InputError, match="its own labels are 0 and 1; give those of --kind or --outcomes with"):
+    with pytest.raises(InputError, match="its own labels are 0 and 1, where those of the kind number are"):
         load_cohort(None, 24, cache_dir=tmp_path, kind="number")
 
 

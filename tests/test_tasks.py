@@ -49,7 +49,9 @@ def test_a_finetuned_checkpoint_keeps_its_task_and_an_unknown_one_is_refused(sma
     assert checkpoint.task == {"kind": "binary", "names": ["label"]}
     assert checkpoint.classifier().task.state_dict() == checkpoint.task
     assert Task.from_state(checkpoint.task, "x") == Task.from_state(None, "x") == Binary()
-    for strange in ({"kind": "several", "names": ["a", "b"]}, {"kind": ["binary"]}, {}):
+    with pytest.raises(InputError, match=f"{small_finetuned}: its task is"):  # of other weights
+        replace(checkpoint, task={"kind": "several", "names": ["a", "b"]}).classifier()
+    for strange in ({"kind": "number"}, {"kind": ["binary"]}, {}):
         path = tmp_path / "best.pt"
         replace(checkpoint, task=strange).save(path)
         one_error_line(capsys, main(["--checkpoint", str(path)]), f"{path}: its task is")
