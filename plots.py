@@ -241,7 +241,7 @@ def plot_features(features, label):
 
 
 def plot_trajectory(trajectory: dict, dataset, stay: int, threshold: float | None):
-    """Draws the risk over time; below it the events of the MOST_ROWS variables that move its highest value
+    """Draws the risk over time; below it the events of the MOST_ROWS variables that move its last value
     most, low and high values marked; and beside them by how much each moves it."""
     moved = influence(trajectory)
     rows = moved[:MOST_ROWS][::-1]
@@ -270,7 +270,7 @@ def plot_trajectory(trajectory: dict, dataset, stay: int, threshold: float | Non
     legend(risk, 5)
     bars.barh(range(len(rows)), rows, height=.6, color=np.where(rows > 0, "#D55E00", "#0072B2"))
     bars.axvline(0, color="black", linewidth=.8)
-    bars.set_title(f"moves the highest risk\n({unit} {time(trajectory['highest']):.3g}) by", fontsize=8)
+    bars.set_title(f"moves the last {trajectory['followed']}\n({unit} {time(minute[-1]):.3g}) by", fontsize=8)
     return figure
 
 
