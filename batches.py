@@ -48,6 +48,11 @@ class Normalizer:
         if self.low is None:
             self.low, self.high = (np.full(len(self.mean), side, np.float32) for side in (-np.inf, np.inf))
 
+    @property
+    def numeric(self) -> np.ndarray:
+        """[V] bool: the variable had a number when it was fitted (True where that is not known)."""
+        return self.low <= self.high
+
     @classmethod
     def fit(cls, cohort: Cohort, stays: np.ndarray) -> "Normalizer":
         """Returns the normalizer of these stays.

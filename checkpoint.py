@@ -363,8 +363,8 @@ class Checkpoint:
 
     def data_settings(self, given: dict) -> dict:
         """The options with which its data are read: those given, else its own. Of other data than its own
-        only the names and units (`maps`) are, the word that is label 1 and the kind and names of its outcomes.
-        Labels that are given replace its own."""
+        only the names and units (`maps`) are, the word that is label 1 and the kind and names of its
+        outcomes. Labels that are given replace its own."""
         own, maps = self.source["data"], self.maps or {}
         if "data_dir" in given:
             own = {}

@@ -156,6 +156,13 @@ class Cohort:
         that of the first set that is no birth."""
         return np.where(np.isnat(self.origin), 0, self.set_minute[self.first_set])
 
+    def set_end(self, sets: np.ndarray) -> np.ndarray:
+        """[n] the minute of the last event of these sets, as exact as it is known."""
+        if not len(self.event_offset):
+            return self.set_minute[sets]
+        offset = self.event_offset[self.set_start[sets + 1] - 1]
+        return np.floor(self.set_minute[sets]) + offset / MINUTE
+
     @property
     def point_stay(self) -> np.ndarray:
         """[Q] the stay of each point."""
@@ -550,6 +557,15 @@ def subjects_of(cohort: Cohort, split: dict[str, list[str]]) -> dict[str, list[s
 def stay_event_index(cohort: Cohort, stays: np.ndarray) -> np.ndarray:
     """Indices [n] of all events of these stays, stay after stay."""
     return ranges(cohort.set_start[cohort.stay_start[stays]], cohort.stay_events[stays])
+
+
+def event_table(cohort: Cohort, stays: np.ndarray) -> pd.DataFrame:
+    """A row for each event of these stays, stay after stay: stay and variable (indices), minute, value."""
+    events = stay_event_index(cohort, stays)
+    sets = np.searchsorted(cohort.set_start, events, side="right") - 1
+    return pd.DataFrame({"stay": np.repeat(stays, cohort.stay_events[stays]),
+                         "minute": cohort.set_minute[sets], "variable": cohort.event_variable[events],
+                         "value": cohort.event_value[events]})
 
 
 def ranges(start: np.ndarray, length: np.ndarray) -> np.ndarray:

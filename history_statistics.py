@@ -284,7 +284,7 @@ def draw_queries(batch: EventBatch, question: Question, number: int, sample: boo
         draw = draw[:, None].expand(-1, stays, -1)                                                 # [3, B, R]
     column = (draw[0] * question.held.sum(1, keepdim=True)).long()                                    # [B, R]
     own = question.column.shape[1]
-    place = question.column.new_zeros(stays, question.held.shape[1] + 1)                           # [B, n + 1]
+    place = question.column.new_zeros(stays, question.held.shape[1] + 1)                          # [B, n + 1]
     place = place.scatter(1, question.column, torch.arange(own, device=device).expand(stays, -1))
     pair = torch.arange(stays, device=device)[:, None] * own + place.gather(1, column)
     first, end = (torch.searchsorted(batch.cell_pair, pair, right=right) for right in (False, True))

@@ -396,8 +396,8 @@ def with_labels(cohort: Cohort, files: list[Path] | dict[str, list[Path]], posit
 def telling_variables(cohort: Cohort, points: np.ndarray) -> dict[str, float]:
     """{variable: AUROC} of those whose presence or last value alone tells the labels (0 or 1) of these points
     [n] with an AUROC above 0.98: it may be the outcome itself. Of several outcomes "variable (of outcome)";
-    of another kind none. Looks at the last of these points of at most 5,000 stays; a value counts where at least
-    ten points of each class have one."""
+    of another kind none. Looks at the last of these points of at most 5,000 stays; a value counts where at
+    least ten points of each class have one."""
     if cohort.kind == "binary":
         return _telling(cohort, points, cohort.answers[points, 0])
     return {f"{variable} (of {name})": auc

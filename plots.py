@@ -10,7 +10,7 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import confusion_matrix, precision_recall_curve, roc_curve
 from sklearn.preprocessing import StandardScaler
 
-from data import InputError, stay_event_index, write_atomically
+from data import InputError, event_table, write_atomically
 from metrics import CHECKPOINT, net_benefit
 from predictor import influence
 
@@ -280,11 +280,9 @@ def plot_forecast(table: pd.DataFrame, dataset, stay: int):
     cohort = dataset.cohort
     table = table[table["known_until"] == table["known_until"].max()].sort_values("minute")
     known = table["known_until"].iloc[0] / 60
-    events = stay_event_index(cohort, np.array([stay]))
-    sets = np.searchsorted(cohort.set_start, events, side="right") - 1
-    charted = pd.DataFrame({"variable": np.array(cohort.variables)[cohort.event_variable[events]],
-                            "hour": (cohort.set_minute[sets] - cohort.admission[stay]) / 60,
-                            "value": cohort.event_value[events]}).dropna()
+    charted = event_table(cohort, np.array([stay])).dropna()
+    charted["variable"] = np.array(cohort.variables)[charted["variable"]]
+    charted["hour"] = (charted["minute"] - cohort.admission[stay]) / 60
     count = charted["variable"].value_counts().reindex(table["variable"].unique()).fillna(0)
     names = count.sort_values(ascending=False, kind="stable").index[:6]
     figure, axes = new_figure(1, len(names), width=7, height=1.6, sharex=True)
@@ -332,14 +330,14 @@ def draw_events(ax, dataset, stay: int, rows: pd.Index, time, begin: float) -> N
     """Draws the events of these variables from minute `begin` on, each by how far its value lies from the
     mean."""
     cohort = dataset.cohort
-    events = stay_event_index(cohort, np.array([stay]))
-    minute = cohort.set_minute[np.searchsorted(cohort.set_start, events, side="right") - 1]
-    row = rows.get_indexer(cohort.variables)[cohort.event_variable[events]]
-    events, minute, row = (x[(row >= 0) & (minute >= begin)] for x in (events, minute, row))
-    z = dataset.normalizer(dataset.variable[cohort.event_variable[events]], cohort.event_value[events])
+    events = event_table(cohort, np.array([stay]))
+    events["row"] = rows.get_indexer(cohort.variables)[events["variable"]]
+    events = events[(events["row"] >= 0) & (events["minute"] >= begin)]
+    z = dataset.normalizer(dataset.variable[events["variable"]], events["value"].to_numpy())
     for name, which, marker, color in (("1 sd below the mean or lower", z <= -1, "v", "#0072B2"),
                                        ("between, or no number", ~(abs(z) >= 1), ".", "#888888"),
                                        ("1 sd above or higher", z >= 1, "^", "black")):
-        ax.scatter(time(minute[which]), row[which], s=13, label=name, marker=marker, color=color)
+        ax.scatter(time(events["minute"][which]), events["row"][which], s=13, label=name, marker=marker,
+                   color=color)
     ax.set_yticks(range(len(rows)), rows, fontsize=7)
     legend(ax, 3)

@@ -16,7 +16,7 @@ from scipy.special import stdtrit
 
 import runs
 from batches import EventBatch, EventSets, StayDataset, group_widths
-from data import (MINUTE, Cohort, InputError, build_cohort, describe_questions, make_splits, ranges,
+from data import (Cohort, InputError, build_cohort, describe_questions, make_splits, ranges,
                   search_after, stay_event_index, stays_of, stays_with, with_points)
 from tables import BEYOND, MISSING, NAMELESS, TRUTH, Report, plain_name
 from checkpoint import Checkpoint
@@ -391,26 +391,25 @@ def forecast_at(model, dataset: StayDataset, stay, known_until, variable, minute
 def turns(cohort: Cohort, stay, minute) -> np.ndarray:
     """[n] 0: no set is cut at this minute of the stay; else which of the stay's minutes that cut one it is.
     stay, minute: [n], sorted by both."""
-    turn = np.zeros(len(stay), dtype=np.int64)
-    if len(cohort.event_offset) and len(stay):
-        first = cohort.stay_start[stay]
-        last = search_after(cohort.set_minute, minute, first, cohort.stay_start[stay + 1]) - 1
-        end = np.floor(cohort.set_minute[last]) + cohort.event_offset[cohort.set_start[last + 1] - 1] / MINUTE
-        cut = (last >= first) & (end > minute)
-        turn[cut] = pd.Series(stay[cut]).groupby(stay[cut]).cumcount() + 1
+    turn, first = np.zeros(len(stay), dtype=np.int64), cohort.stay_start[stay]
+    last = search_after(cohort.set_minute, minute, first, cohort.stay_start[stay + 1]) - 1
+    cut = (last >= first) & (cohort.set_end(last) > minute)
+    turn[cut] = pd.Series(stay[cut]).groupby(stay[cut]).cumcount() + 1
     return turn
 
 
 def forecasts_of(normalizer, variable, answers) -> pd.DataFrame:
     """The table of `forecast_at`. variable [n]; answers [n, 3]: location, log scale and expected value."""
     location, log_scale, expected = answers.T
-    scale = np.exp(log_scale)
-    low, high = (location + scale * stdtrit(FREEDOM, share) for share in (.1, .9))
-    variance = FREEDOM / (FREEDOM - 2) * scale**2
-    return pd.DataFrame({"mean": normalizer.in_units(variable, expected, variance),
-                         "low": normalizer.in_units(variable, low),
-                         "high": normalizer.in_units(variable, high),
+    variance = FREEDOM / (FREEDOM - 2) * np.exp(2 * log_scale)
+    low, high = (quantile_of(normalizer, variable, location, log_scale, level) for level in (.1, .9))
+    return pd.DataFrame({"mean": normalizer.in_units(variable, expected, variance), "low": low, "high": high,
                          "location": location, "log_scale": log_scale, "expected": expected})
+
+
+def quantile_of(normalizer, variable, location, log_scale, level: float) -> np.ndarray:
+    """The quantile [n] at this level, in units, of what a Student-t [n] forecasts of variables [n]."""
+    return normalizer.in_units(variable, location + np.exp(log_scale) * stdtrit(FREEDOM, level))
 
 
 @torch.no_grad()
@@ -486,7 +485,7 @@ def answered_queries(predictor: Predictor, dataset: StayDataset, queries: pd.Dat
                      for name in ("known_until", "minute"))
     reasons = {"of no stay of the data": stay < 0, "of a variable unknown to the checkpoint": variable < 0,
                "of a variable that had no number in training, which is not forecast":
-                   (normalizer.low > normalizer.high)[variable],
+                   ~normalizer.numeric[variable],
                "of a minute that is not after known_until": ~(minute > known),
                "of a known_until before all that the checkpoint knows":
                    ~(np.append(first_known(dataset), 0)[stay] <= known)}

@@ -19,7 +19,6 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import torch
-from scipy.special import stdtrit
 from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
@@ -30,8 +29,8 @@ from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from tqdm import tqdm
 
 from batches import Normalizer, StayDataset, common_variables, epoch_batches, sorted_batches, variable_vectors
-from data import (SPLITS, InputError, at_end, build_cohort, clear_write_error, labelled_points, make_splits,
-                  search_after, stay_event_index, stays_of, with_points, write_atomically)
+from data import (SPLITS, InputError, at_end, build_cohort, clear_write_error, event_table, labelled_points,
+                  make_splits, search_after, stay_event_index, stays_of, with_points, write_atomically)
 from checkpoint import Checkpoint, label_digest
 from finetune_config import MANY_POINTS, FinetuneConfig, tree_sizes
 from history_statistics import summary_features
@@ -39,9 +38,8 @@ from metrics import (FORECAST_FIGURES, Forecasts, Points, best_shares, best_util
                      bracketed, forecast_figures, forecast_sums, hours_since_onset, interval, logit,
                      normalised_utility, of_challenge_2019, utilities_by, utility_draws)
 from model import ModelConfig, SeqSetVAE, SeqSetVAEPretrain
-from predictor import CPU, Predictor, answers_at, encode_points, forecast_at, open_checkpoint
+from predictor import CPU, Predictor, answers_at, encode_points, forecast_at, open_checkpoint, quantile_of
 from readers import load_cohort
-from readouts import FREEDOM
 from runs import CHECKPOINTS, choose_device, keep_freed_memory, read_cohort
 from settings import DataSettings, changed, data_options, recorded
 from tasks import Binary
@@ -427,11 +425,8 @@ def random_split(ids, seed: int) -> dict[str, list[str]]:
 
 def charted(cohort) -> pd.DataFrame:
     """A row a stay, variable and minute with a value, sorted by these: the mean of the values then."""
-    sets = np.repeat(np.arange(len(cohort.set_minute)), np.diff(cohort.set_start))                      # [E]
-    stay = np.searchsorted(cohort.stay_start, sets, side="right") - 1
-    events = pd.DataFrame({"stay": stay, "variable": cohort.event_variable,
-                           "minute": cohort.set_minute[sets], "value": cohort.event_value.astype(float)})
-    return events.dropna().groupby(["stay", "variable", "minute"], as_index=False).mean()
+    events = event_table(cohort, np.arange(len(cohort))).astype({"value": float}).dropna()
+    return events.groupby(["stay", "variable", "minute"], as_index=False).mean()
 
 
 def boosted(known: np.ndarray, queries: pd.DataFrame, seed: int) -> np.ndarray:
@@ -494,9 +489,8 @@ def forecasts_on(home: Path, checkpoint: Checkpoint, cohort, values, queries, kn
         sd = valid_error(mean).reindex(units.index).fillna(0).to_numpy()[variable] ** .5 * width
         forecasts[method] = Forecasts.gaussian(mean[tested], sd[tested])
     own = checkpoint.dataset(cohort).variable[variable[tested]]
-    location, scale = location[tested], np.exp(log_scale[tested])
-    forecasts[MODEL] = Forecasts(model[tested], lambda level: checkpoint.normalizer.in_units(
-        own, location + scale * stdtrit(FREEDOM, level)))
+    told = checkpoint.normalizer, own, location[tested], log_scale[tested]
+    forecasts[MODEL] = Forecasts(model[tested], partial(quantile_of, *told))
     share = min(np.arange(11) / 10, key=lambda share: valid_error(
         share * model + (1 - share) * means[BOOSTING]).mean())
     forecasts[WITH_BOOSTING] = forecasts[MODEL].averaged(forecasts[BOOSTING], share)

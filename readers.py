@@ -24,7 +24,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from data import (KINDS, MINUTE, READER_VERSION, SPLITS, SYNTHETIC_BYTES, Cohort, InputError, at_hours,
-                  build_cohort, clear_write_error, duplicates, ranges, sets_charted, since_first,
+                  build_cohort, clear_write_error, duplicates, event_table, ranges, sets_charted, since_first,
                   synthetic_cohort, synthetic_parts, whole_cohort, with_points)
 from labels import (SPLIT_WORDS, read_columns, read_map, read_splits, read_statistics, read_vectors,
                     with_labels, with_splits)
@@ -756,13 +756,12 @@ def write_long_table(folder: Path, cohort: Cohort, labels: bool = True) -> Path:
     InputError where the folder exists."""
     if folder.exists():
         raise InputError(f"{folder}: exists already; give a new folder")
-    sets = np.repeat(np.arange(len(cohort.set_minute)), np.diff(cohort.set_start))
-    stay = np.searchsorted(cohort.stay_start, sets, side="right") - 1
+    events = event_table(cohort, np.arange(len(cohort))).rename(columns={"stay": "stay_id"})
+    events["stay_id"] = cohort.stay_id[events["stay_id"]]
+    events["variable"] = np.array(cohort.variables)[events["variable"]]
     with clear_write_error(folder):
         folder.mkdir(parents=True)
-        pd.DataFrame({"stay_id": cohort.stay_id[stay], "minute": cohort.set_minute[sets],
-                      "variable": np.array(cohort.variables)[cohort.event_variable],
-                      "value": cohort.event_value}).to_csv(folder / "events.csv", index=False)
+        events.to_csv(folder / "events.csv", index=False)
         if labels:
             answers = pd.DataFrame({"stay_id": cohort.stay_id, "label": cohort.stay_label})
             answers.to_csv(folder / "labels.csv", index=False)

@@ -14,8 +14,8 @@ import torch
 from scipy.special import stdtr
 
 from checkpoint import Checkpoint, label_digest
-from data import (MINUTE, SPLITS, Cohort, InputError, labelled_points, make_splits, point_slots,
-                  stay_event_index, stays_of, stays_with, write_atomically)
+from data import (SPLITS, InputError, event_table, labelled_points, make_splits, point_slots, stays_of,
+                  stays_with, write_atomically)
 from history_statistics import real_sets
 from metrics import CHECKPOINT, mean_of_logits
 from plots import (LABEL_NAMES, OUTCOME_PICTURES, picture_folder, plot_curves, plot_features, plot_forecast,
@@ -206,10 +206,7 @@ def first_values(cohort, stays, name: str) -> pd.Series:
         near = difflib.get_close_matches(name, known, n=4, cutoff=.4)
         raise InputError(f"--subgroups {name}: no variable of the data{'; near: ' * bool(near)}"
                          f"{', '.join(near)}; give the names of variables, separated by commas, or events")
-    events = stay_event_index(cohort, stays)
-    table = pd.DataFrame({"stay": np.repeat(stays, cohort.stay_events[stays]),
-                          "variable": cohort.event_variable[events],
-                          "value": cohort.event_value[events].astype(float)})
+    table = event_table(cohort, stays).astype({"value": float})
     table = table[table["variable"].isin(list(kinds))]
     kind = table["variable"].map(kinds)  # None: the variable itself, whose value counts
     return kind.where(kind.notna(), table["value"]).dropna().groupby(table["stay"]).first()
@@ -435,22 +432,14 @@ def read_queries(path: Path) -> pd.DataFrame:
                          else table[name] for name in QUERY})
 
 
-def record_ends(cohort: Cohort) -> np.ndarray:
-    """[P] the exact minute of each stay's last event."""
-    last = cohort.stay_start[1:] - 1
-    end = cohort.set_minute[last]
-    if len(cohort.event_offset):
-        end = np.floor(end) + cohort.event_offset[cohort.set_start[last + 1] - 1] / MINUTE
-    return end
-
-
 def grid_of_queries(dataset, origin: float | None, until: float, every: float | None
                     ) -> pd.DataFrame:
     """`QUERY` of every stay and every variable with numbers: known until `origin` hours (None: the end of the
     record), at each `every` minutes up to `until` hours after it (None: then alone)."""
     cohort, normalizer = dataset.cohort, dataset.normalizer
-    names = np.array(normalizer.variables, dtype=object)[normalizer.low <= normalizer.high]
-    known = record_ends(cohort) - cohort.admission if origin is None else np.full(len(cohort), 60. * origin)
+    names = np.array(normalizer.variables, dtype=object)[normalizer.numeric]
+    ends = cohort.set_end(cohort.stay_start[1:] - 1)
+    known = ends - cohort.admission if origin is None else np.full(len(cohort), 60. * origin)
     stays = np.flatnonzero(first_known(dataset) <= known + cohort.admission)
     if len(stays) < len(cohort):
         print(f"forecast: {len(cohort) - len(stays):,} stays left out, as nothing that the checkpoint knows "
@@ -477,7 +466,7 @@ def odd_values(predictor: Predictor, dataset) -> pd.DataFrame:
     sets = np.repeat(np.arange(len(stay)), np.diff(cohort.set_start))                                   # [E]
     variable = dataset.variable[cohort.event_variable]
     minutes = asked.point_minute[asked.point_start[:-1]]
-    judged = (variable >= 0) & ~np.isnan(cohort.event_value) & (normalizer.low <= normalizer.high)[variable]
+    judged = (variable >= 0) & ~np.isnan(cohort.event_value) & normalizer.numeric[variable]
     judged &= (cohort.set_minute > minutes[stay])[sets]
     event = np.flatnonzero(judged)
     sets, variable, value = sets[event], variable[event], cohort.event_value[event].astype(np.float64)
@@ -490,6 +479,7 @@ def odd_values(predictor: Predictor, dataset) -> pd.DataFrame:
                          "variable": np.array(normalizer.variables, dtype=object)[variable], "value": value,
                          "expected": forecasts["mean"], "low": forecasts["low"], "high": forecasts["high"],
                          "tail": 2 * stdtr(FREEDOM, -z.abs())})
+
 
 def pretrained_report(arguments, predictor, dataset) -> None:
     """Prints what a pretrained checkpoint forecasts of the stays that it may be scored on, beside the last
@@ -523,12 +513,9 @@ def forecast_figures(predictor, dataset, stays) -> dict:
     cohort, normalizer = dataset.cohort, dataset.normalizer
     first, last = cohort.set_minute[cohort.stay_start[:-1]], cohort.set_minute[cohort.stay_start[1:] - 1]
     half = np.maximum((first + last) / 2, first_known(dataset))
-    event = stay_event_index(cohort, stays)
-    sets = np.searchsorted(cohort.set_start, event, side="right") - 1
-    table = pd.DataFrame({"stay": np.repeat(stays, cohort.stay_events[stays]), "value":
-                          cohort.event_value[event].astype(float), "minute": cohort.set_minute[sets],
-                          "variable": dataset.variable[cohort.event_variable[event]]}).dropna()
-    table = table[(table["variable"] >= 0) & (normalizer.low <= normalizer.high)[table["variable"]]]
+    table = event_table(cohort, stays).astype({"value": float}).dropna()
+    table["variable"] = dataset.variable[table["variable"]]
+    table = table[(table["variable"] >= 0) & normalizer.numeric[table["variable"]]]
     known = table["minute"] <= half[table["stay"]]
     usual = table[known].groupby(["stay", "variable"])["value"].last().rename("last")
     table = table[~known].join(usual, on=["stay", "variable"])
