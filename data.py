@@ -197,21 +197,24 @@ class Cohort:
             lines.append(f"data: {len(self.answers):,} prediction points in {asked:,} stays")
         return "\n".join(lines + [f"data: {line}" for line in met(self.notes, self.examples)])
 
-    def describe_answers(self) -> str:
-        """How many points have which answer."""
-        answer = self.answers[:, -1]
+    def describe_answers(self, points=slice(None)) -> str:
+        """How many of these points (indices or a mask) have which answer."""
+        answers = self.answers[points]
+        answer, ones = answers[:, -1], (answers == 1).sum(0)
         if self.kind == "binary":
-            return f"{(answer == 1).sum():,} positive"
+            return f"{ones[0]:,} positive"
         if self.kind == "number":
             return f"median {pd.Series(answer).median():.4g}"
         if self.kind == "several":
-            counts = zip(self.names, (self.answers == 1).sum(0), (self.answers >= 0).sum(0))
-            return ", ".join(f"{name} {positive:,} of {known:,}" for name, positive, known in counts)
-        if self.kind == "classes":
+            counts = zip(self.names, ones, (answers >= 0).sum(0))
+            counts = [f"{name} {positive:,} of {known:,}" for name, positive, known in counts]
+        elif self.kind == "classes":
             counts = [f"{name} {(answer == i).sum():,}" for i, name in enumerate(self.names)]
-            return f"classes {', '.join(counts)}"
-        names = [*enumerate(self.names, 1), (0, "censored")]
-        return ", ".join(f"{(answer == i).sum():,} {name}" for i, name in names)
+        else:
+            names = [*enumerate(self.names, 1), (0, "censored")]
+            counts = [f"{(answer == i).sum():,} {name}" for i, name in names]
+        shown = ", ".join(counts[:8]) + " ..." * (len(counts) > 8)
+        return f"classes {shown}" if self.kind == "classes" else shown
 
     def noting(self, notes: dict, examples: dict = {}) -> "Cohort":
         """The cohort with more notes, and examples of them."""

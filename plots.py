@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from sklearn.decomposition import PCA
-from sklearn.metrics import confusion_matrix, precision_recall_curve, roc_curve
+from sklearn.metrics import precision_recall_curve, roc_curve
 from sklearn.preprocessing import StandardScaler
 
 from data import InputError, event_table, write_atomically
@@ -103,10 +103,19 @@ def plot_curves(checkpoint, pretrained):
     return figure
 
 
+def ranking_axes():
+    """Returns a figure and the axes of ROC and of precision-recall in it."""
+    figure, (roc, pr) = new_figure(2, width=5, height=4.8)
+    limits = dict(xlim=(0, 1), ylim=(0, 1.01))
+    roc.set(title="ROC", xlabel="false positive rate", ylabel="true positive rate", **limits)
+    pr.set(title="Precision-recall", xlabel="recall", ylabel="precision", **limits)
+    return figure, (roc, pr)
+
+
 def plot_ranking(label, methods: dict, measured: dict):
     """Draws ROC and precision-recall of the probabilities [n] of each method. measured: {method: its AUROC
     and AUPRC}, see `metrics.score_figures`."""
-    figure, (roc, pr) = new_figure(2, width=5, height=4.8)
+    figure, (roc, pr) = ranking_axes()
     for (name, p), style in zip(methods.items(), itertools.cycle(STYLES)):
         auroc, auprc = (measured[name][measure]["value"] for measure in ("auroc", "auprc"))
         roc.plot(*roc_curve(label, p)[:2], label=f"{name} ({auroc:.3f})", **style)
@@ -114,10 +123,8 @@ def plot_ranking(label, methods: dict, measured: dict):
         pr.plot(recall, precision, label=f"{name} ({auprc:.3f})", drawstyle="steps-post", **style)
     roc.plot([0, 1], [0, 1], **FAINT)
     pr.axhline(label.mean(), **FAINT, label=f"prevalence ({label.mean():.3f})")
-    roc.set(title=f"ROC, {len(label):,} points", xlabel="false positive rate", ylabel="true positive rate")
-    pr.set(title=f"Precision-recall, {label.sum():,} positive", xlabel="recall", ylabel="precision")
-    for ax in (roc, pr):
-        ax.set(xlim=(0, 1), ylim=(0, 1.01))
+    roc.set_title(f"ROC, {len(label):,} points")
+    pr.set_title(f"Precision-recall, {label.sum():,} positive")
     legend(roc, title="AUROC", loc="lower right")
     legend(pr, title="AUPRC", loc="upper right")
     return figure
@@ -167,7 +174,7 @@ def binary_pictures(task, answers, methods: dict, figures: dict) -> dict:
 
 def several_pictures(task, answers, methods: dict, figures: dict) -> dict:
     """ROC and precision-recall of each outcome."""
-    figure, (roc, pr) = new_figure(2, width=5, height=4.8)
+    figure, (roc, pr) = ranking_axes()
     for name, label, p, style in zip(task.names, answers.T, methods[CHECKPOINT].T, itertools.cycle(STYLES)):
         known = ~np.isnan(label)
         if (label == 1).any() and (label == 0).any():
@@ -176,18 +183,14 @@ def several_pictures(task, answers, methods: dict, figures: dict) -> dict:
             pr.plot(recall, precision, label=f"{name} (prevalence {label[known].mean():.3f})",
                     drawstyle="steps-post", **style)
     roc.plot([0, 1], [0, 1], **FAINT)
-    roc.set(title="ROC", xlabel="false positive rate", ylabel="true positive rate")
-    pr.set(title="Precision-recall", xlabel="recall", ylabel="precision")
-    for ax in (roc, pr):
-        ax.set(xlim=(0, 1), ylim=(0, 1.01))
-        legend(ax)
+    legend(roc)
+    legend(pr)
     return {"ranking": figure}
 
 
 def classes_pictures(task, answers, methods: dict, figures: dict) -> dict:
     """How often a stay of each class is given each class as the likeliest."""
-    classes = range(len(task.names))
-    counts = confusion_matrix(answers[:, 0], methods[CHECKPOINT].argmax(1), labels=classes)
+    classes, counts = range(len(task.names)), np.array(figures["confusion"])
     shares = counts / counts.sum(1, keepdims=True).clip(min=1)
     figure, (ax,) = new_figure(1, width=2.5 + .7 * len(classes), height=2 + .6 * len(classes))
     ax.imshow(shares, cmap="Greys", vmin=0, vmax=1, aspect="auto")

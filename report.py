@@ -34,9 +34,7 @@ def performance(arguments, baselines) -> None:
     `who_is_scored`), and writes what is asked for. Of several checkpoints the mean of their logits is
     scored."""
     folder = arguments.plots and picture_folder(arguments.plots)
-    for path in filter(None, (arguments.predictions, arguments.embeddings, arguments.json)):
-        if not Path(path).resolve().parent.is_dir():
-            raise InputError(f"{path}: its folder does not exist; make it, or name another place")
+    check_folders(arguments.predictions, arguments.embeddings, arguments.json)
     opened = open_together(arguments)
     predictor, dataset = opened[0]
     if predictor.checkpoint.mode == "pretrain":
@@ -56,7 +54,7 @@ def performance(arguments, baselines) -> None:
     to_file = arguments.predictions or arguments.embeddings
     if unscorable := task.lacking(cohort.answers[scored]):
         unscorable = (f"{cohort.reader}: the stays to be scored hold {unscorable} "
-                      f"({len(scored_stays)} stays: {who}); AUROC needs both classes")
+                      f"({len(scored_stays)} stays: {who}); {task.needed} needed")
         if not (to_file or arguments.trajectory):
             raise InputError(f"{unscorable}; --predictions needs no label")
     groups = {name: subgroups(cohort, scored, name) for name in arguments.subgroups}
@@ -83,10 +81,22 @@ def performance(arguments, baselines) -> None:
     if traced is not None:
         figures["trajectory"] = risk_over_time(predictor.model, dataset, traced, predictor.device)
         print_trajectory(figures["trajectory"])
-    if arguments.json:
-        write_atomically(arguments.json, lambda out: out.write_text(json.dumps(figures, indent=1)))
+    write_json(arguments.json, figures)
     if folder:
         draw(folder, figures, predictor, dataset, traced, asked, scored, methods)
+
+
+def check_folders(*paths: str | None) -> None:
+    """Raises InputError where a file to be written, of those given, has no folder."""
+    for path in filter(None, paths):
+        if not Path(path).resolve().parent.is_dir():
+            raise InputError(f"{path}: its folder does not exist; make it, or name another place")
+
+
+def write_json(path: str | None, figures: dict) -> None:
+    """Writes --json, where it is given."""
+    if path:
+        write_atomically(path, lambda out: out.write_text(json.dumps(figures, indent=1)))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -103,8 +113,7 @@ def open_together(arguments) -> list[tuple]:
                              "others out")
     opened = [Predictor.with_data(path, data_options(arguments), arguments.device, arguments.set_heads,
                                   arguments.transformer_heads) for path in paths]
-    others = [path for path, (predictor, _) in zip(paths, opened)
-              if (predictor.checkpoint.task or {"kind": "binary"})["kind"] != "binary"]
+    others = [path for path, (_, data) in zip(paths, opened) if data.cohort.kind != "binary"]
     of_binary = {"--baselines": arguments.baselines, "several checkpoints": len(paths) > 1,
                  "--sensitivity": arguments.sensitivity != type(arguments).sensitivity}
     for name, asked in of_binary.items():
@@ -392,8 +401,7 @@ def forecasts(arguments) -> None:
     """Writes --forecast or --odd, and draws the --trajectory's forecasts in --plots."""
     folder = arguments.plots and picture_folder(arguments.plots)
     path = arguments.forecast or arguments.odd
-    if not Path(path).resolve().parent.is_dir():
-        raise InputError(f"{path}: its folder does not exist; make it, or name another place")
+    check_folders(path)
     if arguments.forecast and (arguments.queries is None) == (arguments.until is None):
         raise InputError(f"--forecast {path}: give either --queries FILE or --until HOURS")
     Checkpoint.open(arguments.checkpoint[0]).check_forecasts()
@@ -503,8 +511,7 @@ def pretrained_report(arguments, predictor, dataset) -> None:
         print(f"... and {len(rows) - 24} more (--json has all)")
     print(f"\nActive units: {figures['active_units']} of {figures['latent_dim']} (variance of mu over sets > "
           "0.01)")
-    if arguments.json:
-        write_atomically(arguments.json, lambda out: out.write_text(json.dumps(figures, indent=1)))
+    write_json(arguments.json, figures)
 
 
 def forecast_figures(predictor, dataset, stays) -> dict:

@@ -142,7 +142,7 @@ class Task:
 
     def count(self, cohort: Cohort, stays: np.ndarray) -> str:
         """What the labels of these stays are, in short."""
-        raise NotImplementedError
+        return cohort.describe_answers(np.isin(cohort.point_stay, stays))
 
     def occurs(self, answers: np.ndarray) -> np.ndarray:
         """[n] bool: the answers [n, A] from which every epoch learns, however many there are."""
@@ -444,11 +444,6 @@ class Several(Task):
             raise InputError(f"{cohort.reader}: the training labels of {', '.join(lacking[:3])} hold one "
                              "class only; leave out these outcomes, or give more labels")
 
-    def count(self, cohort, stays):
-        answers = cohort.answers[np.isin(cohort.point_stay, stays)]
-        counts = [f"{name} {positive:,}" for name, positive in zip(self.names, (answers == 1).sum(0))]
-        return f"positive: {', '.join(counts[:8])}{' ...' * (len(counts) > 8)}"
-
     def occurs(self, answers):
         return (answers == 1).any(1)
 
@@ -511,11 +506,6 @@ class Classes(Task):
         one = "" if len(np.unique(answers)) > 1 else "one class only"
         return super().lacking(answers) or one
 
-    def count(self, cohort, stays):
-        label = cohort.answers[np.isin(cohort.point_stay, stays) & cohort.labelled, 0].astype(int)
-        counts = zip(self.names, np.bincount(label, minlength=len(self.names)))
-        return ", ".join([f"{name} {count:,}" for name, count in counts][:8])
-
     def point_loss(self, logits, answer, config):
         return F.cross_entropy(logits, answer[:, 0].nan_to_num(nan=-1).long(), reduction="none",
                                label_smoothing=config.label_smoothing, ignore_index=-1)
@@ -565,11 +555,6 @@ class Number(Task):
     def lacking(self, answers):
         return super().lacking(answers) or ("" if np.ptp(answers) > 0 else "one number only")
 
-    def count(self, cohort, stays):
-        number = cohort.answers[np.isin(cohort.point_stay, stays) & cohort.labelled, 0]
-        low, middle, high = np.quantile(number, (.25, .5, .75))
-        return f"median {middle:g}, quartiles {low:g} and {high:g}"
-
     def fitted(self, cohort, points, weight, horizons=()):
         super().fitted(cohort, points, weight, horizons)
         scale = Normalizer(["label"], np.zeros(1), np.ones(1), np.zeros(1))
@@ -583,11 +568,15 @@ class Number(Task):
             answer = (answer.clamp(min=0) / self.log_scale).log1p()
         return (answer - self.mean) / self.std
 
-    def point_loss(self, logits, answer, config):
-        """The mean pinball loss of the quantiles (Koenker & Bassett 1978)."""
-        over = self.standardised(answer).nan_to_num() - logits                                       # [n, 3]
+    def pinball(self, logits, answer) -> torch.Tensor:
+        """The loss of each quantile (Koenker & Bassett 1978): logits [..., 3], answer [n, 1] -> [..., 3]."""
+        over = self.standardised(answer) - logits
         level = torch.tensor(LEVELS, device=logits.device)
-        return torch.maximum(level * over, (level - 1) * over).mean(1) * ~answer[:, 0].isnan()
+        return torch.maximum(level * over, (level - 1) * over)
+
+    def point_loss(self, logits, answer, config):
+        there = ~answer[:, 0].isnan()
+        return self.pinball(logits, answer.nan_to_num()).mean(1) * there
 
     def squares(self, weight):
         return weight.square() / len(LEVELS)
@@ -607,9 +596,8 @@ class Number(Task):
 
     def trees_share(self, head, trees, answers):
         answers, shares = torch.from_numpy(answers).to(head.device), torch.arange(11) / 10
-        level, number = torch.tensor(LEVELS, device=head.device), self.standardised(answers)
-        over = torch.stack([number - head.lerp(trees, float(share)) for share in shares])        # [11, n, 3]
-        loss = torch.maximum(level * over, (level - 1) * over).double().mean(1)
+        mixed = torch.stack([head.lerp(trees, float(share)) for share in shares])                # [11, n, 3]
+        loss = self.pinball(mixed, answers).double().mean(1)
         return shares[loss.argmin(0).cpu()].numpy()
 
     def answer(self, logits):
@@ -679,11 +667,6 @@ class Event(Task):
 
     def lacking(self, answers):
         return super().lacking(answers) or ("" if (answers[:, 1] > 0).any() else "no event")
-
-    def count(self, cohort, stays):
-        cause = cohort.answers[np.isin(cohort.point_stay, stays) & cohort.labelled, 1].astype(int)
-        counts = zip(("censored", *self.names), np.bincount(cause, minlength=1 + len(self.names)))
-        return ", ".join(f"{name} {count:,}" for name, count in counts)
 
     def occurs(self, answers):
         return answers[:, 1] > 0
