@@ -306,55 +306,21 @@ def with_labels(cohort: Cohort, files: list[Path] | dict[str, list[Path]], posit
     """
     report, joined, said = Report(own), None, {}
     tasks = files if isinstance(files, dict) else {"": files}
-    for task, files in enumerate(tasks.values()):
-        names = column_names(files[0], own)
-        found = kind_of(names, kind, [*tasks] if len(tasks) > 1 else outcomes, positive)
-        read = found in kinds
-        table_kind = "binary" if len(tasks) > 1 else found
-        id_column = _one_of(files[0], names, _IDS)
-        values = _value_columns(files[0], names, table_kind, outcomes) if read else {}
-        timed = next((name for name in _TIMES if name in names), None) if read else None
-        times = [name for name, clock in names.items()
-                 if (clock or _LIKE_A_TIME.search(name)) and name not in map(str.lower, values)]
-        if read and not timed and times:
-            unit = "prediction_time" if names[times[0]] else "hour"
-            raise InputError(f"{files[0]}: its column {times[0]} looks like a time, of no known unit; call "
-                             f"it minute, hour or prediction_time, here or by --columns {unit}={times[0]} "
-                             f"(other={times[0]}: not read)")
-        columns = {id_column: ID, **values} | ({timed: _TIMES[timed]} if timed else {})
-        optional = {name: type_ for name, type_ in (("split", str), ("subject_id", OWNER))
-                    if name not in columns}
-        table = read_table(files, columns, optional, report=report)
-        ids = of_each(table[id_column], str, None)
-        if read:
-            answers, told = _answers(table, table_kind, [*values], positive)
-        for column, owner in table.columns.items():
-            if column in optional:
-                value = _split_codes(table) if column == "split" else of_each(owner, str, None)
-                value = _told(table, ids, column, value)
-                said[column] = value if column not in said else said[column].combine_first(value)
-        if timed:
-            table.refuse(timed, ~np.isfinite(table[timed]), "; give the time of the question")
-        report.settle()
-        if not read:
+    several = len(tasks) > 1
+    for number, (task, files) in enumerate(tasks.items()):
+        found = kind_of(column_names(files[0], own), kind, [*tasks] if several else outcomes, positive)
+        rows, names, time, told = _read_labels(cohort, files, "binary" if several else found, outcomes,
+                                               positive, report, found in kinds)
+        for column, value in told.items():
+            said[column] = said[column].combine_first(value) if column in said else value
+        if rows is None:
             continue
-
-        rows = pd.DataFrame({"id": ids, "at": table[timed] if timed else 0})
-        rows[[*range(task, task + answers.shape[1])]] = answers
-        again = rows.duplicated().to_numpy()
-        other = rows.duplicated(["id", "at"]).to_numpy() & ~again
-        named = some(np.unique(ids[other]))
-        table.refuse(id_column, other, f", labelled twice and not alike ({named}); keep one line of each")
-        report.settle()
-        table.note("labels given more than once", again)
-        strange = ~rows["id"].isin(cohort.stay_id).to_numpy()
-        table.note("outcomes of no stay with a usable event", strange & ~again)
-        rows = rows[~strange & ~again]
+        rows = rows.rename(columns={0: number}) if several else rows
         if joined is None:
-            joined, first_timed = rows, timed
-        elif timed != first_timed:
-            raise InputError(f"{files[0]}: {timed or 'no time'} where the first task has "
-                             f"{first_timed or 'none'}; ask tasks with and without times apart")
+            joined, timed = rows, time
+        elif time != timed:
+            raise InputError(f"{files[0]}: {time or 'no time'} where the first task has {timed or 'none'}; "
+                             "ask tasks with and without times apart")
         else:
             joined = joined.merge(rows, how="outer", on=["id", "at"])
 
@@ -365,11 +331,59 @@ def with_labels(cohort: Cohort, files: list[Path] | dict[str, list[Path]], posit
         cohort = with_splits(cohort, said["split"])
     if joined is None:
         return cohort
-    cohort = replace(cohort, kind=found, names=tuple(tasks) if len(tasks) > 1 else told)
-    joined["stay"] = pd.Index(cohort.stay_id).get_indexer(joined["id"])
-    joined = joined.sort_values(["stay", "at"])
-    stay, at = joined["stay"].to_numpy(), joined["at"].to_numpy()                                  # [Q]
-    answers = joined.drop(columns=["id", "at", "stay"]).to_numpy(float)                            # [Q, A]
+    cohort = replace(cohort, kind=found, names=tuple(tasks) if several else names)
+    return _asking(cohort, joined, timed, files[0], report)
+
+
+def _read_labels(cohort: Cohort, files: list[Path], kind: str, outcomes: list[str] | None,
+                 positive: str | None, report: Report, read: bool) -> tuple:
+    """What one table tells: its rows (id, at: the time or 0, and the answers in columns 0, 1, ...; None where
+    its answers are not to be `read`), what they are called (see `Cohort.names`), the column of its times
+    (None: it has none), and split and subject_id by id, where it has them."""
+    names = column_names(files[0], report.columns)
+    id_column = _one_of(files[0], names, _IDS)
+    values = _value_columns(files[0], names, kind, outcomes) if read else {}
+    timed = next((name for name in _TIMES if name in names), None) if read else None
+    times = [name for name, clock in names.items()
+             if (clock or _LIKE_A_TIME.search(name)) and name not in map(str.lower, values)]
+    if read and not timed and times:
+        unit = "prediction_time" if names[times[0]] else "hour"
+        raise InputError(f"{files[0]}: its column {times[0]} looks like a time, of no known unit; call it "
+                         f"minute, hour or prediction_time, here or by --columns {unit}={times[0]} "
+                         f"(other={times[0]}: not read)")
+    columns = {id_column: ID, **values} | ({timed: _TIMES[timed]} if timed else {})
+    optional = {name: type_ for name, type_ in (("split", str), ("subject_id", OWNER)) if name not in columns}
+    table = read_table(files, columns, optional, report=report)
+    ids = of_each(table[id_column], str, None)
+    answers, called = _answers(table, kind, [*values], positive) if read else (None, ())
+    said = {}
+    for column in [name for name in optional if name in table.columns]:
+        value = _split_codes(table) if column == "split" else of_each(table[column], str, None)
+        said[column] = _told(table, ids, column, value)
+    if timed:
+        table.refuse(timed, ~np.isfinite(table[timed]), "; give the time of the question")
+    report.settle()
+    if not read:
+        return None, called, timed, said
+
+    rows = pd.DataFrame({"id": ids, "at": table[timed] if timed else 0}).join(pd.DataFrame(answers))
+    again = rows.duplicated().to_numpy()
+    other = rows.duplicated(["id", "at"]).to_numpy() & ~again
+    named = some(np.unique(ids[other]))
+    table.refuse(id_column, other, f", labelled twice and not alike ({named}); keep one line of each")
+    report.settle()
+    table.note("labels given more than once", again)
+    strange = ~rows["id"].isin(cohort.stay_id).to_numpy()
+    table.note("outcomes of no stay with a usable event", strange & ~again)
+    return rows[~strange & ~again], called, timed, said
+
+
+def _asking(cohort: Cohort, rows: pd.DataFrame, timed: str | None, path: Path, report: Report) -> Cohort:
+    """The cohort with a prediction point for each of these rows (see `_read_labels`), or without times one at
+    the end of each stay."""
+    rows = rows.assign(stay=pd.Index(cohort.stay_id).get_indexer(rows["id"])).sort_values(["stay", "at"])
+    stay, at = rows["stay"].to_numpy(), rows["at"].to_numpy()                                      # [Q]
+    answers = rows.drop(columns=["id", "at", "stay"]).to_numpy(float)                              # [Q, A]
     count = np.bincount(stay, minlength=len(cohort))
     if not timed:
         at_ends = np.full((len(cohort), answers.shape[1]), np.nan)
@@ -380,8 +394,8 @@ def with_labels(cohort: Cohort, files: list[Path] | dict[str, list[Path]], posit
     if at.dtype.kind == "M":
         origin = np.array(cohort.origin)
         if np.isnat(origin).all():
-            raise InputError(f"{table.paths[0]}: {timed} is a clock time, which these data do not know; give "
-                             "minute or hour of the stay")
+            raise InputError(f"{path}: {timed} is a clock time, which these data do not know; give minute or "
+                             "hour of the stay")
         # A stay of static events alone knows no clock: its first question sets it.
         unknown = np.isnat(origin) & (count > 0)
         origin[unknown] = at[np.searchsorted(stay, np.flatnonzero(unknown))].astype("datetime64[m]")
