@@ -234,6 +234,9 @@ def protocol(given: dict, splits: list, seeds: list, methods: list, fractions: l
     for home, data, seed in turns:
         cohort = read_cohort(data)
         split = make_splits(cohort, seed)
+        if cohort.kind != "binary":
+            raise InputError(f"{cohort.reader}: labels of the kind {cohort.kind}, where the baselines and "
+                             "tables of --protocol are for binary ones; give labels of 0 and 1")
         Binary().check(cohort, split)
         if (checkpoint := home / "pretrain" / "best.pt").exists():
             kept = Checkpoint.open(checkpoint)

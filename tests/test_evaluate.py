@@ -373,6 +373,8 @@ def test_the_protocol_keeps_what_is_finished_and_goes_on(tmp_path, monkeypatch, 
     turn = table.groupby("label").cumcount() % 3 % np.where(table["label"] == 1, 2, 3)  # no positive one is tested
     table.assign(split=turn.map({0: "train", 1: "valid", 2: "test"})).to_csv("table/labels.csv", index=False)
     one_error_line(capsys, main(["--protocol", "new", *words[2:]]), "the labelled test stays hold one class only")
+    table.assign(label=np.arange(len(table))).to_csv("table/labels.csv", index=False)
+    one_error_line(capsys, main(["--protocol", "new", *words[2:], "--kind", "number"]), "labels of the kind number")
     assert not Path("new").exists()
     assert sorted(path.name for path in Path("kept/seed3").iterdir()) == ["frozen 100%", "pretrain"]
 
