@@ -38,7 +38,7 @@ class Task:
 
     kind: ClassVar[str]
     needed: ClassVar[str]                # of labels to be learned or scored
-    best: ClassVar[str]                  # the figure of `validation` that chooses the epoch: the highest
+    best: ClassVar[str]                  # the figure of `validation` that chooses the epoch, see `improves`
     untrained: ClassVar[dict]
     losses: ClassVar[tuple] = ("cross_entropy",)  # settings `loss` that this kind can learn by
     width: ClassVar[int] = 1             # A, columns of the answers
@@ -243,6 +243,10 @@ class Task:
         values = measure(np.ones((1, len(points))))[0].tolist()
         return {f"val_{name}": value for name, value in zip(names, values) if f"val_{name}" in self.untrained}
 
+    def improves(self, row: dict, best: dict) -> bool:
+        """Whether the epoch of these figures of `validation` is better than the `best` so far."""
+        return row[self.best] > best[self.best]
+
     def describe(self, row: dict) -> str:
         """The figures of `validation` for the log."""
         shown = ", ".join(f"{TITLES[name.removeprefix('val_')]} {row[name]:.4f}" for name in self.untrained)
@@ -294,7 +298,7 @@ class Task:
 
 # What the figures of other kinds than binary are called.
 TITLES = {"auc": "AUROC", "auprc": "AUPRC", "accuracy": "accuracy", "log_loss": "log loss", "kappa": "kappa",
-          "mae": "mean absolute error", "neg_mae": "its negative", "rmse": "root mean square error",
+          "mae": "mean absolute error", "rmse": "root mean square error",
           "spearman": "rank correlation", "coverage": "coverage of the 80% interval", "width": "its width",
           "concordance": "concordance", "brier": "integrated Brier score"}
 
@@ -544,8 +548,8 @@ class Number(Task):
 
     kind = "number"
     needed = "different numbers are"
-    best = "val_neg_mae"
-    untrained = {"val_mae": math.inf, "val_neg_mae": -math.inf, "val_coverage": -1.0}
+    best = "val_mae"
+    untrained = {"val_mae": math.inf, "val_coverage": -1.0}
     outputs = ensembles = len(LEVELS)
     columns = ("median", "low", "high")
 
@@ -612,9 +616,8 @@ class Number(Task):
         names = ["mae", "rmse", "spearman", "coverage", "width"]
         return names, number_measure(answers[:, 0], *given.T)
 
-    def validation(self, cohort, points, answer):
-        row = super().validation(cohort, points, answer)
-        return row | {"val_neg_mae": -row["val_mae"]}
+    def improves(self, row, best):
+        return row[self.best] < best[self.best]
 
 
 INTERVALS = 20  # about so many discrete hazards make a time

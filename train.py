@@ -716,7 +716,7 @@ def evaluate_and_save(run: Run, row: dict, valid, val_features, keep_last: bool)
         logits = run.model.eval().classify(val_features)
     row |= task.validation(cohort, valid, task.answer(logits))
     row = gathered(row)[0]  # all go on from the figures of rank 0, should another's device round otherwise
-    improved = keep_last or row[task.best] > run.best[task.best]
+    improved = keep_last or task.improves(row, run.best)
     star = " *" if improved and not keep_last else ""
     run.end_of_epoch(row, improved, f"{task.describe(row)}{star}")
 
