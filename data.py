@@ -105,6 +105,7 @@ class Cohort:
     fingerprint: str = ""       # digest of the stays, not of their labels: a split outlives new labels
     kind: str = "binary"        # of the labels that were read, one of `KINDS`; no cache holds it
     names: tuple[str, ...] = ("label",)  # of outcomes (several), classes or causes (event)
+    timed: bool = False         # whether the points have times of their own, not a stay's end or --hours
 
     STAYS = ("event_variable", "event_value", "event_offset", "set_start", "set_minute", "stay_start",
              "stay_id", "subject", "origin", "split")
@@ -373,7 +374,7 @@ def search_after(values: np.ndarray, key: np.ndarray, low: np.ndarray, high: np.
 
 def at_end(cohort: Cohort, answers=None) -> Cohort:
     """The cohort with one point a stay, at the minute of its last set; answers: see `answer_columns`."""
-    return replace(cohort, point_start=np.arange(len(cohort) + 1),
+    return replace(cohort, timed=False, point_start=np.arange(len(cohort) + 1),
                    point_minute=np.array(cohort.set_minute[cohort.stay_start[1:] - 1]),
                    answers=answer_columns(answers, len(cohort)))
 
@@ -394,10 +395,12 @@ def answers_moved(cohort: Cohort, points: np.ndarray, minute: np.ndarray) -> np.
 def at_hours(cohort: Cohort, hours: float) -> Cohort | None:
     """The cohort asked once a stay, `hours` after its admission, or at its end where that is earlier. None:
     its points have times of their own."""
-    if not np.array_equal(cohort.point_minute, at_end(cohort).point_minute):
+    if cohort.timed:
         return None
-    minute, stays = np.minimum(cohort.admission + 60 * hours, cohort.point_minute), np.arange(len(cohort))
-    return with_points(cohort, np.ones_like(stays), minute, answers_moved(cohort, stays, minute))
+    stays = np.arange(len(cohort))
+    minute = np.minimum(cohort.admission + 60 * hours, at_end(cohort).point_minute)
+    asked = with_points(cohort, np.ones_like(stays), minute, answers_moved(cohort, stays, minute))
+    return replace(asked, timed=False)
 
 
 def hours_of(cohort: Cohort, points: np.ndarray) -> np.ndarray:
@@ -411,7 +414,7 @@ def hours_asked(cohort: Cohort, points: np.ndarray, given: float | None = None) 
     if given is not None:
         return given if np.isfinite(given) else None
     hours = hours_of(cohort, points)
-    one = len(points) and np.ptp(hours) < 1e-6 and at_hours(cohort, 1) is None
+    one = len(points) and np.ptp(hours) < 1e-6 and cohort.timed
     return float(hours[0]) if one else None
 
 
@@ -429,7 +432,7 @@ def with_points(cohort: Cohort, count: np.ndarray, minute: np.ndarray, answers=N
     answers (see `answer_columns`). A set never straddles a point: where the source knows events more finely
     than by the minute, those after the point become a set at the exact time of their first."""
     start = np.append(0, np.cumsum(count)).astype(np.int64)
-    cohort = replace(cohort, point_start=start, point_minute=minute.astype(np.float64),
+    cohort = replace(cohort, point_start=start, point_minute=minute.astype(np.float64), timed=True,
                      answers=answer_columns(answers, len(minute)))
     stay = cohort.point_stay
     first = cohort.stay_start[stay]
@@ -630,6 +633,33 @@ def at_every_set(cohort: Cohort, points: np.ndarray, weight: np.ndarray,
     asked = replace(cohort, point_start=np.append(0, np.cumsum(count)), point_minute=minute,
                     answers=answers_moved(cohort, np.repeat(points, number), minute))
     return asked, (share * np.repeat(weight, number)).astype(np.float32)
+
+
+FIRST_MOMENT = 3  # hours after admission: before, hardly anything is charted
+
+
+def at_moments(cohort: Cohort, points: np.ndarray, weight: np.ndarray, moments: int,
+               seed) -> tuple[Cohort, np.ndarray]:
+    """The cohort asked for the answer to each of these points [n], ascending, and where a stay has one, whose
+    time is not its own, also at this number of random minutes before it; and the weights [Q] of all. The
+    hours since admission are log-uniform, from FIRST_MOMENT, or the first set if that comes later, to the
+    point's. A point keeps its weight [n]. Its moments share another of the same size."""
+    stay, asked = cohort.point_stay[points], cohort.point_minute[points]
+    admission = cohort.admission[stay]
+    begin = np.maximum(admission + 60 * FIRST_MOMENT, cohort.set_minute[cohort.first_set[stay]])
+    earlier = (begin < asked) & (not cohort.timed)
+    low, high = (np.where(earlier, minute - admission, 1)[:, None] for minute in (begin, asked))
+    drawn = low * (high / low) ** np.random.default_rng(seed).random((len(points), moments))
+    drawn = np.clip(np.sort(admission[:, None] + drawn), begin[:, None], asked[:, None])    # [n, moments]
+    count = moments * earlier
+    own = np.cumsum(count + 1) - 1                                               # [n] places of the points
+    minute, share = (np.repeat(x, count + 1) for x in (asked, weight / np.maximum(count, 1)))
+    minute[np.delete(np.arange(len(minute)), own)] = drawn[earlier].ravel()
+    share[own] = weight
+    number = np.bincount(stay, count + 1, minlength=len(cohort)).astype(np.int64)
+    answers = answers_moved(cohort, np.repeat(points, count + 1), minute)
+    asked = replace(cohort, point_start=np.append(0, np.cumsum(number)), point_minute=minute, answers=answers)
+    return asked, share.astype(np.float32)
 
 
 def stays_with(cohort: Cohort, points: np.ndarray) -> np.ndarray:

@@ -32,7 +32,7 @@ from batches import Normalizer, StayDataset, common_variables, epoch_batches, so
 from data import (SPLITS, InputError, at_end, build_cohort, clear_write_error, event_table, labelled_points,
                   make_splits, search_after, stay_event_index, stays_of, with_points, write_atomically)
 from checkpoint import Checkpoint, label_digest
-from finetune_config import MANY_POINTS, FinetuneConfig, tree_sizes
+from finetune_config import MANY_POINTS, OLDER, FinetuneConfig, tree_sizes
 from history_statistics import summary_features
 from metrics import (FORECAST_FIGURES, Forecasts, Points, best_shares, best_utility_threshold, bootstrap,
                      bracketed, forecast_figures, forecast_sums, hours_since_onset, interval, logit,
@@ -188,7 +188,7 @@ def baselines(arguments, checkpoint: Checkpoint, dataset, points) -> dict[str, n
         raise InputError(f"{arguments.checkpoint[0]}: --baselines are fitted on the data that train.py made "
                          "the checkpoint with, as it recorded; leave "
                          f"{'--data_dir' if new else '--baselines'} out")
-    config, seed = changed(FinetuneConfig(), checkpoint.run["settings"]), checkpoint.source["seed"]
+    config, seed = changed(FinetuneConfig(), OLDER | checkpoint.run["settings"]), checkpoint.source["seed"]
     share, device = checkpoint.run["options"]["label_fraction"], choose_device(arguments.device, "fp32")[0]
     train = Binary().subset(cohort, labelled(cohort, checkpoint.split["train"]), share, seed)
     valid = labelled_points(cohort, stays_of(cohort, checkpoint.split["valid"]))
@@ -614,7 +614,7 @@ def classifier_pass(task, epochs, how, config, batches, dataset, device):
                 features = encode_points(model, dataset, stays, device)  # a stay's point has its number
         if task == INFERENCE:
             return model.task.answer(model.classify(features))
-        head = HeadTraining(alone, settings, features, answer, weight)
+        head = HeadTraining(alone, settings, features, answer, weight, len(stays))
         with torch.enable_grad():
             for epoch in range(1 if how == PLAIN_LOOP else epochs):
                 head.epoch(epoch)

@@ -29,7 +29,7 @@ from typing import Iterable, Iterator
 import numpy as np
 import pandas as pd
 
-from data import MINUTE, Cohort, InputError, met, pieces, sync
+from data import MINUTE, Cohort, InputError, at_end, met, pieces, sync
 
 try:
     import fcntl
@@ -665,7 +665,8 @@ def open_cache(folder: Path) -> Cohort | None:
         arrays = _mapped(folder)
         if any(list(arrays[name].shape) != shape for name, shape in meta.pop("shapes").items()):
             return None
-        return Cohort(**meta, **arrays)
+        cohort = Cohort(**meta, **arrays)
+        return replace(cohort, timed=not np.array_equal(cohort.point_minute, at_end(cohort).point_minute))
     except (FileNotFoundError, NotADirectoryError, EOFError, ValueError, KeyError, TypeError):
         return None
     except OSError as error:
@@ -754,7 +755,7 @@ def write_cache(folder: Path, parts: Iterable[Cohort]) -> None:
         cohort = replace(part, notes=dict(notes), examples=examples, **_mapped(temporary))
         cohort.fingerprint = cohort.digest()
         meta = {f.name: getattr(cohort, f.name) for f in fields(Cohort)
-                if f.name not in (*Cohort.ARRAYS, "kind", "names")}
+                if f.name not in (*Cohort.ARRAYS, "kind", "names", "timed")}
         meta["shapes"] = {name: list(header["shape"]) for name, header in headers.items()}
         (temporary / "meta.json").write_text(json.dumps(meta))
         for path in temporary.iterdir():

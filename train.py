@@ -30,11 +30,11 @@ from tqdm import tqdm
 
 import runs
 from batches import Normalizer, StayDataset, common_variables, epoch_batches, split_batch, variable_vectors
-from data import (Cohort, InputError, at_every_set, describe_questions, hours_asked, labelled_points,
-                  make_splits, stays_of, stays_with, variables_of)
+from data import (Cohort, InputError, at_every_set, at_moments, describe_questions, hours_asked,
+                  labelled_points, make_splits, stays_of, stays_with, variables_of)
 from checkpoint import Checkpoint, splits_beside
-from finetune_config import (FinetuneConfig, adamw, boosted_trees, cosine, epochs_of_steps, head_penalty,
-                             tree_sizes)
+from finetune_config import (OLDER, FinetuneConfig, adamw, boosted_trees, cosine, epochs_of_steps,
+                             head_penalty, tree_sizes)
 from history_statistics import real_sets
 from labels import telling_variables
 from model import ModelConfig, SeqSetVAE, SeqSetVAEPretrain
@@ -194,7 +194,7 @@ def recorded_options(record: dict) -> dict:
     mode, run = record["mode"], record["run"]
     options = {name: value for name, value in run["options"].items() if value is not None}
     known = settable(mode, options.get("random_init"))
-    settings = record["model_config"] | run["settings"]
+    settings = OLDER | record["model_config"] | run["settings"]
     changes = {name: value for name, value in settings.items() if name in known}
     if unknown := [name for name in (*options, *run["settings"])
                    if name not in known and name not in RunSettings.__dataclass_fields__]:
@@ -580,9 +580,11 @@ def new_classifier(arguments, task: Task, config: FinetuneConfig, checkpoint: Ch
 
 
 @torch.no_grad()
-def prepare_head(model: SeqSetVAE, features, answer, weight, config: FinetuneConfig, seed: int) -> None:
+def prepare_head(model: SeqSetVAE, features, answer, weight, questions: int, config: FinetuneConfig,
+                 seed: int) -> None:
     """Standardise the head's untrained input with the training points' statistics, start its bias at the
-    task's prior, and fit the trees beside it; features [n, F], answer [n, A], weight [n]."""
+    task's prior, and fit the trees beside it; features [n, F], answer [n, A], weight [n]; questions: see
+    HeadTraining."""
     untrained = features[:, features.shape[1] - len(model.feature_mean):]
     model.feature_mean.copy_(untrained.mean(0))
     model.feature_std.copy_(untrained.std(0).clamp(min=1e-6))
@@ -590,7 +592,7 @@ def prepare_head(model: SeqSetVAE, features, answer, weight, config: FinetuneCon
     if model.trees is not None:
         targets = model.task.tree_targets(answer).T
         model.trees.fit(model.tree_input(model.standardise(features)), targets, weight,
-                        boosted_trees(config, len(answer), seed, model.task))
+                        boosted_trees(config, questions, seed, model.task))
 
 
 @torch.no_grad()
@@ -608,38 +610,43 @@ def weigh_trees(model: SeqSetVAE, features, answers: np.ndarray) -> None:
 
 class HeadTraining:
     """Epochs of the head on cached features [n, F] of the training points of a frozen backbone, answer [n, A]
-    and weight [n]. Equal to uncached training, since the backbone is deterministic in evaluation mode. Of
+    and weight [n]; questions: how many of them count, where the others are their stays' earlier moments (see
+    `at_moments`). Equal to uncached training, since the backbone is deterministic in evaluation mode. Of
     several ranks each trains the same head on all features, from the same seed: that takes seconds, less than
     reducing the gradients of so small a model at every step."""
 
-    def __init__(self, run: Run, config: FinetuneConfig, features, answer, weight):
-        self.run, self.config = run, config
+    def __init__(self, run: Run, config: FinetuneConfig, features, answer, weight, questions: int):
+        self.run, self.config, self.questions = run, config, questions
         self.features, self.answer, self.weight = features, answer, weight
         if not run.last:
-            prepare_head(run.model, features, answer, weight, config, run.seed)
+            prepare_head(run.model, features, answer, weight, questions, config, run.seed)
         self.optimizer = adamw(run.model.cls_head.parameters(), config.learning_rate, config)
-        self.epochs = config.epochs(len(answer))
+        self.epochs = config.epochs(questions)
 
     @classmethod
     def of(cls, run: Run, train: np.ndarray, config: FinetuneConfig) -> "HeadTraining":
-        """On the labelled points of these stays [n], encoded once."""
-        cohort = run.dataset.cohort
-        points, weight = run.model.task.training_points(cohort, train, config, run.seed, 0)
-        features = encode_points(run.model, run.dataset, points, run.device)
-        return cls(run, config, features, *(torch.from_numpy(array).to(run.device)
-                                            for array in (cohort.answers[points], weight)))
+        """On the labelled points of these stays [n] and their earlier moments, encoded once."""
+        points, weight = run.model.task.training_points(run.dataset.cohort, train, config, run.seed, 0)
+        asked, weight = at_moments(run.dataset.cohort, points, weight, config.moments, run.seed)
+        if len(weight) > len(points):
+            print(f"head: learns from {len(points):,} questions and {len(weight) - len(points):,} earlier "
+                  "moments of their stays")
+        features = encode_points(run.model, run.dataset.of(asked), np.arange(len(weight)), run.device)
+        answer, weight = (torch.from_numpy(array).to(run.device) for array in (asked.answers, weight))
+        return cls(run, config, features, answer, weight, len(points))
 
     def epoch(self, epoch: int) -> float:
         """The mean loss of an epoch, before which several ranks may leave."""
         gathered(None)
         model, config, features, answer = self.run.model.train(), self.config, self.features, self.answer
         set_rate(self.run, self.optimizer, cosine(config.learning_rate, epoch, self.epochs))
-        batches = epoch_batches(np.ones(len(answer)), config.batch_size, self.run.seed, epoch)
+        size = round(config.batch_size * len(answer) / self.questions)  # of as many stays
+        batches = epoch_batches(np.ones(len(answer)), size, self.run.seed, epoch)
         total = torch.zeros((), device=features.device)
         for i, batch in enumerate(progress(batches, len(batches), f"epoch {epoch + 1}")):
             batch = torch.from_numpy(batch).to(features.device)
             loss = model.task.loss(model.classify(features[batch]), answer[batch], config, self.weight[batch])
-            ((loss + head_penalty(model, config, len(answer))) / config.accumulation).backward()
+            ((loss + head_penalty(model, config, self.questions)) / config.accumulation).backward()
             total += loss.detach() * len(batch)
             if (i + 1) % config.accumulation == 0 or i + 1 == len(batches):
                 torch.nn.utils.clip_grad_norm_(model.cls_head.parameters(), config.clip)
@@ -684,11 +691,13 @@ def train_everything(arguments, config: FinetuneConfig, run: Run, train, valid) 
     for epoch in run.epochs(epochs):
         points, weight = model.task.training_points(cohort, train, config, run.seed, epoch)
         stays = stays_with(cohort, points)
-        weight = weight * (len(stays) / weight.sum())  # 1 a stay, on average
         if config.full_before and len(labels) == len(train):  # one label a stay
-            asked = run.dataset.of(*at_every_set(cohort, points, weight, config.full_before))
+            weight = weight * (len(stays) / weight.sum())  # 1 a stay, on average
+            asked, weight = at_every_set(cohort, points, weight, config.full_before)
         else:
-            asked = run.dataset.asking(points, weight)
+            asked, weight = at_moments(cohort, points, weight, config.moments, [run.seed, epoch])
+            weight = weight * (len(stays) / weight.sum())
+        asked = run.dataset.of(asked, weight)
         for step, parts in training.steps(asked, stays):
             set_rate(run, optimizer, cosine(highest, step, steps))
             for batch, share in parts:

@@ -13,8 +13,8 @@ import runs
 import train
 from batches import (Normalizer, StayDataset, StaySizes, epoch_batches, group_widths, round_up,
                      sorted_batches, split_batch, variable_vectors)
-from data import (Cohort, InputError, at_every_set, build_cohort, make_splits, ranges, stays_of, subjects_of,
-                  with_points)
+from data import (Cohort, InputError, at_end, at_every_set, at_hours, at_moments, build_cohort, labelled_points,
+                  make_splits, ranges, stays_of, subjects_of, with_points)
 from finetune_config import FinetuneConfig
 from model import SeqSetVAE, SeqSetVAEPretrain
 from readers import load_cohort, synthetic_cohort, synthetic_parts
@@ -62,6 +62,35 @@ def test_the_label_of_a_stays_one_point_is_asked_for_at_every_set_before_it_too(
     np.testing.assert_allclose(weight, [0, .6, .4, 2])  # in proportion to the time; what has no other has all
     batch = StayDataset(cohort, PLAIN, points=True).of(asked, weight)[np.arange(2)]
     assert batch.point_slot[0, :3].tolist() == [0, 1, 2] and batch.weight.sum(1).tolist() == pytest.approx([1, 2])
+
+
+def test_a_stays_one_question_is_asked_at_random_earlier_moments_too():
+    """Which share its weight, lie after hour 3 and the first set, and before the question; labels that have times
+    of their own have none, and without moments all is as it was."""
+    sets = [(60 * m, [(0, 1.)]) for m in range(49)]
+    cohort = at_end(cohort_of([sets, sets[:3], sets[40:], [(-60, [(0, 1.)]), *sets]]), [1, 0, 1, np.nan])
+    points, weight = labelled_points(cohort, np.arange(4)), np.array([1, 1, 2.5], np.float32)
+    asked, shares = at_moments(cohort, points, weight, 4, seed=0)
+    assert asked.point_start.tolist() == [0, 5, 6, 11, 11] and shares.dtype == np.float32
+    np.testing.assert_allclose(shares, [*[.25] * 4, 1, 1, *[.625] * 4, 2.5])
+    assert asked.answers[:, 0].tolist() == [*[1] * 5, 0, *[1] * 5]
+    for rows, low in ((slice(0, 5), 180), (slice(6, 11), 2400)):
+        minute = asked.point_minute[rows]
+        assert minute[-1] == 2880 and (np.diff(minute) > 0).all() and minute[0] >= low
+    again, other = (at_moments(cohort, points, weight, 4, seed=seed)[0].point_minute for seed in (0, 1))
+    assert again.tolist() == asked.point_minute.tolist() != other.tolist()
+    at_six, _ = at_moments(at_hours(cohort, 6), points, weight, 1, seed=0)
+    assert at_six.point_minute[1:].tolist() == [360, 120, 360] and 180 <= at_six.point_minute[0] < 360
+    timed = with_points(cohort, np.array([1, 0, 2, 0]), np.array([2880, 2500, 2880]), np.ones(3))
+    for own, moments, points in ((cohort, 0, points), (timed, 3, np.arange(3))):
+        asked, shares = at_moments(own, points, weight, moments, seed=0)
+        assert asked.point_minute.tolist() == own.point_minute[points].tolist() and shares.tolist() == weight.tolist()
+
+
+def test_hours_count_from_the_first_set_whatever_they_were_before():
+    cohort = at_end(cohort_of([[(0, [(0, 1.)]), (600, [(0, 1.)])], [(0, [(0, 1.)]), (60, [(0, 1.)])]]))
+    assert at_hours(at_hours(cohort, 2), 5).point_minute.tolist() == [300, 60]
+    assert at_hours(with_points(cohort, np.ones(2, dtype=int), np.array([120, 60])), 5) is None
 
 
 def test_a_point_sees_the_last_set_not_after_it_and_a_stay_ends_with_its_last_point():
