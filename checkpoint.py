@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 from batches import Normalizer, StayDataset, variable_vectors
-from data import SPLITS, Cohort, InputError, at_hours, make_splits, write_atomically
+from data import SPLITS, Cohort, InputError, make_splits, write_atomically
 from labels import read_map
 from model import ModelConfig, SeqSetVAE, SeqSetVAEPretrain
+from questions import at_hours
 from settings import DataSettings
 from tasks import Task
 

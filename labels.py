@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from data import (KINDS, MINUTE, Cohort, InputError, at_end, ranges, search_after, with_points)
+from data import KINDS, MINUTE, Cohort, InputError, ranges, search_after
+from questions import at_end, with_points
 from tables import (HOURS, ID, MISSING, OWNER, TIME, Report, Table, column_names, of_each, plain_name,
                     read_table, some)
 

@@ -16,8 +16,8 @@ from scipy.special import stdtrit
 
 import runs
 from batches import EventBatch, EventSets, StayDataset, group_widths
-from data import (Cohort, InputError, build_cohort, describe_questions, make_splits, ranges,
-                  search_after, stay_event_index, stays_of, stays_with, with_points)
+from data import (Cohort, InputError, build_cohort, make_splits, ranges, search_after, stay_event_index,
+                  stays_of)
 from tables import BEYOND, MISSING, NAMELESS, TRUTH, Report, plain_name
 from checkpoint import Checkpoint
 from history_statistics import (HISTORY_STATISTICS, RunningStatistics, at_slots, statistics_at, summaries,
@@ -25,6 +25,7 @@ from history_statistics import (HISTORY_STATISTICS, RunningStatistics, at_slots,
 from labels import read_map
 from metrics import AHEAD, of_challenge_2019
 from model import SeqSetVAE
+from questions import describe_questions, stays_with, with_points
 from readers import cohort_of_frame
 from readouts import FREEDOM, known_at
 from runs import (choose_device, evaluation_loader, from_rank_0, gathered, printable, read_cohort,

@@ -29,8 +29,8 @@ from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from tqdm import tqdm
 
 from batches import Normalizer, StayDataset, common_variables, epoch_batches, sorted_batches, variable_vectors
-from data import (SPLITS, InputError, at_end, build_cohort, clear_write_error, event_table, labelled_points,
-                  make_splits, search_after, stay_event_index, stays_of, with_points, write_atomically)
+from data import (SPLITS, InputError, build_cohort, clear_write_error, event_table, make_splits, search_after,
+                  stay_event_index, stays_of, write_atomically)
 from checkpoint import Checkpoint, label_digest
 from finetune_config import MANY_POINTS, OLDER, FinetuneConfig, tree_sizes
 from history_statistics import summary_features
@@ -39,6 +39,7 @@ from metrics import (FORECAST_FIGURES, Forecasts, Points, best_shares, best_util
                      normalised_utility, of_challenge_2019, utilities_by, utility_draws)
 from model import ModelConfig, SeqSetVAE, SeqSetVAEPretrain
 from predictor import CPU, Predictor, answers_at, encode_points, forecast_at, open_checkpoint, quantile_of
+from questions import at_end, labelled_points, with_points
 from readers import load_cohort
 from runs import CHECKPOINTS, choose_device, keep_freed_memory, read_cohort
 from settings import DataSettings, changed, data_options, recorded

@@ -23,11 +23,12 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from data import (KINDS, MINUTE, READER_VERSION, SPLITS, SYNTHETIC_BYTES, Cohort, InputError, at_hours,
-                  build_cohort, clear_write_error, duplicates, event_table, ranges, sets_charted, since_first,
-                  synthetic_cohort, synthetic_parts, whole_cohort, with_points)
+from data import (KINDS, MINUTE, READER_VERSION, SPLITS, SYNTHETIC_BYTES, Cohort, InputError, build_cohort,
+                  clear_write_error, duplicates, event_table, ranges, sets_charted, since_first,
+                  synthetic_cohort, synthetic_parts, whole_cohort)
 from labels import (SPLIT_WORDS, read_columns, read_map, read_splits, read_statistics, read_vectors,
                     with_labels, with_splits)
+from questions import at_hours, with_points
 from tables import (ANY, CACHE_MEND, ID, OWNER, TIME, VALUE, Report, Table, cache_home, column_names,
                     files_in, frame_tables, named_tables, of_each, of_others, open_cache, plain_name, scratch,
                     some, table_files, tables, write_cache)

@@ -14,8 +14,7 @@ import torch
 from scipy.special import stdtr
 
 from checkpoint import Checkpoint, label_digest
-from data import (SPLITS, InputError, event_table, labelled_points, make_splits, point_slots, stays_of,
-                  stays_with, write_atomically)
+from data import SPLITS, InputError, event_table, make_splits, point_slots, stays_of, write_atomically
 from history_statistics import real_sets
 from metrics import CHECKPOINT, mean_of_logits
 from plots import (LABEL_NAMES, OUTCOME_PICTURES, picture_folder, plot_curves, plot_features, plot_forecast,
@@ -23,6 +22,7 @@ from plots import (LABEL_NAMES, OUTCOME_PICTURES, picture_folder, plot_curves, p
 from predictor import (FORECAST, QUERY, Predictor, answer_queries, answered_points, answered_queries,
                        answers_at, encode_points, features_and_history, find_stay, first_known, forecast_at,
                        forecasts_of, in_columns, influence, risk_over_time)
+from questions import labelled_points, stays_with
 from readouts import FREEDOM
 from runs import evaluation_loader
 from settings import data_options

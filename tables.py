@@ -29,7 +29,8 @@ from typing import Iterable, Iterator
 import numpy as np
 import pandas as pd
 
-from data import MINUTE, Cohort, InputError, at_end, met, pieces, sync
+from data import MINUTE, Cohort, InputError, met, pieces, sync
+from questions import at_end
 
 try:
     import fcntl

@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 from sklearn.model_selection import train_test_split
 
-from data import Cohort, InputError, labelled_points, stays_of, subjects_with_label
+from data import Cohort, InputError, stays_of, subjects_with_label
 from batches import Normalizer
 from metrics import (CHECKPOINT, FEW, Points, best_shares, best_utility_threshold, binary_tables,
                      brier_scores, censoring_curve, censoring_weights, class_measure, concordance_measure,
                      hours_since_onset, incidence_curve, integrated, measure_table, measured,
                      number_measure, of_challenge_2019, ranking_measure, score_figures, sepsis_figures,
                      weighted_mean)
+from questions import labelled_points
 
 
 # ------------------------------------------------------------------------------------------------------------

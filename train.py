@@ -30,8 +30,7 @@ from tqdm import tqdm
 
 import runs
 from batches import Normalizer, StayDataset, common_variables, epoch_batches, split_batch, variable_vectors
-from data import (Cohort, InputError, at_every_set, at_moments, describe_questions, hours_asked,
-                  labelled_points, make_splits, stays_of, stays_with, variables_of)
+from data import Cohort, InputError, make_splits, stays_of, variables_of
 from checkpoint import Checkpoint, splits_beside
 from finetune_config import (OLDER, FinetuneConfig, adamw, boosted_trees, cosine, epochs_of_steps,
                              head_penalty, tree_sizes)
@@ -39,6 +38,7 @@ from history_statistics import real_sets
 from labels import telling_variables
 from model import ModelConfig, SeqSetVAE, SeqSetVAEPretrain
 from predictor import encode_points, open_checkpoint
+from questions import at_every_set, at_moments, describe_questions, hours_asked, labelled_points, stays_with
 from runs import (PRECISIONS, Run, Signals, choose_device, data_parallel, end_rank, evaluation_loader,
                   exit_code, from_rank_0, gathered, join_ranks, loader, progress, read_cohort, summed)
 from settings import (SEED, SHARE, Parser, SharedSettings, changed, check_settings, data_options, option,

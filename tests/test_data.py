@@ -13,10 +13,10 @@ import runs
 import train
 from batches import (Normalizer, StayDataset, StaySizes, epoch_batches, group_widths, round_up,
                      sorted_batches, split_batch, variable_vectors)
-from data import (Cohort, InputError, at_end, at_every_set, at_hours, at_moments, build_cohort, labelled_points,
-                  make_splits, ranges, stays_of, subjects_of, with_points)
+from data import Cohort, InputError, build_cohort, make_splits, ranges, stays_of, subjects_of
 from finetune_config import FinetuneConfig
 from model import SeqSetVAE, SeqSetVAEPretrain
+from questions import at_end, at_every_set, at_hours, at_moments, labelled_points, with_points
 from readers import load_cohort, synthetic_cohort, synthetic_parts
 from tasks import Binary
 from tests.plain_loop import close, plain_grid

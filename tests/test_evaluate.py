@@ -23,13 +23,13 @@ import readers
 import test_suite
 import train
 from batches import StayDataset
-from data import with_points
 from checkpoint import Checkpoint
 from metrics import Points, best_utility_threshold, hours_since_onset, sepsis_figures
 from model import ModelConfig, SeqSetVAE
 from predictor import Predictor
 from protocol import (AVERAGE, BASELINES, PLAIN_LOOP, STATISTICS, asked_at_the_end, averaged, hand_made_baselines,
                       new_models, print_protocol, summaries_alone, summary_table)
+from questions import with_points
 from readers import synthetic_cohort, write_long_table
 from test_suite import main
 from tests.plain_loop import close, plain_features, plain_pass, plain_stays

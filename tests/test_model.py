@@ -12,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 
 import train
 from batches import StayDataset
-from data import InputError, labelled_points, stays_of, with_points
+from data import InputError, stays_of
 from checkpoint import load_weights
 from finetune_config import (MANY_POINTS, BoostedTrees, FinetuneConfig, boosted_trees, head_penalty,
                              tree_sizes)
@@ -20,6 +20,7 @@ from history_statistics import real_sets, statistics_at
 from model import History, ModelConfig, SeqSetVAE, SeqSetVAEPretrain, SetVAE
 from readouts import masked_mean
 from predictor import CPU
+from questions import labelled_points, with_points
 from tasks import Binary
 from tests.plain_loop import close, plain_future, plain_pass, plain_statistics
 from tests.tiny import PLAIN, batch_of, build, cohort_of, encoded, random_stays, tiny

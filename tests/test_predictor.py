@@ -18,11 +18,12 @@ import checkpoint
 import test_suite
 import train
 from batches import Normalizer, StayDataset
-from data import InputError, with_points
+from data import InputError
 from checkpoint import Checkpoint
 from model import SeqSetVAE
 from predictor import (CPU, Predictor, answers_at, encode_points, followed_event, influence, risk_over_time,
                        risk_without)
+from questions import with_points
 from readers import synthetic_cohort, write_long_table
 from test_suite import main
 from tests.plain_loop import close

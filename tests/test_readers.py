@@ -20,9 +20,9 @@ import pytest
 
 import readers
 from batches import Normalizer, variable_vectors
-from data import (Cohort, InputError, answers_moved, at_end, at_every_set, build_cohort, make_splits,
-                  with_points)
+from data import Cohort, InputError, build_cohort, make_splits
 from labels import telling_variables
+from questions import answers_moved, at_end, at_every_set, with_points
 from readers import load_cohort
 from tests.tiny import (EVENTS, OUTCOMES, RECORDS, SHARED, Call, as_lists, counted, events_of, labels_of,
                         splits_of, write, write_physionet)

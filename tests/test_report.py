@@ -17,9 +17,10 @@ from sklearn.metrics import roc_auc_score
 import plots
 import report
 import train
-from data import InputError, with_points
+from data import InputError
 from metrics import CHECKPOINT, Points, logit, score_figures
 from predictor import Predictor, risk_over_time
+from questions import with_points
 from readers import synthetic_cohort, write_long_table
 from report import show, subgroups, write_meds_predictions
 from tasks import Binary

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from batches import StayDataset
-from data import InputError, at_end, at_every_set, labelled_points, with_points
+from data import InputError
 from tables import open_cache, write_cache
 from checkpoint import Checkpoint
 from finetune_config import FinetuneConfig
+from questions import at_end, at_every_set, labelled_points, with_points
 from tasks import KINDS, Binary, Classes, Event, Number, Several, Task
 from test_suite import main
 from tests.tiny import PLAIN, cohort_of, one_error_line, random_stays
