@@ -593,3 +593,19 @@ def common_variables(cohort: Cohort, dataset: "StayDataset", stays: np.ndarray,
     numbers = common[valued[common]][:most // 2]
     rest = common[~np.isin(common, numbers)]
     return np.sort(dataset.variable[np.append(numbers, rest)[:most]])
+
+
+def answered_points(dataset) -> np.ndarray:
+    """Indices [n] of the points that have an answer: those with an event of a variable that the checkpoint
+    knows at or before them."""
+    cohort = dataset.cohort
+    return np.flatnonzero(first_known(dataset)[cohort.point_stay] <= cohort.point_minute)
+
+
+def first_known(dataset) -> np.ndarray:
+    """[P] the minute of each stay's first event of a variable that the checkpoint knows, inf: none."""
+    cohort = dataset.cohort
+    known = dataset.variable[cohort.event_variable] >= 0                                                # [E]
+    known = np.logical_or.reduceat(known, cohort.set_start[:-1])                                        # [T]
+    minute = np.where(known, cohort.set_minute, np.inf)
+    return np.minimum.reduceat(minute, cohort.stay_start[:-1])

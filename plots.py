@@ -11,8 +11,8 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 from sklearn.preprocessing import StandardScaler
 
 from data import InputError, event_table, write_atomically
+from explain import influence
 from metrics import CHECKPOINT, net_benefit
-from predictor import influence
 
 
 STYLES = [dict(color=color, linestyle=style)

@@ -14,22 +14,21 @@ import pandas as pd
 import torch
 from scipy.special import stdtrit
 
-import runs
-from batches import EventBatch, EventSets, StayDataset, group_widths
-from data import (Cohort, InputError, build_cohort, make_splits, ranges, search_after, stay_event_index,
-                  stays_of)
+from batches import EventBatch, EventSets, StayDataset, answered_points, first_known, group_widths
+from data import Cohort, InputError, make_splits, ranges, search_after, stay_event_index, stays_of
 from tables import BEYOND, MISSING, NAMELESS, TRUTH, Report, plain_name
 from checkpoint import Checkpoint
+from explain import risk_without
 from history_statistics import (HISTORY_STATISTICS, RunningStatistics, at_slots, statistics_at, summaries,
                                 variables_of)
 from labels import read_map
 from metrics import AHEAD, of_challenge_2019
 from model import SeqSetVAE
-from questions import describe_questions, stays_with, with_points
+from questions import describe_questions, with_points
 from readers import cohort_of_frame
 from readouts import FREEDOM, known_at
-from runs import (choose_device, evaluation_loader, from_rank_0, gathered, printable, read_cohort,
-                  summed)
+from runs import (answers_at, choose_device, encode_points, evaluation_loader, features_and_history,
+                  from_rank_0, printable, read_cohort)
 from settings import data_options
 
 
@@ -296,58 +295,6 @@ def valueless(dataset: StayDataset) -> dict[str, int]:
     return {cohort.variables[v]: int(bare[v]) for v in np.flatnonzero(bare)}
 
 
-def answered_points(dataset) -> np.ndarray:
-    """Indices [n] of the points that have an answer: those with an event of a variable that the checkpoint
-    knows at or before them."""
-    cohort = dataset.cohort
-    return np.flatnonzero(first_known(dataset)[cohort.point_stay] <= cohort.point_minute)
-
-
-def first_known(dataset) -> np.ndarray:
-    """[P] the minute of each stay's first event of a variable that the checkpoint knows, inf: none."""
-    cohort = dataset.cohort
-    known = dataset.variable[cohort.event_variable] >= 0                                                # [E]
-    known = np.logical_or.reduceat(known, cohort.set_start[:-1])                                        # [T]
-    minute = np.where(known, cohort.set_minute, np.inf)
-    return np.minimum.reduceat(minute, cohort.stay_start[:-1])
-
-
-@torch.no_grad()
-def encode_points(model: SeqSetVAE, dataset: StayDataset, points: np.ndarray, device, at_points=None,
-                  through=torch.nn.Identity()) -> torch.Tensor:
-    """Head input of these prediction points before standardisation, [n, F], or what another function
-    `at_points` of model and batch gives, [B, Q, F]; or `through` it (a function of [m, F] that gives [m, c]).
-    One pass of the backbone over their stays, in float32 whatever the precision of training, so that a score
-    does not depend on the machine."""
-    model.eval()
-    stays, result = stays_with(dataset.cohort, points), torch.zeros(len(points), 0, device=device)
-    for batch in evaluation_loader(dataset.asking(points), stays, device):
-        asked = batch.point >= 0                                                             # [B, Q]
-        features = at_points(model, batch) if at_points else model.features(batch)           # [B, Q, F]
-        features = through(features[asked])                                                  # [m, c]
-        if not result.shape[1]:
-            result = result.new_zeros(len(points), features.shape[1])
-        result[batch.point[asked]] = features
-    if runs.WORLD > 1:  # each rank filled in the points of its batches; one may have had none
-        width = max(gathered(result.shape[1]))
-        result = summed(result if result.shape[1] else result.new_zeros(len(points), width))
-    return result
-
-
-def features_and_history(model: SeqSetVAE, batch: EventBatch) -> torch.Tensor:
-    """Of each point the head input before standardisation, and h of the last set before it, [B, Q, F + d]."""
-    _, _, z, h = model.encode(batch)
-    return torch.cat([model.features_of(z, h, batch), at_slots(h, batch.point_slot)], dim=-1)
-
-
-def answers_at(model: SeqSetVAE, dataset: StayDataset, points: np.ndarray, device) -> np.ndarray:
-    """The answer at every point, [n, k] float64, see `Task.columns`."""
-    if not len(points):
-        return np.zeros((0, len(model.task.columns)))
-    logits = encode_points(model, dataset, points, device, through=model.classify)
-    return model.task.answer(logits)
-
-
 def in_columns(task, cohort: Cohort, points: np.ndarray, answers: np.ndarray) -> dict[str, np.ndarray]:
     """The columns [Q] of the answers [n, k] at these points of the cohort; NaN at its others."""
     whole = np.full((len(cohort.point_minute), answers.shape[1]), np.nan)
@@ -567,38 +514,6 @@ def outcome_of(task, answers: np.ndarray) -> int | str:
     known = [f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
              for name, value in row.items() if pd.notna(value)]
     return ", ".join(known) or "no label"
-
-
-def risk_without(model, dataset, stay: int, minute: float, most: int, device) -> dict:
-    """The risk at this minute by the variable whose events are left out, of the `most` charted until then
-    that the model knows: the stay is repeated, each time without one. None: nothing is left to tell a risk
-    by."""
-    cohort = dataset.cohort
-    events = stay_event_index(cohort, np.array([stay]))
-    sets = np.searchsorted(cohort.set_start, events, side="right") - 1
-    known = (cohort.set_minute[sets] <= minute) & (dataset.variable[cohort.event_variable[events]] >= 0)
-    events, sets = events[known], sets[known]
-    variables, count = np.unique(cohort.event_variable[events], return_counts=True)
-    variables = variables[np.argsort(-count, kind="stable")[:most]]
-    names = [cohort.variables[v] for v in variables]
-    copy, event = np.nonzero(cohort.event_variable[events] != variables[:, None])
-    if not len(copy):
-        return dict.fromkeys(names)
-    copies = build_cohort(cohort.reader, cohort.variables, copy, cohort.set_minute[sets[event]],
-                          cohort.event_variable[events[event]], cohort.event_value[events[event]], names,
-                          set_key=sets[event], whole=True)
-    ones = np.ones(len(copies), dtype=int)
-    dataset = dataset.of(with_points(copies, ones, minute * ones))
-    risk = answers_at(model, dataset, np.arange(len(copies)), device)[:, model.task.followed]
-    return dict.fromkeys(names) | dict(zip(copies.stay_id.tolist(), risk.tolist()))
-
-
-def influence(trajectory: dict) -> pd.Series:
-    """By how much each variable raises the last risk (lowers: negative), by its name, those that move it
-    most first."""
-    without = pd.Series(trajectory["without"], dtype=float).dropna()
-    moved = trajectory["risk"][-1] - without
-    return moved.sort_values(key=lambda change: -change.abs(), kind="stable")
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -38,10 +38,10 @@ from metrics import (FORECAST_FIGURES, Forecasts, Points, best_shares, best_util
                      bracketed, forecast_figures, forecast_sums, hours_since_onset, interval, logit,
                      normalised_utility, of_challenge_2019, utilities_by, utility_draws)
 from model import ModelConfig, SeqSetVAE, SeqSetVAEPretrain
-from predictor import CPU, Predictor, answers_at, encode_points, forecast_at, open_checkpoint, quantile_of
+from predictor import CPU, Predictor, forecast_at, open_checkpoint, quantile_of
 from questions import at_end, labelled_points, with_points
 from readers import load_cohort
-from runs import CHECKPOINTS, choose_device, keep_freed_memory, read_cohort
+from runs import CHECKPOINTS, answers_at, choose_device, encode_points, keep_freed_memory, read_cohort
 from settings import DataSettings, changed, data_options, recorded
 from tasks import Binary
 from train import (HeadTraining, PretrainConfig, clip_and_step, finetune, labelled, pretrain, run_settings,

@@ -13,18 +13,19 @@ import pandas as pd
 import torch
 from scipy.special import stdtr
 
+from batches import answered_points, first_known
 from checkpoint import Checkpoint, label_digest
 from data import SPLITS, InputError, event_table, make_splits, point_slots, stays_of, write_atomically
+from explain import influence
 from history_statistics import real_sets
 from metrics import CHECKPOINT, mean_of_logits
 from plots import (LABEL_NAMES, OUTCOME_PICTURES, picture_folder, plot_curves, plot_features, plot_forecast,
                    plot_trajectory, save_figure)
-from predictor import (FORECAST, QUERY, Predictor, answer_queries, answered_points, answered_queries,
-                       answers_at, encode_points, features_and_history, find_stay, first_known, forecast_at,
-                       forecasts_of, in_columns, influence, risk_over_time)
+from predictor import (FORECAST, QUERY, Predictor, answer_queries, answered_queries, find_stay, forecast_at,
+                       forecasts_of, in_columns, risk_over_time)
 from questions import labelled_points, stays_with
 from readouts import FREEDOM
-from runs import evaluation_loader
+from runs import answers_at, encode_points, evaluation_loader, features_and_history
 from settings import data_options
 from tables import ID, TIME, of_each, read_table
 

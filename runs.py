@@ -25,9 +25,12 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from batches import StayDataset, sorted_batches
+from batches import EventBatch, StayDataset, sorted_batches
 from data import Cohort, InputError, subjects_of, write_atomically
 from checkpoint import Checkpoint, difference, git_commit, label_digest, load_weights, maps_of
+from history_statistics import at_slots
+from model import SeqSetVAE
+from questions import stays_with
 from readers import load_cohort
 from settings import DataSettings, recorded
 
@@ -272,6 +275,42 @@ def progress(iterable, total: int, what: str):
     """tqdm over `total` batches on a terminal; silent where the output goes elsewhere."""
     silent = True if RANK or not sys.stdout.isatty() else None
     return tqdm(iterable, total=total, desc=what, leave=False, disable=silent, unit=" batches")
+
+
+@torch.no_grad()
+def encode_points(model: SeqSetVAE, dataset: StayDataset, points: np.ndarray, device, at_points=None,
+                  through=torch.nn.Identity()) -> torch.Tensor:
+    """Head input of these prediction points before standardisation, [n, F], or what another function
+    `at_points` of model and batch gives, [B, Q, F]; or `through` it (a function of [m, F] that gives [m, c]).
+    One pass of the backbone over their stays, in float32 whatever the precision of training, so that a score
+    does not depend on the machine."""
+    model.eval()
+    stays, result = stays_with(dataset.cohort, points), torch.zeros(len(points), 0, device=device)
+    for batch in evaluation_loader(dataset.asking(points), stays, device):
+        asked = batch.point >= 0                                                             # [B, Q]
+        features = at_points(model, batch) if at_points else model.features(batch)           # [B, Q, F]
+        features = through(features[asked])                                                  # [m, c]
+        if not result.shape[1]:
+            result = result.new_zeros(len(points), features.shape[1])
+        result[batch.point[asked]] = features
+    if WORLD > 1:  # each rank filled in the points of its batches; one may have had none
+        width = max(gathered(result.shape[1]))
+        result = summed(result if result.shape[1] else result.new_zeros(len(points), width))
+    return result
+
+
+def features_and_history(model: SeqSetVAE, batch: EventBatch) -> torch.Tensor:
+    """Of each point the head input before standardisation, and h of the last set before it, [B, Q, F + d]."""
+    _, _, z, h = model.encode(batch)
+    return torch.cat([model.features_of(z, h, batch), at_slots(h, batch.point_slot)], dim=-1)
+
+
+def answers_at(model: SeqSetVAE, dataset: StayDataset, points: np.ndarray, device) -> np.ndarray:
+    """The answer at every point, [n, k] float64, see `Task.columns`."""
+    if not len(points):
+        return np.zeros((0, len(model.task.columns)))
+    logits = encode_points(model, dataset, points, device, through=model.classify)
+    return model.task.answer(logits)
 
 
 CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}

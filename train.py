@@ -37,10 +37,11 @@ from finetune_config import (OLDER, FinetuneConfig, adamw, boosted_trees, cosine
 from history_statistics import real_sets
 from labels import telling_variables
 from model import ModelConfig, SeqSetVAE, SeqSetVAEPretrain
-from predictor import encode_points, open_checkpoint
+from predictor import open_checkpoint
 from questions import at_every_set, at_moments, describe_questions, hours_asked, labelled_points, stays_with
-from runs import (PRECISIONS, Run, Signals, choose_device, data_parallel, end_rank, evaluation_loader,
-                  exit_code, from_rank_0, gathered, join_ranks, loader, progress, read_cohort, summed)
+from runs import (PRECISIONS, Run, Signals, choose_device, data_parallel, encode_points, end_rank,
+                  evaluation_loader, exit_code, from_rank_0, gathered, join_ranks, loader, progress,
+                  read_cohort, summed)
 from settings import (SEED, SHARE, Parser, SharedSettings, changed, check_settings, data_options, option,
                       recorded, setting, value_of)
 from tasks import Task

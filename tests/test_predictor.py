@@ -21,10 +21,11 @@ from batches import Normalizer, StayDataset
 from data import InputError
 from checkpoint import Checkpoint
 from model import SeqSetVAE
-from predictor import (CPU, Predictor, answers_at, encode_points, followed_event, influence, risk_over_time,
-                       risk_without)
+from explain import influence, risk_without
+from predictor import CPU, Predictor, followed_event, risk_over_time
 from questions import with_points
 from readers import synthetic_cohort, write_long_table
+from runs import answers_at, encode_points
 from test_suite import main
 from tests.plain_loop import close
 from tests.tiny import NAMES, PLAIN, build, cohort_of, one_error_line, random_stays, tiny
