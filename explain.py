@@ -3,7 +3,6 @@
 import numpy as np
 import pandas as pd
 
-from batches import StayDataset
 from data import build_cohort, stay_event_index
 from questions import with_points
 from runs import answers_at

@@ -23,7 +23,6 @@ from history_statistics import (HISTORY_STATISTICS, RunningStatistics, at_slots,
                                 variables_of)
 from labels import read_map
 from metrics import AHEAD, of_challenge_2019
-from model import SeqSetVAE
 from questions import describe_questions, with_points
 from readers import cohort_of_frame
 from readouts import FREEDOM, known_at

@@ -1,5 +1,5 @@
-"""What a run of train.py is beside its mathematics: its processes, its device, its folder and checkpoints,
-signals."""
+"""What a run is beside its mathematics: its processes, its device, its passes of evaluation, its folder and
+checkpoints, signals."""
 
 import ctypes
 import errno
@@ -201,7 +201,7 @@ def data_parallel(model, seed: int):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Device, batches
+# Device, batches, the pass that evaluates
 # ------------------------------------------------------------------------------------------------------------
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
