@@ -19,27 +19,25 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
+from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, roc_auc_score
-from sklearn.model_selection import GridSearchCV, train_test_split
+from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
-from tqdm import tqdm
 
 from batches import Normalizer, StayDataset, common_variables, epoch_batches, sorted_batches, variable_vectors
-from data import (SPLITS, InputError, build_cohort, clear_write_error, event_table, make_splits, search_after,
-                  stay_event_index, stays_of, write_atomically)
+from data import (InputError, build_cohort, clear_write_error, make_splits, search_after, stay_event_index,
+                  stays_of, write_atomically)
 from checkpoint import Checkpoint, label_digest
 from finetune_config import MANY_POINTS, OLDER, FinetuneConfig, tree_sizes
 from history_statistics import summary_features
-from metrics import (FORECAST_FIGURES, Forecasts, Points, best_shares, best_utility_threshold, bootstrap,
-                     bracketed, forecast_figures, forecast_sums, hours_since_onset, interval, logit,
-                     normalised_utility, of_challenge_2019, utilities_by, utility_draws)
+from metrics import (Points, best_shares, best_utility_threshold, bootstrap, bracketed, hours_since_onset,
+                     interval, logit, normalised_utility, of_challenge_2019, utilities_by, utility_draws)
 from model import ModelConfig, SeqSetVAE, SeqSetVAEPretrain
-from predictor import CPU, Predictor, forecast_at, open_checkpoint, quantile_of
-from questions import at_end, labelled_points, with_points
+from predictor import CPU, Predictor, open_checkpoint
+from questions import at_end, labelled_points
 from readers import load_cohort
 from runs import CHECKPOINTS, answers_at, choose_device, encode_points, keep_freed_memory, read_cohort
 from settings import DataSettings, changed, data_options, recorded
@@ -407,134 +405,6 @@ def print_methods(rows: dict, ranked: list[str], base: str | None, names: list[s
         else:
             cells += [""] * len(names)
         print(f"| {method} | {len(values)} | {' | '.join(cells)} |")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The forecast benchmark: the second day of PhysioNet 2012 from the first
-# (`test_suite.py --forecast_benchmark`)
-# ------------------------------------------------------------------------------------------------------------
-
-KNOWN_UNTIL = 1439  # the last minute that is known; every later value is asked for
-MOST_ROWS = 40_000  # values of a variable from which boosting learns
-USUAL, LAST, BOOSTING = "mean of the training stays", "last value, else that mean", "boosting on summaries"
-MODEL, WITH_BOOSTING = "pretrained model", "average of model and boosting"
-
-
-def random_split(ids, seed: int) -> dict[str, list[str]]:
-    """60, 20 and 20% of the sorted ids, as the field draws them."""
-    rest, test = train_test_split(np.sort(ids), train_size=.8, random_state=seed)
-    train, valid = np.split(rest, [len(rest) * 3 // 4])
-    return {"train": train.tolist(), "valid": valid.tolist(), "test": test.tolist()}
-
-
-def charted(cohort) -> pd.DataFrame:
-    """A row a stay, variable and minute with a value, sorted by these: the mean of the values then."""
-    events = event_table(cohort, np.arange(len(cohort))).astype({"value": float}).dropna()
-    return events.groupby(["stay", "variable", "minute"], as_index=False).mean()
-
-
-def boosted(known: np.ndarray, queries: pd.DataFrame, seed: int) -> np.ndarray:
-    """Answers [n] to the queries whose part is not 0 by a HistGradientBoosting of each variable, learned from
-    at most MOST_ROWS whose part is 0. It gets the STATISTICS of its variable, last, mean and hours since of
-    all, and the minute. known: [P, V, 9], see `summary_table`."""
-    of_all = known[..., [STATISTICS.index(name) for name in ("last", "mean", "hours since")]]
-    of_all, rng = of_all.reshape(len(known), -1), np.random.default_rng(seed)
-    stay, variable, minute, value, part = queries.to_numpy().T
-    stay, variable = stay.astype(int), variable.astype(int)
-    answer = np.full(len(queries), np.nan)
-
-    def inputs(rows):
-        return np.column_stack([known[stay[rows], variable[rows]], of_all[stay[rows]],
-                                minute[rows].astype(np.float32)])
-
-    for v in tqdm(np.unique(variable[part > 0]), desc=f"boosting, seed {seed}", disable=None):
-        learned, asked = (np.flatnonzero((variable == v) & here) for here in (part == 0, part > 0))
-        learned = rng.permutation(learned)[:MOST_ROWS]
-        boosting = HistGradientBoostingRegressor(max_iter=150, max_leaf_nodes=15, early_stopping=False,
-                                                 random_state=0)
-        x = inputs(learned)
-        says = np.fmin.reduce(x) < np.fmax.reduce(x)
-        says[-1] = True  # of one query all are constant
-        answer[asked] = boosting.fit(x[:, says], value[learned]).predict(inputs(asked)[:, says])
-    return answer[part > 0]
-
-
-def queries_answered(checkpoint: Checkpoint, cohort, queries: pd.DataFrame) -> np.ndarray:
-    """Returns a checkpoint's answers to the queries: mean in the variable's unit, location and log scale,
-    [3, n] float32."""
-    dataset = checkpoint.dataset(cohort)
-    stay, variable, minute = (queries[name].to_numpy() for name in ("stay", "variable", "minute"))
-    answers = forecast_at(checkpoint.forecaster(), dataset, stay, np.full(len(stay), KNOWN_UNTIL),
-                          dataset.variable[variable], minute)
-    return answers[["mean", "location", "log_scale"]].to_numpy(np.float32).T
-
-
-def forecasts_on(home: Path, checkpoint: Checkpoint, cohort, values, queries, known) -> dict[str, np.ndarray]:
-    """Returns what every method sums up to on the test part of a split, see `forecast_sums`, from what lies
-    in `home`. A baseline answers by a Gaussian around its value, whose sd is that of the variable's errors in
-    the validation part. The average gives the model the share that is best there."""
-    seen = values[values["part"] < 2].groupby("variable")["value"]
-    units = pd.DataFrame({"range": seen.max() - seen.min(), "sd": seen.std()})
-    units = units.reindex(range(known.shape[1])).fillna(0).replace(0, 1)  # of a constant: any
-    variable, value = queries["variable"].to_numpy(), queries["value"].to_numpy()
-    tested, width = (queries["part"] == 2).to_numpy(), units["range"].to_numpy()[variable]
-    usual = values[values["part"] == 0].groupby("variable")["value"].mean().reindex(units.index)
-    usual, last = usual.to_numpy()[variable], known[queries["stay"], variable, STATISTICS.index("last")]
-    model, location, log_scale = np.load(home / "model" / "answers.npy").astype(float)
-    means = {USUAL: usual, LAST: np.where(np.isnan(last), usual, last),
-             BOOSTING: np.load(home / "boosting" / "answers.npy")}
-
-    def valid_error(mean) -> pd.Series:
-        """The mean square error of each variable, in units of its range."""
-        return pd.Series(((mean - value) / width)[~tested] ** 2).groupby(variable[~tested]).mean()
-
-    forecasts = {}
-    for method, mean in means.items():
-        sd = valid_error(mean).reindex(units.index).fillna(0).to_numpy()[variable] ** .5 * width
-        forecasts[method] = Forecasts.gaussian(mean[tested], sd[tested])
-    own = checkpoint.dataset(cohort).variable[variable[tested]]
-    told = checkpoint.normalizer, own, location[tested], log_scale[tested]
-    forecasts[MODEL] = Forecasts(model[tested], partial(quantile_of, *told))
-    share = min(np.arange(11) / 10, key=lambda share: valid_error(
-        share * model + (1 - share) * means[BOOSTING]).mean())
-    forecasts[WITH_BOOSTING] = forecasts[MODEL].averaged(forecasts[BOOSTING], share)
-    print(f"{home}: {tested.sum():,} values of {len(np.unique(variable[tested]))} variables in "
-          f"{queries['stay'][tested].nunique():,} test stays; {share:g} of the average is the model",
-          flush=True)
-    return {method: forecast_sums(each, queries[tested], units) for method, each in forecasts.items()}
-
-
-def forecast_benchmark(given: dict, seeds: list, folder: Path) -> None:
-    """For the split of every seed: fit the baselines, pretrain with the defaults, answer every value after
-    KNOWN_UNTIL, score the test part. What is finished lies in `folder`, by the data's fingerprint, and is
-    kept: stop and go on at will. given: the data's options, see `data_options`."""
-    cohort = read_cohort(given)
-    print(cohort.describe())
-    values, stays, rows = charted(cohort), np.arange(len(cohort)), {}
-    asked = with_points(cohort, np.ones_like(stays), np.full(len(stays), KNOWN_UNTIL))
-    known = summary_table(asked, stays, np.arange(len(cohort.variables)))
-    for seed in seeds:
-        home, split = folder / f"seed{seed}-{cohort.fingerprint}", random_split(cohort.stay_id, seed)
-        part = sum(code * np.isin(cohort.stay_id, split[name]) for code, name in enumerate(SPLITS))
-        values["part"] = part[values["stay"]]
-        later = values["minute"] > KNOWN_UNTIL
-        queries = values[later & values["stay"].isin(values["stay"][~later])]
-        queries = queries[queries["variable"].isin(queries["variable"][queries["part"] == 0])]
-        once(home / "boosting", lambda to: np.save(to / "answers.npy", boosted(known, queries, seed)))
-        queries = queries[queries["part"] > 0]
-
-        table = pd.DataFrame({"stay_id": cohort.stay_id, "split": np.take(SPLITS, part)})
-        file = home / "split.csv"
-        write_atomically(file, lambda out: table.to_csv(out, index=False))
-        once(home / "pretrain", lambda to: pretrain(run_settings(
-            mode="pretrain", run_dir=str(to), resume="auto", **given | {"split_file": str(file)})))
-        checkpoint = Checkpoint.open(home / "pretrain" / "best.pt")
-        once(home / "model", lambda to: np.save(to / "answers.npy",
-                                                queries_answered(checkpoint, cohort, queries)))
-        for method, sums in forecasts_on(home, checkpoint, cohort, values, queries, known).items():
-            rows.setdefault(method, {})[home] = forecast_figures(sums)
-    ranked = sorted(rows, key=lambda method: first_figure(rows[method]))
-    print_methods(rows, ranked, BOOSTING, FORECAST_FIGURES)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -17,8 +17,9 @@ from pathlib import Path
 
 from checkpoint import Checkpoint
 from data import InputError
+from forecast_benchmark import forecast_benchmark
 from predictor import follow
-from protocol import METHODS, baselines, benchmark, forecast_benchmark, protocol, scale
+from protocol import METHODS, baselines, benchmark, protocol, scale
 from report import forecasts, performance
 from runs import CHECKPOINTS, exit_code
 from settings import SEED, SHARE, Parser, SharedSettings, changed, data_options, option

@@ -8,11 +8,11 @@ import pytest
 from scipy import stats
 from sklearn.model_selection import train_test_split
 
-import protocol
+import forecast_benchmark
 import train
 from data import build_cohort
-from metrics import crps
-from protocol import Forecasts, charted, forecast_figures, forecast_sums, random_split
+from forecast_benchmark import BOOSTING, LAST, MODEL, USUAL, WITH_BOOSTING, charted, random_split
+from metrics import Forecasts, crps, forecast_figures, forecast_sums
 from readers import write_long_table
 from test_suite import main
 from tests.test_evaluate import rows_of
@@ -73,12 +73,11 @@ def test_the_forecast_benchmark_keeps_what_is_finished(tmp_path, monkeypatch, ca
     out = capsys.readouterr().out
     first = {row[0]: row[1:] for row in rows_of(out)}
     assert "288 values of 1 variables in 12 test stays" in out
-    boosting, last, usual = (float(first[name][1].split()[0]) for name in (protocol.BOOSTING, protocol.LAST,
-                                                                           protocol.USUAL))
-    assert boosting < .2 * last and boosting < .2 * usual and first[protocol.LAST][0] == "2"
-    assert {protocol.MODEL, protocol.WITH_BOOSTING} <= first.keys() and len(first) == 5
+    boosting, last, usual = (float(first[name][1].split()[0]) for name in (BOOSTING, LAST, USUAL))
+    assert boosting < .2 * last and boosting < .2 * usual and first[LAST][0] == "2"
+    assert {MODEL, WITH_BOOSTING} <= first.keys() and len(first) == 5
     for name in ("boosted", "pretrain", "forecast_at"):
-        monkeypatch.setattr(protocol, name, lambda *_: pytest.fail("done again"))
+        monkeypatch.setattr(forecast_benchmark, name, lambda *_: pytest.fail("done again"))
     assert main(words) == 0
     assert {row[0]: row[1:] for row in rows_of(capsys.readouterr().out)} == first
     one_error_line(capsys, main(["--forecast_benchmark"]), "--forecast_benchmark needs --data_dir")
