@@ -62,6 +62,16 @@ def clear_write_error(path, mend: str = "free space or choose another folder"):
                          f"untouched: {mend}") from None
 
 
+@contextmanager
+def new_folder(folder: Path):
+    """Makes a folder, in which the block writes. Raises InputError where it exists, or cannot be written."""
+    if folder.exists():
+        raise InputError(f"{folder}: exists already; give a new folder")
+    with clear_write_error(folder):
+        folder.mkdir(parents=True)
+        yield
+
+
 def sync(path) -> None:
     with open(path, "rb+") as file:
         os.fsync(file.fileno())

@@ -1,16 +1,21 @@
 """What files beside the events tell: names and units of variables, labels, splits and subjects of stays; and
-whether a variable is the label."""
+whether a variable is the label.
+
+    python labels.py PHYSIONET2012_DIR NEW_DIR   writes label files of every kind
+"""
 
 import pickle
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from data import KINDS, MINUTE, Cohort, InputError, ranges, search_after
+from data import KINDS, MINUTE, Cohort, InputError, new_folder, ranges, search_after
 from questions import at_end, with_points
+from settings import LineParser
 from tables import (HOURS, ID, MISSING, OWNER, TIME, Report, Table, column_names, of_each, plain_name,
                     read_table, some)
 
@@ -447,3 +452,64 @@ def _telling(cohort: Cohort, points: np.ndarray, label: np.ndarray) -> dict[str,
     scores = pd.concat([presence, value[(ones >= enough) & (zeros >= enough)]])
     best = np.maximum(scores, 1 - scores).groupby(level=0).max().sort_values(ascending=False)
     return {cohort.variables[v]: float(auc) for v, auc in best[best > .98].items()}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Label files of PhysioNet 2012: python labels.py PHYSIONET2012_DIR NEW_DIR
+# ------------------------------------------------------------------------------------------------------------
+
+def physionet2012_labels(folder: Path) -> dict[str, pd.DataFrame]:
+    """{file: table} of labels and scores, of the Outcomes-*.txt in a folder of PhysioNet 2012 (Silva et al.
+    2012); an unknown one is empty (-1 there). Days count from admission; hours to an event count from the end
+    of the 48 that are recorded, at least 12. Raises InputError where a row is wrong or there is no file."""
+    files, outcomes = sorted(folder.glob("Outcomes-?.txt")), {}
+    if not files:
+        raise InputError(f"{folder}: holds no Outcomes-a.txt, -b or -c; give the folder of PhysioNet 2012")
+    names = ("SAPS-I", "SOFA", "Length_of_stay", "Survival", "In-hospital_death")
+    table = read_table(files, {"RecordID": ID} | dict.fromkeys(names, float))
+    stay_id = of_each(table["RecordID"], str, None)
+    table.refuse("RecordID", pd.Index(stay_id).duplicated(), ", named before; keep one line of each stay")
+    table.refuse(names[-1], ~np.isin(table[names[-1]], (0, 1)), ", not 0 or 1; mend the line")
+    for name in names[:-1]:
+        outcomes[name] = pd.Series(table[name]).where(table[name] != -1)
+    table.report.settle()
+    days, died = outcomes["Length_of_stay"], pd.Series(table[names[-1]])
+    until = outcomes["Survival"].where(died == 1, days)
+    columns = {
+        "days.csv": {"label": days},
+        "outcomes.csv": {"died": died, "long": (days > 7).astype(float).where(days.notna())},
+        "classes.csv": {"label": pd.cut(days, [-np.inf, 3, 7, 14, np.inf],
+                                        labels=["0-3", "4-7", "8-14", "15+"])},
+        "event.csv": {"event": died.map({0: "discharged", 1: "died"}).where(until.notna()),
+                      "hours": (24 * until - 48).clip(lower=12)},
+        "saps.csv": {"score": outcomes["SAPS-I"]}, "sofa.csv": {"score": outcomes["SOFA"]}}
+    return {file: pd.DataFrame({"stay_id": stay_id, **its}).convert_dtypes()
+            for file, its in columns.items()}
+
+
+def write_physionet2012_labels(source: Path, folder: Path) -> None:
+    """Writes `physionet2012_labels` of one folder as CSV to a new one, where a stay without a label has no
+    row."""
+    tables = physionet2012_labels(source)
+    with new_folder(folder):
+        for file, table in tables.items():
+            table.dropna(thresh=2).to_csv(folder / file, index=False)
+            lacking = [f"{count:,} without {name}" for name, count in table.isna().sum().items() if count]
+            print(f"{folder / file}: {', '.join([f'{len(table):,} stays', *lacking])}")
+
+
+def main(argv=None) -> int:
+    from runs import exit_code  # which imports this module
+
+    def write():
+        parser = LineParser(description="Write label files of every kind from the outcome files of PhysioNet "
+                                        "2012, and its scores SAPS-I and SOFA.", allow_abbrev=False)
+        parser.add_argument("physionet2012", type=Path, help="the folder of Outcomes-a.txt")
+        parser.add_argument("folder", type=Path, help="the new folder to write in")
+        given = parser.parse_args(argv)
+        write_physionet2012_labels(given.physionet2012, given.folder)
+    return exit_code(write)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

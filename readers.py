@@ -5,7 +5,6 @@ A reader yields `Events`, part after part; `_Spool` writes them to disk as they 
 a cohort, some stays at a time: what is held in memory does not grow with the data.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -24,11 +23,12 @@ import pandas as pd
 from tqdm import tqdm
 
 from data import (KINDS, MINUTE, READER_VERSION, SPLITS, SYNTHETIC_BYTES, Cohort, InputError, build_cohort,
-                  clear_write_error, duplicates, event_table, ranges, sets_charted, since_first,
+                  clear_write_error, duplicates, event_table, new_folder, ranges, sets_charted, since_first,
                   synthetic_cohort, synthetic_parts, whole_cohort)
 from labels import (SPLIT_WORDS, read_columns, read_map, read_splits, read_statistics, read_vectors,
                     with_labels, with_splits)
 from questions import at_hours, with_points
+from settings import LineParser
 from tables import (ANY, CACHE_MEND, ID, OWNER, TIME, VALUE, Report, Table, cache_home, column_names,
                     files_in, frame_tables, named_tables, of_each, of_others, open_cache, plain_name, scratch,
                     some, table_files, tables, write_cache)
@@ -755,13 +755,10 @@ def _cached(reader: Reader, folder: Path | None, files: list[Path], synthetic_st
 def write_long_table(folder: Path, cohort: Cohort, labels: bool = True) -> Path:
     """Write a cohort as a long table: events.csv and, with `labels`, labels.csv of a new folder. Raises
     InputError where the folder exists."""
-    if folder.exists():
-        raise InputError(f"{folder}: exists already; give a new folder")
     events = event_table(cohort, np.arange(len(cohort))).rename(columns={"stay": "stay_id"})
     events["stay_id"] = cohort.stay_id[events["stay_id"]]
     events["variable"] = np.array(cohort.variables)[events["variable"]]
-    with clear_write_error(folder):
-        folder.mkdir(parents=True)
+    with new_folder(folder):
         events.to_csv(folder / "events.csv", index=False)
         if labels:
             answers = pd.DataFrame({"stay_id": cohort.stay_id, "label": cohort.stay_label})
@@ -770,21 +767,21 @@ def write_long_table(folder: Path, cohort: Cohort, labels: bool = True) -> Path:
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(
-        description="Write an example of the long table that train.py --data_dir reads: 200 stays of the "
-                    "embedded cohort.", allow_abbrev=False)
-    parser.add_argument("--example", metavar="DIR", required=True,
-                        help="the new folder of events.csv and labels.csv")
-    folder, cohort = Path(parser.parse_args(argv).example), synthetic_cohort(200)
-    cohort = replace(cohort, stay_id=np.arange(1001, 1001 + len(cohort)).astype(str))
-    try:
+    from runs import exit_code  # which imports this module
+
+    def write():
+        parser = LineParser(
+            description="Write an example of the long table that train.py --data_dir reads: 200 stays of the "
+                        "embedded cohort.", allow_abbrev=False)
+        parser.add_argument("--example", metavar="DIR", required=True,
+                            help="the new folder of events.csv and labels.csv")
+        folder, cohort = Path(parser.parse_args(argv).example), synthetic_cohort(200)
+        cohort = replace(cohort, stay_id=np.arange(1001, 1001 + len(cohort)).astype(str))
         write_long_table(folder, cohort)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{folder}: events.csv, {len(cohort.event_value):,} events of {len(cohort)} stays, and labels.csv")
-    print(f"next: python train.py --mode pretrain --data_dir {folder}")
-    return 0
+        print(f"{folder}: events.csv, {len(cohort.event_value):,} events of {len(cohort)} stays, and "
+              "labels.csv")
+        print(f"next: python train.py --mode pretrain --data_dir {folder}")
+    return exit_code(write)
 
 
 if __name__ == "__main__":

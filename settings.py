@@ -99,7 +99,14 @@ def recorded(settings) -> dict:
 ARGPARSE = ("help", "choices", "metavar", "nargs", "const", "type", "action")
 
 
-class Parser(argparse.ArgumentParser):
+class LineParser(argparse.ArgumentParser):
+    """A parser whose every error is one line."""
+
+    def error(self, message: str):
+        raise InputError(f"{message}; see --help")
+
+
+class Parser(LineParser):
     """A parser of the options of a dataclass of settings. What is not given is no attribute of its result."""
 
     def __init__(self, kind, groups: dict[str, str], **texts):
@@ -115,10 +122,6 @@ class Parser(argparse.ArgumentParser):
                 about["action"] = "store_true"
             if "help" in about:
                 groups[group].add_argument(*f.metadata.get("names", [f"--{f.name}"]), dest=f.name, **about)
-
-    def error(self, message: str):
-        """Raises every error as one line."""
-        raise InputError(f"{message}; see --help")
 
 
 # ------------------------------------------------------------------------------------------------------------

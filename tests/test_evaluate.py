@@ -18,6 +18,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 import data
+import labels
 import protocol
 import readers
 import test_suite
@@ -473,12 +474,13 @@ def test_every_command_of_the_documents_has_options_that_exist(monkeypatch, docu
     """Each line of a shell block, parsed by the command that it names, which then does nothing."""
     done = []
     for module, name in ((train, "pretrain"), (train, "finetune"), (readers, "write_long_table"),
-                         (test_suite, "performance"), (test_suite, "forecasts"), (test_suite, "protocol"),
+                         (labels, "write_physionet2012_labels"), (test_suite, "performance"),
+                         (test_suite, "forecasts"), (test_suite, "protocol"),
                          (test_suite, "forecast_benchmark"), (test_suite, "benchmark"), (test_suite, "scale")):
         monkeypatch.setattr(module, name, lambda *a, name=name: done.append(name))
     monkeypatch.setattr(pytest, "main", lambda arguments: done.append("tests") or 0)
     monkeypatch.delenv("SEQSETVAE_SOAK", raising=False)
-    commands = {"readers.py": readers.main, "train.py": train.main, "test_suite.py": main}
+    commands = {"readers.py": readers.main, "labels.py": labels.main, "train.py": train.main, "test_suite.py": main}
     text = Path(train.__file__).with_name(document).read_text().replace("\\\n", "")
     lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()
              if line != "pip install -r requirements.txt"]
