@@ -10,11 +10,12 @@ from sklearn.ensemble import HistGradientBoostingRegressor
 from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
+from baselines import STATISTICS, summary_table
 from checkpoint import Checkpoint
 from data import SPLITS, event_table, write_atomically
 from metrics import FORECAST_FIGURES, Forecasts, forecast_figures, forecast_sums
 from predictor import forecast_at, quantile_of
-from protocol import STATISTICS, first_figure, once, print_methods, summary_table
+from protocol import first_figure, once, print_methods
 from questions import with_points
 from runs import read_cohort
 from train import pretrain, run_settings

@@ -1,5 +1,5 @@
-"""What the model is compared with: hand-made baselines and an untrained backbone, on several splits with one
-command (`test_suite.py --protocol`); and in speed and memory a plain loop (`test_suite.py --benchmark`)."""
+"""Every method on several splits with one command (`test_suite.py --protocol`); and the model's speed and
+memory beside a plain loop (`test_suite.py --benchmark`)."""
 
 import contextlib
 import itertools
@@ -19,20 +19,13 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.ensemble import HistGradientBoostingClassifier
-from sklearn.impute import SimpleImputer
-from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, roc_auc_score
-from sklearn.model_selection import GridSearchCV
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
-from batches import Normalizer, StayDataset, common_variables, epoch_batches, sorted_batches, variable_vectors
-from data import (InputError, build_cohort, clear_write_error, make_splits, search_after, stay_event_index,
-                  stays_of, write_atomically)
+from baselines import BASELINES, without_backbone
+from batches import Normalizer, StayDataset, epoch_batches, sorted_batches, variable_vectors
+from data import InputError, build_cohort, clear_write_error, make_splits, stays_of, write_atomically
 from checkpoint import Checkpoint, label_digest
-from finetune_config import MANY_POINTS, OLDER, FinetuneConfig, tree_sizes
-from history_statistics import summary_features
+from finetune_config import FinetuneConfig, tree_sizes
 from metrics import (Points, best_shares, best_utility_threshold, bootstrap, bracketed, hours_since_onset,
                      interval, logit, normalised_utility, of_challenge_2019, utilities_by, utility_draws)
 from model import ModelConfig, SeqSetVAE, SeqSetVAEPretrain
@@ -42,161 +35,7 @@ from readers import load_cohort
 from runs import CHECKPOINTS, answers_at, choose_device, encode_points, keep_freed_memory, read_cohort
 from settings import DataSettings, changed, data_options, recorded
 from tasks import Binary
-from train import (HeadTraining, PretrainConfig, clip_and_step, finetune, labelled, pretrain, run_settings,
-                   weigh_trees)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Baselines: hand-made features, and the model's own head without its backbone
-# ------------------------------------------------------------------------------------------------------------
-
-BASELINES = ("logistic regression on summaries", "gradient boosting on summaries",
-             "same head, exact summaries alone")
-STATISTICS = ("first", "last", "min", "max", "mean", "sd", "slope", "count", "hours since")
-
-
-def summary_table(cohort, points, variables) -> np.ndarray:
-    """Hand-made features of the stay up to each prediction point: STATISTICS of these variables [K] (indices
-    in the cohort), descriptors included: [n, K, 9] float32, raw units, slope a day; NaN where there is none
-    (count: 0)."""
-    stay = cohort.point_stay[points]
-    begin, after = cohort.stay_start[stay], cohort.stay_start[stay + 1]
-    after = search_after(cohort.set_minute, cohort.point_minute[points], begin, after)
-    begin, end = cohort.set_start[begin], cohort.set_start[after]               # [n] the events of each point
-    events = stay_event_index(cohort, np.unique(stay))
-    events = events[np.argsort(cohort.event_variable[events], kind="stable")]        # by variable, stay, time
-    sorted_variables = cohort.event_variable[events]
-    begins, ends = (np.searchsorted(sorted_variables, variables, side) for side in ("left", "right"))
-    table = np.full((len(points), len(variables), len(STATISTICS)), np.nan, dtype=np.float32)
-    for k, mine in enumerate(events[low:high] for low, high in zip(begins, ends)):
-        last, before = np.searchsorted(mine, end) - 1, np.searchsorted(mine, begin)
-        table[:, k, -2] = last + 1 - before
-        seen = last >= before
-        charted = cohort.set_minute[np.searchsorted(cohort.set_start, mine, side="right") - 1]
-        table[seen, k, -1] = (cohort.point_minute[points[seen]] - charted[last[seen]]) / 60
-
-        value = cohort.event_value[mine].astype(np.float64)
-        valued = ~np.isnan(value)
-        mine, value, day = mine[valued], value[valued], charted[valued] / 1440
-        owner = np.searchsorted(cohort.set_start[cohort.stay_start], mine, side="right") - 1
-        first = np.searchsorted(owner, owner)
-        x, day, n = value - value[first], day - day[first], np.arange(len(mine)) - first + 1
-        terms = pd.DataFrame({"x": x, "xx": x * x, "t": day, "tt": day * day, "tx": day * x})
-        mean, square, days, spread, product = terms.groupby(owner).cumsum().to_numpy().T / n
-        variance, spread = np.maximum(square - mean ** 2, 0), spread - days ** 2
-        sd = np.sqrt(variance * n / np.where(n > 1, n - 1, np.nan))
-        slope = np.where(spread > 1e-9, (product - days * mean) / np.maximum(spread, 1e-9), 0)
-        so_far = pd.Series(value).groupby(owner)
-        low, high = so_far.cummin(), so_far.cummax()
-        statistics = np.stack([value[first], value, low, high, value[first] + mean, sd, slope], axis=1)
-        last, before = np.searchsorted(mine, end) - 1, np.searchsorted(mine, begin)
-        seen = last >= before
-        table[seen, k, :-2] = statistics[last[seen]]
-    return table
-
-
-def hand_made_baselines(cohort, variables, train, weight, test) -> dict[str, np.ndarray]:
-    """Probabilities at the test points by models of `summary_table`, from the training points and their
-    weights: logistic regression (penalty chosen by cross-validation) and HistGradientBoosting (shallow trees,
-    chosen likewise); from many points boosting alone, with the hours since each variable's last event and
-    settings of its own."""
-    many = len(train) > MANY_POINTS
-    both = summary_table(cohort, np.concatenate([train, test]), variables)
-    both = (both if many else both[..., :-1]).reshape(len(both), -1)
-    x, y = both[:len(train)], cohort.label[train].astype(int)
-    # What is constant in training, or was never measured, says nothing.
-    says = np.fmin.reduce(x) < np.fmax.reduce(x)
-    x, x_test = x[:, says], both[len(train):, says]
-    if many:
-        print(f"baselines: no {BASELINES[0]}: it takes too long for {len(train):,} points")
-        boosting = HistGradientBoostingClassifier(l2_regularization=10., early_stopping=False, random_state=0)
-        return {BASELINES[1]: boosting.fit(x, y, weight).predict_proba(x_test)[:, 1]}
-    folds = min(5, np.bincount(y, minlength=2).min())
-    if folds < 2:
-        raise InputError(f"baselines: {y.sum()} of {len(y)} training labels are 1, too few to choose a "
-                         "penalty by cross-validation: give more labels")
-    low, high = np.nanquantile(x, [.005, .995], axis=0)
-    linear = make_pipeline(FunctionTransformer(lambda t: t.clip(low, high)),
-                           SimpleImputer(strategy="median", add_indicator=True),
-                           StandardScaler(),
-                           GridSearchCV(LogisticRegression(max_iter=500),
-                                        {"C": [.0003, .001, .003, .01, .03, .1]},
-                                        scoring="neg_log_loss", cv=folds))
-    boosting = GridSearchCV(HistGradientBoostingClassifier(learning_rate=.05, random_state=0),
-                            {"max_iter": [100, 200], "max_leaf_nodes": [6, 15], "l2_regularization": [10.]},
-                            scoring="neg_log_loss", cv=folds)
-    return {BASELINES[0]: linear.fit(x, y).predict_proba(x_test)[:, 1],
-            BASELINES[1]: boosting.fit(x, y).predict_proba(x_test)[:, 1]}
-
-
-class SummariesAlone(SeqSetVAE):
-    """The classifier's head on the exact summaries of the stay and nothing else: its backbone is never
-    run."""
-
-    def feature_sizes(self) -> dict[str, int]:
-        return {"plain": 0, "learned": 0, "summaries": summary_features(self.config.head_variables)}
-
-    def features(self, batch) -> torch.Tensor:
-        return self.exact_summaries(batch)
-
-
-def of_a_frozen_head(model, dataset, train, valid, test, config: FinetuneConfig, seed: int,
-                     device) -> np.ndarray:
-    """Probabilities at the test points by this model, whose head is trained on its frozen backbone from the
-    training stays; valid: the points by which it weighs its trees."""
-    run = SimpleNamespace(model=model.to(device), dataset=dataset, seed=seed, device=device, last=None)
-    head = HeadTraining.of(run, train, config)
-    for epoch in range(head.epochs):
-        head.epoch(epoch)
-    weigh_trees(model, encode_points(model, dataset, valid, device), dataset.cohort.answers[valid])
-    return answers_at(model, dataset, test, device)[:, 0]
-
-
-def summaries_alone(dataset, variables, train, valid, test, seed: int, device=CPU,
-                    config=FinetuneConfig()) -> np.ndarray:
-    """Probabilities at the test points by the default head (linear and trees) on exact summaries of these
-    variables (indices in the dataset's vocabulary), see `of_a_frozen_head`."""
-    points, _ = Binary().training_points(dataset.cohort, train, config, seed, 0)
-    shape = ModelConfig(len(dataset.normalizer.variables), summaries=True, head_variables=len(variables),
-                        head_widths=config.head_widths, **tree_sizes(config, len(points)))
-    torch.manual_seed(seed)
-    model = SummariesAlone(shape, torch.zeros(shape.num_variables, shape.input_dim))
-    model.head_variables.copy_(torch.from_numpy(variables))
-    return of_a_frozen_head(model, dataset, train, valid, test, config, seed, device)
-
-
-def without_backbone(dataset, train, valid, test, seed: int, device=CPU,
-                     config=FinetuneConfig()) -> dict[str, np.ndarray]:
-    """Probabilities at the test points by every one of BASELINES that can be had, learned from the training
-    stays; valid: see `of_a_frozen_head`."""
-    cohort = dataset.cohort
-    variables = common_variables(cohort, dataset, train, config.most_variables)
-    points, weight = Binary().training_points(cohort, train, config, seed, 0)
-    own = np.flatnonzero(np.isin(dataset.variable, variables))
-    return (hand_made_baselines(cohort, own, points, weight, test)
-            | {BASELINES[2]: summaries_alone(dataset, variables, train, valid, test, seed, device, config)})
-
-
-def baselines(arguments, checkpoint: Checkpoint, dataset, points) -> dict[str, np.ndarray]:
-    """Probabilities at the scored points by BASELINES and by an untrained backbone of the checkpoint's
-    config, under a frozen head of its settings; all learn from the labels that the checkpoint learned
-    from."""
-    cohort = dataset.cohort
-    new = checkpoint.is_new(cohort)
-    if new or not checkpoint.run:
-        raise InputError(f"{arguments.checkpoint[0]}: --baselines are fitted on the data that train.py made "
-                         "the checkpoint with, as it recorded; leave "
-                         f"{'--data_dir' if new else '--baselines'} out")
-    config, seed = changed(FinetuneConfig(), OLDER | checkpoint.run["settings"]), checkpoint.source["seed"]
-    share, device = checkpoint.run["options"]["label_fraction"], choose_device(arguments.device, "fp32")[0]
-    train = Binary().subset(cohort, labelled(cohort, checkpoint.split["train"]), share, seed)
-    valid = labelled_points(cohort, stays_of(cohort, checkpoint.split["valid"]))
-    methods = without_backbone(dataset, train, valid, points, seed, device, config)
-    torch.manual_seed(seed)
-    model = SeqSetVAE(replace(checkpoint.config, classification_only=True), checkpoint.vocabulary)
-    model.head_variables.copy_(checkpoint.weights["head_variables"])
-    untrained = of_a_frozen_head(model, dataset, train, valid, points, config, seed, device)
-    return methods | {"untrained backbone, same head": untrained}
+from train import HeadTraining, PretrainConfig, clip_and_step, finetune, labelled, pretrain, run_settings
 
 
 # ------------------------------------------------------------------------------------------------------------

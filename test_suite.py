@@ -15,11 +15,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from baselines import baselines
 from checkpoint import Checkpoint
 from data import InputError
 from forecast_benchmark import forecast_benchmark
 from predictor import follow
-from protocol import METHODS, baselines, benchmark, protocol, scale
+from protocol import METHODS, benchmark, protocol, scale
 from report import forecasts, performance
 from runs import CHECKPOINTS, exit_code
 from settings import SEED, SHARE, Parser, SharedSettings, changed, data_options, option

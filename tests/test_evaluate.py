@@ -17,19 +17,20 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
+import baselines
 import data
 import labels
 import protocol
 import readers
 import test_suite
 import train
+from baselines import BASELINES, STATISTICS, hand_made_baselines, summaries_alone, summary_table
 from batches import StayDataset
 from checkpoint import Checkpoint
 from metrics import Points, best_utility_threshold, hours_since_onset, sepsis_figures
 from model import ModelConfig, SeqSetVAE
 from predictor import Predictor
-from protocol import (AVERAGE, BASELINES, PLAIN_LOOP, STATISTICS, asked_at_the_end, averaged, hand_made_baselines,
-                      new_models, print_protocol, summaries_alone, summary_table)
+from protocol import AVERAGE, PLAIN_LOOP, asked_at_the_end, averaged, new_models, print_protocol
 from questions import with_points
 from readers import synthetic_cohort, write_long_table
 from test_suite import main
@@ -127,7 +128,7 @@ def test_an_original_finetuned_checkpoint_is_scored_with_its_data(tmp_path, caps
 
 
 def test_the_log_of_the_untrained_backbone_does_not_stand_in_the_report(capsys, monkeypatch, finetuned):
-    monkeypatch.setattr(protocol, "hand_made_baselines",
+    monkeypatch.setattr(baselines, "hand_made_baselines",
                         lambda *given: {BASELINES[0]: np.zeros(len(given[-1]))})
     capsys.readouterr()
     assert main(["--checkpoint", str(finetuned), "--baselines", "--device", "cpu"]) == 0
@@ -142,9 +143,9 @@ def test_baselines_learn_from_the_labels_and_settings_of_the_checkpoint(tmp_path
     words += ["--label_fraction", ".5", "--seed", "7", "--set", "max_trainable_ratio=1", "--set", "trees=5"]
     assert train.main(words) == 0
     content, learned = torch.load(tmp_path / "half/best.pt", weights_only=True), []
-    monkeypatch.setattr(protocol, "without_backbone", lambda dataset, stays, valid, points, seed, device, config:
+    monkeypatch.setattr(baselines, "without_backbone", lambda dataset, stays, valid, points, seed, device, config:
                         learned.append((len(stays), seed, config.trees)) or {})
-    monkeypatch.setattr(protocol.HeadTraining, "of", lambda run, stays, config, of=train.HeadTraining.of:
+    monkeypatch.setattr(baselines.HeadTraining, "of", lambda run, stays, config, of=train.HeadTraining.of:
                         learned.append((len(stays), run.seed, config.trees)) or of(run, stays, config))
     assert main(["--checkpoint", str(tmp_path / "half/best.pt"), "--baselines", "--device", "cpu"]) == 0
     assert learned == 2 * [(len(content["split"]["train"]) // 2, 7, 5)]
@@ -255,7 +256,7 @@ def test_from_many_points_boosting_alone_learns_and_nothing_constant_kills_it(mo
     minute, label = np.tile(60. * np.arange(20), 40), np.repeat(np.arange(40) % 2, 20) * np.tile(np.arange(20) > 9, 40)
     cohort = with_points(cohort, np.full(40, 20), minute, label)
     train, test = np.arange(500), np.arange(500, 800)
-    monkeypatch.setattr(protocol, "MANY_POINTS", 400)
+    monkeypatch.setattr(baselines, "MANY_POINTS", 400)
     told = hand_made_baselines(cohort, np.arange(7), train, np.ones(500), test)  # variables 2 to 6 never occur
     assert list(told) == [BASELINES[1]] and roc_auc_score(cohort.label[test], told[BASELINES[1]]) > .95
     assert BASELINES[0] in capsys.readouterr().out
