@@ -140,6 +140,11 @@ class Normalizer:
             value = np.where(scale > 0, np.expm1(logarithm) * scale, value).clip(low, high)
         return np.where(low <= high, value, np.nan)
 
+    @property
+    def varies(self) -> np.ndarray:
+        """[V] bool: the variable had numbers in training, and not one alone."""
+        return (self.mean != 0) | (self.std != 1) | (self.log_scale != 0)
+
     def describe(self, most: int = 5) -> str:
         """The lines that tell what `fit` found, see `Cohort.describe`."""
         line = (f"data: {self.clipped:.2%} of the training values lie beyond {self.clip:g} standard "

@@ -96,7 +96,8 @@ def _entries(content: dict):
     yield "maps", isinstance(maps.get("positive", ""), str) and isinstance(renamed, dict)
     for source, to in renamed.items():
         kinds = [*map(type, to)] if isinstance(to, tuple) else None
-        yield "a variable of maps", isinstance(source, str) and kinds == [str, float, float]
+        yield "a variable of maps", (isinstance(source, str)
+                                      and kinds in ([str, float, float], [str, float, float, str]))
     threshold = metrics.get("threshold", 0.5)
     yield "the threshold", type(threshold) is float and 0 <= threshold <= 1
     yield "the epoch", "epoch" in metrics
@@ -220,7 +221,7 @@ class Checkpoint:
     metrics: dict                           # of the epoch; of a finetuned one with its threshold
     run: dict | None = None                 # options and settings of the run; an export has none
     task: dict | None = None                # what was asked, see tasks.py
-    maps: dict | None = None                # "variables": {source: (name, factor, offset)}, "positive": word
+    maps: dict | None = None                # "variables": see `read_map`, "positive": word
     asked_at: float | None = None           # hours after admission, where training asked at one time
     calibration: dict | None = None
     sites: list | None = None
@@ -393,7 +394,8 @@ class Checkpoint:
         """The lines that tell what it keeps beside its weights and is applied to the data."""
         maps, lines = self.maps or {}, []
         if "variables" in maps and "variables_map" not in given:
-            renamed = [f"{source} as {name}" for source, (name, *_) in maps["variables"].items()]
+            # Of (name, factor, offset, label) the label, where there is one.
+            renamed = [f"{source} as {(to[3:] or to)[0]}" for source, to in maps["variables"].items()]
             lines.append("checkpoint: kept from --variables: "
                          f"{', '.join(renamed[:4])}{' ...' * (len(renamed) > 4)} (--variables none drops it)")
         if "positive" in maps and "positive" not in given:

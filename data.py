@@ -112,6 +112,7 @@ class Cohort:
     vectors: np.ndarray         # [V, D] float32, vectors given with the data, NaN: none (D may be 0)
     notes: dict = field(default_factory=dict)     # what the reader skipped or met: reason -> count
     examples: dict = field(default_factory=dict)  # reason -> the place of the first
+    shown: dict = field(default_factory=dict)     # variable, or variable=value -> its name in what is shown
     fingerprint: str = ""       # digest of the stays, not of their labels: a split outlives new labels
     kind: str = "binary"        # of the labels that were read, one of `KINDS`; no cache holds it
     names: tuple[str, ...] = ("label",)  # of outcomes (several), classes or causes (event)

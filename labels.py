@@ -35,16 +35,32 @@ def read_columns(text: str | None) -> dict:
 
 
 def read_map(path: Path) -> dict:
-    """variable -> (name, factor, offset), of a CSV source,name,factor and perhaps offset: value * factor +
-    offset is what enters."""
-    table = read_table([path], {"source": str, "name": str, "factor": float}, {"offset": float})
-    source, name, factor = _named_once(table, "source"), table["name"], table["factor"]
+    """variable -> (name, factor, offset), or (name, factor, offset, label), of a CSV source,name,factor and
+    perhaps offset and label: value * factor + offset is what enters. A label is what tables and pictures call
+    the variable, or one of its values where the source is such as Gender=0; its line may leave name and
+    factor empty."""
+    table = read_table([path], {"source": str, "name": str, "factor": float}, {"offset": float, "label": str})
+    source, factor = _named_once(table, "source"), table["factor"]
+    name, label = (of_each(table[column], str, "") if column in table.columns else [""] * len(factor)
+                   for column in ("name", "label"))
     offset = table.columns.get("offset", np.zeros(len(factor)))
-    table.refuse("name", name.codes < 0, "; give the name that the variable takes")
-    table.refuse("factor", ~np.isfinite(factor), "; give 1 where the unit stays")
+    unlabelled = np.array(label) == ""
+    table.refuse("name", unlabelled & (name == ""), "; give the name that the variable takes")
+    table.refuse("factor", np.isinf(factor) | (unlabelled & np.isnan(factor)),
+                 "; give 1 where the unit stays")
     table.refuse("offset", np.isinf(offset), "; give 0 where there is none")
     table.report.settle()
-    return dict(zip(source, zip(name, factor.tolist(), np.nan_to_num(offset).tolist())))
+    factor, offset = np.nan_to_num(factor, nan=1), np.nan_to_num(offset)
+    rows = zip(source, name, factor.tolist(), offset.tolist(), label)
+    return {source: (name or source, factor, offset, *filter(None, [label]))
+            for source, name, factor, offset, label in rows}
+
+
+def renames_and_labels(told: dict) -> tuple[dict, dict]:
+    """What `read_map` tells, in two: {variable: (name, factor, offset)} of those that change, and {name:
+    label}."""
+    renames = {source: to[:3] for source, to in told.items() if to[:3] != (source, 1, 0)}
+    return renames, {to[0]: to[3] for to in told.values() if len(to) > 3}
 
 
 def _named_once(table: Table, column: str) -> pd.Index:

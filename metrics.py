@@ -7,8 +7,11 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 import pandas as pd
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import (average_precision_score, brier_score_loss, confusion_matrix, f1_score,
                              roc_auc_score)
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import SplineTransformer
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -129,29 +132,48 @@ def with_intervals(group, label, probability, measures: dict) -> dict:
             for name, value, limits in zip(names, values, intervals)}
 
 
-def calibration_bins(group, label, probability) -> pd.DataFrame:
-    """Returns a row for each tenth of the range of probabilities that holds points.
+def calibration_bins(group, label, probability, bins: int = 10) -> pd.DataFrame:
+    """Returns a row for each of `bins` bins of equal counts of points, in the order of their probability.
+    Points of one probability lie in one bin.
 
-    Columns: from (lower edge), points, predicted (mean probability), observed (share of label 1), low and
-    high: its 95% interval (Agresti & Coull 1998), for the effective number of points where those of a group
-    are alike (Korn & Graubard 1998)."""
-    edge = np.minimum((probability * 10).astype(int), 9) / 10
-    points = pd.DataFrame({"from": edge, "group": group, "label": label, "probability": probability})
-    by_bin = points.groupby("from")
-    table = by_bin.agg(points=("label", "size"), predicted=("probability", "mean"),
-                       observed=("label", "mean"))
+    Columns: from (its lowest probability), points, predicted (mean probability), observed (share of label 1),
+    low and high: its 95% interval (Agresti & Coull 1998), for the effective number of points where those of a
+    group are alike (Korn & Graubard 1998)."""
+    edges = np.unique(np.quantile(probability, np.arange(1, bins) / bins))
+    points = pd.DataFrame({"bin": np.searchsorted(edges, probability, side="right"), "group": group,
+                           "label": label, "probability": probability})
+    by_bin = points.groupby("bin")
+    table = by_bin.agg(**{"from": ("probability", "min")}, points=("label", "size"),
+                       predicted=("probability", "mean"), observed=("label", "mean"))
     share = table["observed"]
     points["error"] = label - by_bin["label"].transform("mean")
-    spread = points.groupby(["from", "group"])["error"].sum().pow(2).groupby("from").sum()
+    spread = points.groupby(["bin", "group"])["error"].sum().pow(2).groupby("bin").sum()
     n = (share * (1 - share) * table["points"] ** 2 / spread).where(spread > 0, by_bin["group"].nunique())
     n = n.clip(upper=table["points"]) + 1.96 ** 2
     centre = share + 1.96 ** 2 * (.5 - share) / n
     half = 1.96 * np.sqrt(centre * (1 - centre) / n)
-    return table.assign(low=(centre - half).clip(0, share), high=(centre + half).clip(share, 1)).reset_index()
+    limits = {"low": (centre - half).clip(0, share), "high": (centre + half).clip(share, 1)}
+    return table.assign(**limits).reset_index(drop=True)
+
+
+def calibration_curve(label, probability) -> tuple[np.ndarray, np.ndarray]:
+    """Returns probabilities, from their 1st to their 99th percentile, and the share of label 1 at each: a
+    logistic regression on a cubic spline of the log odds, linear beyond its outer knots (Harrell 2015,
+    section 2.4.6). Both are empty where the probabilities take too few values."""
+    x = logit(probability)[:, None]
+    knots = np.unique(np.quantile(x, [.05, .275, .5, .725, .95]))[:, None]
+    if len(knots) < 3:
+        return np.zeros(0), np.zeros(0)
+    # The penalty is light: it bounds the fit where the spline separates the labels.
+    model = make_pipeline(SplineTransformer(knots=knots, extrapolation="linear"),
+                          LogisticRegression(C=100, max_iter=1000)).fit(x, label)
+    shown = np.linspace(*np.quantile(x, [.01, .99]), 100)[:, None]
+    return 1 / (1 + np.exp(-shown[:, 0])), model.predict_proba(shown)[:, 1]
 
 
 def calibration_error(bins: pd.DataFrame) -> float:
-    """Returns the expected calibration error over these `calibration_bins` (Guo et al. 2017, eq. 3)."""
+    """Returns the expected calibration error (Guo et al. 2017, eq. 3) over these `calibration_bins`, which
+    have equal counts (Nixon et al. 2019)."""
     gap = (bins["observed"] - bins["predicted"]).abs()
     return float(np.average(gap, weights=bins["points"]))
 
@@ -717,7 +739,7 @@ def headline(figures: dict) -> pd.DataFrame:
         "AUROC": (cell(own["auroc"]), ""),
         "AUPRC": (cell(own["auprc"]), "prevalence {prevalence:.4f}"),
         "Brier score": ("{brier:.4f}", "prevalence alone: {brier_of_prevalence:.4f}"),
-        "Calibration error": ("{calibration_error:.4f}", "expected, 10 bins"),
+        "Calibration error": ("{calibration_error:.4f}", "expected, 10 bins of equal counts"),
         "Calibration slope": (cell(own["slope"]), "1 where calibrated"),
         "Calibration intercept": (cell(own["intercept"]), "0 where calibrated"),
         "Mean probability": ("{probability[mean]:.4f}",

@@ -7,18 +7,19 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from sklearn.decomposition import PCA
-from sklearn.metrics import precision_recall_curve, roc_curve
+from sklearn.metrics import confusion_matrix, precision_recall_curve, roc_curve
 from sklearn.preprocessing import StandardScaler
 
+from checkpoint import Checkpoint
 from data import InputError, event_table, write_atomically
 from explain import influence
-from metrics import CHECKPOINT, net_benefit
+from metrics import CHECKPOINT, bracketed, calibration_curve, net_benefit
 
 
 STYLES = [dict(color=color, linestyle=style)
           for color, style in (("black", "-"), ("#0072B2", "--"), ("#D55E00", "-."), ("#888888", ":"),
                                ("#009E73", (0, (3, 1, 1, 1, 1, 1))))]
-FAINT = dict(color="#bbbbbb", linewidth=.8)
+FAINT = dict(color="#999999", linewidth=.8)
 LABEL_NAMES = {-1: "no label", 0: "label 0", 1: "label 1"}
 
 
@@ -40,7 +41,7 @@ def legend(ax, columns: int = 0, **options) -> None:
     """Adds the legend inside the axes, or above them in this number of columns."""
     if columns:
         options |= {"ncols": columns, "loc": "lower left", "bbox_to_anchor": (0, 1), "borderpad": 0}
-    ax.legend(frameon=False, fontsize=8, **options)
+    ax.legend(frameon=False, fontsize=8, title_fontsize=8, **options)
 
 
 def picture_folder(path) -> Path:
@@ -56,10 +57,11 @@ def picture_folder(path) -> Path:
 
 
 def save_figure(figure, path: Path) -> None:
-    """Writes the figure as PNG. A `$` in a name is printed as it is and does not start a formula."""
+    """Writes the figure in the format of the path's suffix. A `$` in a name is printed as it is and does not
+    start a formula."""
     for text in figure.findobj(lambda artist: hasattr(artist, "set_parse_math")):
         text.set_parse_math(False)
-    write_atomically(path, lambda out: figure.savefig(out, format="png", dpi=130))
+    write_atomically(path, lambda out: figure.savefig(out, format=path.suffix[1:], dpi=130))
 
 
 # title, unit, and the columns of metrics.csv in training and on the validation stays
@@ -69,30 +71,36 @@ CURVES = [("loss", "loss", "loss", "val_loss"), ("KL divergence", "nats a set", 
 
 
 def curve_panels(mode: str, path) -> list:
-    """Returns (title, unit, epochs, {training or validation: values}) of each of CURVES that the metrics.csv
-    beside this checkpoint holds, and says so where there is none."""
+    """Returns (title, unit, epochs, {training or validation: values}, the epoch that was kept) of each of
+    CURVES that the metrics.csv beside this checkpoint holds, and says so where there is none."""
     metrics = path and Path(path).with_name("metrics.csv")
     if not metrics or not metrics.is_file():
         print(f"pictures: no curves of the {mode} run, as no metrics.csv lies beside "
               f"{path or 'its checkpoint, which is unknown'}")
+        return []
+    try:
+        kept = Checkpoint.open(path).metrics["epoch"]
+    except InputError as error:
+        print(f"pictures: no curves of the {mode} run: {error}")
         return []
     table, panels = pd.read_csv(metrics), []
     for title, unit, *columns in CURVES:
         lines = {name: table[column] for name, column in zip(("training", "validation"), columns)
                  if column in table}
         if lines:
-            panels.append((f"{mode}: {title}", unit, table["epoch"], lines))
+            panels.append((f"{mode}: {title}", unit, table["epoch"], lines, kept))
     return panels
 
 
 def plot_curves(checkpoint, pretrained):
-    """Draws the epochs of the run that made the checkpoint and of the one that it was finetuned from. Returns
-    None where neither has a metrics.csv."""
+    """Draws the epochs of the run that made the checkpoint and of the one that it was finetuned from, and
+    marks those that were kept. Returns None where neither has a metrics.csv."""
     panels = curve_panels("pretraining", pretrained) + curve_panels("finetuning", checkpoint)
     if not panels:
         return None
     figure, axes = new_figure(3, -(-len(panels) // 3), height=3.2)
-    for ax, (title, unit, epoch, lines) in zip(axes, panels):
+    for ax, (title, unit, epoch, lines, kept) in zip(axes, panels):
+        ax.axvline(kept, **FAINT, label=f"kept: epoch {kept}")
         for name, values in lines.items():
             ax.plot(epoch, values, marker="o", markersize=3, label=name, **STYLES[name == "validation"])
         ax.set(title=title, xlabel="epoch", xlim=(.5, epoch.max() + .5), ylabel=unit)
@@ -112,54 +120,80 @@ def ranking_axes():
     return figure, (roc, pr)
 
 
-def plot_ranking(label, methods: dict, measured: dict):
-    """Draws ROC and precision-recall of the probabilities [n] of each method. measured: {method: its AUROC
-    and AUPRC}, see `metrics.score_figures`."""
+def with_interval(measure: dict, digits: int = 3) -> str:
+    value, limits = measure["value"], measure["interval"]
+    return "undetermined" if value is None else f"{value:.{digits}f} {bracketed(limits, digits)}".rstrip()
+
+
+def plot_ranking(label, methods: dict, figures: dict):
+    """Draws ROC and precision-recall of the probabilities [n] of each method, and where the checkpoint's two
+    thresholds of alarms lie. figures: see `metrics.score_figures`."""
     figure, (roc, pr) = ranking_axes()
     for (name, p), style in zip(methods.items(), itertools.cycle(STYLES)):
-        auroc, auprc = (measured[name][measure]["value"] for measure in ("auroc", "auprc"))
-        roc.plot(*roc_curve(label, p)[:2], label=f"{name} ({auroc:.3f})", **style)
+        auroc, auprc = (with_interval(figures["methods"][name][measure]) for measure in ("auroc", "auprc"))
+        roc.plot(*roc_curve(label, p)[:2], label=f"{name} {auroc}", **style)
         precision, recall, _ = precision_recall_curve(label, p)
-        pr.plot(recall, precision, label=f"{name} ({auprc:.3f})", drawstyle="steps-post", **style)
+        pr.plot(recall, precision, label=f"{name} {auprc}", drawstyle="steps-post", **style)
+    for threshold, marker in ((figures["alarm"]["threshold"], "o"), (figures["threshold"], "s")):
+        tn, fp, fn, tp = confusion_matrix(label, methods[CHECKPOINT] >= threshold).ravel()
+        style = dict(marker=marker, color="black", markerfacecolor="white", linestyle="", zorder=3,
+                     label=f"alarms from {threshold:.3g} on")
+        roc.plot(fp / (fp + tn), tp / (tp + fn), **style)
+        if tp + fp:  # else there is no precision
+            pr.plot(tp / (tp + fn), tp / (tp + fp), **style)
     roc.plot([0, 1], [0, 1], **FAINT)
-    pr.axhline(label.mean(), **FAINT, label=f"prevalence ({label.mean():.3f})")
+    pr.axhline(label.mean(), **FAINT, label=f"prevalence {label.mean():.3f}")
     roc.set_title(f"ROC, {len(label):,} points")
     pr.set_title(f"Precision-recall, {label.sum():,} positive")
-    legend(roc, title="AUROC", loc="lower right")
-    legend(pr, title="AUPRC", loc="upper right")
+    legend(roc, title="AUROC [95% interval]", loc="lower right")
+    legend(pr, title="AUPRC [95% interval]", loc="upper right")
     return figure
 
 
-def plot_calibration(figures: dict):
+def plot_calibration(label, probability, figures: dict):
     """Draws the observed share of positives in each bin of the predicted probability, with its 95% interval,
-    and the number of points. figures: see `metrics.score_figures`."""
-    bins = pd.DataFrame(figures["calibration"])
+    a smooth curve through the points, and how the probabilities [n] of each label lie. figures: see
+    `metrics.score_figures`."""
+    own, bins = figures["methods"][CHECKPOINT], pd.DataFrame(figures["calibration"])
     error = [bins["observed"] - bins["low"], bins["high"] - bins["observed"]]
-    figure, (curve, bars) = new_figure(1, 2, width=5, height=3, sharex=True,
-                                       gridspec_kw={"height_ratios": [3, 1]})
+    figure, (curve, spread) = new_figure(1, 2, width=5, height=3, sharex=True,
+                                         gridspec_kw={"height_ratios": [3, 1]})
     figure.suptitle(f"Calibration: Brier {figures['brier']:.3f}, "
                     f"expected error {figures['calibration_error']:.3f}")
+    top = min(1, 1.1 * max(bins["high"].max(), np.quantile(probability, .99)))
     curve.plot([0, 1], [0, 1], **FAINT, label="perfect")
+    curve.plot(*calibration_curve(label, probability), **STYLES[1], label="smooth (spline)")
     curve.errorbar(bins["predicted"], bins["observed"], error, color="black", marker="o", markersize=4,
-                   linewidth=1, capsize=2, label="this checkpoint, 95% interval")
-    curve.set(ylabel="observed share of positives", xlim=(0, 1), ylim=(0, 1.01))
-    legend(curve, 2)
-    bars.bar(bins["from"] + .05, bins["points"], width=.09, color="#777777")
-    bars.set(xlabel="predicted probability", ylabel="points")
+                   linestyle="", elinewidth=1, capsize=2,
+                   label=f"{len(bins)} bins of equal counts, 95% interval")
+    curve.set(ylabel="observed share of positives", xlim=(0, top), ylim=(0, top))
+    legend(curve, 2, title=f"slope {with_interval(own['slope'], 2)}, "
+                           f"intercept {with_interval(own['intercept'], 2)}")
+    edges = np.linspace(0, top, 41)
+    spread.hist(probability[label == 0].clip(max=top), edges, color="#bbbbbb", label=LABEL_NAMES[0])
+    spread.hist(probability[label == 1].clip(max=top), edges, color="black", histtype="step",
+                label=LABEL_NAMES[1])
+    spread.set(xlabel="predicted probability", ylabel="points", yscale="log")
+    spread.yaxis.set_major_formatter("{x:g}")  # the usual one writes powers as formulas, see `save_figure`
+    legend(spread, loc="upper right")
     return figure
 
 
 def plot_decision(label, methods: dict):
-    """Draws the net benefit of alarms from a threshold on, beside alarms for all and for none."""
+    """Draws the net benefit of alarms from a threshold on, beside alarms for all and for none, up to the
+    threshold from which on no method differs from none."""
     figure, (ax,) = new_figure(1, width=6, height=4.5)
+    most, last = label.mean(), label.mean()
     for (name, p), style in zip(methods.items(), itertools.cycle(STYLES)):
-        curve = net_benefit(label, p)
-        ax.plot(curve["threshold"], curve["net_benefit"], label=name, **style)
-    ax.plot(curve["threshold"], curve["alarm_for_all"], **FAINT, label="alarm for all")
-    ax.axhline(0, **FAINT, label="alarm for none")
-    most = label.mean()
+        curve = {key: np.array(values) for key, values in net_benefit(label, p).items()}
+        threshold, benefit = curve["threshold"], curve["net_benefit"]
+        ax.plot(threshold, benefit, label=name, **style)
+        last = max(last, threshold[abs(benefit) > .01 * most].max(initial=0))
+    ax.plot(threshold, curve["alarm_for_all"], **FAINT, label="alarm for all")
+    ax.axhline(0, color="#888888", linestyle=(0, (1, 3)), label="alarm for none")
     ax.set(title=f"Decision curve, {label.sum():,} positive of {len(label):,}", ylabel="net benefit",
-           xlabel="threshold of the probability", xlim=(0, min(1, 5 * most)), ylim=(-.2 * most, 1.1 * most))
+           xlabel="threshold of the probability", xlim=(0, min(1, 1.05 * last)),
+           ylim=(-.2 * most, 1.1 * most))
     legend(ax)
     return figure
 
@@ -168,8 +202,9 @@ def binary_pictures(task, answers, methods: dict, figures: dict) -> dict:
     """Returns the pictures of an outcome that is 0 or 1, by name. As in those of the other kinds, answers are
     the true ones [n, A], methods {name: what it answers [n, k]}, figures those of the task."""
     label, methods = answers[:, 0].astype(int), {name: answer[:, 0] for name, answer in methods.items()}
-    return {"ranking": plot_ranking(label, methods, figures["methods"]),
-            "calibration": plot_calibration(figures), "decision": plot_decision(label, methods)}
+    return {"ranking": plot_ranking(label, methods, figures),
+            "calibration": plot_calibration(label, methods[CHECKPOINT], figures),
+            "decision": plot_decision(label, methods)}
 
 
 def several_pictures(task, answers, methods: dict, figures: dict) -> dict:
@@ -222,19 +257,18 @@ OUTCOME_PICTURES = {"binary": binary_pictures, "several": several_pictures, "cla
                     "number": number_pictures}
 
 
-def plot_features(features, label):
+def plot_features(features, label, risk):
     """Draws the standardised head inputs [n, F], clipped as the head clips them, on their first two principal
-    components. label: [n], -1 without one."""
+    components, coloured by the risk [n], with a marker for each label [n]."""
     pca = PCA(2, random_state=0)
     place = pca.fit_transform(StandardScaler().fit_transform(features.numpy()).clip(-5, 5))
     figure, (ax,) = new_figure(1, width=6, height=5)
-    styles = {-1: dict(marker=".", color="#bbbbbb"),
-              0: dict(marker="o", edgecolors="#888888", facecolors="none"),
-              1: dict(marker="^", color="black")}
-    for value, style in styles.items():
-        if (which := label == value).any():
-            ax.scatter(*place[which].T, s=14, linewidths=.6, alpha=.8,
-                       label=f"{LABEL_NAMES[value]} ({which.sum():,})", **style)
+    for value, marker, size in ((0, "o", 10), (1, "^", 22)):
+        which = label == value
+        points = ax.scatter(*place[which].T, c=risk[which], cmap="viridis_r", vmin=0, vmax=risk.max(), s=size,
+                            marker=marker, edgecolors="black", linewidths=.3 * value,
+                            label=f"{LABEL_NAMES[value]} ({which.sum():,})")
+    figure.colorbar(points, label="risk")
     figure.suptitle(f"Stay features ({features.shape[1]}) in two dimensions")
     x, y = (f"principal component {i} ({share:.0%} of the variance)"
             for i, share in enumerate(pca.explained_variance_ratio_, 1))
@@ -244,10 +278,11 @@ def plot_features(features, label):
 
 
 def plot_trajectory(trajectory: dict, dataset, stay: int, threshold: float | None):
-    """Draws the risk over time; below it the events of the MOST_ROWS variables that move its last value
-    most, low and high values marked; and beside them by how much each moves it."""
+    """Draws the risk over time; below it the events of the MOST_ROWS variables that move its last value most,
+    low and high values marked; and beside them the last value of each, and by how much it moves the risk."""
     moved = influence(trajectory)
-    rows = moved[:MOST_ROWS][::-1]
+    # Of a variable without which nothing is left, the last come.
+    rows = moved.reindex([*moved.index, *(trajectory["without"].keys() - moved.index)])[:MOST_ROWS][::-1]
     minute, begin = trajectory["minute"], trajectory["admission"]
     if max(minute) < begin:  # all of it lies before minute 0
         begin = min(minute)
@@ -266,7 +301,7 @@ def plot_trajectory(trajectory: dict, dataset, stay: int, threshold: float | Non
     draw_risk(risk, trajectory, time, threshold)
     draw_events(chart, dataset, stay, rows.index, time, begin)
     chart.set(xlabel=f"{unit}s since admission", xlim=time(begin + np.array([-.01, 1.01]) * span),
-              ylabel=f"{len(rows)} of {len(moved)} variables")
+              ylabel=f"{len(rows)} of {len(trajectory['without'])} variables")
     if trajectory["onset"] is not None:
         for ax in (risk, chart):
             ax.axvline(time(trajectory["onset"]), color="#0072B2", linestyle="--", label="onset of sepsis")
@@ -274,6 +309,7 @@ def plot_trajectory(trajectory: dict, dataset, stay: int, threshold: float | Non
     bars.barh(range(len(rows)), rows, height=.6, color=np.where(rows > 0, "#D55E00", "#0072B2"))
     bars.axvline(0, color="black", linewidth=.8)
     bars.set_title(f"moves the last {trajectory['followed']}\n({unit} {time(minute[-1]):.3g}) by", fontsize=8)
+    bars.set_xlabel(f"change of {trajectory['followed']}", fontsize=8)
     return figure
 
 
@@ -323,24 +359,34 @@ def draw_risk(ax, trajectory: dict, time, threshold: float | None) -> None:
                         alpha=.15, label="alarm")
         ax.axhline(threshold, color="#888888", linestyle=":", label=f"threshold {threshold:.3g}")
     ax.plot(time(trajectory["highest"]), highest, "o", color="#D55E00", label=f"highest, {highest:.3g}")
+    ax.plot(hours[-1], risk[-1], "o", color="black", markerfacecolor="white", label=f"last, {risk[-1]:.3g}")
     if labelled := trajectory["labelled"]:
         ax.plot(time(labelled), np.zeros(len(labelled)), "s", color="#0072B2", markersize=4, clip_on=False,
                 label="label 1")
-    ax.set(ylabel=trajectory["followed"], ylim=0)
+    ax.set(ylabel=trajectory["followed"], ylim=(0, 1.1 * max(highest, threshold or 0)))
 
 
 def draw_events(ax, dataset, stay: int, rows: pd.Index, time, begin: float) -> None:
     """Draws the events of these variables from minute `begin` on, each by how far its value lies from the
-    mean."""
-    cohort = dataset.cohort
+    mean, and writes the last value of each at the margin, in the unit of the data."""
+    cohort, normalizer = dataset.cohort, dataset.normalizer
     events = event_table(cohort, np.array([stay]))
     events["row"] = rows.get_indexer(cohort.variables)[events["variable"]]
+    last = events.groupby("row")["value"].last()  # that is a number
     events = events[(events["row"] >= 0) & (events["minute"] >= begin)]
-    z = dataset.normalizer(dataset.variable[events["variable"]], events["value"].to_numpy())
+    variable = dataset.variable[events["variable"]]
+    z = np.where(normalizer.varies[variable], normalizer(variable, events["value"].to_numpy()), np.nan)
     for name, which, marker, color in (("1 sd below the mean or lower", z <= -1, "v", "#0072B2"),
                                        ("between, or no number", ~(abs(z) >= 1), ".", "#888888"),
                                        ("1 sd above or higher", z >= 1, "^", "black")):
         ax.scatter(time(events["minute"][which]), events["row"][which], s=13, label=name, marker=marker,
                    color=color)
-    ax.set_yticks(range(len(rows)), rows, fontsize=7)
+    ax.set_yticks(range(len(rows)), [cohort.shown.get(name, name) for name in rows], fontsize=7)
+    values = ["" if np.isnan(value) else cohort.shown.get(f"{name}={value:g}", f"{value:.4g}")
+              for name, value in zip(rows, last.reindex(range(len(rows))))]
+    margin = ax.secondary_yaxis("right")
+    margin.set_yticks(range(len(rows)), values, fontsize=7)
+    margin.spines["right"].set_visible(False)
+    margin.tick_params(length=0)
+    margin.set_ylabel("last value", fontsize=8)
     legend(ax, 3)

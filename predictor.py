@@ -15,13 +15,14 @@ import torch
 from scipy.special import stdtrit
 
 from batches import EventBatch, EventSets, StayDataset, answered_points, first_known, group_widths
-from data import Cohort, InputError, make_splits, ranges, search_after, stay_event_index, stays_of
+from data import (Cohort, InputError, event_table, make_splits, ranges, search_after, stay_event_index,
+                  stays_of)
 from tables import BEYOND, MISSING, NAMELESS, TRUTH, Report, plain_name
 from checkpoint import Checkpoint
 from explain import risk_without
 from history_statistics import (HISTORY_STATISTICS, RunningStatistics, at_slots, statistics_at, summaries,
                                 variables_of)
-from labels import read_map
+from labels import read_map, renames_and_labels
 from metrics import AHEAD, of_challenge_2019
 from questions import describe_questions, with_points
 from readers import cohort_of_frame
@@ -71,7 +72,7 @@ class Predictor:
         model = self.checkpoint.forecaster() if forecasts else self.checkpoint.classifier()
         self.model = model.to(self.device)
         self.index = {name: i for i, name in enumerate(self.checkpoint.normalizer.variables)}
-        self.rename = (self.checkpoint.maps or {}).get("variables", {})
+        self.rename, _ = renames_and_labels((self.checkpoint.maps or {}).get("variables", {}))
 
     @classmethod
     def with_data(cls, path, given: dict = {}, device: str = "auto", set_heads=None, transformer_heads=None
@@ -173,6 +174,7 @@ class Predictor:
         if cohort is not None:
             dataset = StayDataset(cohort, self.checkpoint.normalizer, points=True)
             lines += dataset.describe_known().splitlines()[1:]
+            lines += far_from_training(against_training(dataset, np.arange(len(cohort))))
             if bare := valueless(dataset):
                 lines.append(f"{sum(bare.values()):,} rows without a value of variables that had numbers in "
                              f"training (their presence counts): {named(bare)}")
@@ -287,11 +289,57 @@ class Bedside:
 
 def valueless(dataset: StayDataset) -> dict[str, int]:
     """The number of events without a value of each variable that had numbers in training."""
-    cohort, normalizer = dataset.cohort, dataset.normalizer
-    numbers = (normalizer.mean != 0) | (normalizer.std != 1) | (normalizer.log_scale != 0)              # [V]
+    cohort = dataset.cohort
     bare = np.bincount(cohort.event_variable[np.isnan(cohort.event_value)], minlength=len(cohort.variables))
-    bare[(dataset.variable < 0) | ~numbers[dataset.variable]] = 0
+    bare[(dataset.variable < 0) | ~dataset.normalizer.varies[dataset.variable]] = 0
     return {cohort.variables[v]: int(bare[v]) for v in np.flatnonzero(bare)}
+
+
+MOST_COMPARED = 2**22  # events by which values are compared with those of training
+
+
+def against_training(dataset: StayDataset, stays: np.ndarray) -> pd.DataFrame:
+    """Returns how the values of these stays lie beside those of training: a row for each variable that had
+    numbers in training and has some here, by its name, the furthest first.
+
+    Columns: stays that have a value, values, their median and the centre of training (the mean; of a variable
+    taken on a log scale that of the logarithms), both in raw units, the median's distance from it in standard
+    deviations of training, the share of the values that are clipped. Of many stays a seeded part is looked
+    at."""
+    cohort, normalizer = dataset.cohort, dataset.normalizer
+    stays = np.random.default_rng(0).permutation(stays)
+    stays = stays[:1 + np.searchsorted(np.cumsum(cohort.stay_events[stays]), MOST_COMPARED)]
+    table = event_table(cohort, stays)
+    table["variable"] = dataset.variable[table["variable"]]
+    table = table[table["value"].notna() & (table["variable"] >= 0)]
+    table = table[normalizer.varies[table["variable"]]]
+    table["clipped"] = abs(normalizer.unclipped(table["variable"], table["value"])) >= normalizer.clip
+    by = table.groupby("variable")
+    result = pd.DataFrame({"stays": by["stay"].nunique(), "values": by.size(), "median": by["value"].median(),
+                           "clipped": by["clipped"].mean()})
+    variable, scale = result.index, normalizer.log_scale[result.index]
+    mean = normalizer.mean[variable]
+    result.insert(3, "centre", np.where(scale > 0, np.expm1(mean * (scale > 0)) * scale, mean))
+    result.insert(4, "deviations", normalizer.unclipped(variable, result["median"]))
+    result = result.set_axis([normalizer.variables[v] for v in variable])
+    return result.sort_values("deviations", key=lambda distance: -distance.abs())
+
+
+def far_from_training(compared: pd.DataFrame) -> list[str]:
+    """Returns the line that names the variables whose median lies more than two standard deviations from the
+    centre of training (where fewer than ten stays have values: more than the five at which they are clipped);
+    none where there is no such variable."""
+    far = compared[compared["deviations"].abs() > np.where(compared["stays"] >= 10, 2, 5)]
+    if far.empty:
+        return []
+    return [f"values of {len(far)} variables lie far from training, perhaps in other units (--variables "
+            f"converts them): {medians(far)}"]
+
+
+def medians(compared: pd.DataFrame, most: int = 5) -> str:
+    named = [f"{row.Index} (median {row.median:.4g}, in training {row.centre:.4g}: {row.deviations:+.1f} sd)"
+             for row in compared.head(most).itertuples()]
+    return ", ".join(named) + " ..." * (len(compared) > most)
 
 
 def in_columns(task, cohort: Cohort, points: np.ndarray, answers: np.ndarray) -> dict[str, np.ndarray]:
@@ -627,7 +675,8 @@ def follow(arguments) -> None:
         predictor = Predictor(checkpoint, arguments.device)
     rename = predictor.rename
     if arguments.variables_map is not None:
-        rename = read_map(Path(arguments.variables_map)) if arguments.variables_map else {}
+        told = read_map(Path(arguments.variables_map)) if arguments.variables_map else {}
+        rename, _ = renames_and_labels(told)
     elif rename:
         say(predictor.checkpoint.describe_kept({})[0])
     predictor.checkpoint.check_finetuned()

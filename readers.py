@@ -26,7 +26,7 @@ from data import (KINDS, MINUTE, READER_VERSION, SPLITS, SYNTHETIC_BYTES, Cohort
                   clear_write_error, duplicates, event_table, new_folder, ranges, sets_charted, since_first,
                   synthetic_cohort, synthetic_parts, whole_cohort)
 from labels import (SPLIT_WORDS, read_columns, read_map, read_splits, read_statistics, read_vectors,
-                    with_labels, with_splits)
+                    renames_and_labels, with_labels, with_splits)
 from questions import at_hours, with_points
 from settings import LineParser
 from tables import (ANY, CACHE_MEND, ID, OWNER, TIME, VALUE, Report, Table, cache_home, column_names,
@@ -640,17 +640,16 @@ def load_cohort(data_dir: str | None = None, synthetic_stays: int = 1000, cache_
         hours: one question a stay, asked so long after its admission (see `Cohort.admission`), or at its end
             if that comes earlier.
         split_file: CSV stay_id,split that overrides the data's own.
-        variables_map: CSV that renames and rescales variables as they are read, see `read_map`; or what it
-            says.
+        variables_map: CSV that renames, rescales and labels variables as they are read, see `read_map`; or
+            what it says.
         columns: the tables' own names of columns, see `read_columns`.
     Raises InputError where the folder is missing, fits no reader, or holds a malformed file, and where an
     option is given that the reader does not take.
     """
     given = {"params_map": params_map, "label_file": label_file, "split_file": split_file}
     options = {name: Path(path) for name, path in given.items() if path}
-    rename = variables_map or {}
-    if not isinstance(rename, dict):
-        rename = read_map(Path(rename))
+    told = variables_map or {}
+    rename, shown = renames_and_labels(told if isinstance(told, dict) else read_map(Path(told)))
     own = read_columns(columns)
     task = [task] if isinstance(task, str) else task
     if data_dir:
@@ -686,6 +685,7 @@ def load_cohort(data_dir: str | None = None, synthetic_stays: int = 1000, cache_
 
     cohort = _cached(reader, folder, files, synthetic_stays, cache_dir and Path(cache_dir), own,
                      {"params_map": options["params_map"]} if params_map else {}, rename).noting(listed)
+    cohort.shown = shown
     if splits := reader.splits(folder):
         cohort = with_splits(cohort, read_splits(splits, own))
     if labels:

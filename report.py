@@ -21,8 +21,9 @@ from history_statistics import real_sets
 from metrics import CHECKPOINT, mean_of_logits
 from plots import (LABEL_NAMES, OUTCOME_PICTURES, picture_folder, plot_curves, plot_features, plot_forecast,
                    plot_trajectory, save_figure)
-from predictor import (FORECAST, QUERY, Predictor, answer_queries, answered_queries, find_stay, forecast_at,
-                       forecasts_of, in_columns, risk_over_time)
+from predictor import (FORECAST, QUERY, Predictor, against_training, answer_queries, answered_queries,
+                       far_from_training, find_stay, forecast_at, forecasts_of, in_columns, medians,
+                       risk_over_time)
 from questions import labelled_points, stays_with
 from readouts import FREEDOM
 from runs import answers_at, encode_points, evaluation_loader, features_and_history
@@ -58,6 +59,9 @@ def performance(arguments, baselines) -> None:
                       f"({len(scored_stays)} stays: {who}); {task.needed} needed")
         if not (to_file or arguments.trajectory):
             raise InputError(f"{unscorable}; --predictions needs no label")
+    compared = against_training(dataset, scored_stays if len(scored) else stays_with(cohort, answered))
+    print_compared(compared)
+    figures["variables"] = compared.to_dict("index")
     groups = {name: subgroups(cohort, scored, name) for name in arguments.subgroups}
 
     asked = answered if to_file else scored
@@ -81,10 +85,10 @@ def performance(arguments, baselines) -> None:
             show(title, table)
     if traced is not None:
         figures["trajectory"] = risk_over_time(predictor.model, dataset, traced, predictor.device)
-        print_trajectory(figures["trajectory"])
+        print_trajectory(figures["trajectory"], cohort.shown)
     write_json(arguments.json, figures)
     if folder:
-        draw(folder, figures, predictor, dataset, traced, asked, scored, methods)
+        draw(folder, arguments.plot_format, figures, predictor, dataset, traced, scored, methods)
 
 
 def check_folders(*paths: str | None) -> None:
@@ -141,6 +145,19 @@ def origin(paths: list, checkpoint: Checkpoint, dataset) -> dict:
     versions = ", ".join(f"{name} {version}" for name, version in source["versions"].items())
     print(f"checkpoint: seed {source.get('seed', 'unknown')}, data {source['fingerprint']}, {versions}")
     return figures
+
+
+def print_compared(compared: pd.DataFrame) -> None:
+    """Prints how the values that are scored lie beside those of training; see `against_training`."""
+    if compared.empty:
+        return
+    clipped = compared.sort_values("clipped", ascending=False)["clipped"].head(3)
+    share = np.average(compared["clipped"], weights=compared["values"])
+    most = ", ".join(f"{name} {part:.2%}" for name, part in clipped.items() if part)
+    print(f"data: {share:.2%} of these stays' values are clipped{', most of: ' * bool(most)}{most}")
+    print(f"data: furthest from training lie {medians(compared, 3)}")
+    for line in far_from_training(compared):
+        print(f"warning: {line}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -203,7 +220,7 @@ def subgroups(cohort, points, name: str) -> dict[str, np.ndarray]:
     group = pd.concat([named, found[~is_number].sort_values()])
     keys = [*group.unique(), "not recorded"]
     group = group.reindex(cohort.point_stay[points], fill_value="not recorded").to_numpy()
-    return {key: group == key for key in keys if (group == key).any()}
+    return {cohort.shown.get(f"{name}={key}", key): group == key for key in keys if (group == key).any()}
 
 
 def first_values(cohort, stays, name: str) -> pd.Series:
@@ -376,8 +393,8 @@ def show(title: str, table: pd.DataFrame) -> None:
     print(f"\n{title}", *map(str.rstrip, lines), sep="\n")
 
 
-def print_trajectory(trajectory: dict) -> None:
-    """Prints the answers at each time, and what moves the last risk."""
+def print_trajectory(trajectory: dict, shown: dict) -> None:
+    """Prints the answers at each time, and what moves the last risk. shown: {variable: its label}."""
     risk, followed = np.array(trajectory["risk"]), trajectory["followed"]
     hours = (pd.Series(trajectory["minute"]) - trajectory["admission"]) / 60
     bars = (40 * risk.clip(0) / max(1, risk.max())).round().astype(int)
@@ -386,7 +403,8 @@ def print_trajectory(trajectory: dict) -> None:
                              for name, answer in trajectory["answers"].items()}, "": ["#" * n for n in bars]})
     label = LABEL_NAMES.get(trajectory["label"], trajectory["label"])
     show(f"Stay {trajectory['stay']} ({label}): {followed} at {len(risk)} times", table)
-    moved = ", ".join(f"{name} {change:+.4f}" for name, change in influence(trajectory)[:5].items())
+    moved = ", ".join(f"{shown.get(name, name)} {change:+.4f}"
+                      for name, change in influence(trajectory)[:5].items())
     if moved:
         print(f"most of the last {followed}, {risk[-1]:.4f}, comes and goes with: {moved}")
 
@@ -556,23 +574,24 @@ def forecast_figures(predictor, dataset, stays) -> dict:
 MOST_SHOWN = 5000  # points in the picture of the features
 
 
-def draw(folder: Path, figures: dict, predictor, dataset, traced, points, scored, methods: dict) -> None:
-    """Writes the pictures. points: those with an answer; scored: the scored ones, [n] as the answers of each
-    of `methods` [n, k]."""
+def draw(folder: Path, kind: str, figures: dict, predictor, dataset, traced, scored, methods: dict) -> None:
+    """Writes the pictures as files of this kind. scored: the scored points, [n] as the answers of each of
+    `methods` [n, k]."""
     checkpoint = predictor.checkpoint
     curves = plot_curves(checkpoint.path, checkpoint.source.get("pretrained_ckpt"))
     pictures = {"curves": curves} if curves else {}
     if figures["scored"]:
-        task = predictor.model.task
+        task, answers = predictor.model.task, dataset.cohort.answers[scored]
         draw_outcome = OUTCOME_PICTURES.get(task.kind, lambda *_: {})  # an event has none yet
-        pictures |= draw_outcome(task, dataset.cohort.answers[scored], methods, figures)
-    shown = np.sort(np.random.default_rng(0).permutation(points)[:MOST_SHOWN])
-    if len(shown) > 2 and predictor.model.task.kind == "binary":
-        features = encode_points(predictor.model, dataset, shown, predictor.device).cpu()
-        pictures["features"] = plot_features(features, dataset.cohort.label[shown])
+        pictures |= draw_outcome(task, answers, methods, figures)
+        if task.kind == "binary":
+            label, risk = answers[:, 0].astype(int), methods[CHECKPOINT][:, 0]
+            shown = np.sort(np.random.default_rng(0).permutation(len(scored))[:MOST_SHOWN])
+            features = encode_points(predictor.model, dataset, scored[shown], predictor.device).cpu()
+            pictures["features"] = plot_features(features, label[shown], risk[shown])
     if traced is not None:
         threshold = checkpoint.metrics.get("threshold")
         pictures["trajectory"] = plot_trajectory(figures["trajectory"], dataset, traced, threshold)
     for name, figure in pictures.items():
-        save_figure(figure, folder / f"{name}.png")
-    print(f"pictures: {', '.join(f'{name}.png' for name in sorted(pictures))} in {folder}")
+        save_figure(figure, folder / f"{name}.{kind}")
+    print(f"pictures: {', '.join(f'{name}.{kind}' for name in sorted(pictures))} in {folder}")

@@ -52,8 +52,9 @@ class Options(SharedSettings):
         "and after each set (a later minute of the stay, an empty line) print stay_id,minute,risk; needs the "
         "checkpoint alone (and --variables, where the names or units are others)", False)
     plots: str = option(
-        "folder to draw in: curves, ROC and precision-recall, calibration, features and the --trajectory "
-        "(needs matplotlib)")
+        "folder to draw in: curves, ROC and precision-recall, calibration, decision curve, features and the "
+        "--trajectory (needs matplotlib)")
+    plot_format: str = option("png, svg or pdf: how --plots draws", "png", choices=("png", "svg", "pdf"))
     sensitivity: float = option("share of the positives that an alarm shall find (default: 0.8)", .8, **SHARE)
     subgroups: list = option(
         "the report in groups by these variables, such as Gender,Age,ICUType: by their first value in the "

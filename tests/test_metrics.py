@@ -244,7 +244,7 @@ def test_the_interval_of_an_observed_share_is_that_of_independent_points_where_e
     """Agresti & Coull 1998."""
     label, p = np.array([1] * 8 + [0] * 12 + [0] * 20), np.repeat([.35, .05], 20)
     bins = calibration_bins(np.arange(40), label, p)
-    assert bins["points"].tolist() == [20, 20] and bins["from"].tolist() == [0, .3]
+    assert bins["points"].tolist() == [20, 20] and bins["from"].tolist() == [.05, .35]
     assert bins["observed"].tolist() == [0, .4] and bins["predicted"].tolist() == pytest.approx([.05, .35])
     centre = (8 + 1.96 ** 2 / 2) / (20 + 1.96 ** 2)
     half = 1.96 * np.sqrt(centre * (1 - centre) / (20 + 1.96 ** 2))
