@@ -33,7 +33,7 @@ class FinetuneConfig:
     tree_features: float = setting(0.05, low=1e-9, high=1)  # share of the features that a split chooses from
     tree_leaf: int = 20              # least number of stays in a leaf
     # Training of the head. A cosine takes the learning rate to zero
-    moments: int = setting(1, low=0)  # random earlier times at which a stay's one question is asked too
+    moments: int = setting(3, low=0)  # random earlier times at which a stay's one question is asked too
     batch_size: int = 64             # stays a step
     max_epochs: int | None = None    # None: as many as make 10,000 steps, but at most 20
     accumulation: int = 1            # batches a step of the optimizer
