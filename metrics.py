@@ -55,12 +55,14 @@ def recalibration(label, p, weight) -> tuple[float, float]:
 
 
 def alarm_from(threshold: float):
-    """Returns the measure of alarms from this probability on: sensitivity, positive predictive value (NaN
-    without any alarm), alarms per 100 points."""
+    """Returns the measure of alarms from this probability on: sensitivity, specificity, positive predictive
+    value (NaN without any alarm), alarms per 100 points."""
     def alarm(label, p, weight):
         raised = p >= threshold
         alarms, true = weight @ raised, weight @ (raised * label)
-        return true / (weight @ label), true / alarms if alarms else np.nan, 100 * alarms / weight.sum()
+        specificity = 1 - (alarms - true) / (weight @ (1 - label))
+        return (true / (weight @ label), specificity, true / alarms if alarms else np.nan,
+                100 * alarms / weight.sum())
     return alarm
 
 
@@ -221,22 +223,22 @@ class Points(NamedTuple):
                 "points": len(self.label), "positive": int(self.label.sum())}
 
 
-def score_figures(points: Points, methods: dict, threshold: float, sensitivity: float = .8,
+def score_figures(points: Points, methods: dict, threshold: float, sensitivity: float | None = .8,
                   groups: dict = {}) -> dict:
     """Returns plain numbers about the probabilities [n] of each method at these points.
 
     methods: {name: [n]}, of which CHECKPOINT gets all measures, the others AUROC and AUPRC. threshold: where
-    the confusion is counted. groups: {variable: {group: mask [n]}}, in which the checkpoint's measures are
-    repeated."""
+    the confusion is counted. sensitivity: what alarms shall find (None: they begin at the threshold). groups:
+    {variable: {group: mask [n]}}, in which the checkpoint's measures are repeated."""
     _, subject, _, label = points
     size, probability, prevalence = points.size(), methods[CHECKPOINT], label.mean()
     unit = "patients" if size["patients"] < size["stays"] else "stays"
     negative, positive = groups_of_labels(subject, label)
     few = (f"{unit} with a positive label: {positive}, with a negative one: {negative}; below {FEW} of each "
            "no interval is given, and the figures may be chance")
-    alarm = threshold_of(label, probability, sensitivity)
+    alarm = threshold if sensitivity is None else threshold_of(label, probability, sensitivity)
     full = RANKS | {recalibration: ("slope", "intercept"),
-                    alarm_from(alarm): ("sensitivity", "ppv", "alarms")}
+                    alarm_from(alarm): ("sensitivity", "specificity", "ppv", "alarms")}
     bins = calibration_bins(subject, label, probability)
     tn, fp, fn, tp = confusion_matrix(label, probability >= threshold).ravel().tolist()
 

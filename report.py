@@ -18,17 +18,18 @@ from checkpoint import Checkpoint, label_digest
 from data import SPLITS, InputError, event_table, make_splits, point_slots, stays_of, write_atomically
 from explain import influence
 from history_statistics import real_sets
-from metrics import CHECKPOINT, mean_of_logits
+from metrics import CHECKPOINT, format_table, mean_of_logits, measure_table
 from plots import (LABEL_NAMES, OUTCOME_PICTURES, picture_folder, plot_curves, plot_features, plot_forecast,
                    plot_trajectory, save_figure)
 from predictor import (FORECAST, QUERY, Predictor, against_training, answer_queries, answered_queries,
                        far_from_training, find_stay, forecast_at, forecasts_of, in_columns, medians,
                        risk_over_time)
-from questions import labelled_points, stays_with
+from questions import at_end, at_hours, labelled_points, stays_with
 from readouts import FREEDOM
 from runs import answers_at, encode_points, evaluation_loader, features_and_history
 from settings import data_options
 from tables import ID, TIME, of_each, read_table
+from tasks import TITLES
 
 
 def performance(arguments, baselines) -> None:
@@ -41,7 +42,7 @@ def performance(arguments, baselines) -> None:
     predictor, dataset = opened[0]
     if predictor.checkpoint.mode == "pretrain":
         unused = [name for name in ("predictions", "embeddings", "trajectory", "plots", "baselines",
-                                    "subgroups") if getattr(arguments, name)]
+                                    "subgroups", "at_hours") if getattr(arguments, name)]
         if len(opened) > 1 or unused:
             predictor.checkpoint.check_finetuned()
         return pretrained_report(arguments, predictor, dataset)
@@ -81,7 +82,11 @@ def performance(arguments, baselines) -> None:
         figures |= task.figures(cohort, scored, methods, thresholds, arguments.sensitivity, groups)
         if len(opened) == 1:
             figures["model"] = model_figures(predictor, dataset, scored_stays)
-        for title, table in task.tables(figures).items():
+        tables = task.tables(figures)
+        if arguments.at_hours:
+            figures["at_hours"] = figures_at_hours(arguments.at_hours, predictor, dataset, stays)
+            tables |= tables_at_hours(figures)
+        for title, table in tables.items():
             show(title, table)
     if traced is not None:
         figures["trajectory"] = risk_over_time(predictor.model, dataset, traced, predictor.device)
@@ -112,7 +117,7 @@ def open_together(arguments) -> list[tuple]:
     """Returns a predictor and a dataset for each checkpoint. Raises InputError where several cannot be scored
     as one."""
     paths = arguments.checkpoint
-    for name in ("baselines", "embeddings", "trajectory", "plots"):
+    for name in ("baselines", "embeddings", "trajectory", "plots", "at_hours"):
         if len(paths) > 1 and getattr(arguments, name):
             raise InputError(f"--{name}: of one checkpoint, where {len(paths)} are given; leave it or the "
                              "others out")
@@ -130,6 +135,8 @@ def open_together(arguments) -> list[tuple]:
         if its != read[0]:
             raise InputError(f"{path}: was trained on other data or labels than {paths[0]}; give both "
                              "the same by --data_dir, or score them apart")
+    if arguments.at_hours and opened[0][1].cohort.timed:
+        raise InputError("--at_hours: these labels have times of their own; leave the option out")
     return opened
 
 
@@ -375,6 +382,51 @@ def active_units(predictor, dataset, stays) -> int:
     mu = torch.cat([predictor.model.setvae.encode(batch)[0][real_sets(batch)]
                     for batch in evaluation_loader(dataset, stays, predictor.device)])
     return int((mu.var(0) > 0.01).sum())
+
+
+def figures_at_hours(hours: tuple, predictor, dataset, stays) -> list[dict]:
+    """Returns the figures of the task for these stays, asked at each of these hours after admission or, where
+    a record ends before, at its end; and last (`hour` None) at the questions themselves. Alarms begin at the
+    checkpoint's threshold throughout. Where the labels do not suffice, `lacking` says why instead."""
+    task, threshold = predictor.model.task, predictor.checkpoint.metrics.get("threshold")
+    ends, found = at_end(dataset.cohort).point_minute, []
+    for hour in [*np.unique(hours).tolist(), None]:
+        asked = dataset if hour is None else dataset.of(at_hours(dataset.cohort, hour))
+        cohort = asked.cohort
+        labelled = np.flatnonzero(cohort.labelled & np.isin(cohort.point_stay, stays))
+        points = np.intersect1d(labelled, answered_points(asked))
+        ended = cohort.point_minute[points] >= ends[cohort.point_stay[points]]
+        row = {"hour": hour, "at_the_end": int(ended.sum()), "unanswered": len(labelled) - len(points)}
+        if lacking := task.lacking(cohort.answers[points]):
+            row["lacking"] = lacking
+        else:
+            answers = answers_at(predictor.model, asked, points, predictor.device)
+            row |= task.figures(cohort, points, {CHECKPOINT: answers}, {CHECKPOINT: threshold}, None, {})
+        found.append(row)
+    return found
+
+
+AT_HOURS = {"stays": "{stays:,}", "asked at the end of their record": "{at_the_end:,}",
+            "not scored: nothing known yet": "{unanswered:,}"}
+PROBABLE = {"positive": "{prevalence:.1%}", "mean probability": "{probability[mean]:.1%}",
+            "Brier score": "{brier:.3f}"}
+
+
+def tables_at_hours(figures: dict) -> dict[str, pd.DataFrame]:
+    """Returns `figures_at_hours` as a table, by its title."""
+    rows = {"the question" if row["hour"] is None else f"hour {row['hour']:g}": row
+            for row in figures["at_hours"]}
+    title = "At hours after admission, of which a record that ends before is asked at its end"
+    title += "".join(f"\n{name}: nothing to score: {row['lacking']}" for name, row in rows.items()
+                     if "lacking" in row)
+    rows = {name: row for name, row in rows.items() if "lacking" not in row}
+    measures = {name: row["methods"][CHECKPOINT] for name, row in rows.items()}
+    question = rows["the question"]
+    if "threshold" in question:
+        title += f"\nalarms from {question['threshold']:.4f} on at each ({figures['threshold_is']})"
+    sizes = format_table(rows, AT_HOURS | (PROBABLE if "brier" in question else {}))
+    titles = {name: TITLES.get(name, name) for name in measures["the question"]}
+    return {title: sizes.join(measure_table(measures, titles, digits=3)).T}
 
 
 def threshold_source(checkpoints: list[Checkpoint]) -> str:

@@ -254,10 +254,11 @@ class Task:
         return f"validation {shown}"
 
     def figures(self, cohort: Cohort, points: np.ndarray, methods: dict, thresholds: dict = {},
-                sensitivity: float = .8, groups: dict = {}) -> dict:
+                sensitivity: float | None = .8, groups: dict = {}) -> dict:
         """Plain numbers about each method's answers [n, columns] at these points [n], with 95% intervals by
         bootstrap over patients. groups: {variable: {group: mask [n]}}, in which the checkpoint's are
-        repeated; thresholds, of each method, and sensitivity, of alarms, are for a binary outcome."""
+        repeated; thresholds, of each method, and sensitivity, of alarms (None: they begin at the threshold),
+        are for a binary outcome."""
         stay, answers = cohort.point_stay[points], cohort.answers[points].astype(float)
         subject = pd.factorize(cohort.subject)[0][stay]
         own = methods[CHECKPOINT]
@@ -297,8 +298,10 @@ class Task:
         return tables
 
 
-# What the figures of other kinds than binary are called.
-TITLES = {"auc": "AUROC", "auprc": "AUPRC", "accuracy": "accuracy", "log_loss": "log loss", "kappa": "kappa",
+# What figures are called.
+TITLES = {"auroc": "AUROC", "auprc": "AUPRC", "slope": "calibration slope",
+          "intercept": "calibration intercept", "ppv": "predictive value", "alarms": "alarms per 100",
+          "auc": "AUROC", "log_loss": "log loss",
           "mae": "mean absolute error", "rmse": "root mean square error",
           "spearman": "rank correlation", "coverage": "coverage of the 80% interval", "width": "its width",
           "concordance": "concordance", "brier": "integrated Brier score"}

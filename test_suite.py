@@ -31,7 +31,8 @@ TESTS = str(Path(__file__).with_name("tests"))
 FORECASTS = ("queries", "origin", "until", "every")
 INSTEAD = ("soak", "protocol", "forecast_benchmark", "benchmark", "export", "follow", "forecast",
            "odd")
-ANALYSIS = ("baselines", "predictions", "embeddings", "trajectory", "plots", "subgroups", "json")
+ANALYSIS = ("baselines", "predictions", "embeddings", "trajectory", "plots", "subgroups", "at_hours",
+            "json")
 
 
 @dataclass
@@ -60,6 +61,9 @@ class Options(SharedSettings):
         "the report in groups by these variables, such as Gender,Age,ICUType: by their first value in the "
         "stay, numbers in quartiles; events: by how many it had by then", (),
         type=lambda text: text.split(","))
+    at_hours: tuple = option(
+        "the report also at these hours after admission, beside the question itself; a record that ends "
+        "before is asked at its end", (), low=1e-3, nargs="+", type=float, metavar="H")
     json: str = option("file to write: the analysis' figures")
     forecast: str = option(
         "instead: file to write (CSV or .parquet): stay_id, known_until, minute, variable and mean, low, "

@@ -171,7 +171,7 @@ def test_an_interval_of_a_mean_is_as_wide_as_statistics_says():
     """That of a sensitivity reaches 1.96 standard errors to each side; from 5% to 95% it would be 1.64."""
     rng = np.random.default_rng(0)
     label, p = np.repeat([1, 0], 2000), rng.random(4000)
-    measures = {metrics.alarm_from(.5): ("sensitivity", "precision", "alarms")}
+    measures = {metrics.alarm_from(.5): ("sensitivity", "specificity", "precision", "alarms")}
     told = metrics.with_intervals(np.arange(4000), label, p, measures)["sensitivity"]
     error = np.sqrt(told["value"] * (1 - told["value"]) / 2000)
     assert np.diff(told["interval"])[0] / 2 / error == pytest.approx(1.96, abs=.15)

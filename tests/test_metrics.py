@@ -60,8 +60,8 @@ def test_recalibration_is_unpenalised_logistic_regression_on_the_logit():
 def test_alarms_at_a_fixed_sensitivity_and_net_benefit_are_what_counting_gives():
     label, p = np.array([1, 0, 1, 1, 0, 0, 0, 1, 0, 0]), np.array([.9, .8, .7, .7, .6, .5, .4, .3, .2, .1])
     assert [threshold_of(label, p, share) for share in (.25, .5, .75, .76, 1)] == [.9, .7, .7, .3, .3]
-    assert alarm_from(.7)(label, p, np.ones(10)) == (3 / 4, 3 / 4, 40)
-    assert np.isnan(alarm_from(.95)(label, p, np.ones(10))[1])
+    assert alarm_from(.7)(label, p, np.ones(10)) == (3 / 4, 5 / 6, 3 / 4, 40)
+    assert np.isnan(alarm_from(.95)(label, p, np.ones(10))[2])
     curve = net_benefit(label, p)
     for t, found, everyone in zip(*curve.values()):
         true, false = ((p >= t) & (label == 1)).sum(), ((p >= t) & (label == 0)).sum()

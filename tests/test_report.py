@@ -26,7 +26,7 @@ from report import show, subgroups, write_meds_predictions
 from tasks import Binary
 from test_suite import main
 from tests.test_readers import meds
-from tests.tiny import one_error_line, write
+from tests.tiny import FINETUNE, one_error_line, write
 
 
 def points_of_stays(stays, label) -> Points:
@@ -325,3 +325,79 @@ def test_a_file_in_a_folder_that_is_not_there_is_refused_before_anything_is_comp
     path = tmp_path / "nowhere" / "x"
     one_error_line(capsys, main(["--checkpoint", str(small_finetuned), option, str(path)]),
                    f"{path}: its folder does not exist; make it")
+
+
+def others_data(tmp_path, stays: int = 60):
+    """A folder of stays that no checkpoint knows, without labels, and its cohort."""
+    cohort = synthetic_cohort(stays)
+    ids = np.array([f"other-{i:02d}" for i in range(stays)])
+    cohort = replace(cohort, stay_id=ids, subject=ids)
+    return write_long_table(tmp_path / "data", cohort, labels=False), cohort
+
+
+def test_at_hours_reports_what_each_hour_alone_reports_by_one_threshold(tmp_path, capsys, small_finetuned):
+    folder, cohort = others_data(tmp_path)
+    label = np.arange(60) % 2
+    pd.DataFrame({"stay_id": cohort.stay_id, "label": label}).to_csv(folder / "labels.csv", index=False)
+    command = ["--checkpoint", str(small_finetuned), "--data_dir", str(folder), "--device", "cpu"]
+    ends = cohort.set_minute[cohort.stay_start[1:] - 1] / 60
+    late = float(np.median(ends))
+    assert main([*command, "--at_hours", str(late), "6", "6", "--json", str(tmp_path / "json")]) == 0
+    printed, figures = capsys.readouterr().out, json.loads((tmp_path / "json").read_text())
+    rows = figures["at_hours"]
+    assert [row["hour"] for row in rows] == [6, late, None]
+    assert [row["at_the_end"] for row in rows] == [(ends <= 6).sum(), (ends <= late).sum(), 60]
+    threshold = torch.load(small_finetuned, weights_only=True)["metrics"]["threshold"]
+    for row in rows:
+        asked = ["--hours", f"{row['hour']}"] if row["hour"] else []
+        assert main([*command, *asked, "--json", str(tmp_path / "alone"), "--predictions", str(tmp_path / "p")]) == 0
+        alone, p = json.loads((tmp_path / "alone").read_text()), pd.read_csv(tmp_path / "p")["probability"].to_numpy()
+        for name in ("auroc", "auprc", "slope", "intercept"):
+            assert row["methods"][CHECKPOINT][name] == alone["methods"][CHECKPOINT][name]
+        assert row["probability"] == alone["probability"] and row["stays"] == 60 and row["unanswered"] == 0
+        raised, found = p >= threshold, row["methods"][CHECKPOINT]
+        assert row["threshold"] == row["alarm"]["threshold"] == threshold
+        assert found["alarms"]["value"] == pytest.approx(100 * raised.mean())
+        assert found["sensitivity"]["value"] == pytest.approx(raised[label == 1].mean())
+        assert found["specificity"]["value"] == pytest.approx(1 - raised[label == 0].mean())
+    table = printed.split("At hours after admission")[1].splitlines()
+    assert table[1].startswith(f"alarms from {threshold:.4f} on at each (best F1 of the validation split)")
+    assert re.split("  +", table[2].strip()) == ["hour 6", f"hour {late:g}", "the question"]
+    cells = {row[0]: row[1:] for row in (re.split("  +", line) for line in table[3:])}
+    assert cells["asked at the end of their record"] == [str(row["at_the_end"]) for row in rows]
+    assert cells["AUROC"][0].startswith(f"{rows[0]['methods'][CHECKPOINT]['auroc']['value']:.3f} [")
+
+
+def test_at_hours_says_what_it_cannot_score_and_refuses_labels_with_times(tmp_path, capsys, small_finetuned):
+    rows = [f"{i},{m},HR,{80 + i}" for i in range(40) for m in (60 * (1 + i % 2), 400)]
+    folder = write(tmp_path / "data/events.csv", "\n".join(["stay_id,minute,variable,value", *rows]) + "\n").parent
+    labels = pd.DataFrame({"stay_id": range(40), "label": np.arange(40) % 2})
+    labels.to_csv(folder / "labels.csv", index=False)
+    command = ["--checkpoint", str(small_finetuned), "--data_dir", str(folder), "--json", str(tmp_path / "json")]
+    assert main([*command, "--at_hours", "1.5", "3"]) == 0  # by hour 1.5 only the stays of label 0 have an event
+    printed, (early, later, _) = capsys.readouterr().out, json.loads((tmp_path / "json").read_text())["at_hours"]
+    assert early == {"hour": 1.5, "at_the_end": 0, "unanswered": 20,
+                     "lacking": "one class only (0 of 20 labels are 1)"}
+    assert "\nhour 1.5: nothing to score: one class only (0 of 20 labels are 1)\n" in printed
+    assert later["stays"] == 40 and later["unanswered"] == 0
+    for hours in ("0", "nan", "inf", "-3"):
+        one_error_line(capsys, main([*command, "--at_hours", "6", hours]), "at_hours is (6.0, ")
+    labels.assign(minute=400).to_csv(folder / "labels.csv", index=False)
+    one_error_line(capsys, main([*command, "--at_hours", "6"]), "--at_hours: these labels have times of their own")
+    one_error_line(capsys, main([*command, "--follow", "--at_hours", "6"]), "--follow does not go with --at_hours")
+
+
+def test_at_hours_has_the_figures_of_an_event_whose_time_grows(tmp_path, capsys, small_models, small_finetuned):
+    folder, cohort = others_data(tmp_path)
+    rng = np.random.default_rng(0)
+    pd.DataFrame({"stay_id": cohort.stay_id, "event": rng.integers(0, 2, 60), "hours": rng.exponential(48, 60)}
+                 ).to_csv(folder / "labels.csv", index=False)
+    pretrained = small_finetuned.parents[1] / "pretrain/best.pt"
+    assert train.main([*FINETUNE, str(pretrained), "--data_dir", str(folder), "--run_dir", str(tmp_path / "run")]) == 0
+    assert main(["--checkpoint", str(tmp_path / "run/best.pt"), "--at_hours", "6", "--json", str(tmp_path / "a")]) == 0
+    capsys.readouterr()
+    assert main(["--checkpoint", str(tmp_path / "run/best.pt"), "--hours", "6", "--json", str(tmp_path / "b")]) == 0
+    both, alone = (json.loads((tmp_path / name).read_text()) for name in "ab")
+    at_6, question = both["at_hours"]
+    assert at_6["methods"] == alone["methods"] != question["methods"] == both["methods"]
+    assert at_6["calibration"] == alone["calibration"] and at_6["stays"] == alone["stays"] == 12
