@@ -329,10 +329,13 @@ class Checkpoint:
         return model.eval()
 
     def check_forecasts(self) -> None:
-        """Raises InputError where its pretraining asked no queries."""
-        if self.config is None or not self.config.queries:
+        """Raises InputError where no training taught its backbone to answer queries."""
+        if self.config is None or not (self.config.queries and self.config.query_weight):
             raise InputError(f"{self.path}: its pretraining asked for no value at a later minute, so it "
                              "cannot forecast; pretrain again, with queries above 0")
+        if self.source.get("forecasts") is False:
+            raise InputError(f"{self.path}: finetuning left its forecasts untrained (--random_init, or full "
+                             "training with reconstruction_weight=0); give the checkpoint of --mode pretrain")
 
     def forecaster(self) -> SeqSetVAEPretrain | SeqSetVAE:
         """The model that forecasts, in evaluation mode: the pretrained one, or the classifier. Raises
@@ -471,7 +474,7 @@ class Checkpoint:
                              "give it as it is")
         salt, source = secrets.token_hex(8), self.source
         data = {name: source["data"][name] for name in ("hours", "synthetic_stays") if name in source["data"]}
-        names = ("seed", "fingerprint", "commit", "versions", "precision", "asked")
+        names = ("seed", "fingerprint", "commit", "versions", "precision", "asked", "forecasts")
         kept = {name: source[name] for name in names if name in source} | {
             "command": "a command that an exported checkpoint does not tell",
             "data": data | ({"data_dir": None} if source["data"].get("data_dir", "") != "" else {})}

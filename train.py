@@ -538,7 +538,9 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
         raise InputError(f"finetune_config.py: the head is {share:.1%} of all parameters; narrow head_widths "
                          f"below {config.max_trainable_ratio:.0%}")
     data, pretrained = checkpoint.data_settings(given), Path(arguments.pretrained_ckpt)
+    forecasts = bool(config.reconstruction_weight) if full else not arguments.random_init
     source = {"asked": describe_questions(cohort, learned), "pretrained_ckpt": str(pretrained),
+              "forecasts": forecasts,  # whether it learned to
               "pretrained": from_rank_0(lambda: hashlib.sha256(pretrained.read_bytes()).hexdigest()[:16])}
     run = Run(arguments, config, model, dataset, split, data, device, dtype, source=source,
               best={"epoch": 0, **task.untrained}, seen=checkpoint.subjects,

@@ -18,7 +18,7 @@ from batches import Normalizer, StayDataset, variable_vectors
 from checkpoint import Checkpoint
 from data import SPLITS, InputError, build_cohort, synthetic_cohort
 from history_statistics import draw_queries
-from model import SeqSetVAEPretrain
+from model import SeqSetVAE, SeqSetVAEPretrain
 from predictor import Predictor, forecast_at
 from readouts import FREEDOM, student_nll
 from report import odd_values
@@ -164,15 +164,26 @@ def some_queries(number, seed=0):
              known + float(rng.integers(1, 600))) for _ in range(number)]
 
 
-def test_nothing_later_than_known_until_moves_an_answer_by_a_bit():
-    stay = random_stays((12,))[0]
+@pytest.mark.parametrize("kind", [SeqSetVAEPretrain, SeqSetVAE])
+def test_nothing_later_than_known_until_moves_an_answer_by_a_bit(kind):
+    stay, model = random_stays((12,))[0], build(kind, tiny(queries=8, classification_only=False))
     queries = [(0, stay[5][0], v, stay[5][0] + 90.) for v in range(7)]
-    whole, known = asked_of([stay], *queries), asked_of([stay[:6]], *queries)
+    whole, known = (asked_of([sets], *queries, model=model) for sets in (stay, stay[:6]))
     others = [(minute, [(v, 9. - x) for v, x in events] * 30) for minute, events in stay[6:]]
     assert np.array_equal(whole, known) and not np.isnan(whole).any()
-    assert np.array_equal(asked_of([stay[:6] + others], *queries), known)
+    assert np.array_equal(asked_of([stay[:6] + others], *queries, model=model), known)
     at_the_minute = stay[:5] + [(stay[5][0], [(v, 9. - x) for v, x in stay[5][1]])]
-    assert not np.isclose(asked_of([at_the_minute], *queries), known).all(1).any()
+    assert not np.isclose(asked_of([at_the_minute], *queries, model=model), known).all(1).any()
+
+
+def test_in_company_nothing_later_than_known_until_moves_an_answer():
+    queries = [(s, 1500., v, 1600.) for s in range(4) for v in range(7)]
+    known = [[(minute, events) for minute, events in stay if minute <= 1500] for stay in STAYS]
+    later = [[(1501 + 7 * i, [(i % 7, 50.)] * (3 + s)) for i in range(40 * s)] for s in range(4)]
+    assert sum(map(len, known)) < sum(map(len, STAYS)) and all(known)
+    answers = asked_of(known, *queries)
+    for stays in (STAYS, [stay + others for stay, others in zip(known, later)]):
+        np.testing.assert_allclose(asked_of(stays, *queries), answers, rtol=1e-5, atol=1e-5)
 
 
 def test_later_origins_of_the_same_stay_move_no_answer():
@@ -194,8 +205,9 @@ def test_queries_in_any_order_and_batch_give_equal_answers(monkeypatch):
     np.testing.assert_allclose(asked_of(STAYS, *queries), answers, rtol=1e-5, atol=1e-5)
 
 
-def test_a_forecast_is_what_pretraining_asks_and_scores():
-    model, stays = build(SeqSetVAEPretrain, tiny(queries=40)), random_stays((9, 7))
+@pytest.mark.parametrize("kind", [SeqSetVAEPretrain, SeqSetVAE])
+def test_a_forecast_is_what_pretraining_and_full_training_ask_and_score(kind):
+    model, stays = build(kind, tiny(queries=40, classification_only=False)), random_stays((9, 7))
     batch = batch_of(stays)
     question, queries = drawn(model, batch)
     b, r = queries.real.nonzero(as_tuple=True)
@@ -209,7 +221,8 @@ def test_a_forecast_is_what_pretraining_asks_and_scores():
     loss = student_nll(value, location, log_scale) + (value - expected).square() / 2
     own = torch.stack([loss[b == i].mean() for i in range(2)]).mean()
     with torch.no_grad():
-        close(model(batch, 0.0)["queries"], model.config.query_weight * own.float())
+        terms, _ = model.sequence_losses(model.encode(batch)[3], batch)
+    close(terms["queries"].mean(), model.config.query_weight * own.float())
 
 
 def test_before_the_first_set_nothing_is_forecast():
@@ -321,6 +334,37 @@ def test_a_file_of_queries_is_answered_and_each_that_cannot_be_is_counted(traine
         np.testing.assert_allclose(pd.read_csv(tmp_path / "g.csv").iloc[:, 4:], table.iloc[:, 4:], rtol=1e-6)
     with pytest.raises(InputError, match="not a finetuned checkpoint"):
         Predictor(pretrained).predict(events)
+
+
+def finetuned(trained, folder, *options) -> str:
+    """The checkpoint of another finetuning of the tiny pretrained one."""
+    with pytest.MonkeyPatch.context() as patch:
+        make_small(patch)
+        assert train.main([*FINETUNE, str(trained / "pretrain" / "best.pt"), "--run_dir", str(folder), *options]) == 0
+    return str(folder / "best.pt")
+
+
+def test_a_frozen_backbone_forecasts_as_before_and_a_trained_one_by_its_own_weights(trained, tmp_path):
+    pretrained, frozen = (str(trained / mode / "best.pt") for mode in ("pretrain", "finetune"))
+    full, cohort = finetuned(trained, tmp_path / "full", "--full_training"), synthetic_cohort(24)
+    queries = pd.DataFrame({"stay_id": np.repeat(cohort.stay_id, 2), "known_until": 600, "minute": 900,
+                            "variable": ["HR", "Lactate"] * 24})
+    before, same, other = (Predictor(path).forecast(cohort, queries)[["mean", "low", "high"]].to_numpy()
+                           for path in (pretrained, frozen, full))
+    assert not np.isnan(before).any() and np.array_equal(same, before)
+    assert not np.isnan(other).any() and not np.isclose(other, before, rtol=1e-6).all(1).any()
+    then, now = (Checkpoint.open(path).weights for path in (pretrained, full))
+    assert all((then[name] != now[name]).any() for name in then if name.startswith("query_readout."))
+
+
+@pytest.mark.parametrize("options", [["--random_init"], ["--full_training", "--set", "reconstruction_weight=0"]])
+def test_a_checkpoint_whose_forecasts_nothing_trained_refuses_them(trained, tmp_path, capsys, options):
+    left, exported = finetuned(trained, tmp_path / "left", *options), str(tmp_path / "exported.pt")
+    assert main(["--checkpoint", left, "--export", exported]) == 0
+    for path in (left, exported):
+        capsys.readouterr()
+        code = main(["--checkpoint", path, "--synthetic_stays", "24", "--odd", str(tmp_path / "odd.csv")])
+        one_error_line(capsys, code, "left its forecasts untrained")
 
 
 def test_a_forecast_without_a_usable_query_is_one_error(trained, tmp_path, capsys, small_finetuned):
