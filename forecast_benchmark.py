@@ -1,22 +1,25 @@
-"""The forecast benchmark: the second day of PhysioNet 2012 from the first, beside baselines
-(`test_suite.py --forecast_benchmark`)."""
+"""The forecast benchmark: the second day of PhysioNet 2012 from the first, and finding mistyped values,
+beside baselines (`test_suite.py --forecast_benchmark`)."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from sklearn.ensemble import HistGradientBoostingRegressor
+from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
 from baselines import STATISTICS, summary_table
 from checkpoint import Checkpoint
-from data import SPLITS, event_table, write_atomically
-from metrics import FORECAST_FIGURES, Forecasts, forecast_figures, forecast_sums
-from predictor import forecast_at, quantile_of
+from data import SPLITS, Cohort, event_table, stay_event_index, stays_of, write_atomically
+from metrics import FORECAST_FIGURES, Forecasts, bootstrap, forecast_figures, forecast_sums
+from predictor import Predictor, forecast_at, quantile_of
 from protocol import first_figure, once, print_methods
 from questions import with_points
+from report import odd_values
 from runs import read_cohort
 from train import pretrain, run_settings
 
@@ -110,13 +113,79 @@ def forecasts_on(home: Path, checkpoint: Checkpoint, cohort, values, queries, kn
     return {method: forecast_sums(each, queries[tested], units) for method, each in forecasts.items()}
 
 
+# ---- mistyped values ---------------------------------------------------------------------------------------
+
+MISTYPED = .01  # share of the values
+ODD, FROM_MEAN, FROM_LAST = "tail of --odd", "z-score", "distance from the last value, else the mean"
+
+
+def tenfold(values: np.ndarray, rng) -> np.ndarray:
+    """Each of the values times ten or a tenth, at random."""
+    return values * rng.choice([10, .1], len(values))
+
+
+def swapped(value: np.float32, rng) -> float:
+    """The value with two neighbouring digits, which differ, in each other's place, drawn from all such pairs
+    of the number as it is written; the value itself where it has none."""
+    text = np.format_float_positional(value, trim="-")
+    digits = [i for i, sign in enumerate(text) if sign.isdigit()]
+    pairs = [(i, j) for i, j in zip(digits, digits[1:]) if text[i] != text[j]]
+    if not pairs:
+        return value
+    i, j = pairs[rng.integers(len(pairs))]
+    return float(text[:i] + text[j] + text[i + 1:j] + text[i] + text[j + 1:])
+
+
+MISTAKES = {"ten times or a tenth": tenfold,
+            "two digits swapped": lambda values, rng: [swapped(value, rng) for value in values]}
+
+
+def mistyped(cohort: Cohort, stays, mistake, seed: int) -> tuple[Cohort, np.ndarray]:
+    """The cohort with mistakes in a random MISTYPED of the values of these stays, and the events [n] that
+    they changed (0 has no tenfold, 11 no digits to swap)."""
+    rng, value = np.random.default_rng(seed), cohort.event_value.copy()
+    events = stay_event_index(cohort, stays)
+    events = events[~np.isnan(value[events])]
+    drawn = rng.choice(events, round(MISTYPED * len(events)), replace=False)
+    value[drawn] = mistake(value[drawn], rng)
+    return replace(cohort, event_value=value), drawn[value[drawn] != cohort.event_value[drawn]]
+
+
+def suspicion(checkpoint: Checkpoint, cohort: Cohort, stays) -> pd.DataFrame:
+    """How odd ODD, FROM_MEAN and FROM_LAST find each value of these stays that has an earlier set: a row,
+    with its index, an event. The latter two count standard deviations of the checkpoint's normalizer; the
+    last value is that of an earlier minute."""
+    dataset = checkpoint.dataset(cohort)
+    table = event_table(cohort, stays).set_axis(stay_event_index(cohort, stays)).dropna()
+    variable, value = dataset.variable[table["variable"]], table["value"].to_numpy(float)
+    table["z"] = dataset.normalizer.unclipped(variable, value)
+    keys = ["stay", "variable", "minute"]
+    last = table.groupby(keys)["z"].last().groupby(keys[:2]).shift().rename("last")
+    table = table.join(last, on=keys).fillna({"last": 0})
+    odd = odd_values(Predictor(checkpoint, "cpu"), dataset, stays)
+    found = pd.DataFrame({"stay": table["stay"], ODD: -odd["tail"], FROM_MEAN: table["z"].abs(),
+                          FROM_LAST: (table["z"] - table["last"]).abs()})
+    return found.loc[odd.index]
+
+
+def mistakes_found(checkpoint: Checkpoint, cohort: Cohort, stays, mistake, seed: int) -> np.ndarray:
+    """AUROC and AUPRC of finding the mistakes in these stays by the three columns of `suspicion`, of these
+    stays and of resampled ones, [1 + 200, 3, 2]. What was charted later follows the value as mistyped."""
+    damaged, events = mistyped(cohort, stays, mistake, seed)
+    table = suspicion(checkpoint, damaged, stays)
+    wrong, stay = np.isin(table.index, events), table.pop("stay").to_numpy()
+    scores = list(table.to_numpy().T)
+    found = [[roc_auc_score(wrong, score), average_precision_score(wrong, score)] for score in scores]
+    return np.concatenate([[found], bootstrap(stay, wrong, *scores, repeats=200)])
+
+
 def forecast_benchmark(given: dict, seeds: list, folder: Path) -> None:
     """For the split of every seed: fit the baselines, pretrain with the defaults, answer every value after
-    KNOWN_UNTIL, score the test part. What is finished lies in `folder`, by the data's fingerprint, and is
-    kept: stop and go on at will. given: the data's options, see `data_options`."""
+    KNOWN_UNTIL, find mistyped values, score the test part. What is finished lies in `folder`, by the data's
+    fingerprint, and is kept: stop and go on at will. given: the data's options, see `data_options`."""
     cohort = read_cohort(given)
     print(cohort.describe())
-    values, stays, rows = charted(cohort), np.arange(len(cohort)), {}
+    values, stays, rows, found = charted(cohort), np.arange(len(cohort)), {}, {}
     asked = with_points(cohort, np.ones_like(stays), np.full(len(stays), KNOWN_UNTIL))
     known = summary_table(asked, stays, np.arange(len(cohort.variables)))
     for seed in seeds:
@@ -139,5 +208,15 @@ def forecast_benchmark(given: dict, seeds: list, folder: Path) -> None:
                                                 queries_answered(checkpoint, cohort, queries)))
         for method, sums in forecasts_on(home, checkpoint, cohort, values, queries, known).items():
             rows.setdefault(method, {})[home] = forecast_figures(sums)
+        tested = stays_of(cohort, split["test"])
+        for name, mistake in MISTAKES.items():
+            once(home / name, lambda to: np.save(
+                to / "found.npy", mistakes_found(checkpoint, cohort, tested, mistake, seed)))
+            for method, figures in zip((ODD, FROM_MEAN, FROM_LAST),
+                                       np.load(home / name / "found.npy").swapaxes(0, 1)):
+                found.setdefault(name, {}).setdefault(method, {})[home] = figures
     ranked = sorted(rows, key=lambda method: first_figure(rows[method]))
     print_methods(rows, ranked, BOOSTING, FORECAST_FIGURES)
+    for name, rows in found.items():
+        print(f"\nFinding the {MISTYPED:.0%} of the test stays' values that were mistyped: {name}")
+        print_methods(rows, list(rows), FROM_MEAN, ["AUROC", "AUPRC"])

@@ -532,10 +532,11 @@ def grid_of_queries(dataset, origin: float | None, until: float, every: float | 
                          "variable": np.tile(names, len(stays) * len(later))})
 
 
-def odd_values(predictor: Predictor, dataset) -> pd.DataFrame:
-    """Every charted value beside what was expected of it from the sets of earlier minutes: a row an event
-    with a number and an earlier set: stay_id, minute, variable, value, expected, low, high, and tail, the
-    chance of a value as far out on either side, 2 min(F, 1 - F) of the Student-t."""
+def odd_values(predictor: Predictor, dataset, stays=slice(None)) -> pd.DataFrame:
+    """Every charted value of these stays beside what was expected of it from the sets of earlier minutes: a
+    row, with its index, an event with a number and an earlier set: stay_id, minute, variable, value,
+    expected, low, high, and tail, the chance of a value as far out on either side, 2 min(F, 1 - F) of the
+    Student-t."""
     cohort, normalizer = dataset.cohort, dataset.normalizer
     stay = np.repeat(np.arange(len(cohort)), np.diff(cohort.stay_start))                                # [T]
     new = (np.diff(stay, prepend=-1) != 0) | (np.diff(cohort.set_minute, prepend=np.nan) != 0)
@@ -545,8 +546,10 @@ def odd_values(predictor: Predictor, dataset) -> pd.DataFrame:
     sets = np.repeat(np.arange(len(stay)), np.diff(cohort.set_start))                                   # [E]
     variable = dataset.variable[cohort.event_variable]
     minutes = asked.point_minute[asked.point_start[:-1]]
+    chosen = np.zeros(len(cohort), dtype=bool)
+    chosen[stays] = True
     judged = (variable >= 0) & ~np.isnan(cohort.event_value) & normalizer.numeric[variable]
-    judged &= (cohort.set_minute > minutes[stay])[sets]
+    judged &= (chosen[stay] & (cohort.set_minute > minutes[stay]))[sets]
     event = np.flatnonzero(judged)
     sets, variable, value = sets[event], variable[event], cohort.event_value[event].astype(np.float64)
     answers = answer_queries(predictor.model, dataset.of(asked), point[sets] - 1, variable,
@@ -557,7 +560,7 @@ def odd_values(predictor: Predictor, dataset) -> pd.DataFrame:
                          "minute": cohort.set_minute[sets] - cohort.admission[stay[sets]],
                          "variable": np.array(normalizer.variables, dtype=object)[variable], "value": value,
                          "expected": forecasts["mean"], "low": forecasts["low"], "high": forecasts["high"],
-                         "tail": 2 * stdtr(FREEDOM, -z.abs())})
+                         "tail": 2 * stdtr(FREEDOM, -z.abs())}).set_axis(event)
 
 
 def pretrained_report(arguments, predictor, dataset) -> None:

@@ -11,11 +11,13 @@ from sklearn.model_selection import train_test_split
 import forecast_benchmark
 import train
 from data import build_cohort
-from forecast_benchmark import BOOSTING, LAST, MODEL, USUAL, WITH_BOOSTING, charted, random_split
+from forecast_benchmark import (BOOSTING, FROM_LAST, FROM_MEAN, LAST, MISTAKES, MODEL, ODD, USUAL, WITH_BOOSTING,
+                                charted, mistakes_found, mistyped, random_split, suspicion, swapped, tenfold)
 from metrics import Forecasts, crps, forecast_figures, forecast_sums
 from readers import write_long_table
 from test_suite import main
 from tests.test_evaluate import rows_of
+from tests.test_forecasts import checkpoint_of
 from tests.tiny import one_error_line, tiny
 
 def test_crps_is_the_integral_over_the_squared_distance_of_the_distributions():
@@ -58,6 +60,47 @@ def test_an_average_of_forecasts_has_the_averaged_quantiles():
     assert both.mean == 7.5 and abs(both.quantile(.9) - (7.5 + 2.5 * stats.norm.ppf(.9))) < 1e-9
 
 
+@pytest.mark.parametrize("value, others", [
+    (98, {89}), (7.35, {3.75, 7.53}), (80, {8}), (100, {10}), (.95, {9.05, .59}), (-12.5, {-21.5, -15.2}), (11, {11}),
+    (7, {7}), (0, {0})])
+def test_two_neighbouring_digits_of_the_number_as_written_are_swapped(value, others):
+    rng = np.random.default_rng(0)
+    assert {swapped(np.float32(value), rng) for _ in range(40)} == others
+
+
+def test_mistakes_are_drawn_from_the_values_of_the_stays_and_named():
+    rng, n = np.random.default_rng(0), 4000
+    value = np.append(rng.normal(80, 9, n - 200), np.append(np.zeros(100), np.full(100, np.nan)))
+    cohort = build_cohort("made", ["x"], np.repeat([0, 1], n), np.tile(np.arange(n), 2), np.zeros(2 * n, int),
+                          np.tile(value, 2), ["a", "b"])
+    damaged, events = mistyped(cohort, np.array([1]), tenfold, 7)
+    ratio = damaged.event_value[events] / cohort.event_value[events]
+    assert {*np.round(ratio, 3)} == {np.float32(10), np.float32(.1)} and (events >= n).all()
+    changed = np.flatnonzero((damaged.event_value != cohort.event_value) & ~np.isnan(cohort.event_value))
+    assert changed.tolist() == sorted(events) and 30 < len(events) <= 39
+    assert np.array_equal(events, mistyped(cohort, np.array([1]), tenfold, 7)[1])
+
+
+def test_what_is_suspect_is_measured_from_the_last_value_of_an_earlier_minute():
+    """x at 0, 5 (twice), 9 and y at 9 alone, of a normalizer with mean 10 and sd 2."""
+    cohort = build_cohort("made", ["x", "y"], np.zeros(5, int), np.array([0, 5, 5, 9, 9]), np.array([0, 0, 0, 0, 1]),
+                          np.array([10., 14, 16, 8, 6]), ["a"])
+    model = checkpoint_of(cohort)
+    model.normalizer.mean[:] = 10
+    model.normalizer.std[:] = 2
+    table = suspicion(model, cohort, np.array([0]))
+    assert table.index.tolist() == [1, 2, 3, 4] and (table[ODD] < 0).all()
+    assert table[FROM_MEAN].tolist() == [2, 3, 1, 2] and table[FROM_LAST].tolist() == [2, 3, 4, 2]
+
+
+def test_an_untrained_model_finds_a_tenfold_of_values_that_hardly_vary():
+    rng, n = np.random.default_rng(0), 500
+    cohort = build_cohort("made", ["x"], np.repeat([0, 1], n), np.tile(np.arange(n), 2), np.zeros(2 * n, int),
+                          rng.normal(80, 2, 2 * n), ["a", "b"])
+    found = mistakes_found(checkpoint_of(cohort), cohort, np.arange(2), tenfold, 0)
+    assert found.shape == (201, 3, 2) and (found[0, :, 0] > .97).all() and (found[:, 1] > .999).all()
+
+
 def test_the_forecast_benchmark_keeps_what_is_finished(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "ModelConfig", lambda v: tiny(num_variables=v, queries=8))
@@ -71,13 +114,16 @@ def test_the_forecast_benchmark_keeps_what_is_finished(tmp_path, monkeypatch, ca
     words = ["--forecast_benchmark", "kept", "--data_dir", "table", "--seeds", "1", "2"]
     assert main(words) == 0
     out = capsys.readouterr().out
-    first = {row[0]: row[1:] for row in rows_of(out)}
+    tables = out.split("Finding the 1% of the test stays' values that were mistyped: ")
+    first, *mistakes = ({row[0]: row[1:] for row in rows_of(table)} for table in tables)
+    assert [table.split("\n")[0] for table in tables[1:]] == [*MISTAKES]
+    assert all({ODD, FROM_MEAN, FROM_LAST} <= table.keys() for table in mistakes)
     assert "288 values of 1 variables in 12 test stays" in out
     boosting, last, usual = (float(first[name][1].split()[0]) for name in (BOOSTING, LAST, USUAL))
     assert boosting < .2 * last and boosting < .2 * usual and first[LAST][0] == "2"
     assert {MODEL, WITH_BOOSTING} <= first.keys() and len(first) == 5
-    for name in ("boosted", "pretrain", "forecast_at"):
+    for name in ("boosted", "pretrain", "forecast_at", "mistakes_found"):
         monkeypatch.setattr(forecast_benchmark, name, lambda *_: pytest.fail("done again"))
     assert main(words) == 0
-    assert {row[0]: row[1:] for row in rows_of(capsys.readouterr().out)} == first
+    assert capsys.readouterr().out.split("\n| ", 1)[1] == out.split("\n| ", 1)[1]
     one_error_line(capsys, main(["--forecast_benchmark"]), "--forecast_benchmark needs --data_dir")
