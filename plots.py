@@ -12,7 +12,6 @@ from sklearn.preprocessing import StandardScaler
 
 from checkpoint import Checkpoint
 from data import InputError, event_table, write_atomically
-from explain import influence
 from metrics import CHECKPOINT, bracketed, calibration_curve, net_benefit
 
 
@@ -280,9 +279,8 @@ def plot_features(features, label, risk):
 def plot_trajectory(trajectory: dict, dataset, stay: int, threshold: float | None):
     """Draws the risk over time; below it the events of the MOST_ROWS variables that move its last value most,
     low and high values marked; and beside them the last value of each, and by how much it moves the risk."""
-    moved = influence(trajectory)
-    # Of a variable without which nothing is left, the last come.
-    rows = moved.reindex([*moved.index, *(trajectory["without"].keys() - moved.index)])[:MOST_ROWS][::-1]
+    moved = pd.Series(trajectory["moved"], dtype=float)
+    rows = moved[:MOST_ROWS][::-1]
     minute, begin = trajectory["minute"], trajectory["admission"]
     if max(minute) < begin:  # all of it lies before minute 0
         begin = min(minute)
@@ -301,7 +299,7 @@ def plot_trajectory(trajectory: dict, dataset, stay: int, threshold: float | Non
     draw_risk(risk, trajectory, time, threshold)
     draw_events(chart, dataset, stay, rows.index, time, begin)
     chart.set(xlabel=f"{unit}s since admission", xlim=time(begin + np.array([-.01, 1.01]) * span),
-              ylabel=f"{len(rows)} of {len(trajectory['without'])} variables")
+              ylabel=f"{len(rows)} of {len(moved)} variables")
     if trajectory["onset"] is not None:
         for ax in (risk, chart):
             ax.axvline(time(trajectory["onset"]), color="#0072B2", linestyle="--", label="onset of sepsis")
@@ -309,7 +307,22 @@ def plot_trajectory(trajectory: dict, dataset, stay: int, threshold: float | Non
     bars.barh(range(len(rows)), rows, height=.6, color=np.where(rows > 0, "#D55E00", "#0072B2"))
     bars.axvline(0, color="black", linewidth=.8)
     bars.set_title(f"moves the last {trajectory['followed']}\n({unit} {time(minute[-1]):.3g}) by", fontsize=8)
-    bars.set_xlabel(f"change of {trajectory['followed']}", fontsize=8)
+    bars.set_xlabel(f"change of its {trajectory['scale']}", fontsize=8)
+    return figure
+
+
+def plot_importance(importance: dict):
+    """Draws what moves the answers most, the MOST_ROWS first variables. importance: {outcome: {variable: mean
+    size of its change}}."""
+    table = pd.DataFrame(importance)[:MOST_ROWS][::-1]
+    figure, (ax,) = new_figure(1, width=5.5, height=1 + .2 * len(table))
+    height, place = .8 / len(table.columns), np.arange(len(table))
+    for k, (name, column) in enumerate(table.items()):
+        ax.barh(place - k * height, column, height, color=STYLES[k % len(STYLES)]["color"], label=name)
+    ax.set_yticks(place - .4 + height / 2, table.index, fontsize=7)
+    ax.set(title="What moves the answers", xlabel="mean size of the change without a variable")
+    if len(table.columns) > 1:
+        legend(ax)
     return figure
 
 

@@ -19,12 +19,12 @@ from data import (Cohort, InputError, event_table, make_splits, ranges, search_a
                   stays_of)
 from tables import BEYOND, MISSING, NAMELESS, TRUTH, Report, plain_name
 from checkpoint import Checkpoint
-from explain import risk_without
+from explain import by_variable, explanations, questions_at, reasons, scale
 from history_statistics import (HISTORY_STATISTICS, RunningStatistics, at_slots, statistics_at, summaries,
                                 variables_of)
 from labels import read_map, renames_and_labels
 from metrics import AHEAD, of_challenge_2019
-from questions import describe_questions, with_points
+from questions import at_every_minute, describe_questions, with_points
 from readers import cohort_of_frame
 from readouts import FREEDOM, known_at
 from runs import (answers_at, choose_device, encode_points, evaluation_loader, features_and_history,
@@ -124,8 +124,21 @@ class Predictor:
         dataset, _ = self._dataset(events)
         if dataset is None:
             raise InputError("events: no usable event in any stay; check columns and values")
-        risks = risk_over_time(self.model, dataset, find_stay(dataset, stay_id), self.device, most=0)
+        risks = risk_over_time(self.model, dataset, find_stay(dataset, stay_id), self.device, why=False)
         return pd.DataFrame({"minute": risks["minute"], "events": risks["events"], **risks["answers"]})
+
+    def explain(self, events: pd.DataFrame | Cohort, at: str | float = "last",
+                largest: int = 10) -> pd.DataFrame:
+        """What an answer would be without some events: the rows of `--explain`, see `explanations`. at: last,
+        first_alarm, highest, all, or minutes after admission; largest: how many single events of a question
+        (0: variables alone, which is much faster)."""
+        self.checkpoint.check_finetuned()
+        dataset, _ = self._dataset(events)
+        if dataset is None:
+            raise InputError("events: no usable event in any stay; check columns and values")
+        dataset, points = questions_at(self.model, dataset, np.arange(len(dataset.cohort)), str(at),
+                                       self.checkpoint.metrics.get("threshold"), self.device)
+        return explanations(self.model, dataset, points, self.device, largest)
 
     def embed(self, events: pd.DataFrame | Cohort) -> pd.DataFrame:
         """h of the last set before each question that has an answer: the columns stay_id, minute, h0, h1,
@@ -525,20 +538,19 @@ def find_stay(dataset, stay_id) -> int | None:
     return int(found[0])
 
 
-def risk_over_time(model, dataset, stay: int, device=CPU, most: int = 40) -> dict:
+def risk_over_time(model, dataset, stay: int, device=CPU, why: bool = True) -> dict:
     """The answers at every minute at which something was charted or an answer is asked for, as if the stay
-    had ended there: the model is causal, one pass answers all. One of them, `Task.followed`, is the risk: at
-    the last of these minutes also without each of the `most` charted variables."""
+    had ended there: the model is causal, one pass answers all. One of them, `Task.followed`, is the risk.
+    why: also how much each variable raises the last of them, see `by_variable`."""
     cohort, task = dataset.cohort, model.task
     sets, points = (slice(*start[stay:stay + 2]) for start in (cohort.stay_start, cohort.point_start))
     asked = cohort.point_minute[points]
     truth = cohort.answers[points] if cohort.kind == task.kind else np.full((len(asked), task.width), np.nan)
     label = np.nan_to_num(truth[:, 0], nan=-1) if task.kind == "binary" else np.full(len(asked), -1)
-    minute = np.union1d(cohort.set_minute[sets], asked[asked >= cohort.set_minute[sets][0]])
+    dataset = dataset.of(at_every_minute(cohort, np.array([stay])))
+    minute = dataset.cohort.point_minute
     place, size = np.searchsorted(minute, cohort.set_minute[sets]), np.diff(cohort.set_start)[sets]
     events = np.bincount(place, size, len(minute))
-    count = np.where(np.arange(len(cohort)) == stay, len(minute), 0)
-    dataset = dataset.of(with_points(cohort, count, minute))
     answers = answers_at(model, dataset, np.arange(len(minute)), device)
     names, risk = ["risk"] if task.kind == "binary" else task.columns, answers[:, task.followed]
     septic = (label == 1).any() and of_challenge_2019(np.zeros(len(label)), asked, label)
@@ -549,7 +561,8 @@ def risk_over_time(model, dataset, stay: int, device=CPU, most: int = 40) -> dic
             "onset": float(asked[label == 1][0] + 60 * AHEAD) if septic else None,
             "labelled": asked[label == 1].tolist() if len(label) > 1 else [],
             "highest": float(minute[risk.argmax()]),
-            "without": risk_without(model, dataset, stay, minute[-1], most, device)}
+            "scale": scale(task),
+            "moved": by_variable(model, dataset, len(minute) - 1, device) if why else {}}
 
 
 def outcome_of(task, answers: np.ndarray) -> int | str:
@@ -600,8 +613,10 @@ class Ward:
 
     RISKS, LATE = "risks", "events of an earlier minute than their stay's last, ignored"
 
-    def __init__(self, predictor: Predictor):
-        self.predictor = predictor
+    def __init__(self, predictor: Predictor, why: bool = False):
+        """why: print reasons beside each answer, for which all sets so far are kept."""
+        self.predictor, self.why = predictor, why
+        self.charted = defaultdict(list)
         self.states, self.sets = defaultdict(predictor.start), {}  # a set: (minute, [(variable, value), ...])
         self.counts, self.unknown = Counter(), Counter()
         self.out = csv.writer(sys.stdout, lineterminator="\n")
@@ -634,6 +649,10 @@ class Ward:
         answer = self.predictor.ask(state, minute)
         answer = answer.values() if isinstance(answer, dict) else [answer]
         shown = [f"{value:.6f}" if state.known else "" for value in answer]
+        if self.why:
+            self.charted[stay].append((minute, events))
+            why = reasons(self.predictor, self.charted[stay], 3) if state.known else []
+            shown += why + [""] * (3 - len(why))
         self.counts[self.RISKS] += state.known  # first: a signal may end the command once it is printed
         self.out.writerow([stay, int(minute) if minute.is_integer() else minute, *shown])
 
@@ -663,9 +682,8 @@ def say(line: str) -> None:
 def follow(arguments) -> None:
     """Lines stay_id,minute,variable,value of standard input (no value: it happened), perhaps under a header
     -> after each set a printed line stay_id,minute and the answer's columns (empty: so far the checkpoint
-    knows none of the stay's variables). A set ends with a later minute of its stay, an empty line or the
-    input. What cannot be
-    used is counted on standard error."""
+    knows none of the stay's variables), with --explain also the three largest `reasons`. A set ends with a
+    later minute of its stay, an empty line or the input. What cannot be used is counted on standard error."""
     (path,) = arguments.checkpoint
     checkpoint = Checkpoint.open(path)
     if checkpoint.original:
@@ -680,7 +698,7 @@ def follow(arguments) -> None:
     elif rename:
         say(predictor.checkpoint.describe_kept({})[0])
     predictor.checkpoint.check_finetuned()
-    ward = Ward(predictor)
+    ward = Ward(predictor, why=arguments.explain is not None)
     if isinstance(sys.stdin, io.TextIOWrapper):
         # As tables are read, with a mark before the first line or without; what is no text is a malformed
         # line or an unknown variable.

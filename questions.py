@@ -105,6 +105,20 @@ def with_points(cohort: Cohort, count: np.ndarray, minute: np.ndarray, answers=N
     return cohort.noting({"prediction points before the first set of their stay (no answer)": unanswered})
 
 
+def at_every_minute(cohort: Cohort, stays: np.ndarray) -> Cohort:
+    """The cohort asked at the end of every set of these stays, and where it was asked from their first sets
+    on."""
+    sets, points = (ranges(start[stays], np.diff(start)[stays])
+                    for start in (cohort.stay_start, cohort.point_start))
+    first = cohort.set_minute[cohort.stay_start[cohort.point_stay[points]]]
+    points = points[cohort.point_minute[points] >= first]
+    stay = np.repeat(stays, np.diff(cohort.stay_start)[stays])
+    rows = np.append(np.stack([stay, cohort.set_end(sets)], 1),
+                     np.stack([cohort.point_stay[points], cohort.point_minute[points]], 1), axis=0)
+    stay, minute = np.unique(rows, axis=0).T
+    return with_points(cohort, np.bincount(stay.astype(np.int64), minlength=len(cohort)), minute)
+
+
 def labelled_points(cohort: Cohort, stays: np.ndarray) -> np.ndarray:
     """Indices [n] of the points of these stays that have a label and an answer: a set at or before them."""
     index, slot = point_slots(cohort, stays)

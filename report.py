@@ -16,11 +16,11 @@ from scipy.special import stdtr
 from batches import answered_points, first_known
 from checkpoint import Checkpoint, label_digest
 from data import SPLITS, InputError, event_table, make_splits, point_slots, stays_of, write_atomically
-from explain import influence
+from explain import explanations, faithfulness, importance, questions_at, scale
 from history_statistics import real_sets
 from metrics import CHECKPOINT, format_table, mean_of_logits, measure_table
 from plots import (LABEL_NAMES, OUTCOME_PICTURES, picture_folder, plot_curves, plot_features, plot_forecast,
-                   plot_trajectory, save_figure)
+                   plot_importance, plot_trajectory, save_figure)
 from predictor import (FORECAST, QUERY, Predictor, against_training, answer_queries, answered_queries,
                        far_from_training, find_stay, forecast_at, forecasts_of, in_columns, medians,
                        risk_over_time)
@@ -37,12 +37,13 @@ def performance(arguments, baselines) -> None:
     `who_is_scored`), and writes what is asked for. Of several checkpoints the mean of their logits is
     scored."""
     folder = arguments.plots and picture_folder(arguments.plots)
-    check_folders(arguments.predictions, arguments.embeddings, arguments.json)
+    check_folders(arguments.predictions, arguments.embeddings, arguments.explain, arguments.json)
     opened = open_together(arguments)
     predictor, dataset = opened[0]
     if predictor.checkpoint.mode == "pretrain":
         unused = [name for name in ("predictions", "embeddings", "trajectory", "plots", "baselines",
-                                    "subgroups", "at_hours") if getattr(arguments, name)]
+                                    "subgroups", "at_hours", "explain", "faithfulness")
+                  if getattr(arguments, name)]
         if len(opened) > 1 or unused:
             predictor.checkpoint.check_finetuned()
         return pretrained_report(arguments, predictor, dataset)
@@ -58,9 +59,10 @@ def performance(arguments, baselines) -> None:
     if unscorable := task.lacking(cohort.answers[scored]):
         unscorable = (f"{cohort.reader}: the stays to be scored hold {unscorable} "
                       f"({len(scored_stays)} stays: {who}); {task.needed} needed")
-        if not (to_file or arguments.trajectory):
+        if not (to_file or arguments.trajectory or arguments.explain):
             raise InputError(f"{unscorable}; --predictions needs no label")
-    compared = against_training(dataset, scored_stays if len(scored) else stays_with(cohort, answered))
+    looked_at = scored_stays if len(scored) else stays_with(cohort, answered)
+    compared = against_training(dataset, looked_at)
     print_compared(compared)
     figures["variables"] = compared.to_dict("index")
     groups = {name: subgroups(cohort, scored, name) for name in arguments.subgroups}
@@ -91,6 +93,15 @@ def performance(arguments, baselines) -> None:
     if traced is not None:
         figures["trajectory"] = risk_over_time(predictor.model, dataset, traced, predictor.device)
         print_trajectory(figures["trajectory"], cohort.shown)
+    if arguments.explain:
+        explained = stays if traced is None else np.array([traced])
+        table = write_explanations(arguments, predictor, dataset, explained)
+        if traced is None:
+            mine = table[table["stay_id"].isin(cohort.stay_id[drawn(looked_at, MOST_EXPLAINED)])]
+            figures["importance"] = print_importance(mine, task)
+    if arguments.faithfulness:
+        figures["faithfulness"] = faithfulness_figures(
+            arguments, predictor, dataset, drawn(looked_at, arguments.faithfulness))
     write_json(arguments.json, figures)
     if folder:
         draw(folder, arguments.plot_format, figures, predictor, dataset, traced, scored, methods)
@@ -117,7 +128,7 @@ def open_together(arguments) -> list[tuple]:
     """Returns a predictor and a dataset for each checkpoint. Raises InputError where several cannot be scored
     as one."""
     paths = arguments.checkpoint
-    for name in ("baselines", "embeddings", "trajectory", "plots", "at_hours"):
+    for name in ("baselines", "embeddings", "trajectory", "plots", "at_hours", "explain", "faithfulness"):
         if len(paths) > 1 and getattr(arguments, name):
             raise InputError(f"--{name}: of one checkpoint, where {len(paths)} are given; leave it or the "
                              "others out")
@@ -455,10 +466,69 @@ def print_trajectory(trajectory: dict, shown: dict) -> None:
                              for name, answer in trajectory["answers"].items()}, "": ["#" * n for n in bars]})
     label = LABEL_NAMES.get(trajectory["label"], trajectory["label"])
     show(f"Stay {trajectory['stay']} ({label}): {followed} at {len(risk)} times", table)
-    moved = ", ".join(f"{shown.get(name, name)} {change:+.4f}"
-                      for name, change in influence(trajectory)[:5].items())
+    moved = ", ".join(f"{shown.get(name, name)} {change:+.3f}"
+                      for name, change in list(trajectory["moved"].items())[:5] if change is not None)
     if moved:
-        print(f"most of the last {followed}, {risk[-1]:.4f}, comes and goes with: {moved}")
+        print(f"the {trajectory['scale']} of the last {followed}, {risk[-1]:.4f}, come and go most with: "
+              f"{moved}")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Why
+# ------------------------------------------------------------------------------------------------------------
+
+MOST_EXPLAINED = 500  # stays over which the global importance is averaged
+
+
+def drawn(stays, most: int) -> np.ndarray:
+    """Returns a seeded draw of at most so many of these stays, ascending."""
+    return np.sort(np.random.default_rng(0).permutation(stays)[:most])
+
+
+def questions_of(arguments, predictor, dataset, stays) -> tuple:
+    """Returns what `questions_at` gives for --explain_at, and says of how many stays it is. Raises InputError
+    where there is no question."""
+    asked, points = questions_at(predictor.model, dataset, stays, arguments.explain_at,
+                                 predictor.checkpoint.metrics.get("threshold"), predictor.device)
+    if not len(points):
+        raise InputError(f"--explain_at {arguments.explain_at}: none of {len(stays):,} stays has such a "
+                         "question with an answer; give another moment")
+    lacking = len(stays) - len(stays_with(asked.cohort, points))
+    print(f"explain: {len(points):,} questions, at {arguments.explain_at}; left out: {lacking:,} stays "
+          "without one that has an answer")
+    return asked, points
+
+
+def write_explanations(arguments, predictor, dataset, stays) -> pd.DataFrame:
+    """Writes --explain of these stays and returns it."""
+    asked, points = questions_of(arguments, predictor, dataset, stays)
+    table = explanations(predictor.model, asked, points, predictor.device, arguments.explain_events)
+    write_table(arguments.explain, table)
+    print(f"explain: {len(table):,} rows written to {arguments.explain}; {table['change'].isna().sum():,} "
+          "without a change, as nothing would be left to answer by")
+    print("explain: the file holds patients' values; keep it as you keep their records")
+    return table
+
+
+def print_importance(table: pd.DataFrame, task) -> dict:
+    """Prints and returns `importance`, {outcome: {variable: mean size of its change}}."""
+    means, questions = importance(table), len(table[["stay_id", "minute"]].drop_duplicates())
+    show(f"What moves the answers: mean |change| of the {scale(task)} without a variable, over {questions:,} "
+         "questions", means.head(20).map("{:.4f}".format).rename_axis(None).rename_axis(columns=None))
+    return means.to_dict()
+
+
+def faithfulness_figures(arguments, predictor, dataset, stays) -> dict:
+    """Prints and returns `faithfulness` over these stays."""
+    asked, points = questions_of(arguments, predictor, dataset, stays)
+    figures = faithfulness(predictor.model, asked, points, predictor.device)
+    columns = {"raises": "area, events that raise first", "lowers": "area, events that lower first"}
+    if predictor.model.task.kind == "binary":
+        columns["auroc"] = "AUROC without 5% of the events"
+    show(f"Faithfulness of explanations over {len(points):,} questions: area between the change of the "
+         f"{scale(predictor.model.task)}\nover the share of events removed (0 to 0.5) and that of random "
+         "orders; 95% intervals by bootstrap over stays", measure_table(figures["rows"], columns))
+    return figures
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -644,6 +714,8 @@ def draw(folder: Path, kind: str, figures: dict, predictor, dataset, traced, sco
             shown = np.sort(np.random.default_rng(0).permutation(len(scored))[:MOST_SHOWN])
             features = encode_points(predictor.model, dataset, scored[shown], predictor.device).cpu()
             pictures["features"] = plot_features(features, label[shown], risk[shown])
+    if "importance" in figures:
+        pictures["importance"] = plot_importance(figures["importance"])
     if traced is not None:
         threshold = checkpoint.metrics.get("threshold")
         pictures["trajectory"] = plot_trajectory(figures["trajectory"], dataset, traced, threshold)

@@ -32,7 +32,7 @@ FORECASTS = ("queries", "origin", "until", "every")
 INSTEAD = ("soak", "protocol", "forecast_benchmark", "benchmark", "export", "follow", "forecast",
            "odd")
 ANALYSIS = ("baselines", "predictions", "embeddings", "trajectory", "plots", "subgroups", "at_hours",
-            "json")
+            "explain", "faithfulness", "json")
 
 
 @dataclass
@@ -56,6 +56,20 @@ class Options(SharedSettings):
         "folder to draw in: curves, ROC and precision-recall, calibration, decision curve, features and the "
         "--trajectory (needs matplotlib)")
     plot_format: str = option("png, svg or pdf: how --plots draws", "png", choices=("png", "svg", "pdf"))
+    explain: str = option(
+        "file to write (CSV or .parquet): how much higher the log odds of each stay's last answer are with "
+        "a variable's events, and with an event, than without them (positive: they raise the risk); of the "
+        "stays that may be scored, or of --trajectory alone. Leaving one out misses what two variables tell "
+        "alike. With --follow, then without a file: the three largest on each line", nargs="?", const="",
+        metavar="FILE")
+    explain_at: str = option("which answer of a stay: last, first_alarm, highest, all (that are asked for) "
+                             "or a minute after admission", "last", metavar="MOMENT")
+    explain_events: int = option("how many single events of each answer, the largest; 0: variables alone, "
+                                 "some ten times faster (default: 10)", 10, low=0, metavar="N")
+    faithfulness: int = option(
+        "whether explanations are faithful, over this many seeded stays (default: 500): how the answer moves "
+        "as events are removed in their order, beside the order of |z-score| and random ones", nargs="?",
+        const=500, metavar="N")
     sensitivity: float = option("share of the positives that an alarm shall find (default: 0.8)", .8, **SHARE)
     subgroups: list = option(
         "the report in groups by these variables, such as Gender,Age,ICUType: by their first value in the "
@@ -130,6 +144,10 @@ def run(given: dict) -> int | None:
     if instead and (unused := [name for name in sorted(others) if getattr(arguments, name)]):
         raise InputError(f"--{instead[0]} does not go with --{', --'.join(unused)}; give them one after "
                          "another")
+    if arguments.explain == "" and not arguments.follow:
+        raise InputError("--explain: give the FILE to write, which --follow alone does without")
+    if given.keys() & {"explain_at", "explain_events"} and not (arguments.explain or arguments.faithfulness):
+        raise InputError("--explain_at and --explain_events need --explain FILE or --faithfulness")
     if arguments.soak:
         os.environ["SEQSETVAE_SOAK"] = "1"
         return run_tests("-s", "-k", "random")

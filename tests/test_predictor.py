@@ -21,7 +21,6 @@ from batches import Normalizer, StayDataset
 from data import InputError
 from checkpoint import Checkpoint
 from model import SeqSetVAE
-from explain import influence, risk_without
 from predictor import CPU, Predictor, followed_event, risk_over_time
 from questions import with_points
 from readers import synthetic_cohort, write_long_table
@@ -205,29 +204,6 @@ def test_what_comes_after_a_stays_last_point_changes_no_bit_of_its_features(conf
     assert torch.equal(*features) and (features[0][0] - features[0][1]).abs().max() > 1e-3
     if config.get("summaries"):
         assert features[0][:, -1].tolist() == [0, pytest.approx(20 / 60)]  # hours since the last set
-
-
-
-def test_a_variable_moves_the_risk_by_what_the_risk_is_without_it():
-    """Against a cohort built without the variable; a stay of one variable has no risk without it."""
-    stay = random_stays([12])[0]
-    model, cohort = build(SeqSetVAE, tiny(summaries=True, head_variables=5)), cohort_of([stay, [(5, [(3, 1.)])]])
-    dataset = StayDataset(cohort, PLAIN, points=True)
-    last = stay[-1][0]
-    without = risk_without(model, dataset, 0, last, 40, CPU)
-    assert sorted(without) == NAMES and len(risk_without(model, dataset, 0, last, 3, CPU)) == 3
-    for v, name in enumerate(NAMES):
-        rest = [(m, kept) for m, events in stay if (kept := [e for e in events if e[0] != v])]
-        other = cohort_of([rest, [(5, [(u, 0.) for u in range(7)])]])
-        other = with_points(other, np.array([1, 0]), np.array([last]))
-        expected = answers_at(model, StayDataset(other, PLAIN, points=True), np.arange(1), CPU)[0, 0]
-        assert without[name] == pytest.approx(expected, abs=1e-5)
-    told = risk_over_time(model, dataset, 0)
-    assert told["highest"] == told["minute"][np.argmax(told["risk"])]
-    assert told["without"] == risk_without(model, dataset, 0, told["minute"][-1], 40, CPU)
-    assert risk_over_time(model, dataset, 1)["without"] == {"lab3": None}
-    moved = influence({"risk": [.9, .5], "without": {"a": .4, "b": None, "c": .9}})
-    assert moved.index.tolist() == ["c", "a"] and moved["c"] == pytest.approx(-.4)
 
 
 
