@@ -2,15 +2,16 @@
 the model's own head without its backbone, an untrained backbone."""
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 from sklearn.impute import SimpleImputer
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.model_selection import GridSearchCV, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
@@ -24,12 +25,15 @@ from predictor import CPU
 from questions import labelled_points
 from runs import answers_at, choose_device, encode_points
 from settings import changed
-from tasks import Binary
+from tasks import LEVELS, Task
 from train import HeadTraining, labelled, weigh_trees
 
 
-BASELINES = ("logistic regression on summaries", "gradient boosting on summaries",
-             "same head, exact summaries alone")
+LOGISTIC, BOOSTING = "logistic regression on summaries", "gradient boosting on summaries"
+RIDGE, USUAL = "ridge regression on summaries", "median of the training stays"  # of numbers
+MARGINAL = "incidence of the training stays"                                    # of events
+ALONE, UNTRAINED = "same head, exact summaries alone", "untrained backbone, same head"
+BASELINES = (LOGISTIC, BOOSTING, ALONE)
 STATISTICS = ("first", "last", "min", "max", "mean", "sd", "slope", "count", "hours since")
 
 
@@ -73,38 +77,99 @@ def summary_table(cohort, points, variables) -> np.ndarray:
     return table
 
 
-def hand_made_baselines(cohort, variables, train, weight, test) -> dict[str, np.ndarray]:
-    """Probabilities at the test points by models of `summary_table`, from the training points and their
-    weights: logistic regression (penalty chosen by cross-validation) and HistGradientBoosting (shallow trees,
-    chosen likewise); from many points boosting alone, with the hours since each variable's last event and
-    settings of its own."""
+def hand_made_baselines(task, cohort, variables, train, weight, test) -> dict[str, np.ndarray]:
+    """Answers [n, columns] at the test points by models of `summary_table`, from the training points and
+    their weights: a linear one and HistGradientBoosting, or what has no features at all. From many points
+    boosting alone learns, with the hours since each variable's last event and settings of its own."""
+    if task.kind == "event":
+        return {MARGINAL: np.tile(task.marginal, (len(test), 1))}
     many = len(train) > MANY_POINTS
     both = summary_table(cohort, np.concatenate([train, test]), variables)
     both = (both if many else both[..., :-1]).reshape(len(both), -1)
-    x, y = both[:len(train)], cohort.label[train].astype(int)
+    x = both[:len(train)]
     # What is constant in training, or was never measured, says nothing.
     says = np.fmin.reduce(x) < np.fmax.reduce(x)
     x, x_test = x[:, says], both[len(train):, says]
     if many:
-        print(f"baselines: no {BASELINES[0]}: it takes too long for {len(train):,} points")
-        boosting = HistGradientBoostingClassifier(l2_regularization=10., early_stopping=False, random_state=0)
-        return {BASELINES[1]: boosting.fit(x, y, weight).predict_proba(x_test)[:, 1]}
-    folds = min(5, np.bincount(y, minlength=2).min())
-    if folds < 2:
-        raise InputError(f"baselines: {y.sum()} of {len(y)} training labels are 1, too few to choose a "
-                         "penalty by cross-validation: give more labels")
+        slow = RIDGE if task.kind == "number" else LOGISTIC
+        print(f"baselines: no {slow}: it takes too long for {len(train):,} points")
+    return HAND_MADE[task.kind](task, x, cohort.answers[train], weight, x_test, many)
+
+
+def linear(x, estimator):
+    """A linear estimator behind what it needs of such features [n, F]: outliers clipped, an indicator beside
+    what is missing, one scale."""
     low, high = np.nanquantile(x, [.005, .995], axis=0)
-    linear = make_pipeline(FunctionTransformer(lambda t: t.clip(low, high)),
-                           SimpleImputer(strategy="median", add_indicator=True),
-                           StandardScaler(),
-                           GridSearchCV(LogisticRegression(max_iter=500),
-                                        {"C": [.0003, .001, .003, .01, .03, .1]},
-                                        scoring="neg_log_loss", cv=folds))
-    boosting = GridSearchCV(HistGradientBoostingClassifier(learning_rate=.05, random_state=0),
-                            {"max_iter": [100, 200], "max_leaf_nodes": [6, 15], "l2_regularization": [10.]},
-                            scoring="neg_log_loss", cv=folds)
-    return {BASELINES[0]: linear.fit(x, y).predict_proba(x_test)[:, 1],
-            BASELINES[1]: boosting.fit(x, y).predict_proba(x_test)[:, 1]}
+    return make_pipeline(FunctionTransformer(lambda t: t.clip(low, high)),
+                         SimpleImputer(strategy="median", add_indicator=True),
+                         StandardScaler(), estimator)
+
+
+# Boosting: shallow trees, of which cross-validation chooses; from many points others.
+SLOW = {"learning_rate": .05, "random_state": 0}
+SHALLOW = {"max_iter": [100, 200], "max_leaf_nodes": [6, 15], "l2_regularization": [10.]}
+LARGE = {"l2_regularization": 10., "early_stopping": False, "random_state": 0}
+
+
+def classifiers(x, y, weight, many: bool) -> dict:
+    """{name: classifier} fitted to the features x [n, F], classes y [n] and, where points are many, their
+    weights [n]."""
+    if many:
+        return {BOOSTING: HistGradientBoostingClassifier(**LARGE).fit(x, y, weight)}
+    classes, counts = np.unique(y, return_counts=True)
+    folds = min(5, counts.min()) if len(classes) > 1 else 0
+    if folds < 2:
+        raise InputError(f"baselines: {len(y)} training labels, {counts.min()} of the rarest class, are too "
+                         "few to choose a penalty by cross-validation: give more labels")
+    chosen = partial(GridSearchCV, scoring="neg_log_loss", cv=folds)
+    logistic = chosen(LogisticRegression(max_iter=500), {"C": [.0003, .001, .003, .01, .03, .1]})
+    return {LOGISTIC: linear(x, logistic).fit(x, y),
+            BOOSTING: chosen(HistGradientBoostingClassifier(**SLOW), SHALLOW).fit(x, y)}
+
+
+def regressors(x, y, weight, many: bool) -> dict:
+    """{name: regressor} fitted to numbers y [n], see `classifiers`; boosting by the absolute error."""
+    boosting = partial(HistGradientBoostingRegressor, loss="absolute_error")
+    if many:
+        return {BOOSTING: boosting(**LARGE).fit(x, y, weight)}
+    chosen = partial(GridSearchCV, scoring="neg_mean_absolute_error", cv=min(5, len(y)))
+    return {RIDGE: linear(x, chosen(Ridge(), {"alpha": [30, 100, 300, 1000, 3000, 10_000]})).fit(x, y),
+            BOOSTING: chosen(boosting(**SLOW), SHALLOW).fit(x, y).best_estimator_}
+
+
+def each_outcome(task, x, answers, weight, x_test, many: bool) -> dict[str, np.ndarray]:
+    """Probabilities of outcomes that are 0 or 1, each learned alone from its labels."""
+    told = []
+    for y, known in zip(answers.T, ~np.isnan(answers.T)):
+        mine = slice(None) if known.all() else known  # the order in memory decides the last bit
+        models = classifiers(x[mine], y[mine].astype(int), weight[mine], many)
+        told.append({name: model.predict_proba(x_test)[:, 1] for name, model in models.items()})
+    return {name: np.stack([each[name] for each in told], axis=1) for name in told[0]}
+
+
+def each_class(task, x, answers, weight, x_test, many: bool) -> dict[str, np.ndarray]:
+    """Probabilities of the classes, 0 of one without a training label."""
+    told = {}
+    for name, model in classifiers(x, answers[:, 0].astype(int), weight, many).items():
+        told[name] = np.zeros((len(x_test), len(task.names)))
+        told[name][:, model.classes_] = model.predict_proba(x_test)
+    return told
+
+
+def numbers(task, x, answers, weight, x_test, many: bool) -> dict[str, np.ndarray]:
+    """Medians and intervals, learned on the task's scale. A regressor's are its prediction and the quantiles
+    of its errors at training points that it did not learn from, by cross-validation."""
+    answers = torch.from_numpy(answers)
+    y = task.standardised(answers[:, 0]).numpy()
+    told = {USUAL: task.answer(task.prior(answers, torch.from_numpy(weight)).expand(len(x_test), -1))}
+    for name, model in regressors(x, y, weight, many).items():
+        error = y - cross_val_predict(model, x, y, cv=min(5, len(y)))
+        logits = model.predict(x_test)[:, None] + np.quantile(error, LEVELS)
+        told[name] = task.answer(torch.from_numpy(logits))
+    return told
+
+
+HAND_MADE = {"binary": each_outcome, "several": each_outcome, "classes": each_class, "number": numbers}
 
 
 class SummariesAlone(SeqSetVAE):
@@ -120,46 +185,47 @@ class SummariesAlone(SeqSetVAE):
 
 def of_a_frozen_head(model, dataset, train, valid, test, config: FinetuneConfig, seed: int,
                      device) -> np.ndarray:
-    """Probabilities at the test points by this model, whose head is trained on its frozen backbone from the
-    training stays; valid: the points by which it weighs its trees."""
+    """Answers [n, columns] at the test points by this model, whose head is trained on its frozen backbone
+    from the training stays; valid: the points by which it weighs its trees."""
     run = SimpleNamespace(model=model.to(device), dataset=dataset, seed=seed, device=device, last=None)
     head = HeadTraining.of(run, train, config)
     for epoch in range(head.epochs):
         head.epoch(epoch)
     weigh_trees(model, encode_points(model, dataset, valid, device), dataset.cohort.answers[valid])
-    return answers_at(model, dataset, test, device)[:, 0]
+    return answers_at(model, dataset, test, device)
 
 
-def summaries_alone(dataset, variables, train, valid, test, seed: int, device=CPU,
+def summaries_alone(task, dataset, variables, train, valid, test, seed: int, device=CPU,
                     config=FinetuneConfig()) -> np.ndarray:
-    """Probabilities at the test points by the default head (linear and trees) on exact summaries of these
-    variables (indices in the dataset's vocabulary), see `of_a_frozen_head`."""
-    points, _ = Binary().training_points(dataset.cohort, train, config, seed, 0)
+    """Answers [n, columns] at the test points by the default head (linear and trees) on exact summaries of
+    these variables (indices in the dataset's vocabulary), see `of_a_frozen_head`."""
+    points, _ = task.training_points(dataset.cohort, train, config, seed, 0)
     shape = ModelConfig(len(dataset.normalizer.variables), summaries=True, head_variables=len(variables),
-                        head_widths=config.head_widths, **tree_sizes(config, len(points)))
+                        head_widths=config.head_widths, classes=task.outputs,
+                        **tree_sizes(config, len(points), task))
     torch.manual_seed(seed)
-    model = SummariesAlone(shape, torch.zeros(shape.num_variables, shape.input_dim))
+    model = SummariesAlone(shape, torch.zeros(shape.num_variables, shape.input_dim), task)
     model.head_variables.copy_(torch.from_numpy(variables))
     return of_a_frozen_head(model, dataset, train, valid, test, config, seed, device)
 
 
-def without_backbone(dataset, train, valid, test, seed: int, device=CPU,
+def without_backbone(task, dataset, train, valid, test, seed: int, device=CPU,
                      config=FinetuneConfig()) -> dict[str, np.ndarray]:
-    """Probabilities at the test points by every one of BASELINES that can be had, learned from the training
-    stays; valid: see `of_a_frozen_head`."""
+    """Answers [n, columns] at the test points by every baseline of the task's kind that can be had, learned
+    from the training stays; valid: see `of_a_frozen_head`. The task is `fitted` to the same stays."""
     cohort = dataset.cohort
     variables = common_variables(cohort, dataset, train, config.most_variables)
-    points, weight = Binary().training_points(cohort, train, config, seed, 0)
+    points, weight = task.training_points(cohort, train, config, seed, 0)
     own = np.flatnonzero(np.isin(dataset.variable, variables))
-    return (hand_made_baselines(cohort, own, points, weight, test)
-            | {BASELINES[2]: summaries_alone(dataset, variables, train, valid, test, seed, device, config)})
+    return (hand_made_baselines(task, cohort, own, points, weight, test)
+            | {ALONE: summaries_alone(task, dataset, variables, train, valid, test, seed, device, config)})
 
 
 def baselines(arguments, checkpoint: Checkpoint, dataset, points) -> dict[str, np.ndarray]:
-    """Probabilities at the scored points by BASELINES and by an untrained backbone of the checkpoint's
-    config, under a frozen head of its settings; all learn from the labels that the checkpoint learned
-    from."""
-    cohort = dataset.cohort
+    """Answers [n, columns] at the scored points by the baselines and by an untrained backbone of the
+    checkpoint's config, under a frozen head of its settings; all learn from the labels that the checkpoint
+    learned from."""
+    cohort, task = dataset.cohort, Task.from_state(checkpoint.task, checkpoint.path)
     new = checkpoint.is_new(cohort)
     if new or not checkpoint.run:
         raise InputError(f"{arguments.checkpoint[0]}: --baselines are fitted on the data that train.py made "
@@ -167,11 +233,11 @@ def baselines(arguments, checkpoint: Checkpoint, dataset, points) -> dict[str, n
                          f"{'--data_dir' if new else '--baselines'} out")
     config, seed = changed(FinetuneConfig(), OLDER | checkpoint.run["settings"]), checkpoint.source["seed"]
     share, device = checkpoint.run["options"]["label_fraction"], choose_device(arguments.device, "fp32")[0]
-    train = Binary().subset(cohort, labelled(cohort, checkpoint.split["train"]), share, seed)
+    train = task.subset(cohort, labelled(cohort, checkpoint.split["train"]), share, seed)
     valid = labelled_points(cohort, stays_of(cohort, checkpoint.split["valid"]))
-    methods = without_backbone(dataset, train, valid, points, seed, device, config)
+    methods = without_backbone(task, dataset, train, valid, points, seed, device, config)
     torch.manual_seed(seed)
-    model = SeqSetVAE(replace(checkpoint.config, classification_only=True), checkpoint.vocabulary)
+    model = SeqSetVAE(replace(checkpoint.config, classification_only=True), checkpoint.vocabulary, task)
     model.head_variables.copy_(checkpoint.weights["head_variables"])
     untrained = of_a_frozen_head(model, dataset, train, valid, points, config, seed, device)
-    return methods | {"untrained backbone, same head": untrained}
+    return methods | {UNTRAINED: untrained}

@@ -460,22 +460,26 @@ def sepsis_figures(points: Points, probability, threshold: float) -> dict:
 # Figures of the other kinds of answers: functions of weights [R, n], a row each sample of a bootstrap
 # ------------------------------------------------------------------------------------------------------------
 
-def measured(names: list[str], measure, group, repeats: int | None = None) -> dict:
-    """Returns {name: {"value", "interval"}} of the m numbers of a measure, a function of weights [R, n] of n
-    points -> [R, m], with 95% intervals by bootstrap over the groups [n]. The value is None where it is not
-    determined, the interval where there are fewer than FEW groups.
-
-    repeats: samples (None: 1,000, or 200 for many points)."""
-    values = measure(np.ones((1, len(group))))[0]
-    group = np.unique(group, return_inverse=True)[1]
-    groups, rng, draws = group.max() + 1, np.random.default_rng(0), []
-    repeats = repeats or (200 if len(group) > RESAMPLED_LESS else 1000)
+def resampled(measure, group) -> np.ndarray:
+    """Returns the m numbers of a measure, a function of weights [R, n] of n points -> [R, m], as [1 + R, m]:
+    of the points as they are, then of samples of their groups [n], which are the same for every measure, so
+    that differences are paired. R is 1,000, 200 for many points, 0 for fewer than FEW groups."""
+    rows, group = [measure(np.ones((1, len(group))))], np.unique(group, return_inverse=True)[1]
+    groups, rng = group.max() + 1, np.random.default_rng(0)
+    repeats = 200 if len(group) > RESAMPLED_LESS else 1000
     for _ in range(0, repeats if groups >= FEW else 0, 50):
         drawn = rng.multinomial(groups, np.full(groups, 1 / groups), 50)
-        draws.append(measure(drawn[:, group].astype(float)))
-    intervals = [interval(column) for column in np.concatenate(draws).T] if draws else [None] * len(values)
-    return {name: {"value": float(value) if np.isfinite(value) else None, "interval": limits}
-            for name, value, limits in zip(names, values, intervals)}
+        rows.append(measure(drawn[:, group].astype(float)))
+    return np.concatenate(rows)
+
+
+def measured(names: list[str], rows: np.ndarray) -> dict:
+    """Returns {name: {"value", "interval"}} of the m numbers that are `resampled` in these rows [1 + R, m],
+    with 95% intervals. A value is None where it is not determined, an interval where nothing was drawn."""
+    value, *draws = rows
+    intervals = map(interval, np.transpose(draws)) if draws else [None] * len(value)
+    return {name: {"value": float(number) if np.isfinite(number) else None, "interval": limits}
+            for name, number, limits in zip(names, value, intervals)}
 
 
 def weighted_mean(weight, *columns) -> np.ndarray:

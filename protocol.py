@@ -140,12 +140,13 @@ def predict_baselines(checkpoint: Path, home: Path, seed: int, fraction: float, 
         return
     opened, cohort = open_checkpoint(checkpoint, given)
     dataset, split = opened.dataset(cohort), opened.split
-    train = Binary().subset(cohort, labelled(cohort, split["train"]), fraction, seed)
+    task = Binary()
+    train = task.subset(cohort, labelled(cohort, split["train"]), fraction, seed)
     points = scored_points(cohort, split)
     valid = labelled_points(cohort, stays_of(cohort, split["valid"]))
-    for method, probability in without_backbone(dataset, train, valid, points, seed).items():
+    for method, answers in without_backbone(task, dataset, train, valid, points, seed).items():
         once(folder_of(home, method, fraction),
-             lambda to: save_predictions(to, cohort, split, points, probability))
+             lambda to: save_predictions(to, cohort, split, points, answers[:, 0]))
 
 
 def averaged(turns: dict[str, list[pd.DataFrame]]) -> dict[str, tuple[pd.DataFrame, np.ndarray]]:

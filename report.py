@@ -135,7 +135,7 @@ def open_together(arguments) -> list[tuple]:
     opened = [Predictor.with_data(path, data_options(arguments), arguments.device, arguments.set_heads,
                                   arguments.transformer_heads) for path in paths]
     others = [path for path, (_, data) in zip(paths, opened) if data.cohort.kind != "binary"]
-    of_binary = {"--baselines": arguments.baselines, "several checkpoints": len(paths) > 1,
+    of_binary = {"several checkpoints": len(paths) > 1,
                  "--sensitivity": arguments.sensitivity != type(arguments).sensitivity}
     for name, asked in of_binary.items():
         if others and asked:
@@ -283,17 +283,17 @@ def answers_of(paths: list, opened: list, points) -> tuple[dict, dict]:
 
 
 def baseline_answers(arguments, baselines, opened: tuple, scored) -> tuple[dict, dict]:
-    """Returns {baseline: probabilities [n, 1] at the scored points} and {baseline: threshold}, which the
-    validation points choose."""
+    """Returns {baseline: answers [n, k] at the scored points} and {baseline: threshold}, which the validation
+    points choose (None: of a kind without)."""
     predictor, dataset = opened
     cohort = dataset.cohort
     valid = labelled_points(cohort, stays_of(cohort, predictor.checkpoint.split["valid"]))
     asked = np.union1d(valid, scored)
     answers = baselines(arguments, predictor.checkpoint, dataset, asked)
     at_valid = np.searchsorted(asked, valid)
-    thresholds = {name: predictor.model.task.validation(cohort, valid, p[at_valid, None])["threshold"]
-                  for name, p in answers.items()}
-    return {name: p[np.searchsorted(asked, scored), None] for name, p in answers.items()}, thresholds
+    thresholds = {name: predictor.model.task.validation(cohort, valid, each[at_valid]).get("threshold")
+                  for name, each in answers.items()}
+    return {name: each[np.searchsorted(asked, scored)] for name, each in answers.items()}, thresholds
 
 
 def write_answers(arguments, opened: list, points, answers, threshold: float | None, stays) -> None:

@@ -18,8 +18,8 @@ from batches import Normalizer
 from metrics import (CHECKPOINT, FEW, Points, best_shares, best_utility_threshold, binary_tables,
                      brier_scores, censoring_curve, censoring_weights, class_measure, concordance_measure,
                      hours_since_onset, incidence_curve, integrated, measure_table, measured,
-                     number_measure, of_challenge_2019, ranking_measure, score_figures, sepsis_figures,
-                     weighted_mean)
+                     number_measure, of_challenge_2019, ranking_measure, resampled, score_figures,
+                     sepsis_figures, weighted_mean)
 from questions import labelled_points
 
 
@@ -256,9 +256,9 @@ class Task:
     def figures(self, cohort: Cohort, points: np.ndarray, methods: dict, thresholds: dict = {},
                 sensitivity: float | None = .8, groups: dict = {}) -> dict:
         """Plain numbers about each method's answers [n, columns] at these points [n], with 95% intervals by
-        bootstrap over patients. groups: {variable: {group: mask [n]}}, in which the checkpoint's are
-        repeated; thresholds, of each method, and sensitivity, of alarms (None: they begin at the threshold),
-        are for a binary outcome."""
+        bootstrap over patients, and how far the checkpoint's lie from each other method's. groups: {variable:
+        {group: mask [n]}}, in which the checkpoint's are repeated; thresholds, of each method, and
+        sensitivity, of alarms (None: they begin at the threshold), are for a binary outcome."""
         stay, answers = cohort.point_stay[points], cohort.answers[points].astype(float)
         subject = pd.factorize(cohort.subject)[0][stay]
         own = methods[CHECKPOINT]
@@ -267,17 +267,21 @@ class Task:
             return {"stays": len(np.unique(stay[mask])), "patients": len(np.unique(subject[mask])),
                     "points": int(mask.sum())}
 
-        def group_figures(mask):
-            measured_there = measured(*self.measures(answers[mask], own[mask]), subject[mask])
-            return size(mask) | measured_there
+        def drawn(given, mask=slice(None)):
+            names, measure = self.measures(answers[mask], given[mask])
+            return names, resampled(measure, subject[mask])
 
-        whole = size(np.ones(len(points), dtype=bool))
+        whole, rows = size(np.ones(len(points), dtype=bool)), {}
+        for name, given in methods.items():
+            names, rows[name] = drawn(given)
         unit = "patients" if whole["patients"] < whole["stays"] else "stays"
         few = f"{unit}: {whole[unit]}; below {FEW} no interval is given, and the figures may be chance"
         return {"kind": self.kind, **whole, "resampled": unit, "few": few if whole[unit] < FEW else "",
-                "methods": {name: measured(*self.measures(answers, given), subject)
-                            for name, given in methods.items()},
-                "subgroups": {variable: {key: group_figures(mask) for key, mask in masks.items()}
+                "methods": {name: measured(names, of) for name, of in rows.items()},
+                "differences": {name: measured(names, rows[CHECKPOINT] - of)
+                                for name, of in rows.items() if name != CHECKPOINT},
+                "subgroups": {variable: {key: size(mask) | measured(*drawn(own, mask))
+                                         for key, mask in masks.items()}
                               for variable, masks in groups.items()},
                 **self.details(answers, own)}
 
@@ -293,6 +297,9 @@ class Task:
         titles = {name: TITLES.get(name, name) for name in methods[CHECKPOINT]}
         scored = f"Scored: {figures['points']:,} points in {figures['stays']:,} stays: {figures['scored']}"
         tables = {f"{scored}\n{intervals}": measure_table(methods, titles).T}
+        if figures["differences"]:
+            tables[f"{CHECKPOINT} less each of the others, paired"] = (
+                measure_table(figures["differences"], titles).T)
         for variable, groups in figures["subgroups"].items():
             tables[f"By {variable}"] = measure_table(groups, titles, digits=2)
         return tables
@@ -648,6 +655,11 @@ class Event(Task):
     untrained = {"val_concordance": -1.0, "val_brier": math.inf}
     width = 2
     label_columns = ("event", "hours")
+
+    @property
+    def followed(self):
+        """The first cause at the largest horizon."""
+        return len(self.horizons) - 1
 
     @property
     def outputs(self):

@@ -33,6 +33,7 @@ from predictor import Predictor
 from protocol import AVERAGE, PLAIN_LOOP, asked_at_the_end, averaged, new_models, print_protocol
 from questions import with_points
 from readers import synthetic_cohort, write_long_table
+from tasks import Binary
 from test_suite import main
 from tests.plain_loop import close, plain_features, plain_pass, plain_stays
 from tests.tiny import (FINETUNE, PLAIN, PRETRAIN, SHARED, cohort_of, labels_of, one_error_line,
@@ -129,7 +130,7 @@ def test_an_original_finetuned_checkpoint_is_scored_with_its_data(tmp_path, caps
 
 def test_the_log_of_the_untrained_backbone_does_not_stand_in_the_report(capsys, monkeypatch, finetuned):
     monkeypatch.setattr(baselines, "hand_made_baselines",
-                        lambda *given: {BASELINES[0]: np.zeros(len(given[-1]))})
+                        lambda *given: {BASELINES[0]: np.zeros((len(given[-1]), 1))})
     capsys.readouterr()
     assert main(["--checkpoint", str(finetuned), "--baselines", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
@@ -143,7 +144,7 @@ def test_baselines_learn_from_the_labels_and_settings_of_the_checkpoint(tmp_path
     words += ["--label_fraction", ".5", "--seed", "7", "--set", "max_trainable_ratio=1", "--set", "trees=5"]
     assert train.main(words) == 0
     content, learned = torch.load(tmp_path / "half/best.pt", weights_only=True), []
-    monkeypatch.setattr(baselines, "without_backbone", lambda dataset, stays, valid, points, seed, device, config:
+    monkeypatch.setattr(baselines, "without_backbone", lambda task, dataset, stays, valid, points, seed, device, config:
                         learned.append((len(stays), seed, config.trees)) or {})
     monkeypatch.setattr(baselines.HeadTraining, "of", lambda run, stays, config, of=train.HeadTraining.of:
                         learned.append((len(stays), run.seed, config.trees)) or of(run, stays, config))
@@ -257,13 +258,13 @@ def test_from_many_points_boosting_alone_learns_and_nothing_constant_kills_it(mo
     cohort = with_points(cohort, np.full(40, 20), minute, label)
     train, test = np.arange(500), np.arange(500, 800)
     monkeypatch.setattr(baselines, "MANY_POINTS", 400)
-    told = hand_made_baselines(cohort, np.arange(7), train, np.ones(500), test)  # variables 2 to 6 never occur
+    told = hand_made_baselines(Binary(), cohort, np.arange(7), train, np.ones(500), test)  # variables 2 to 6 never occur
     assert list(told) == [BASELINES[1]] and roc_auc_score(cohort.label[test], told[BASELINES[1]]) > .95
     assert BASELINES[0] in capsys.readouterr().out
     dataset = StayDataset(cohort, PLAIN, points=True)
-    alone = summaries_alone(dataset, np.arange(2), np.arange(25), test[:100], test, 0)
+    alone = summaries_alone(Binary(), dataset, np.arange(2), np.arange(25), test[:100], test, 0)
     assert roc_auc_score(cohort.label[test], alone) > .95
-    assert (alone == summaries_alone(dataset, np.arange(2), np.arange(25), test[:100], test, 0)).all()
+    assert (alone == summaries_alone(Binary(), dataset, np.arange(2), np.arange(25), test[:100], test, 0)).all()
 
 
 def predictions_of(noise, seed, stays=60, hours=1):

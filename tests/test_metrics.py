@@ -15,7 +15,7 @@ from metrics import (CHECKPOINT, Points, alarm_from, best_utility_threshold, boo
                      calibration_bins, calibration_error, censoring_curve, censoring_weights, class_measure,
                      concordance_measure, hours_since_onset, incidence_curve, integrated, measured, net_benefit,
                      number_measure, ranking_measure, uncensored,
-                     normalised_utility, of_challenge_2019, ranks, recalibration, score_figures, sepsis_figures, threshold_of,
+                     normalised_utility, of_challenge_2019, ranks, recalibration, resampled, score_figures, sepsis_figures, threshold_of,
                      utilities, utilities_by, ward_figures)
 from test_suite import main
 from tests.tiny import FINETUNE, PRETRAIN, SHARED, write
@@ -348,10 +348,12 @@ def test_an_interval_holds_the_value_and_narrows_with_more_patients():
     widths = []
     for n in (50, 800):
         x = np.random.default_rng(0).normal(size=n)
-        row = measured(["mean"], lambda weight: weight @ x[:, None] / weight.sum(1, keepdims=True), np.arange(n))["mean"]
+        rows = resampled(lambda weight: weight @ x[:, None] / weight.sum(1, keepdims=True), np.arange(n))
+        row = measured(["mean"], rows)["mean"]
         low, high = row["interval"]
         assert low < row["value"] < high and row["value"] == pytest.approx(x.mean())
         assert high - low == pytest.approx(2 * 1.96 * x.std() / np.sqrt(n), rel=.15)
         widths.append(high - low)
     assert widths[1] < widths[0] / 3
-    assert measured(["mean"], lambda weight: weight[:, :1], np.zeros(20))["mean"]["interval"] is None
+    rows = resampled(lambda weight: weight[:, :1], np.zeros(20))
+    assert measured(["mean"], rows)["mean"]["interval"] is None
