@@ -26,7 +26,7 @@ from questions import labelled_points
 from runs import answers_at, choose_device, encode_points
 from settings import changed
 from tasks import LEVELS, Task
-from train import HeadTraining, labelled, weigh_trees
+from train import HeadTraining, labelled, fit_to_validation
 
 
 LOGISTIC, BOOSTING = "logistic regression on summaries", "gradient boosting on summaries"
@@ -191,7 +191,7 @@ def of_a_frozen_head(model, dataset, train, valid, test, config: FinetuneConfig,
     head = HeadTraining.of(run, train, config)
     for epoch in range(head.epochs):
         head.epoch(epoch)
-    weigh_trees(model, encode_points(model, dataset, valid, device), dataset.cohort.answers[valid])
+    fit_to_validation(model, encode_points(model, dataset, valid, device), dataset.cohort.answers[valid])
     return answers_at(model, dataset, test, device)
 
 

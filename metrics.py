@@ -701,12 +701,35 @@ def format_table(rows: dict, columns: dict) -> pd.DataFrame:
                          for name, row in rows.items()}).T
 
 
+# What figures are called.
+TITLES = {"auroc": "AUROC", "auprc": "AUPRC", "slope": "calibration slope",
+          "intercept": "calibration intercept", "ppv": "predictive value", "alarms": "alarms per 100",
+          "auc": "AUROC", "log_loss": "log loss",
+          "mae": "mean absolute error", "rmse": "root mean square error",
+          "spearman": "rank correlation", "coverage": "coverage of the 80% interval", "width": "its width",
+          "concordance": "concordance", "brier": "integrated Brier score"}
 RANKED = {"auroc": "AUROC", "auprc": "AUPRC"}
 CALIBRATED = {"slope": "slope", "intercept": "intercept", "sensitivity": "sensitivity"}
 SEPSIS = {"AUROC": "{all_hours[auroc]:.4f}", "AUPRC": "{all_hours[auprc]:.4f}",
           "up to the onset": "{until_the_onset[auroc]:.4f}, {until_the_onset[auprc]:.4f}",
           "alarm from": "{threshold:.4f}", "warned in the 12 hours before": "{share_warned:.1%} ({warned:,})",
           "median lead in hours": "{lead_hours}", "false alarms a patient-day": "{false_alarms_a_day:.2f}"}
+
+
+def tables_of(figures: dict) -> dict[str, pd.DataFrame]:
+    """Returns the figures of another kind than binary, see `Task.figures`, as tables of texts by their
+    titles."""
+    unit, methods = figures["resampled"], figures["methods"]
+    intervals = figures["few"] or f"95% intervals by bootstrap over {figures[unit]:,} {unit}"
+    titles = {name: TITLES.get(name, name) for name in methods[CHECKPOINT]}
+    scored = f"Scored: {figures['points']:,} points in {figures['stays']:,} stays: {figures['scored']}"
+    tables = {f"{scored}\n{intervals}": measure_table(methods, titles).T}
+    if figures["differences"]:
+        tables[f"{CHECKPOINT} less each of the others, paired"] = (
+            measure_table(figures["differences"], titles).T)
+    for variable, groups in figures["subgroups"].items():
+        tables[f"By {variable}"] = measure_table(groups, titles, digits=2)
+    return tables
 
 
 def binary_tables(figures: dict) -> dict[str, pd.DataFrame]:

@@ -12,7 +12,7 @@ from sklearn.preprocessing import StandardScaler
 
 from checkpoint import Checkpoint
 from data import InputError, event_table, write_atomically
-from metrics import CHECKPOINT, bracketed, calibration_curve, net_benefit
+from metrics import CHECKPOINT, bracketed, calibration_curve, incidence_curve, net_benefit
 
 
 STYLES = [dict(color=color, linestyle=style)
@@ -252,8 +252,37 @@ def number_pictures(task, answers, methods: dict, figures: dict) -> dict:
     return {"numbers": figure}
 
 
+def event_pictures(task, answers, methods: dict, figures: dict) -> dict:
+    """A row a cause: its cumulative incidence in thirds of the risk at the largest horizon, observed (lines,
+    see `incidence_curve`) and predicted (points); and at each horizon what came in fifths of the risk."""
+    (hours, cause), horizons = answers.T, np.array(task.horizons)
+    causes, given = len(task.names), methods[CHECKPOINT].reshape(len(answers), len(task.names), -1)
+    figure, axes = new_figure(2, causes, width=5, height=4)
+    until = np.linspace(0, horizons[-1], 200)
+    for k, (name, (curve, calibration)) in enumerate(zip(task.names, axes.reshape(causes, 2))):
+        risk = given[:, k]                                                                            # [n, H]
+        third = np.searchsorted(np.quantile(risk[:, -1], (1 / 3, 2 / 3)), risk[:, -1])
+        for part, (group, style) in enumerate(zip(("low", "middle", "high"), STYLES)):
+            if (mine := third == part).any():
+                came = incidence_curve(hours[mine], cause[mine], np.ones(mine.sum()), causes, until)[k]
+                curve.plot(until, came, label=f"{group} risk ({mine.sum():,})", **style)
+                curve.plot(horizons, risk[mine].mean(0), "o", color=style["color"], markersize=4)
+        for hour, style in zip(task.horizons, itertools.cycle(STYLES)):
+            fifths = pd.DataFrame(figures["calibration"][f"{name}_{hour:g}"]["fifths"])
+            calibration.plot(fifths["predicted"], fifths["observed"], marker="o", markersize=4,
+                             label=f"{hour:g} hours", **style)
+        most = max(calibration.get_xlim()[1], calibration.get_ylim()[1])
+        calibration.plot([0, most], [0, most], **FAINT)
+        curve.set(title=f"{name}: observed, and predicted (points)", xlabel="hours from the question",
+                  ylabel="cumulative incidence", xlim=(0, horizons[-1] * 1.02), ylim=0)
+        calibration.set(title=f"{name}: calibration", xlabel="predicted, in fifths", ylabel="observed")
+        legend(curve)
+        legend(calibration)
+    return {"incidence": figure}
+
+
 OUTCOME_PICTURES = {"binary": binary_pictures, "several": several_pictures, "classes": classes_pictures,
-                    "number": number_pictures}
+                    "number": number_pictures, "event": event_pictures}
 
 
 def plot_features(features, label, risk):

@@ -707,8 +707,7 @@ def draw(folder: Path, kind: str, figures: dict, predictor, dataset, traced, sco
     pictures = {"curves": curves} if curves else {}
     if figures["scored"]:
         task, answers = predictor.model.task, dataset.cohort.answers[scored]
-        draw_outcome = OUTCOME_PICTURES.get(task.kind, lambda *_: {})  # an event has none yet
-        pictures |= draw_outcome(task, answers, methods, figures)
+        pictures |= OUTCOME_PICTURES[task.kind](task, answers, methods, figures)
         if task.kind == "binary":
             label, risk = answers[:, 0].astype(int), methods[CHECKPOINT][:, 0]
             shown = np.sort(np.random.default_rng(0).permutation(len(scored))[:MOST_SHOWN])

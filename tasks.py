@@ -15,11 +15,11 @@ from sklearn.model_selection import train_test_split
 
 from data import Cohort, InputError, stays_of, subjects_with_label
 from batches import Normalizer
-from metrics import (CHECKPOINT, FEW, Points, best_shares, best_utility_threshold, binary_tables,
+from metrics import (CHECKPOINT, FEW, TITLES, Points, best_shares, best_utility_threshold, binary_tables,
                      brier_scores, censoring_curve, censoring_weights, class_measure, concordance_measure,
-                     hours_since_onset, incidence_curve, integrated, measure_table, measured,
-                     number_measure, of_challenge_2019, ranking_measure, resampled, score_figures,
-                     sepsis_figures, weighted_mean)
+                     hours_since_onset, incidence_curve, integrated, measured, number_measure,
+                     of_challenge_2019, ranking_measure, resampled, score_figures,
+                     sepsis_figures, tables_of, weighted_mean)
 from questions import labelled_points
 
 
@@ -94,7 +94,7 @@ class Task:
             given = {name: tuple(value) if isinstance(value, list) else value
                      for name, value in state.items() if name != "kind"}
             task = KINDS[state["kind"]](**given)
-            if task.state_dict() == state and task.sound():
+            if task.state_dict() == task.state_dict() | state and task.sound():  # what is missing came later
                 return task
         raise InputError(f"{path}: its task is {str(state)[:80]}, which this version does not know; use the "
                          "version that wrote it")
@@ -226,6 +226,11 @@ class Task:
         each, are averaged so that they fit these answers [n, A] best."""
         raise NotImplementedError
 
+    def calibrated(self, logits, answers: np.ndarray) -> "Task":
+        """The task with what it learns of its answers from validation points: logits [n, outputs], answers
+        [n, A]."""
+        return self
+
     # ---- how it is answered and judged ---------------------------------------------------------------------
 
     def answer(self, logits) -> np.ndarray:
@@ -292,26 +297,7 @@ class Task:
     def tables(self, figures: dict) -> dict[str, pd.DataFrame]:
         """`figures` as tables of texts by their titles. They also hold who was `scored`, where the threshold
         comes from (`threshold_is`) and perhaps the figures of the `model`."""
-        unit, methods = figures["resampled"], figures["methods"]
-        intervals = figures["few"] or f"95% intervals by bootstrap over {figures[unit]:,} {unit}"
-        titles = {name: TITLES.get(name, name) for name in methods[CHECKPOINT]}
-        scored = f"Scored: {figures['points']:,} points in {figures['stays']:,} stays: {figures['scored']}"
-        tables = {f"{scored}\n{intervals}": measure_table(methods, titles).T}
-        if figures["differences"]:
-            tables[f"{CHECKPOINT} less each of the others, paired"] = (
-                measure_table(figures["differences"], titles).T)
-        for variable, groups in figures["subgroups"].items():
-            tables[f"By {variable}"] = measure_table(groups, titles, digits=2)
-        return tables
-
-
-# What figures are called.
-TITLES = {"auroc": "AUROC", "auprc": "AUPRC", "slope": "calibration slope",
-          "intercept": "calibration intercept", "ppv": "predictive value", "alarms": "alarms per 100",
-          "auc": "AUROC", "log_loss": "log loss",
-          "mae": "mean absolute error", "rmse": "root mean square error",
-          "spearman": "rank correlation", "coverage": "coverage of the 80% interval", "width": "its width",
-          "concordance": "concordance", "brier": "integrated Brier score"}
+        return tables_of(figures)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -556,6 +542,7 @@ class Number(Task):
     mean: float = 0.0       # of f(number)
     std: float = 1.0
     log_scale: float = 0.0  # f(x) = log(1 + x / log_scale); 0: x
+    margin: float = 0.0     # on the standardised scale, by which the interval is widened on either side
 
     kind = "number"
     needed = "different numbers are"
@@ -615,10 +602,19 @@ class Number(Task):
         loss = self.pinball(mixed, answers).double().mean(1)
         return shares[loss.argmin(0).cpu()].numpy()
 
+    def calibrated(self, logits, answers):
+        """With the margin by which the interval holds 80% of these answers: what was learned from fits the
+        quantiles better than other points do (Romano et al. 2019, conformal quantile regression)."""
+        number = self.standardised(torch.from_numpy(answers[:, 0]).to(logits.device))
+        beyond = torch.maximum(logits[:, 0] - number, number - logits[:, -1]).double()
+        level = min(1, (LEVELS[-1] - LEVELS[0]) * (1 + 1 / len(beyond)))
+        return replace(self, margin=beyond.quantile(level).item())
+
     def answer(self, logits):
         """Median, low and high in the number's own unit. Quantiles that cross are put in order, which brings
         them nearer to the true ones (Chernozhukov et al. 2010)."""
-        number = logits.double().cpu().sort(-1).values.numpy() * self.std + self.mean
+        logits = logits.double().cpu() + self.margin * torch.tensor([-1, 0, 1])
+        number = logits.sort(-1).values.numpy() * self.std + self.mean
         if self.log_scale:
             number = (np.expm1(number) * self.log_scale).clip(0)
         return number[:, [1, 0, 2]]

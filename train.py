@@ -599,16 +599,19 @@ def prepare_head(model: SeqSetVAE, features, answer, weight, questions: int, con
 
 
 @torch.no_grad()
-def weigh_trees(model: SeqSetVAE, features, answers: np.ndarray) -> None:
-    """Give the trees the share of the logits that is best at these validation points: features [n, F],
-    answers [n, A]; see `Task.trees_share`."""
-    if model.trees is None:
-        return
-    logits = []  # of the head, of the trees
-    for share in (0, 1):
-        model.trees_share.fill_(share)
-        logits.append(model.eval().classify(features))
-    model.trees_share.copy_(torch.as_tensor(model.task.trees_share(*logits, answers)))
+def fit_to_validation(model: SeqSetVAE, features, answers: np.ndarray) -> torch.Tensor:
+    """Give the trees the share of the logits that is best at these validation points, and the task what it
+    learns from them: features [n, F], answers [n, A]; see `Task.trees_share`, `Task.calibrated`. Returns
+    their logits, [n, outputs]."""
+    if model.trees is not None:
+        logits = []  # of the head, of the trees
+        for share in (0, 1):
+            model.trees_share.fill_(share)
+            logits.append(model.eval().classify(features))
+        model.trees_share.copy_(torch.as_tensor(model.task.trees_share(*logits, answers)))
+    logits = model.eval().classify(features)
+    model.task = model.task.calibrated(logits, answers)
+    return logits
 
 
 class HeadTraining:
@@ -724,10 +727,10 @@ def train_everything(arguments, config: FinetuneConfig, run: Run, train, valid) 
 def evaluate_and_save(run: Run, row: dict, valid, val_features, keep_last: bool) -> None:
     """The end of an epoch: judge the answers at the validation points [n] from their features [n, F]; best.pt
     is the epoch of the best figure (`keep_last`: the last)."""
-    cohort, task = run.dataset.cohort, run.model.task
-    weigh_trees(run.model, val_features, cohort.answers[valid])
-    with torch.no_grad():
-        logits = run.model.eval().classify(val_features)
+    cohort = run.dataset.cohort
+    logits = fit_to_validation(run.model, val_features, cohort.answers[valid])
+    task = run.model.task
+    run.kept["task"] = task.state_dict()
     row |= task.validation(cohort, valid, task.answer(logits))
     row = gathered(row)[0]  # all go on from the figures of rank 0, should another's device round otherwise
     improved = keep_last or task.improves(row, run.best)

@@ -24,7 +24,7 @@ from questions import labelled_points, with_points
 from tasks import Binary
 from tests.plain_loop import close, plain_future, plain_pass, plain_statistics
 from tests.tiny import PLAIN, batch_of, build, cohort_of, encoded, random_stays, tiny
-from train import weigh_trees
+from train import fit_to_validation
 
 
 @pytest.mark.parametrize("levels", [1, 2])
@@ -441,9 +441,9 @@ def test_the_trees_have_the_share_that_fits_the_validation_points_best():
     for name, right, share in (("trees", first, 1), ("neither", None, 0.)):
         label = (features[:, right] > 0).long() if right else torch.randint(2, (400,))
         model.cls_head[0].weight.data.zero_(), model.cls_head[0].bias.data.zero_()
-        weigh_trees(model, features, label[:, None].numpy())
+        fit_to_validation(model, features, label[:, None].numpy())
         assert model.trees_share == share, name
-    weigh_trees(model, features[:12], np.arange(12)[:, None] // 9)                 # too few to tell
+    fit_to_validation(model, features[:12], np.arange(12)[:, None] // 9)                 # too few to tell
     assert model.trees_share == .5
 
 

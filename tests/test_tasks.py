@@ -222,6 +222,25 @@ def test_quantiles_that_cross_are_put_in_order_and_answered_in_the_number_s_unit
     assert task.point_loss(torch.zeros(3, 3), number, None).tolist() == pytest.approx(loop)
 
 
+def test_the_interval_of_a_number_is_widened_until_it_holds_80_of_100_validation_points():
+    """Whose quantiles were learned too narrow; and an older state has no margin."""
+    rng = np.random.default_rng(0)
+    number, task = np.exp(rng.normal(size=(2000, 1))), Number(mean=.1, std=1.1, log_scale=2.)
+    logits = task.standardised(torch.from_numpy(number)) + torch.from_numpy(rng.normal(size=(2000, 1)))
+    logits = logits + torch.tensor([-.5, 0., .5])
+
+    def held(task, points):
+        median, low, high = task.answer(logits[points]).T
+        assert ((low <= median) & (median <= high)).all()
+        return ((low <= number[points, 0]) & (number[points, 0] <= high)).mean()
+    calibrated = task.calibrated(logits[:1000], number[:1000])
+    assert held(calibrated, slice(0, 1000)) == pytest.approx(.8, abs=.002) and held(task, slice(0, 1000)) < .6
+    assert held(calibrated, slice(1000, 2000)) == pytest.approx(.8, abs=.04)
+    assert Task.from_state(calibrated.state_dict(), "x") == calibrated
+    older = {name: value for name, value in task.state_dict().items() if name != "margin"}
+    assert Task.from_state(older, "x") == task
+
+
 def test_the_loss_of_an_event_is_the_likelihood_of_its_intervals():
     """Intervals (0, 1], (1, 3], (3, 6] hours; a point censored in the second half of one came through it."""
     task = Event(("a", "b"), horizons=(3.,), edges=(1., 3., 6.), marginal=(.1, .1))
