@@ -33,7 +33,7 @@ LOGISTIC, BOOSTING = "logistic regression on summaries", "gradient boosting on s
 RIDGE, USUAL = "ridge regression on summaries", "median of the training stays"  # of numbers
 MARGINAL = "incidence of the training stays"                                    # of events
 ALONE, UNTRAINED = "same head, exact summaries alone", "untrained backbone, same head"
-BASELINES = (LOGISTIC, BOOSTING, ALONE)
+BASELINES = (LOGISTIC, BOOSTING, ALONE, RIDGE, USUAL, MARGINAL)
 STATISTICS = ("first", "last", "min", "max", "mean", "sd", "slope", "count", "hours since")
 
 

@@ -21,20 +21,21 @@ import pandas as pd
 import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from baselines import BASELINES, without_backbone
+from baselines import ALONE, BASELINES, without_backbone
 from batches import Normalizer, StayDataset, epoch_batches, sorted_batches, variable_vectors
 from data import InputError, build_cohort, clear_write_error, make_splits, stays_of, write_atomically
 from checkpoint import Checkpoint, label_digest
 from finetune_config import FinetuneConfig, tree_sizes
 from metrics import (Points, best_shares, best_utility_threshold, bootstrap, bracketed, hours_since_onset,
-                     interval, logit, normalised_utility, of_challenge_2019, utilities_by, utility_draws)
+                     interval, logit, normalised_utility, of_challenge_2019, resampled, utilities_by,
+                     utility_draws)
 from model import ModelConfig, SeqSetVAE, SeqSetVAEPretrain
 from predictor import CPU, Predictor, open_checkpoint
 from questions import at_end, labelled_points
 from readers import load_cohort
 from runs import CHECKPOINTS, answers_at, choose_device, encode_points, keep_freed_memory, read_cohort
 from settings import DataSettings, changed, data_options, recorded
-from tasks import Binary
+from tasks import Task
 from train import HeadTraining, PretrainConfig, clip_and_step, finetune, labelled, pretrain, run_settings
 
 
@@ -51,6 +52,7 @@ CELLS["frozen, mu alone"] = {"changes": {"fuse": False}}
 METHODS = ("baselines", *CELLS)
 FEW_LABELS = METHODS[:5]  # what is measured with fewer labels too
 AVERAGED, AVERAGE = ("frozen", "full", *BASELINES), "average, weights from validation"
+FIGURES = "figures.csv"
 
 
 def protocol(given: dict, splits: list, seeds: list, methods: list, fractions: list, folder: Path) -> None:
@@ -71,16 +73,16 @@ def protocol(given: dict, splits: list, seeds: list, methods: list, fractions: l
                          "--fractions")
     for home, data, seed in turns:
         cohort = read_cohort(data)
-        split = make_splits(cohort, seed)
-        if cohort.kind != "binary":
-            raise InputError(f"{cohort.reader}: labels of the kind {cohort.kind}, where the baselines and "
-                             "tables of --protocol are for binary ones; give labels of 0 and 1")
-        Binary().check(cohort, split)
+        # Pretraining, which draws the split, does not see labels of other kinds.
+        bare = cohort if cohort.kind == "binary" else read_cohort(data | {"kinds": ("binary",)})
+        split = make_splits(bare, seed)
+        Task.of(cohort).check(cohort, split)
         if (checkpoint := home / "pretrain" / "best.pt").exists():
             kept = Checkpoint.open(checkpoint)
-            now = recorded(DataSettings(**data)), cohort.fingerprint, label_digest(cohort), split
+            learned = {Checkpoint.open(path).source["labels"] for path in home.glob("*%/best.pt")}
+            now = recorded(DataSettings(**data)), cohort.fingerprint, label_digest(bare), split
             then = [kept.source[name] for name in ("data", "fingerprint", "labels")]
-            if now != (*then, kept.split):
+            if now != (*then, kept.split) or learned - {label_digest(cohort)}:
                 raise InputError(f"{home}: holds what was measured on other data, labels or splits, or asked "
                                  f"otherwise ({then[0]}); give another --protocol FOLDER")
     for (method, fraction), (home, data, seed) in itertools.product(plan, turns):
@@ -97,8 +99,8 @@ def protocol(given: dict, splits: list, seeds: list, methods: list, fractions: l
             predictor, dataset = Predictor.with_data(best, data, "cpu")
             split = predictor.checkpoint.split
             points = scored_points(dataset.cohort, split)
-            probability = answers_at(predictor.model, dataset, points, CPU)[:, 0]
-            save_predictions(to, dataset.cohort, split, points, probability)
+            answers = answers_at(predictor.model, dataset, points, CPU)
+            save_answers(to, predictor.model.task, dataset.cohort, split, points, answers)
             (to / "last.pt").unlink()
 
         once(folder_of(home, method, fraction), finetune_and_score)
@@ -125,28 +127,35 @@ def scored_points(cohort, split: dict) -> np.ndarray:
     return labelled_points(cohort, stays_of(cohort, [*split["valid"], *split["test"]]))
 
 
-def save_predictions(folder: Path, cohort, split: dict, points, probability) -> None:
+def save_answers(folder: Path, task, cohort, split: dict, points, answers) -> None:
+    """Write the answers [n, columns] at the scored points as predictions.csv. Of other kinds than binary also
+    figures.csv: the figures of the test part, then those of resampled patients, the same for every method."""
     stay = cohort.point_stay[points]
     part = np.where(np.isin(cohort.stay_id[stay], split["valid"]), "valid", "test")
     table = pd.DataFrame({"stay_id": cohort.stay_id[stay], "subject_id": cohort.subject[stay],
-                          "minute": cohort.point_minute[points], "label": cohort.label[points],
-                          "probability": probability, "split": part})
+                          "minute": cohort.point_minute[points]}).join(task.labels(cohort.answers[points]))
+    table = table.assign(**dict(zip(task.columns, answers.T)), split=part)
     write_atomically(folder / "predictions.csv", lambda out: table.to_csv(out, index=False))
+    if task.kind != "binary":
+        test = part == "test"
+        names, measure = task.measures(cohort.answers[points[test]].astype(float), answers[test])
+        figures = pd.DataFrame(resampled(measure, cohort.subject[stay[test]]), columns=names)
+        write_atomically(folder / FIGURES, lambda out: figures.to_csv(out, index=False))
 
 
 def predict_baselines(checkpoint: Path, home: Path, seed: int, fraction: float, given: dict) -> None:
-    """Every one of BASELINES that can be had."""
-    if folder_of(home, BASELINES[-1], fraction).exists():
+    """Answers by every one of BASELINES that can be had."""
+    if folder_of(home, ALONE, fraction).exists():
         return
     opened, cohort = open_checkpoint(checkpoint, given)
-    dataset, split = opened.dataset(cohort), opened.split
-    task = Binary()
+    dataset, split, task = opened.dataset(cohort), opened.split, Task.of(cohort)
     train = task.subset(cohort, labelled(cohort, split["train"]), fraction, seed)
+    task = task.fitted(cohort, *task.training_points(cohort, train, FinetuneConfig(), seed, 0))
     points = scored_points(cohort, split)
     valid = labelled_points(cohort, stays_of(cohort, split["valid"]))
     for method, answers in without_backbone(task, dataset, train, valid, points, seed).items():
         once(folder_of(home, method, fraction),
-             lambda to: save_predictions(to, cohort, split, points, answers[:, 0]))
+             lambda to: save_answers(to, task, cohort, split, points, answers))
 
 
 def averaged(turns: dict[str, list[pd.DataFrame]]) -> dict[str, tuple[pd.DataFrame, np.ndarray]]:
@@ -194,33 +203,57 @@ def scores(table: pd.DataFrame, hourly: bool) -> np.ndarray:
 
 def print_protocol(folder: Path) -> None:
     """The tables of RESULTS.md from what is finished: mean and standard deviation over the splits; the
-    difference to the best baseline (by mean AUROC) with a bootstrap interval, paired by patient and drawn
-    within each split."""
+    difference to the best baseline (by the mean of the first figure) with a bootstrap interval, paired by
+    patient and drawn within each split."""
     found = {}
     for path in sorted(folder.glob("*/*%/predictions.csv")):
         method, fraction = path.parent.name.rsplit(" ", 1)
-        table = pd.read_csv(path, dtype={"stay_id": str, "subject_id": str}, keep_default_na=False)
-        # older files name stays alone
-        table = table.assign(subject_id=table.get("subject_id", table["stay_id"]))
-        table = table.sort_values(["stay_id", "minute"], kind="stable")
-        found.setdefault(fraction, {}).setdefault(method, {})[path.parent.parent.name] = table
-    for fraction, tables in sorted(found.items(), key=lambda item: -float(item[0].rstrip("%"))):
-        turns = sorted({turn for by_turn in tables.values() for turn in by_turn})
-        members = [method for method in AVERAGED if sorted(tables.get(method, [])) == turns]
-        if len(members) > 1:
-            told = averaged({turn: [tables[method][turn] for method in members] for turn in turns})
-            tables[AVERAGE] = {turn: table for turn, (table, _) in told.items()}
-            mean = np.mean([weights for _, weights in told.values()], axis=0)
-            shares = [f"{share:.2f} {name}" for share, name in zip(mean, members)]
-            print(f"\n{AVERAGE}, in the mean: {', '.join(shares)}")
-        hourly = all(of_challenge_2019(part.stay, part.minute, part.label)
-                     for turns in tables.values() for table in turns.values() for part, _ in parts(table))
-        rows = {method: {turn: scores(table, hourly) for turn, table in turns.items()}
-                for method, turns in tables.items()}
-        ranked = sorted(rows, key=lambda method: -first_figure(rows[method]))
+        found.setdefault(fraction, {}).setdefault(method, {})[path.parent.parent.name] = path
+    for fraction, paths in sorted(found.items(), key=lambda item: -float(item[0].rstrip("%"))):
+        some = next(iter(next(iter(paths.values())).values()))
+        read = other_figures if some.with_name(FIGURES).exists() else binary_figures
+        rows, names = read(paths)
+        ranked = sorted(rows, key=lambda method: first_figure(rows[method]), reverse=names[0] != "mae")
         base = next((method for method in ranked if method in BASELINES), None)
         print(f"\n{fraction} of the training labels")
-        print_methods(rows, ranked, base, ["AUROC", "AUPRC", *(["utility"] if hourly else [])])
+        print_methods(rows, ranked, base, names)
+
+
+def binary_figures(paths: dict) -> tuple[dict, list[str]]:
+    """The figures of methods and of their average, see `print_methods`, and their names. paths: method ->
+    split -> its predictions."""
+    tables = {method: {turn: read_predictions(path) for turn, path in turns.items()}
+              for method, turns in paths.items()}
+    turns = sorted({turn for by_turn in tables.values() for turn in by_turn})
+    members = [method for method in AVERAGED if sorted(tables.get(method, [])) == turns]
+    if len(members) > 1:
+        told = averaged({turn: [tables[method][turn] for method in members] for turn in turns})
+        tables[AVERAGE] = {turn: table for turn, (table, _) in told.items()}
+        mean = np.mean([weights for _, weights in told.values()], axis=0)
+        shares = [f"{share:.2f} {name}" for share, name in zip(mean, members)]
+        print(f"\n{AVERAGE}, in the mean: {', '.join(shares)}")
+    hourly = all(of_challenge_2019(part.stay, part.minute, part.label)
+                 for turns in tables.values() for table in turns.values() for part, _ in parts(table))
+    rows = {method: {turn: scores(table, hourly) for turn, table in turns.items()}
+            for method, turns in tables.items()}
+    return rows, ["AUROC", "AUPRC", *(["utility"] if hourly else [])]
+
+
+def read_predictions(path: Path) -> pd.DataFrame:
+    """The predictions of a method on a split, by stay and minute."""
+    table = pd.read_csv(path, dtype={"stay_id": str, "subject_id": str}, keep_default_na=False)
+    table = table.assign(subject_id=table.get("subject_id", table["stay_id"]))  # older files name stays alone
+    return table.sort_values(["stay_id", "minute"], kind="stable")
+
+
+def other_figures(paths: dict) -> tuple[dict, list[str]]:
+    """The same of other kinds, of which no average is taken."""
+    tables = {method: {turn: pd.read_csv(path.with_name(FIGURES)) for turn, path in turns.items()}
+              for method, turns in paths.items()}
+    names = next(iter(next(iter(tables.values())).values())).columns
+    print("\nno average: it is taken of binary outcomes alone")
+    return {method: {turn: table.to_numpy() for turn, table in turns.items()}
+            for method, turns in tables.items()}, [*names]
 
 
 def first_figure(turns: dict[str, np.ndarray]) -> float:

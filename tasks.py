@@ -43,6 +43,7 @@ class Task:
     untrained: ClassVar[dict]
     losses: ClassVar[tuple] = ("cross_entropy",)  # settings `loss` that this kind can learn by
     width: ClassVar[int] = 1             # A, columns of the answers
+    later: ClassVar[dict] = {}           # fields that checkpoints of earlier versions lack, with their values
     followed: ClassVar[int] = 0          # of `columns`, the one that stands for the whole answer: the risk
 
     @staticmethod
@@ -94,7 +95,7 @@ class Task:
             given = {name: tuple(value) if isinstance(value, list) else value
                      for name, value in state.items() if name != "kind"}
             task = KINDS[state["kind"]](**given)
-            if task.state_dict() == task.state_dict() | state and task.sound():  # what is missing came later
+            if task.state_dict() == task.later | state and task.sound():
                 return task
         raise InputError(f"{path}: its task is {str(state)[:80]}, which this version does not know; use the "
                          "version that wrote it")
@@ -550,6 +551,7 @@ class Number(Task):
     untrained = {"val_mae": math.inf, "val_coverage": -1.0}
     outputs = ensembles = len(LEVELS)
     columns = ("median", "low", "high")
+    later = {"margin": 0.0}
 
     def sound(self):
         return super().sound() and self.std > 0 <= self.log_scale

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 
 import baselines
@@ -9,9 +10,11 @@ from baselines import (ALONE, BOOSTING, LOGISTIC, MARGINAL, RIDGE, USUAL, each_c
                        without_backbone)
 from batches import StayDataset
 from finetune_config import FinetuneConfig
+from metrics import CHECKPOINT, incidence_curve
+from plots import event_pictures
 from questions import labelled_points
 from tasks import KINDS, Classes, Number, Several, Task
-from tests.test_tasks import made_up
+from tests.test_tasks import fitted_task, made_up
 from tests.tiny import PLAIN
 
 ONE_CHOICE = {"max_iter": [30], "max_leaf_nodes": [6], "l2_regularization": [10.]}
@@ -79,3 +82,37 @@ def test_numbers_are_learned_on_the_tasks_scale_and_answered_in_their_unit():
     assert told[USUAL][0].tolist() == pytest.approx(np.quantile(y[train], [.5, .1, .9]), rel=.05)
     error = {name: abs(each[:, 0] - y[test, 0]).mean() for name, each in told.items()}
     assert error[BOOSTING] < .7 * error[USUAL] and error[RIDGE] < .7 * error[USUAL]
+
+
+@pytest.mark.parametrize("kind", set(KINDS) - {"binary"})
+def test_a_methods_difference_is_paired_with_the_checkpoint_and_stands_in_the_tables(kind):
+    cohort, _, points, task = fitted_task(kind)
+    rng = np.random.default_rng(0)
+    logits = torch.from_numpy(rng.normal(size=(len(points), task.outputs)))
+    given = {CHECKPOINT: task.answer(logits), "the same": task.answer(logits), "other": task.answer(-logits)}
+    figures = task.figures(cohort, points, given)
+    assert figures["differences"].keys() == {"the same", "other"}
+    for name, measure in figures["differences"]["the same"].items():
+        assert measure == {"value": 0, "interval": [0, 0]}, name
+    own, other = figures["methods"][CHECKPOINT], figures["methods"]["other"]
+    for name, measure in figures["differences"]["other"].items():
+        assert measure["value"] == pytest.approx(own[name]["value"] - other[name]["value"])
+    first, second = list(task.tables(figures | {"scored": "these"}).values())
+    assert list(first) == [CHECKPOINT, "the same", "other"] and list(second) == ["the same", "other"]
+
+
+def test_the_picture_of_an_event_shows_what_came_in_each_third_and_its_calibration():
+    pytest.importorskip("matplotlib")
+    cohort, x, points, task = fitted_task("event")
+    answers = cohort.answers[points].astype(float)
+    risk = np.exp(x[points] - 4)[:, None] * np.array(task.horizons)
+    given = np.concatenate([.7 * (1 - np.exp(-risk)), .3 * (1 - np.exp(-risk))], axis=1)
+    methods = {CHECKPOINT: given}
+    (picture,) = event_pictures(task, answers, methods, task.figures(cohort, points, methods)).values()
+    curve, calibration = picture.axes[:2]
+    low = x[points] <= np.sort(x[points])[len(points) // 3 - 1]
+    time, came = curve.lines[0].get_data()
+    expected = incidence_curve(*answers[low].T, np.ones(low.sum()), 2, time)[0]
+    np.testing.assert_allclose(came, expected, atol=.01)
+    assert len(picture.axes) == 4 and len(curve.lines) == 6 and len(calibration.lines) == 1 + len(task.horizons)
+    assert task.columns[task.followed] == f"death_{task.horizons[-1]:g}"

@@ -24,7 +24,8 @@ import protocol
 import readers
 import test_suite
 import train
-from baselines import BASELINES, STATISTICS, hand_made_baselines, summaries_alone, summary_table
+from baselines import (ALONE, BASELINES, BOOSTING, RIDGE, STATISTICS, USUAL, hand_made_baselines, summaries_alone,
+                       summary_table)
 from batches import StayDataset
 from checkpoint import Checkpoint
 from metrics import Points, best_utility_threshold, hours_since_onset, sepsis_figures
@@ -303,7 +304,7 @@ def test_samples_without_sepsis_do_not_end_the_table(tmp_path, capsys):
 
 
 def test_the_protocols_table_pairs_each_method_with_the_best_baseline(tmp_path, capsys):
-    write_predictions_of(tmp_path, dict(zip((*BASELINES, "untrained"), (1.5, 1.0, 2.5, 0.3))))
+    write_predictions_of(tmp_path, dict(zip((*BASELINES[:3], "untrained"), (1.5, 1.0, 2.5, 0.3))))
     print_protocol(tmp_path)
     rows = [row for row in rows_of(capsys.readouterr().out) if row[0] != AVERAGE]
     assert [row[0] for row in rows] == ["untrained", *(BASELINES[i] for i in (1, 0, 2))]
@@ -376,10 +377,37 @@ def test_the_protocol_keeps_what_is_finished_and_goes_on(tmp_path, monkeypatch, 
     turn = table.groupby("label").cumcount() % 3 % np.where(table["label"] == 1, 2, 3)  # no positive one is tested
     table.assign(split=turn.map({0: "train", 1: "valid", 2: "test"})).to_csv("table/labels.csv", index=False)
     one_error_line(capsys, main(["--protocol", "new", *words[2:]]), "the labelled test stays hold one class only")
-    table.assign(label=np.arange(len(table))).to_csv("table/labels.csv", index=False)
-    one_error_line(capsys, main(["--protocol", "new", *words[2:], "--kind", "number"]), "labels of the kind number")
     assert not Path("new").exists()
     assert sorted(path.name for path in Path("kept/seed3").iterdir()) == ["frozen 100%", "pretrain"]
+
+
+def test_the_protocol_compares_methods_of_another_kind_by_its_own_figures(tmp_path, monkeypatch, capsys,
+                                                                          small_models):
+    monkeypatch.chdir(tmp_path)
+    cohort = synthetic_cohort(60)
+    write_long_table(Path("table"), cohort, labels=True)
+    table = pd.read_csv("table/labels.csv").assign(label=np.exp(np.arange(60) % 7))
+    table.to_csv("table/labels.csv", index=False)
+    monkeypatch.setattr(baselines, "SHALLOW", {"max_iter": [5]})
+    monkeypatch.setattr(protocol, "CELLS", {"frozen": {"changes": {"trees": 5}}})
+    words = ["--protocol", "kept", "--data_dir", "table", "--seeds", "3", "--fractions", "1", "--kind", "number",
+             "--methods", "baselines", "frozen"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    header, = (line for line in out.splitlines() if line.startswith("| method"))
+    rows = rows_of(out)
+    assert header.count("mae") == 2 and header.count("coverage") == 2 and "no average" in out
+    assert {row[0] for row in rows} == {"frozen", ALONE, RIDGE, BOOSTING, USUAL}
+    told = [float(row[2].split()[0]) for row in rows]
+    assert told == sorted(told)                                      # the least error first
+    answers = pd.read_csv(f"kept/seed3/{USUAL} 100%/predictions.csv")
+    tested = answers[answers["split"] == "test"]
+    mae = (tested["label"] - tested["median"]).abs().mean()
+    assert [row[2].split()[0] for row in rows if row[0] == USUAL] == [f"{mae:.3f}"]
+    monkeypatch.setattr(protocol, "finetune", lambda *_: pytest.fail("finetuned again"))
+    assert main(words) == 0 and rows_of(capsys.readouterr().out) == rows
+    table.assign(label=2 * table["label"]).to_csv("table/labels.csv", index=False)
+    one_error_line(capsys, main(words), "kept/seed3: holds what was measured on other data, labels")
 
 
 def test_the_benchmarks_plain_loop_agrees_with_the_batched_model():
