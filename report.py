@@ -18,7 +18,7 @@ from checkpoint import Checkpoint, label_digest
 from data import SPLITS, InputError, event_table, make_splits, point_slots, stays_of, write_atomically
 from explain import explanations, faithfulness, importance, questions_at, scale
 from history_statistics import real_sets
-from metrics import CHECKPOINT, format_table, mean_of_logits, measure_table
+from metrics import CHECKPOINT, TITLES, format_table, mean_of_logits, measure_table
 from plots import (LABEL_NAMES, OUTCOME_PICTURES, picture_folder, plot_curves, plot_features, plot_forecast,
                    plot_importance, plot_trajectory, save_figure)
 from predictor import (FORECAST, QUERY, Predictor, against_training, answer_queries, answered_queries,
@@ -29,7 +29,6 @@ from readouts import FREEDOM
 from runs import answers_at, encode_points, evaluation_loader, features_and_history
 from settings import data_options
 from tables import ID, TIME, of_each, read_table
-from tasks import TITLES
 
 
 def performance(arguments, baselines) -> None:

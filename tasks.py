@@ -256,7 +256,8 @@ class Task:
 
     def describe(self, row: dict) -> str:
         """The figures of `validation` for the log."""
-        shown = ", ".join(f"{TITLES[name.removeprefix('val_')]} {row[name]:.4f}" for name in self.untrained)
+        figures = {name.removeprefix("val_"): row[name] for name in self.untrained}
+        shown = ", ".join(f"{TITLES.get(name, name)} {value:.4f}" for name, value in figures.items())
         return f"validation {shown}"
 
     def figures(self, cohort: Cohort, points: np.ndarray, methods: dict, thresholds: dict = {},
