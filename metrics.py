@@ -591,26 +591,29 @@ def incidence_curve(hours, cause, weight, causes: int, horizons) -> np.ndarray:
 
 
 class LaterAndLower:
-    """Sums over the later elements of a sequence that have a lower risk [m], where those of equal risk count
-    half: by merging, so that m elements take m log(m) steps."""
+    """Sums over the elements of a sequence [m] that come after one that asks, do not ask themselves and have
+    a lower risk; those of equal risk count half. By merging, so that m elements take m log(m) steps."""
 
-    def __init__(self, risk):
+    def __init__(self, risk, asks):
         size, place, rank = 1, np.arange(len(risk)), np.unique(risk, return_inverse=True)[1]
         self.levels = []
         while size < len(risk):  # the later half of each block of 2 * size serves the earlier half
             block, later = place // (2 * size), place // size % 2 == 1
-            order = np.lexsort((rank, block))
-            key = (block * len(risk) + rank)[order]
-            begin, first = (np.searchsorted(key, least) for least in (block[order] * len(risk), key))
-            self.levels.append((order, later[order], begin, first, np.searchsorted(key, key, side="right")))
+            key, gives = block * len(risk) + rank, np.flatnonzero(later & ~asks)
+            gives = gives[np.argsort(key[gives], kind="stable")]
+            takes = np.flatnonzero(~later & asks)
+            begin, first = (np.searchsorted(key[gives], least[takes]) for least in (block * len(risk), key))
+            last = np.searchsorted(key[gives], key[takes], side="right")
+            self.levels.append((gives, takes, begin, first, last))
             size *= 2
 
     def sums(self, value) -> np.ndarray:
-        """value [R, m] -> [R, m]."""
+        """value [m, R] -> [m, R], 0 of those that do not ask. (Samples come last: a row is moved at once.)"""
         result = np.zeros_like(value)
-        for order, later, begin, first, last in self.levels:
-            total = np.pad((value[:, order] * later).cumsum(1), ((0, 0), (1, 0)))
-            result[:, order] += ((total[:, first] + total[:, last]) / 2 - total[:, begin]) * ~later
+        for gives, takes, begin, first, last in self.levels:
+            total = np.zeros((len(gives) + 1, value.shape[1]))
+            np.cumsum(value[gives], axis=0, out=total[1:])
+            result[takes] += (total[first] + total[last]) / 2 - total[begin]
         return result
 
 
@@ -630,15 +633,15 @@ def concordance_measure(hours, cause, k: int, risk, curve: tuple, until: float):
     rank = np.concatenate([np.where(cause == 0, 2, 0), np.ones(len(asking))])
     order = np.lexsort((rank, hours[element]))
     element, asks = element[order], order >= n
-    lower, of = LaterAndLower(risk[element]), element[asks]
+    lower, of = LaterAndLower(risk[element], asks), element[asks]
     place = np.unique(risk, return_inverse=True)[1]
     at = place[of]
 
     def later(value):
         """Sums over the later points, of a lower risk and of all: value [R, n] -> [R, asking] each."""
-        value = np.where(asks, 0, value[:, element])
-        everything = value[:, ::-1].cumsum(1)[:, ::-1]
-        return lower.sums(value)[:, asks], everything[:, asks]
+        value = np.where(asks[:, None], 0, value.T[element])
+        everything = value[::-1].cumsum(0)[::-1]
+        return lower.sums(value)[asks].T, everything[asks].T
 
     def measure(weight):
         taken = weight * inverse * other
