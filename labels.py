@@ -289,9 +289,13 @@ def kind_of(names, kind: str | None, outcomes: list | None, positive: str | None
     event and hours or days, else binary. Raises InputError for options that contradict each other."""
     found = kind or ("several" if outcomes else
                      "event" if "event" in names and set(_UNTIL) & set(names) else "binary")
-    if outcomes and (found != "several" or len(set(outcomes)) < len(outcomes)):
+    named = list(map(str.lower, outcomes or ()))
+    if outcomes and (found != "several" or len(set(named)) < len(named)):
         raise InputError(f"--outcomes {' '.join(outcomes)}: names several outcomes, each once; leave it out "
                          f"with --kind {found}, or name each column once")
+    if other := {*map(str.lower, _IDS), *_TIMES, "split"} & {*named}:
+        raise InputError(f"--outcomes {' '.join(other)}: says which stay or when, and is no outcome; leave "
+                         "it out, or rename the column")
     if found == "several" and not outcomes:
         raise InputError("--kind several: which columns? name them with --outcomes")
     if positive is not None and found != "binary":

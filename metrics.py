@@ -711,6 +711,14 @@ TITLES = {"auroc": "AUROC", "auprc": "AUPRC", "slope": "calibration slope",
           "mae": "mean absolute error", "rmse": "root mean square error",
           "spearman": "rank correlation", "coverage": "coverage of the 80% interval", "width": "its width",
           "concordance": "concordance", "brier": "integrated Brier score"}
+
+
+def title(figure: str) -> str:
+    """Returns what a figure is called; one of an outcome or a cause is named measure_NAME."""
+    measure, _, name = (figure, "", "") if figure in TITLES else figure.partition("_")
+    return TITLES.get(measure, measure) + f" of {name}" * bool(name)
+
+
 RANKED = {"auroc": "AUROC", "auprc": "AUPRC"}
 CALIBRATED = {"slope": "slope", "intercept": "intercept", "sensitivity": "sensitivity"}
 SEPSIS = {"AUROC": "{all_hours[auroc]:.4f}", "AUPRC": "{all_hours[auprc]:.4f}",
@@ -724,7 +732,7 @@ def tables_of(figures: dict) -> dict[str, pd.DataFrame]:
     titles."""
     unit, methods = figures["resampled"], figures["methods"]
     intervals = figures["few"] or f"95% intervals by bootstrap over {figures[unit]:,} {unit}"
-    titles = {name: TITLES.get(name, name) for name in methods[CHECKPOINT]}
+    titles = {name: title(name) for name in methods[CHECKPOINT]}
     scored = f"Scored: {figures['points']:,} points in {figures['stays']:,} stays: {figures['scored']}"
     tables = {f"{scored}\n{intervals}": measure_table(methods, titles).T}
     if figures["differences"]:

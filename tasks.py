@@ -15,11 +15,11 @@ from sklearn.model_selection import train_test_split
 
 from data import Cohort, InputError, stays_of, subjects_with_label
 from batches import Normalizer
-from metrics import (CHECKPOINT, FEW, TITLES, Points, best_shares, best_utility_threshold, binary_tables,
+from metrics import (CHECKPOINT, FEW, Points, best_shares, best_utility_threshold, binary_tables,
                      brier_scores, censoring_curve, censoring_weights, class_measure, concordance_measure,
                      hours_since_onset, incidence_curve, integrated, measured, number_measure,
                      of_challenge_2019, ranking_measure, resampled, score_figures,
-                     sepsis_figures, tables_of, weighted_mean)
+                     sepsis_figures, tables_of, title, weighted_mean)
 from questions import labelled_points
 
 
@@ -257,7 +257,7 @@ class Task:
     def describe(self, row: dict) -> str:
         """The figures of `validation` for the log."""
         figures = {name.removeprefix("val_"): row[name] for name in self.untrained}
-        shown = ", ".join(f"{TITLES.get(name, name)} {value:.4f}" for name, value in figures.items())
+        shown = ", ".join(f"{title(name)} {value:.4f}" for name, value in figures.items())
         return f"validation {shown}"
 
     def figures(self, cohort: Cohort, points: np.ndarray, methods: dict, thresholds: dict = {},
@@ -684,18 +684,20 @@ class Event(Task):
         return np.stack([answers[:, 0], cause[np.nan_to_num(answers[:, 1], nan=-1).astype(int)]], 1)
 
     def lacking(self, answers):
-        return super().lacking(answers) or ("" if (answers[:, 1] > 0).any() else "no event")
+        some = ((answers[:, 1] > 0) & (answers[:, 0] > 0)).any()
+        return super().lacking(answers) or ("" if some else "no event after hour 0")
 
     def occurs(self, answers):
         return answers[:, 1] > 0
 
     def fitted(self, cohort, points, weight, horizons=()):
         hours, cause = cohort.answers[points].astype(float).T
-        events = hours[cause > 0]
-        horizons = np.unique(horizons if len(horizons) else np.quantile(events, (.25, .5, .75)))
-        if horizons[0] <= 0 or horizons[-1] > hours.max():
-            raise InputError(f"--horizons {horizons[-1]:g}: a training stay is followed for {hours.max():g} "
-                             "hours at most; give hours above 0 up to that")
+        events = hours[(cause > 0) & (hours > 0)]
+        horizons = np.array(horizons or np.unique(np.quantile(events, (.25, .5, .75))))
+        if (np.diff(horizons, prepend=0) <= 0).any() or horizons[-1] > hours.max():
+            given = " ".join(map("{:g}".format, horizons))
+            raise InputError(f"--horizons {given}: give rising hours above 0, up to the {hours.max():g} for "
+                             "which a training stay is followed at most")
         edges = np.union1d(np.quantile(events, np.linspace(0, 1, INTERVALS + 1)[1:]), horizons)
         marginal = incidence_curve(hours, cause, weight, len(self.names), horizons).ravel()
         found = horizons, edges[edges > 0], marginal, *censoring_curve(hours, cause, weight)

@@ -273,10 +273,13 @@ def test_horizons_are_the_quartiles_of_the_training_events_or_those_given_and_wi
     cohort, _, points, task = fitted_task("event")
     hours, cause = cohort.answers[points].T
     np.testing.assert_allclose(task.horizons, np.quantile(hours[cause > 0], (.25, .5, .75)), rtol=1e-6)
-    given = Task.of(cohort).fitted(cohort, points, np.ones(len(points)), (12., 6.))
+    given = Task.of(cohort).fitted(cohort, points, np.ones(len(points)), (6., 12.))
     assert given.horizons == (6., 12.) and {6., 12.} <= {*given.edges}
-    with pytest.raises(InputError, match="--horizons 1e[+]06: a training stay is followed for"):
-        Task.of(cohort).fitted(cohort, points, np.ones(len(points)), (1e6,))
+    for wrong, said in (((1e6,), "1e[+]06"), ((12., 6.), "12 6"), ((6., 6.), "6 6"), ((0., 6.), "0 6")):
+        with pytest.raises(InputError, match=f"--horizons {said}: give rising hours above 0, up to the"):
+            Task.of(cohort).fitted(cohort, points, np.ones(len(points)), wrong)
+    at_once = replace(cohort, answers=cohort.answers * [[0, 1]] ** (np.arange(len(cohort)) % 2)[:, None])
+    assert min(Task.of(cohort).fitted(at_once, points, np.ones(len(points))).horizons) > 0
     with pytest.raises(InputError, match="--horizons: labels of the kind number have none"):
         fitted_task("number")[3].fitted(cohort, points, np.ones(len(points)), (6.,))
 
