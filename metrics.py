@@ -713,7 +713,7 @@ TITLES = {"auroc": "AUROC", "auprc": "AUPRC", "slope": "calibration slope",
           "concordance": "concordance", "brier": "integrated Brier score"}
 
 
-def title(figure: str) -> str:
+def figure_title(figure: str) -> str:
     """Returns what a figure is called; one of an outcome or a cause is named measure_NAME."""
     measure, _, name = (figure, "", "") if figure in TITLES else figure.partition("_")
     return TITLES.get(measure, measure) + f" of {name}" * bool(name)
@@ -732,7 +732,7 @@ def tables_of(figures: dict) -> dict[str, pd.DataFrame]:
     titles."""
     unit, methods = figures["resampled"], figures["methods"]
     intervals = figures["few"] or f"95% intervals by bootstrap over {figures[unit]:,} {unit}"
-    titles = {name: title(name) for name in methods[CHECKPOINT]}
+    titles = {name: figure_title(name) for name in methods[CHECKPOINT]}
     scored = f"Scored: {figures['points']:,} points in {figures['stays']:,} stays: {figures['scored']}"
     tables = {f"{scored}\n{intervals}": measure_table(methods, titles).T}
     if figures["differences"]:

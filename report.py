@@ -18,7 +18,7 @@ from checkpoint import Checkpoint, label_digest
 from data import SPLITS, InputError, event_table, make_splits, point_slots, stays_of, write_atomically
 from explain import explanations, faithfulness, importance, questions_at, scale
 from history_statistics import real_sets
-from metrics import CHECKPOINT, format_table, mean_of_logits, measure_table, title
+from metrics import CHECKPOINT, figure_title, format_table, mean_of_logits, measure_table
 from plots import (LABEL_NAMES, OUTCOME_PICTURES, picture_folder, plot_curves, plot_features, plot_forecast,
                    plot_importance, plot_trajectory, save_figure)
 from predictor import (FORECAST, QUERY, Predictor, against_training, answer_queries, answered_queries,
@@ -435,7 +435,7 @@ def tables_at_hours(figures: dict) -> dict[str, pd.DataFrame]:
     if "threshold" in question:
         title += f"\nalarms from {question['threshold']:.4f} on at each ({figures['threshold_is']})"
     sizes = format_table(rows, AT_HOURS | (PROBABLE if "brier" in question else {}))
-    titles = {name: title(name) for name in measures["the question"]}
+    titles = {name: figure_title(name) for name in measures["the question"]}
     return {title: sizes.join(measure_table(measures, titles, digits=3)).T}
 
 

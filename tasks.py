@@ -17,9 +17,9 @@ from data import Cohort, InputError, stays_of, subjects_with_label
 from batches import Normalizer
 from metrics import (CHECKPOINT, FEW, Points, best_shares, best_utility_threshold, binary_tables,
                      brier_scores, censoring_curve, censoring_weights, class_measure, concordance_measure,
-                     hours_since_onset, incidence_curve, integrated, measured, number_measure,
+                     figure_title, hours_since_onset, incidence_curve, integrated, measured, number_measure,
                      of_challenge_2019, ranking_measure, resampled, score_figures,
-                     sepsis_figures, tables_of, title, weighted_mean)
+                     sepsis_figures, tables_of, weighted_mean)
 from questions import labelled_points
 
 
@@ -257,7 +257,7 @@ class Task:
     def describe(self, row: dict) -> str:
         """The figures of `validation` for the log."""
         figures = {name.removeprefix("val_"): row[name] for name in self.untrained}
-        shown = ", ".join(f"{title(name)} {value:.4f}" for name, value in figures.items())
+        shown = ", ".join(f"{figure_title(name)} {value:.4f}" for name, value in figures.items())
         return f"validation {shown}"
 
     def figures(self, cohort: Cohort, points: np.ndarray, methods: dict, thresholds: dict = {},
