@@ -628,8 +628,6 @@ class HeadTraining:
             prepare_head(run.model, features, answer, weight, questions, config, run.seed)
         self.optimizer = adamw(run.model.cls_head.parameters(), config.learning_rate, config)
         self.epochs = config.epochs(questions)
-        # Earlier moments weigh as much again as their questions.
-        self.counted = questions if len(answer) == questions else 2 * questions
 
     @classmethod
     def of(cls, run: Run, train: np.ndarray, config: FinetuneConfig) -> "HeadTraining":
@@ -654,7 +652,7 @@ class HeadTraining:
         for i, batch in enumerate(progress(batches, len(batches), f"epoch {epoch + 1}")):
             batch = torch.from_numpy(batch).to(features.device)
             loss = model.task.loss(model.classify(features[batch]), answer[batch], config, self.weight[batch])
-            ((loss + head_penalty(model, config, self.counted)) / config.accumulation).backward()
+            ((loss + head_penalty(model, config, self.questions)) / config.accumulation).backward()
             total += loss.detach() * len(batch)
             if (i + 1) % config.accumulation == 0 or i + 1 == len(batches):
                 torch.nn.utils.clip_grad_norm_(model.cls_head.parameters(), config.clip)
