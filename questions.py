@@ -106,17 +106,18 @@ def with_points(cohort: Cohort, count: np.ndarray, minute: np.ndarray, answers=N
 
 
 def at_every_minute(cohort: Cohort, stays: np.ndarray) -> Cohort:
-    """The cohort asked at the end of every set of these stays, and where it was asked from their first sets
-    on."""
-    sets, points = (ranges(start[stays], np.diff(start)[stays])
-                    for start in (cohort.stay_start, cohort.point_start))
-    first = cohort.set_minute[cohort.stay_start[cohort.point_stay[points]]]
-    points = points[cohort.point_minute[points] >= first]
-    stay = np.repeat(stays, np.diff(cohort.stay_start)[stays])
-    rows = np.append(np.stack([stay, cohort.set_end(sets)], 1),
-                     np.stack([cohort.point_stay[points], cohort.point_minute[points]], 1), axis=0)
-    stay, minute = np.unique(rows, axis=0).T
-    return with_points(cohort, np.bincount(stay.astype(np.int64), minlength=len(cohort)), minute)
+    """The cohort asked at the minute of every set of these stays, after all of the set, and at those of its
+    points that have a set before them."""
+    sets = ranges(cohort.stay_start[stays], np.diff(cohort.stay_start)[stays])
+    points, slot = point_slots(cohort, stays)
+    points = points[slot >= 0]
+    own = np.repeat(stays, np.diff(cohort.stay_start)[stays])
+    rows = np.stack([np.append(own, cohort.point_stay[points]),
+                     np.append(cohort.set_minute[sets], cohort.point_minute[points])])
+    stay, minute = np.unique(rows, axis=1)
+    # No set is cut: those that a point divides were cut when it was asked.
+    return replace(cohort, timed=True, point_start=np.searchsorted(stay, np.arange(len(cohort) + 1)),
+                   point_minute=minute, answers=answer_columns(None, len(minute)))
 
 
 def labelled_points(cohort: Cohort, stays: np.ndarray) -> np.ndarray:

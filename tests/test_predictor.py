@@ -191,6 +191,16 @@ def test_the_risk_over_time_equals_scoring_the_truncated_stay(config):
 
 
 
+def test_the_last_risk_over_time_is_the_answer_where_events_are_known_to_the_second(small_finetuned):
+    rows = pd.DataFrame({"stay_id": 7, "minute": [0, 60, 60.25, 61.5, 61.75], "value": [80, 90, 7., 39, 9],
+                         "variable": ["HR", "HR", "pH", "Temp", "Lactate"]})
+    rows["minute"] = pd.Timestamp("2150-03-01 12:00") + pd.to_timedelta(rows["minute"], "min")
+    predictor = Predictor(small_finetuned, "cpu")
+    trajectory = predictor.trajectory(rows, "7")
+    assert trajectory["minute"].tolist() == [0, 60, 61] and trajectory["events"].tolist() == [1, 2, 2]
+    assert trajectory["risk"].iloc[-1] == pytest.approx(predictor.predict(rows)["probability"][0], abs=1e-6)
+
+
 @pytest.mark.parametrize("config", CONFIGS)
 def test_what_comes_after_a_stays_last_point_changes_no_bit_of_its_features(config):
     model, (stay, other) = build(SeqSetVAE, tiny(**config)), random_stays([9, 12])
