@@ -720,7 +720,8 @@ def figure_title(figure: str) -> str:
 
 
 RANKED = {"auroc": "AUROC", "auprc": "AUPRC"}
-CALIBRATED = {"slope": "slope", "intercept": "intercept", "sensitivity": "sensitivity"}
+CALIBRATED = {"slope": "slope", "intercept": "intercept", "sensitivity": "sensitivity", "ppv": "PPV",
+              "alarms": "alarms/100"}
 SEPSIS = {"AUROC": "{all_hours[auroc]:.4f}", "AUPRC": "{all_hours[auprc]:.4f}",
           "up to the onset": "{until_the_onset[auroc]:.4f}, {until_the_onset[auprc]:.4f}",
           "alarm from": "{threshold:.4f}", "warned in the 12 hours before": "{share_warned:.1%} ({warned:,})",

@@ -1,7 +1,9 @@
 """Pictures, as figures of matplotlib. Lines differ in style as well as in colour, so that they are readable
 in grey."""
 
+import io
 import itertools
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from sklearn.preprocessing import StandardScaler
 
 from checkpoint import Checkpoint
 from data import InputError, event_table, write_atomically
-from metrics import CHECKPOINT, bracketed, calibration_curve, incidence_curve, net_benefit
+from metrics import CHECKPOINT, bracketed, calibration_curve, figure_title, incidence_curve, net_benefit
 
 
 STYLES = [dict(color=color, linestyle=style)
@@ -28,7 +30,7 @@ def new_figure(columns: int, rows: int = 1, width: float = 4.4, height: float = 
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise InputError("--plots needs matplotlib; pip install matplotlib") from None
+        raise InputError("pictures need matplotlib; pip install matplotlib") from None
     figure = Figure(figsize=(columns * width, rows * height), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, **options).ravel()
     for ax in axes:
@@ -55,12 +57,30 @@ def picture_folder(path) -> Path:
     return Path(path)
 
 
-def save_figure(figure, path: Path) -> None:
-    """Writes the figure in the format of the path's suffix. A `$` in a name is printed as it is and does not
-    start a formula."""
+def literal(figure):
+    """Returns the figure, in which a `$` of a name is printed as it is and does not start a formula."""
     for text in figure.findobj(lambda artist: hasattr(artist, "set_parse_math")):
         text.set_parse_math(False)
+    return figure
+
+
+def save_figure(figure, path: Path) -> None:
+    """Writes the figure in the format of the path's suffix."""
+    literal(figure)
     write_atomically(path, lambda out: figure.savefig(out, format=path.suffix[1:], dpi=130))
+
+
+def inline_svg(figure, name: str) -> str:
+    """Returns the figure as an SVG element of a page, with its letters as text. Whatever is an address is
+    left out, and each id begins with the `name`, so that the figures of a page have none in common."""
+    from matplotlib import rc_context
+
+    out = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        literal(figure).savefig(out, format="svg", metadata={"Date": None})
+    svg = re.sub(r"(?s)<metadata>.*?</metadata>", "", out.getvalue())
+    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg[svg.index("<svg"):])
+    return re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{name}-", svg)
 
 
 # title, unit, and the columns of metrics.csv in training and on the validation stays
@@ -227,7 +247,8 @@ def classes_pictures(task, answers, methods: dict, figures: dict) -> dict:
     classes, counts = range(len(task.names)), np.array(figures["confusion"])
     shares = counts / counts.sum(1, keepdims=True).clip(min=1)
     figure, (ax,) = new_figure(1, width=2.5 + .7 * len(classes), height=2 + .6 * len(classes))
-    ax.imshow(shares, cmap="Greys", vmin=0, vmax=1, aspect="auto")
+    ax.pcolormesh(classes, classes, shares, cmap="Greys", vmin=0, vmax=1, shading="nearest")
+    ax.invert_yaxis()
     for (row, column), share in np.ndenumerate(shares):
         ax.text(column, row, f"{counts[row, column]:,}\n{share:.0%}", ha="center", va="center", fontsize=8,
                 color="white" if share > .5 else "black")
@@ -283,6 +304,31 @@ def event_pictures(task, answers, methods: dict, figures: dict) -> dict:
 
 OUTCOME_PICTURES = {"binary": binary_pictures, "several": several_pictures, "classes": classes_pictures,
                     "number": number_pictures, "event": event_pictures}
+
+
+def plot_groups(task, figures: dict):
+    """Draws what the checkpoint is judged by in each subgroup, with its intervals, beside that in all."""
+    measures = ["auroc", "sensitivity", "ppv", "alarms"]
+    if task.kind != "binary":
+        measures = [name.removeprefix("val_") for name in task.untrained]
+    rows = {f"all ({figures['stays']:,})": figures["methods"][CHECKPOINT]}
+    rows |= {f"{variable} {key} ({group['stays']:,})": group
+             for variable, groups in figures["subgroups"].items() for key, group in groups.items()}
+    figure, axes = new_figure(len(measures), width=2 + 3 / len(measures), height=1.1 + .24 * len(rows),
+                              sharey=True)
+    for ax, measure in zip(axes, measures):
+        found = {y: row[measure] for y, row in enumerate(rows.values()) if measure in row}
+        found = {y: each for y, each in found.items() if each["value"] is not None}
+        for y, each in found.items():
+            ax.plot(each["interval"] or [], [y] * 2 if each["interval"] else [], color="black", linewidth=1)
+            ax.plot(each["value"], y, "s" if y else "D", color="black", markersize=4)
+        if 0 in found:
+            ax.axvline(found[0]["value"], **FAINT)
+        ax.set_title(figure_title(measure), fontsize=9)
+        ax.tick_params(axis="x", labelsize=7)
+    axes[0].set_yticks(range(len(rows)), rows, fontsize=8)
+    axes[0].set_ylim(len(rows) - .5, -.5)
+    return figure
 
 
 def plot_features(features, label, risk):
@@ -405,7 +451,9 @@ def draw_risk(ax, trajectory: dict, time, threshold: float | None) -> None:
     if labelled := trajectory["labelled"]:
         ax.plot(time(labelled), np.zeros(len(labelled)), "s", color="#0072B2", markersize=4, clip_on=False,
                 label="label 1")
-    ax.set(ylabel=trajectory["followed"], ylim=(0, 1.1 * max(highest, threshold or 0)))
+    every = np.array([*trajectory["answers"].values()])
+    ax.set(ylabel=trajectory["followed"],
+           ylim=(1.1 * min(0, np.nanmin(every)), 1.1 * max(np.nanmax(every), threshold or 0)))
 
 
 def draw_events(ax, dataset, stay: int, rows: pd.Index, time, begin: float) -> None:

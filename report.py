@@ -19,8 +19,9 @@ from data import SPLITS, InputError, event_table, make_splits, point_slots, stay
 from explain import explanations, faithfulness, importance, questions_at, scale
 from history_statistics import real_sets
 from metrics import CHECKPOINT, figure_title, format_table, mean_of_logits, measure_table
+from page import characteristics, cohort_flow, table_parts, write_page
 from plots import (LABEL_NAMES, OUTCOME_PICTURES, picture_folder, plot_curves, plot_features, plot_forecast,
-                   plot_importance, plot_trajectory, save_figure)
+                   plot_groups, plot_importance, plot_trajectory, save_figure)
 from predictor import (FORECAST, QUERY, Predictor, against_training, answer_queries, answered_queries,
                        far_from_training, find_stay, forecast_at, forecasts_of, in_columns, medians,
                        risk_over_time)
@@ -36,12 +37,13 @@ def performance(arguments, baselines) -> None:
     `who_is_scored`), and writes what is asked for. Of several checkpoints the mean of their logits is
     scored."""
     folder = arguments.plots and picture_folder(arguments.plots)
-    check_folders(arguments.predictions, arguments.embeddings, arguments.explain, arguments.json)
+    check_folders(arguments.predictions, arguments.embeddings, arguments.explain, arguments.json,
+                  arguments.report)
     opened = open_together(arguments)
     predictor, dataset = opened[0]
     if predictor.checkpoint.mode == "pretrain":
         unused = [name for name in ("predictions", "embeddings", "trajectory", "plots", "baselines",
-                                    "subgroups", "at_hours", "explain", "faithfulness")
+                                    "subgroups", "at_hours", "explain", "faithfulness", "report")
                   if getattr(arguments, name)]
         if len(opened) > 1 or unused:
             predictor.checkpoint.check_finetuned()
@@ -58,12 +60,16 @@ def performance(arguments, baselines) -> None:
     if unscorable := task.lacking(cohort.answers[scored]):
         unscorable = (f"{cohort.reader}: the stays to be scored hold {unscorable} "
                       f"({len(scored_stays)} stays: {who}); {task.needed} needed")
-        if not (to_file or arguments.trajectory or arguments.explain):
+        if arguments.report or not (to_file or arguments.trajectory or arguments.explain):
             raise InputError(f"{unscorable}; --predictions needs no label")
     looked_at = scored_stays if len(scored) else stays_with(cohort, answered)
     compared = against_training(dataset, looked_at)
     print_compared(compared)
     figures["variables"] = compared.to_dict("index")
+    if arguments.report:
+        parts = table_parts(predictor.checkpoint, cohort, scored_stays)
+        figures |= {"flow": cohort_flow(predictor.checkpoint, cohort, stays, scored),
+                    "characteristics": characteristics(cohort, parts)}
     groups = {name: subgroups(cohort, scored, name) for name in arguments.subgroups}
 
     asked = answered if to_file else scored
@@ -89,8 +95,12 @@ def performance(arguments, baselines) -> None:
             tables |= tables_at_hours(figures)
         for title, table in tables.items():
             show(title, table)
-    if traced is not None:
-        figures["trajectory"] = risk_over_time(predictor.model, dataset, traced, predictor.device)
+    followed = traced
+    if arguments.report and traced is None:
+        followed = cohort.point_stay[scored[methods[CHECKPOINT][:, task.followed].argmax()]]
+    if followed is not None:
+        figures["trajectory"] = risk_over_time(predictor.model, dataset, followed, predictor.device)
+    if arguments.trajectory:
         print_trajectory(figures["trajectory"], cohort.shown)
     if arguments.explain:
         explained = stays if traced is None else np.array([traced])
@@ -102,8 +112,12 @@ def performance(arguments, baselines) -> None:
         figures["faithfulness"] = faithfulness_figures(
             arguments, predictor, dataset, drawn(looked_at, arguments.faithfulness))
     write_json(arguments.json, figures)
+    if folder or arguments.report:
+        images = pictures(figures, predictor, dataset, followed, scored, methods)
     if folder:
-        draw(folder, arguments.plot_format, figures, predictor, dataset, traced, scored, methods)
+        save_pictures(folder, arguments.plot_format, images)
+    if arguments.report:
+        write_page(arguments.report, predictor, dataset, scored, figures, tables, images)
 
 
 def check_folders(*paths: str | None) -> None:
@@ -127,7 +141,8 @@ def open_together(arguments) -> list[tuple]:
     """Returns a predictor and a dataset for each checkpoint. Raises InputError where several cannot be scored
     as one."""
     paths = arguments.checkpoint
-    for name in ("baselines", "embeddings", "trajectory", "plots", "at_hours", "explain", "faithfulness"):
+    for name in ("baselines", "embeddings", "trajectory", "plots", "at_hours", "explain", "faithfulness",
+                 "report"):
         if len(paths) > 1 and getattr(arguments, name):
             raise InputError(f"--{name}: of one checkpoint, where {len(paths)} are given; leave it or the "
                              "others out")
@@ -698,25 +713,32 @@ def forecast_figures(predictor, dataset, stays) -> dict:
 MOST_SHOWN = 5000  # points in the picture of the features
 
 
-def draw(folder: Path, kind: str, figures: dict, predictor, dataset, traced, scored, methods: dict) -> None:
-    """Writes the pictures as files of this kind. scored: the scored points, [n] as the answers of each of
-    `methods` [n, k]."""
-    checkpoint = predictor.checkpoint
+def pictures(figures: dict, predictor, dataset, traced, scored, methods: dict) -> dict:
+    """Returns the pictures by their names. scored: the scored points, [n] as the answers of each of `methods`
+    [n, k]."""
+    checkpoint, task = predictor.checkpoint, predictor.model.task
     curves = plot_curves(checkpoint.path, checkpoint.source.get("pretrained_ckpt"))
-    pictures = {"curves": curves} if curves else {}
+    images = {"curves": curves} if curves else {}
     if figures["scored"]:
-        task, answers = predictor.model.task, dataset.cohort.answers[scored]
-        pictures |= OUTCOME_PICTURES[task.kind](task, answers, methods, figures)
+        answers = dataset.cohort.answers[scored]
+        images |= OUTCOME_PICTURES[task.kind](task, answers, methods, figures)
+        if figures["subgroups"]:
+            images["subgroups"] = plot_groups(task, figures)
         if task.kind == "binary":
             label, risk = answers[:, 0].astype(int), methods[CHECKPOINT][:, 0]
             shown = np.sort(np.random.default_rng(0).permutation(len(scored))[:MOST_SHOWN])
             features = encode_points(predictor.model, dataset, scored[shown], predictor.device).cpu()
-            pictures["features"] = plot_features(features, label[shown], risk[shown])
+            images["features"] = plot_features(features, label[shown], risk[shown])
     if "importance" in figures:
-        pictures["importance"] = plot_importance(figures["importance"])
+        images["importance"] = plot_importance(figures["importance"])
     if traced is not None:
         threshold = checkpoint.metrics.get("threshold")
-        pictures["trajectory"] = plot_trajectory(figures["trajectory"], dataset, traced, threshold)
-    for name, figure in pictures.items():
+        images["trajectory"] = plot_trajectory(figures["trajectory"], dataset, traced, threshold)
+    return images
+
+
+def save_pictures(folder: Path, kind: str, images: dict) -> None:
+    """Writes the pictures as files of this kind."""
+    for name, figure in images.items():
         save_figure(figure, folder / f"{name}.{kind}")
-    print(f"pictures: {', '.join(f'{name}.{kind}' for name in sorted(pictures))} in {folder}")
+    print(f"pictures: {', '.join(f'{name}.{kind}' for name in sorted(images))} in {folder}")

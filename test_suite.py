@@ -32,7 +32,7 @@ FORECASTS = ("queries", "origin", "until", "every")
 INSTEAD = ("soak", "protocol", "forecast_benchmark", "benchmark", "export", "follow", "forecast",
            "odd")
 ANALYSIS = ("baselines", "predictions", "embeddings", "trajectory", "plots", "subgroups", "at_hours",
-            "explain", "faithfulness", "json")
+            "explain", "faithfulness", "json", "report")
 
 
 @dataclass
@@ -79,6 +79,9 @@ class Options(SharedSettings):
         "the report also at these hours after admission, beside the question itself; a record that ends "
         "before is asked at its end", (), low=1e-3, nargs="+", type=float, metavar="H")
     json: str = option("file to write: the analysis' figures")
+    report: str = option(
+        "file to write (.html): the analysis as a page to hand in or print, with the items of TRIPOD+AI that "
+        "software can fill in; it shows a patient's stay (needs matplotlib)")
     forecast: str = option(
         "instead: file to write (CSV or .parquet): stay_id, known_until, minute, variable and mean, low, "
         "high (80%%) of what is asked by --queries or --until; with --plots and --trajectory also a picture")

@@ -72,9 +72,10 @@ def test_a_planted_miscalibration_shows_in_its_group_and_nowhere_else(capsys):
     assert figures["methods"][CHECKPOINT]["sensitivity"]["value"] == pytest.approx(.8, abs=.001)
     print_tables(figures | {"scored": "these"})
     rows = capsys.readouterr().out.split("\nSubgroups")[1].splitlines()
-    assert rows[1].split() == ["stays", "positive", "AUROC", "AUPRC", "slope", "intercept", "sensitivity"]
+    assert rows[1].split() == ["stays", "positive", "AUROC", "AUPRC", "slope", "intercept", "sensitivity", "PPV",
+                               "alarms/100"]
     named = ["all", *(f"unit and sex {group}" for group in ("00", "01", "10", "11"))]
-    assert [row.split("  ")[0] for row in rows[2:]] == named and all(row.count("[") == 5 for row in rows[2:])
+    assert [row.split("  ")[0] for row in rows[2:]] == named and all(row.count("[") == 7 for row in rows[2:])
 
 
 def test_subgroups_are_first_values_categories_quartiles_and_numbers_of_events(tmp_path, load):
@@ -159,7 +160,8 @@ def test_the_analysis_writes_what_is_asked_for_with_or_without_labels(tmp_path, 
     assert f"{trajectory['risk'][0]:.4f}" in printed
     assert set(figures["subgroups"]) == {"Gender", "Age"} and figures["alarm"]["sensitivity"] == .5
     assert sum(group["stays"] for group in figures["subgroups"]["Gender"].values()) == figures["stays"]
-    pictures = [f"{name}.png" for name in ("calibration", "curves", "decision", "features", "ranking", "trajectory")]
+    pictures = [f"{name}.png" for name in ("calibration", "curves", "decision", "features", "ranking",
+                                         "subgroups", "trajectory")]
     assert sorted(file.name for file in (tmp_path / "plots").iterdir()) == pictures
 
     unlabelled = ["--checkpoint", str(finetuned), "--data_dir",
