@@ -54,7 +54,7 @@ class Normalizer:
         return self.low <= self.high
 
     @classmethod
-    def fit(cls, cohort: Cohort, stays: np.ndarray) -> "Normalizer":
+    def fit(cls, cohort: Cohort, stays: np.ndarray, like: "Normalizer | None" = None) -> "Normalizer":
         """Returns the normalizer of these stays.
 
         Values further than FAR interquartile ranges from the quartiles are left out: 3% of 9999999 must not
@@ -63,7 +63,9 @@ class Normalizer:
         skewness above SKEWED (most enzymes, bilirubin, lactate) is taken on a log scale, relative to its
         median. A constant variable (an indicator) keeps its value: mean 0, std 1. Statistics that the cohort
         was given are taken instead. Of more than MOST_VALUES values a seeded share is looked at, in which
-        rare variables keep all of theirs."""
+        rare variables keep all of theirs. like: whose choice between log and linear scale is taken, where it
+        knows the variable."""
+        logarithmic = dict(zip(like.variables, like.log_scale > 0)) if like else {}
         counts = np.zeros(len(cohort.variables), dtype=np.int64)
         for variable, value in events_of(cohort, stays):
             counts += np.bincount(variable[~np.isnan(value)], minlength=len(counts))
@@ -91,7 +93,7 @@ class Normalizer:
             x = np.concatenate([value[bounds[v]:bounds[v + 1]] for value, bounds in sorted_values])
             x = x.astype(np.float64)
             if len(x):
-                result.fit_variable(v, x)
+                result.fit_variable(v, x, logarithmic.get(cohort.variables[v]))
                 if given[v]:
                     (mean[v], std[v]), log_scale[v] = cohort.statistics[v], 0
                 seen += len(x)
@@ -100,8 +102,9 @@ class Normalizer:
         result.clipped = beyond / max(1, seen)
         return result
 
-    def fit_variable(self, v: int, x: np.ndarray) -> None:
-        """Mean, std, log_scale and range of variable v from its values x."""
+    def fit_variable(self, v: int, x: np.ndarray, logarithmic: bool | None = None) -> None:
+        """Mean, std, log_scale and range of variable v from its values x. logarithmic: whether on a log
+        scale, which no negative value can be (None: where they are skewed)."""
         low, middle, high = np.quantile(x, (.25, .5, .75))
         if low == high:  # more than half of the values are equal
             low, high = np.quantile(x, (.05, .95))
@@ -115,7 +118,9 @@ class Normalizer:
         x = x.clip(*np.quantile(x, (TAIL, 1 - TAIL)))
         if x.std() <= 1e-6 * max(1, abs(x.mean())):
             return
-        if x.min() >= 0 and ((x - x.mean()) ** 3).mean() > SKEWED * x.std() ** 3:
+        if logarithmic is None:
+            logarithmic = ((x - x.mean()) ** 3).mean() > SKEWED * x.std() ** 3
+        if x.min() >= 0 and logarithmic:
             self.log_scale[v] = np.median(x[x > 0])
             x = np.log1p(x / self.log_scale[v])
         self.mean[v], self.std[v] = x.mean(), x.std()

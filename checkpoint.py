@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from batches import Normalizer, StayDataset, variable_vectors
-from data import SPLITS, Cohort, InputError, make_splits, write_atomically
+from data import SPLITS, Cohort, InputError, at_site, write_atomically
 from labels import read_map
 from model import ModelConfig, SeqSetVAE, SeqSetVAEPretrain
 from questions import at_hours
@@ -139,8 +139,8 @@ _ORIGINAL_NAMES = {
 _ORIGINAL = re.compile("|".join(map(re.escape, _ORIGINAL_NAMES)))
 # No weights of the backbone: the head, what only pretraining and full training use, and the original's second
 # decoder, which never reached a loss.
-_SKIPPED = ("cls_head.", "trees.", "feature_", "vae_feature_fusion.", "mask_token", "setvae.decoder_layers.",
-            "setvae.out.")
+_SKIPPED = ("cls_head.", "hidden_head.", "head_variables", "trees", "feature_", "vae_feature_fusion.",
+            "mask_token", "setvae.decoder_layers.", "setvae.out.")
 
 
 def _weights(state, path, original: bool) -> dict[str, torch.Tensor]:
@@ -403,6 +403,11 @@ class Checkpoint:
                          f"{', '.join(renamed[:4])}{' ...' * (len(renamed) > 4)} (--variables none drops it)")
         if "positive" in maps and "positive" not in given:
             lines.append(f"checkpoint: kept from --positive: {maps['positive']}")
+        known = {name for ids in self.subjects.values() for name in ids}
+        sites = {name.partition("\x1f")[0] for name in known if "\x1f" in name}
+        if sites and "data_dir" in given and "site" not in given:
+            lines.append(f"checkpoint: it knows patients of the sites {', '.join(sorted(sites))}; without "
+                         "--site the ids of these data are nobody's there")
         if self.asked_at is not None and "hours" not in given:
             lines.append(f"checkpoint: asked {self.asked_at:.4g} hours after admission, as in training, "
                          "where labels have no times of their own (--hours end: at the end)")
@@ -417,6 +422,7 @@ class Checkpoint:
         salts = {name.split(":")[1] for parts in (self.split, self.subjects) for ids in parts.values()
                  for name in ids if name.startswith(HASHED)}
         ids = np.union1d(cohort.subject, cohort.stay_id).tolist()
+        ids += at_site(cohort.site, ids)
         known = {salted(salt, name): name for salt in salts for name in ids}
         return self.renamed(lambda name: known.get(name, name)) if salts else self
 
@@ -436,14 +442,19 @@ class Checkpoint:
         return dataset
 
     def known_part(self, cohort: Cohort) -> np.ndarray:
-        """[P] code of the part in which it knows each stay, -1 where it does not. By the subject's name, by
-        the stay's where it or the data name no patients, and in its own data, where labels may name patients
-        that were not known then. All stays of a subject are in the first of train, valid, test."""
+        """[P] code of the part in which it knows each stay, -1 where it does not. By the subject's name and
+        site, by the stay's where it or the data name no patients, and in its own data, where labels may name
+        patients that were not known then. All stays of a subject are in the first of train, valid, test."""
         part = np.full(len(cohort), -1, dtype=np.int8)
-        by_stay = (cohort.subject == cohort.stay_id) | (not self.is_new(cohort))
+        by_stay = cohort.subject == cohort.stay_id
+        if self.is_new(cohort):
+            by_stay &= cohort.site == self.source["data"].get("site", "")
+        else:
+            by_stay[:] = True
+        subject, stay = at_site(cohort.site, cohort.subject), at_site(cohort.site, cohort.stay_id)
         for code, name in reversed([*enumerate(SPLITS)]):
             subjects = self.subjects.get(name, [])
-            mine = np.isin(cohort.subject, subjects) | np.isin(cohort.stay_id, subjects)
+            mine = np.isin(subject, subjects) | np.isin(stay, subjects)
             mine |= by_stay & np.isin(cohort.stay_id, self.split.get(name, []))
             part[np.isin(cohort.subject, cohort.subject[mine])] = code
         return part
@@ -491,11 +502,11 @@ def salted(salt: str, name: str) -> str:
     return f"{HASHED}{salt}:{hashlib.sha256((salt + name).encode()).hexdigest()[:16]}"
 
 
-def splits_beside(known: np.ndarray, cohort: Cohort, seed: int) -> dict[str, list[str]]:
-    """The split of other data than the checkpoint's: a stay that it knows keeps its part (see `known_part`),
-    so that nobody is tested on who was ever trained on."""
+def splits_beside(known: np.ndarray, drawn: dict, cohort: Cohort) -> dict[str, list[str]]:
+    """The split of other data than the checkpoint's: as drawn, but a stay that it knows keeps its part (see
+    `known_part`), so that nobody is tested on who was ever trained on."""
     part = known.copy()
-    for code, ids in enumerate(make_splits(cohort, seed).values()):
+    for code, ids in enumerate(drawn.values()):
         part[np.isin(cohort.stay_id, ids) & (part < 0)] = code
     return {name: cohort.stay_id[part == code].tolist() for code, name in enumerate(SPLITS)}
 

@@ -117,6 +117,7 @@ class Cohort:
     kind: str = "binary"        # of the labels that were read, one of `KINDS`; no cache holds it
     names: tuple[str, ...] = ("label",)  # of outcomes (several), classes or causes (event)
     timed: bool = False         # whether the points have times of their own, not a stay's end or --hours
+    site: str = ""              # of --site: ids of different sites are different people's
 
     STAYS = ("event_variable", "event_value", "event_offset", "set_start", "set_minute", "stay_start",
              "stay_id", "subject", "origin", "split")
@@ -470,6 +471,12 @@ def draw(label: np.ndarray, others: int, seed: int) -> tuple[np.ndarray, np.ndar
 def stays_of(cohort: Cohort, ids: list[str]) -> np.ndarray:
     """Indices [n] of the stays with these ids, in the cohort's order."""
     return np.flatnonzero(np.isin(cohort.stay_id, ids))
+
+
+def at_site(site: str, ids) -> list[str]:
+    """Ids of stays or subjects as checkpoints keep them, which know those of several sites: behind the name
+    of their site, where it has one."""
+    return [f"{site}\x1f{name}" if site else str(name) for name in ids]
 
 
 def subjects_of(cohort: Cohort, split: dict[str, list[str]]) -> dict[str, list[str]]:

@@ -88,12 +88,12 @@ def epochs_of_steps(steps: int, stays: int, batch_size: int, most: int) -> int:
     return min(most, math.ceil(steps / math.ceil(stays / batch_size)))
 
 
-def head_penalty(model: nn.Module, config: FinetuneConfig, points: int) -> torch.Tensor:
-    """Returns the L2 penalty on the head's first layer, [], beside the mean loss over this number of training
-    points. The layer's inputs outnumber the positive stays. The penalty stands for two Gaussian priors, on
-    the inputs that the backbone learned and on the summaries. The more points there are, the less it
-    counts."""
-    weight = model.cls_head[0].weight
+def head_penalty(model: nn.Module, config: FinetuneConfig, points: int, change=None) -> torch.Tensor:
+    """Returns the L2 penalty on the head's first layer, or on this change of it, [c, F] -> [], beside the
+    mean loss over this number of training points. The layer's inputs outnumber the positive stays. The
+    penalty stands for two Gaussian priors, on the inputs that the backbone learned and on the summaries. The
+    more points there are, the less it counts."""
+    weight = model.cls_head[0].weight if change is None else change
     square = model.task.squares(weight) if len(model.cls_head) == 1 else weight.square()  # [c, F]
     learned, exact = square.tensor_split([square.shape[1] - model.feature_sizes()["summaries"]], dim=1)
     return 0.5 / points * (config.learned_prior * learned.sum() + config.summaries_prior * exact.sum())

@@ -711,8 +711,11 @@ class SeqSetVAE(Backbone):
             logits = logits + self.hidden_head(x)
         if self.training or self.trees is None:
             return logits
-        share = self.trees_share.view(-1, 1).expand(-1, self.task.outputs // self.task.ensembles).flatten()
-        return logits.lerp(self.task.tree_logits(self.trees(self.tree_input(x))), share)
+        return logits.lerp(self.task.tree_logits(self.trees(self.tree_input(x))), self.trees_part())
+
+    def trees_part(self) -> torch.Tensor:
+        """The share of the trees in each logit, [classes]."""
+        return self.trees_share.view(-1, 1).expand(-1, self.task.outputs // self.task.ensembles).flatten()
 
     def tree_input(self, x):
         """x [..., F], standardised -> its exact summaries: the trees see what no training changes."""

@@ -625,7 +625,7 @@ def load_cohort(data_dir: str | None = None, synthetic_stays: int = 1000, cache_
                 params_map: str | None = None, label_file: str | None = None, task: str | list | None = None,
                 hours: float | None = None, split_file: str | None = None, positive: str | None = None,
                 variables_map: str | dict | None = None, columns: str | None = None, kind: str | None = None,
-                outcomes: list[str] | None = None, kinds: tuple = KINDS) -> Cohort:
+                outcomes: list[str] | None = None, kinds: tuple = KINDS, site: str = "") -> Cohort:
     """The cohort at `data_dir` (None: the embedded one), parsed once and then memory-mapped from the cache;
     labels, subjects and splits are attached to it at each call, so that one cached cohort serves every task
     and its fingerprint knows none of them.
@@ -643,6 +643,7 @@ def load_cohort(data_dir: str | None = None, synthetic_stays: int = 1000, cache_
         variables_map: CSV that renames, rescales and labels variables as they are read, see `read_map`; or
             what it says.
         columns: the tables' own names of columns, see `read_columns`.
+        site: see `Cohort.site`.
     Raises InputError where the folder is missing, fits no reader, or holds a malformed file, and where an
     option is given that the reader does not take.
     """
@@ -706,7 +707,7 @@ def load_cohort(data_dir: str | None = None, synthetic_stays: int = 1000, cache_
                              "give their ids")
     if folder and folder != Path(data_dir):
         cohort = replace(cohort, reader=f"{cohort.reader} in {folder}")
-    return cohort
+    return replace(cohort, site=site)
 
 
 def _cached(reader: Reader, folder: Path | None, files: list[Path], synthetic_stays: int, home: Path | None,

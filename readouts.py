@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from batches import EventBatch
+from batches import EventBatch, variable_vectors
 from history_statistics import (FUTURE_STATISTICS, HISTORY_STATISTICS, Question, Statistics, at_slots,
                                 draw_queries, hours_since)
 from settings import ModelConfig
@@ -31,6 +31,17 @@ class VariableKeys(nn.Module):
         else:  # of length 1, as far from each other as chance has them
             nn.init.normal_(self.projection.weight, std=config.key_dim**-0.5)
             nn.init.zeros_(self.free.weight)
+
+    @staticmethod
+    def begun(names: list[str], known: int, size: int) -> torch.Tensor:
+        """The free parts [n, size] of variables that join a vocabulary of `known` ones, as they begin: a
+        dimension of its own where one is left; beyond that, of length 1 and drawn by the name, unless the
+        projection gives such a key."""
+        own = torch.eye(size)[known:known + len(names)]
+        rest = names[len(own):]
+        if rest and known <= size:
+            return torch.cat([own, variable_vectors(rest, size)])
+        return torch.cat([own, torch.zeros(len(rest), size)])
 
     def forward(self, vectors, variables):
         """vectors [n, input_dim] and indices [n] of variables -> [n, r]."""

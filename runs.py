@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from batches import EventBatch, StayDataset, sorted_batches
-from data import Cohort, InputError, subjects_of, write_atomically
+from data import Cohort, InputError, at_site, subjects_of, write_atomically
 from checkpoint import Checkpoint, difference, git_commit, label_digest, load_weights, maps_of
 from history_statistics import at_slots
 from model import SeqSetVAE
@@ -449,7 +449,8 @@ class Run:
 
     def checkpoint(self, metrics: dict, trainer: dict | None = None) -> Checkpoint:
         """The run as it stands: enough to score new data, and to know which stays it has seen."""
-        subjects = subjects_of(self.dataset.cohort, self.split)
+        cohort = self.dataset.cohort
+        subjects = {part: at_site(cohort.site, ids) for part, ids in subjects_of(cohort, self.split).items()}
         subjects |= {part: sorted({*subjects[part], *self.seen.get(part, [])}) for part in ("train", "valid")}
         return Checkpoint(self.folder, self.record["mode"], self.model.config, self.model.state_dict(),
                           self.model.setvae.vocabulary, self.dataset.normalizer, self.split, subjects,

@@ -149,6 +149,7 @@ class DataSettings:
                        "have columns event and hours or days, else binary)", choices=KINDS)
     outcomes: list = option("columns of the labels that hold 0 or 1, each an outcome (--kind several)",
                             nargs="+", metavar="NAME")
+    site: str = option("name of the hospital: equal ids at another site are another patient's")
     positive: str = option("the word in the label column that means 1, such as yes")
     hours: float = option("ask once a stay, this many hours after admission (minute 0; of clock times the "
                           "first event); end: at its end, wherever a checkpoint learned", low=0,

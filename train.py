@@ -11,7 +11,6 @@ metrics.csv (one row an epoch), best.pt (the epoch that README.md names for each
 from); see runs.py."""
 
 import difflib
-import hashlib
 import itertools
 import json
 import math
@@ -30,8 +29,8 @@ from tqdm import tqdm
 
 import runs
 from batches import Normalizer, StayDataset, common_variables, epoch_batches, split_batch, variable_vectors
-from data import Cohort, InputError, make_splits, stays_of, variables_of
-from checkpoint import Checkpoint, splits_beside
+from data import Cohort, InputError, stays_of, variables_of
+from checkpoint import Checkpoint
 from finetune_config import (OLDER, FinetuneConfig, adamw, boosted_trees, cosine, epochs_of_steps,
                              head_penalty, tree_sizes)
 from history_statistics import real_sets
@@ -45,6 +44,8 @@ from runs import (PRECISIONS, Run, Signals, choose_device, data_parallel, encode
 from settings import (SEED, SHARE, Parser, SharedSettings, changed, check_settings, data_options, option,
                       recorded, setting, value_of)
 from tasks import Task
+from transfer import (adapted, begins_with_old_head, drawn_split, learn_old_head, load_backbone,
+                      old_backbone, old_classifier, pretrained_source, split_beside)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -83,8 +84,16 @@ class RunSettings(SharedSettings):
     objective: str = option("pretrain: our objective, or the original's (default: readout)", "readout",
                             group="model", mode="pretrain", choices=("readout", "original"))
     pretrained_ckpt: str = option(
-        "finetune: the pretrained checkpoint (needed); the original implementation's will do",
-        mode="finetune", scope="path")
+        "the checkpoint to begin with (finetune: needed): pretrained, finetuned or exported; to finetune, "
+        "the original implementation's will do", scope="path")
+    adapt: bool = option(
+        "of this checkpoint: its variables get the scale of these data's training stays, and variables that "
+        "it does not know join", False)
+    head: str = option("finetune: the head to begin with: a new one, or the old one of a finetuned "
+                       "checkpoint (default: old, where it answers what the labels ask)",
+                       choices=("new", "old"), mode="finetune")
+    recalibrate: bool = option("finetune: of a finetuned checkpoint correct slope and intercept of its "
+                               "answers, nothing else", False, mode="finetune")
     random_init: bool = option(
         "finetune: the checkpoint's architecture, data and split, but an untrained backbone", False,
         mode="finetune")
@@ -120,12 +129,17 @@ class RunSettings(SharedSettings):
 MODEL_FIELDS = fields(ModelConfig)
 
 
-def settable(mode: str, random_init: bool) -> dict[str, Field]:
-    """The settings that --set can change, by name."""
-    scopes = {"loose"} | ({None} if random_init or mode == "pretrain" else set()) | {mode}
+def settable(mode: str, untrained: bool) -> dict[str, Field]:
+    """The settings that --set can change, by name; untrained: the backbone begins so."""
+    scopes = {"loose"} | ({None} if untrained else set()) | {mode}
     config = PretrainConfig if mode == "pretrain" else FinetuneConfig
     of_model = [f for f in MODEL_FIELDS if f.metadata.get("scope") in scopes]
     return {f.name: f for f in (*fields(config), *of_model)}
+
+
+def untrained(mode: str, options: dict) -> bool:
+    """Whether with these options the backbone begins untrained, with sizes of its own."""
+    return options.get("random_init") or mode == "pretrain" and not options.get("pretrained_ckpt")
 
 
 EXAMPLES = """examples:
@@ -162,7 +176,12 @@ def run_settings(**given) -> RunSettings:
             raise InputError(f"--{f.name}: no option of --mode {mode}; leave it out")
     for name in [name for name in ("batch_size", "max_epochs") if name in given]:
         changes[f"full_{name}" if full else name] = given[name]
-    known = settable(mode, settings.random_init)
+    if settings.adapt and not settings.pretrained_ckpt:
+        raise InputError("--adapt: fits an old checkpoint to new data; give --pretrained_ckpt, or leave it "
+                         "out")
+    if settings.pretrained_ckpt and settings.objective != "readout":
+        raise InputError("--objective: the pretrained checkpoint decides it; leave it out")
+    known = settable(mode, untrained(mode, asdict(settings)))
     for name in changes:
         if name not in known:
             raise InputError(f"--set {name}: {why_unknown(name, known, mode)}")
@@ -181,7 +200,7 @@ def over(settings: RunSettings, given: dict) -> RunSettings:
 
 
 def why_unknown(name: str, known: dict, mode: str) -> str:
-    if name in settable(mode, random_init=True):
+    if name in settable(mode, untrained=True):
         return "the pretrained checkpoint decides it; set it when pretraining, or add --random_init"
     near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
     return f"--mode {mode} has no such setting; {'near: ' + ', '.join(near) if near else 'see --help'}"
@@ -194,7 +213,7 @@ def recorded_options(record: dict) -> dict:
     today, of a record of an older version, is said and left out."""
     mode, run = record["mode"], record["run"]
     options = {name: value for name, value in run["options"].items() if value is not None}
-    known = settable(mode, options.get("random_init"))
+    known = settable(mode, untrained(mode, options))
     settings = OLDER | record["model_config"] | run["settings"]
     changes = {name: value for name, value in settings.items() if name in known}
     if unknown := [name for name in (*options, *run["settings"])
@@ -378,33 +397,39 @@ def pretrain(arguments) -> Path:
     config = changed(PretrainConfig(), arguments.changes)
     device, dtype = choose_device(arguments.device, arguments.precision)
     data = data_options(arguments)
-    cohort = read_cohort(data | {"kinds": ("binary",)})  # labels of other kinds would not stratify the split
+    given = data | {"kinds": ("binary",)}  # labels of other kinds would not stratify the split
+    old, source = None, {}
+    if arguments.pretrained_ckpt:
+        old, cohort = open_checkpoint(arguments.pretrained_ckpt, given)
+        data, source = old.data_settings(data), pretrained_source(arguments)
+        split, whose = split_beside(arguments, old, cohort, given)
+    else:
+        cohort = read_cohort(given)
+        split, whose = drawn_split(arguments, cohort)
     print(cohort.describe())
-    split_seed = arguments.seed if arguments.split_seed is None else arguments.split_seed
-    split = make_splits(cohort, split_seed)
     train, valid = stays_of(cohort, split["train"]), stays_of(cohort, split["valid"])
     if not len(train) or not len(valid):
         raise InputError(f"{cohort.reader}: its own split has {len(train)} train and {len(valid)} valid "
                          "stays; give some to each, or leave the split out")
-    known = variables_of(cohort, train)  # what other stays alone hold would have no scale and no weights
-    normalizer = Normalizer.fit(cohort, train).of(known)
-    print(normalizer.describe())
-    dataset = StayDataset(cohort, normalizer)
+    if old:
+        if arguments.adapt:
+            old, source["adapted"] = adapted(old, cohort, train)
+        dataset = StayDataset(cohort, old.normalizer)
+    else:
+        known = variables_of(cohort, train)  # what other stays alone hold would have no scale and no weights
+        dataset = StayDataset(cohort, Normalizer.fit(cohort, train).of(known))
+        print(dataset.normalizer.describe())
     if dataset.unknown_variables:
-        print(f"{dataset.describe_known()}, as no training stay holds them")
+        print(f"{dataset.describe_known()}{', as no training stay holds them' * (old is None)}")
 
     torch.manual_seed(arguments.seed)
-    model_config = (ModelConfig.original if arguments.objective == "original" else ModelConfig)(len(known))
-    model_config = replace(model_config, input_dim=cohort.vectors.shape[1] or model_config.input_dim)
-    model_config = changed(model_config, arguments.changes)
-    vectors = variable_vectors(normalizer.variables, model_config.input_dim, cohort.vectors[known])
-    model = SeqSetVAEPretrain(model_config, vectors).to(device)
-    run = Run(arguments, config, model, dataset, split, data, device, dtype,
-              best={"val_loss": math.inf, "epoch": 0})
+    model = old_backbone(arguments, old) if old else new_backbone(arguments, cohort, known)
+    model, model_config = model.to(device), model.config
+    run = Run(arguments, config, model, dataset, split, data, device, dtype, source=source,
+              best={"val_loss": math.inf, "epoch": 0}, seen=old.subjects if old else {})
     print_size(model, device, dtype)
-    of = "of the data" if (cohort.split >= 0).any() else f"seed {split_seed}"
-    print(f"split: {len(train):,} train, {len(valid):,} valid, {len(split['test']):,} test stays "
-          f"({of}); labels unused; run folder {run.folder}")
+    print(f"split: {len(train):,} train, {len(valid):,} valid, {len(split['test']):,} test stays"
+          f"{whose}; labels unused; run folder {run.folder}")
 
     epochs = config.epochs(len(train))
     steps = epochs * math.ceil(len(train) / config.batch_size)
@@ -446,6 +471,15 @@ def pretrain(arguments) -> Path:
                   "max_beta or raise free_bits")
     following = ["train.py", "--mode", "finetune", "--pretrained_ckpt"]
     return run.finish(f"val_loss {run.best['val_loss']:.4f}", following)
+
+
+def new_backbone(arguments, cohort: Cohort, known: np.ndarray) -> SeqSetVAEPretrain:
+    """An untrained model whose vocabulary are these variables [V] of the cohort."""
+    config = (ModelConfig.original if arguments.objective == "original" else ModelConfig)(len(known))
+    config = replace(config, input_dim=cohort.vectors.shape[1] or config.input_dim)
+    config = changed(config, arguments.changes)
+    names = [cohort.variables[v] for v in known]
+    return SeqSetVAEPretrain(config, variable_vectors(names, config.input_dim, cohort.vectors[known]))
 
 
 @torch.no_grad()
@@ -491,37 +525,27 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
     device, dtype = choose_device(arguments.device, arguments.precision)
     given = data_options(arguments)
     checkpoint, cohort = open_checkpoint(arguments.pretrained_ckpt, given)
-    if checkpoint.mode != "pretrain" and not checkpoint.original:
-        raise InputError(f"{arguments.pretrained_ckpt}: a checkpoint of --mode {checkpoint.mode}; "
-                         "--pretrained_ckpt takes one of --mode pretrain")
+    old_head = begins_with_old_head(arguments, checkpoint, cohort)
+    task = Task.from_state(checkpoint.task, checkpoint.path) if old_head else Task.of(cohort)
+    cohort = task.recode(cohort) if old_head else cohort
     print(cohort.describe())
-    split_seed = arguments.seed if arguments.split_seed is None else arguments.split_seed
-    # The checkpoint's split is kept, unless the data are others, or tell one that it did not know.
-    new, split = checkpoint.is_new(cohort), checkpoint.split
-    known, kept = checkpoint.known_part(cohort), split
-    told = make_splits(cohort, split_seed) if (cohort.split >= 0).any() else None
-    if told and (new or {"split_file", "label_file"} & given.keys()
-                 or set(told["test"]) != set(kept["test"])):
-        split = told
-    elif new:
-        split = splits_beside(known, cohort, split_seed)
-    tested = stays_of(cohort, split["test"])
-    if leaks := np.unique(cohort.subject[tested[np.isin(known[tested], (0, 1))]]).tolist():
-        raise InputError(f"{arguments.split_file or arguments.label_file or cohort.reader}: the split tests "
-                         f"{len(leaks)} subjects ({', '.join(leaks[:3])} ...) that "
-                         f"{arguments.pretrained_ckpt} was pretrained or selected on; pretrain with this "
-                         "split and these labels")
-    task = Task.of(cohort)
+    split, whose = split_beside(arguments, checkpoint, cohort, given)
     if config.loss not in task.losses:
         raise InputError(f"--set loss={config.loss}: labels of the kind {task.kind} are learned by "
                          f"{task.losses[0]}; leave it out")
-    task.check(cohort, {name: split[name] for name in ("train", "valid")})
+    if arguments.recalibrate:
+        task.check(cohort, {"train and valid": split["train"] + split["valid"]})
+    elif not old_head:
+        task.check(cohort, {name: split[name] for name in ("train", "valid")})
     train, valid = labelled(cohort, split["train"]), labelled(cohort, split["valid"])
     train = task.subset(cohort, train, arguments.label_fraction, arguments.seed)
     checkpoint = checkpoint.completed(cohort, train, arguments.set_heads, arguments.transformer_heads)
     if checkpoint.original and not cohort.vectors.shape[1]:
         print("warning: no cached.csv lies in the data: the original checkpoint was trained on other "
               "variable vectors than the hashed names used now")
+    source = pretrained_source(arguments)
+    if arguments.adapt:
+        checkpoint, source["adapted"] = adapted(checkpoint, cohort, stays_of(cohort, split["train"]))
     dataset = checkpoint.dataset(cohort)
     print(dataset.describe_known())
     for name, auc in telling_variables(cohort, labelled_points(cohort, train)).items():
@@ -530,33 +554,38 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
 
     torch.manual_seed(arguments.seed)
     learned, weight = task.training_points(cohort, train, config, arguments.seed, 0)
-    task = task.fitted(cohort, learned, weight, arguments.horizons)
-    listed = common_variables(cohort, dataset, stays_of(cohort, split["train"]), config.most_variables)
-    model = new_classifier(arguments, task, config, checkpoint, listed, len(learned)).to(device)
-    share = print_size(model, device, dtype)
-    if not full and share > config.max_trainable_ratio:
+    if old_head:
+        model = old_classifier(checkpoint)
+    else:
+        task = task.fitted(cohort, learned, weight, arguments.horizons)
+        listed = common_variables(cohort, dataset, stays_of(cohort, split["train"]), config.most_variables)
+        model = new_classifier(arguments, task, config, checkpoint, listed, len(learned))
+    share = print_size(model.to(device), device, dtype)
+    if not (full or old_head) and share > config.max_trainable_ratio:
         raise InputError(f"finetune_config.py: the head is {share:.1%} of all parameters; narrow head_widths "
                          f"below {config.max_trainable_ratio:.0%}")
-    data, pretrained = checkpoint.data_settings(given), Path(arguments.pretrained_ckpt)
-    forecasts = bool(config.reconstruction_weight) if full else not arguments.random_init
-    source = {"asked": describe_questions(cohort, learned), "pretrained_ckpt": str(pretrained),
-              "forecasts": forecasts,  # whether it learned to
-              "pretrained": from_rank_0(lambda: hashlib.sha256(pretrained.read_bytes()).hexdigest()[:16])}
+    data = checkpoint.data_settings(given)
+    asked = learned if len(learned) else np.arange(len(cohort.point_minute))
+    hours = data.get("hours", None if cohort.timed else checkpoint.asked_at)
+    source["asked"] = describe_questions(cohort, asked)
+    learned_to = checkpoint.source.get("forecasts", True) and not arguments.random_init
+    source["forecasts"] = bool(config.reconstruction_weight) if full else learned_to
     run = Run(arguments, config, model, dataset, split, data, device, dtype, source=source,
               best={"epoch": 0, **task.untrained}, seen=checkpoint.subjects,
-              kept={"task": task.state_dict(), "asked_at": hours_asked(cohort, learned, data.get("hours"))})
+              kept={"task": task.state_dict(), "asked_at": hours_asked(cohort, asked, hours)})
     counts = [f"{len(stays):,} {name} ({task.count(cohort, stays)})"
               for name, stays in (("train", train), ("valid", valid))]
-    print(f"split: {', '.join(counts)}, {len(split['test']):,} test stays"
-          f"{' of the checkpoint' if split is kept else '' if told else f' (seed {split_seed})'}; run folder "
-          f"{run.folder}")
+    print(f"split: {', '.join(counts)}, {len(split['test']):,} test stays{whose}; run folder {run.folder}")
 
     asked = labelled_points(cohort, valid)
     if full:
         train_everything(arguments, config, run, train, asked)
+    elif old_head:
+        learn_old_head(run, config, np.union1d(train, valid), valid, checkpoint.metrics,
+                       arguments.recalibrate)
     else:
         train_head(config, run, train, asked)
-    weighed = "" if model.trees is None else ", on stays that also set the trees' share"
+    weighed = "" if old_head or model.trees is None else ", on stays that also set the trees' share"
     return run.finish(f"{task.describe(run.best)}{weighed}", ["test_suite.py", "--checkpoint"])
 
 
@@ -573,13 +602,7 @@ def new_classifier(arguments, task: Task, config: FinetuneConfig, checkpoint: Ch
     if arguments.random_init:
         print("backbone: untrained (--random_init)")
         return model
-    report = checkpoint.backbone_into(model)
-    if not report.complete and not arguments.allow_partial:
-        named = ", ".join((report.missing + report.mismatched)[:3])
-        raise InputError(f"{checkpoint.path}: backbone weights are missing or of another shape ({named} "
-                         "...); give a matching checkpoint, or --allow_partial")
-    print(f"✅ Loaded pretrained weights: {len(report.loaded)} tensors\n{report}")
-    return model
+    return load_backbone(model, checkpoint, arguments.allow_partial)
 
 
 @torch.no_grad()

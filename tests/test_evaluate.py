@@ -488,6 +488,8 @@ def test_the_readmes_commands_for_ones_own_table(tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(readers, "synthetic_cohort", lambda stays: synthetic_cohort(60))
+    Path("checkpoints").mkdir()
+    Path("checkpoints/physionet2012.pt").symlink_to(Path(train.__file__).with_name("checkpoints") / "physionet2012.pt")
     commands = {"readers.py": readers.main, "train.py": lambda options: train.main([*options, "--max_epochs", "1"]),
                 "test_suite.py": main}
     for line in (line for _, block in readme_blocks("run") for line in block.splitlines()):

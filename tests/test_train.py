@@ -22,7 +22,7 @@ import runs
 import train
 from batches import balanced_parts
 from data import make_splits
-from checkpoint import Checkpoint
+from checkpoint import Checkpoint, splits_beside
 from readers import synthetic_cohort, write_long_table
 from tasks import Binary
 from tests.plain_loop import close
@@ -102,12 +102,13 @@ def test_a_stay_that_the_checkpoint_knows_keeps_its_part_in_other_data():
              "test": cohort.stay_id[34:40].tolist()}
 
     def known_part(subjects):
-        checkpoint = SimpleNamespace(subjects=subjects, split={}, is_new=lambda cohort: True)
+        checkpoint = SimpleNamespace(subjects=subjects, split={}, is_new=lambda cohort: True, source={"data": {}})
         return Checkpoint.known_part(checkpoint, cohort)
-    split = train.splits_beside(known_part(known), cohort, seed=3)
+    drawn = make_splits(cohort, 3)
+    split = splits_beside(known_part(known), drawn, cohort)
     assert all(set(ids) <= set(split[part]) for part, ids in known.items())
     assert sorted(sum(split.values(), [])) == sorted(cohort.stay_id)
-    assert train.splits_beside(known_part({}), cohort, 3) == make_splits(cohort, 3)
+    assert splits_beside(known_part({}), drawn, cohort) == drawn
 
 
 @pytest.mark.parametrize("precision, full_training", [("fp32", False), ("fp32", True), ("bf16", True)])
