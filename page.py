@@ -63,13 +63,13 @@ def table_parts(checkpoint: Checkpoint, cohort, scored_stays) -> dict[str, np.nd
 
 def first_recorded(cohort, stays) -> pd.Series:
     """Returns the first value of each variable in each of these stays by its last question, by (stay,
-    variable): inf where the variable was charted without a value."""
+    variable): inf where the variable was charted without a value alone."""
     last, found = cohort.point_minute[cohort.point_start[stays + 1] - 1], []
     for part, until in zip(*(np.array_split(x, 1 + len(stays) // 5000) for x in (stays, last))):
         table = event_table(cohort, part)
-        table = table[table["minute"] <= np.repeat(until, cohort.stay_events[part])].fillna({"value": np.inf})
+        table = table[table["minute"] <= np.repeat(until, cohort.stay_events[part])]
         found.append(table.groupby(["stay", "variable"])["value"].first())
-    return pd.concat(found)
+    return pd.concat(found).fillna(np.inf)
 
 
 def quartiles(values: pd.Series) -> str:
