@@ -3,6 +3,7 @@ the model's own head without its backbone, an untrained backbone."""
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,6 +21,9 @@ from checkpoint import Checkpoint
 from data import InputError, search_after, stay_event_index, stays_of
 from finetune_config import MANY_POINTS, OLDER, FinetuneConfig, tree_sizes
 from history_statistics import summary_features
+from labels import read_columns, read_scores
+from metrics import (CHECKPOINT, RANKED, RANKS, bootstrap, enough, interval, measure_table, net_benefit,
+                     ranks, with_intervals)
 from model import ModelConfig, SeqSetVAE
 from predictor import CPU
 from questions import labelled_points
@@ -241,3 +245,66 @@ def baselines(arguments, checkpoint: Checkpoint, dataset, points) -> dict[str, n
     model.head_variables.copy_(checkpoint.weights["head_variables"])
     untrained = of_a_frozen_head(model, dataset, train, valid, points, config, seed, device)
     return methods | {UNTRAINED: untrained}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A score in use (`--compare FILE`)
+# ------------------------------------------------------------------------------------------------------------
+
+def score_of(arguments, cohort, scored) -> np.ndarray:
+    """Returns the score of --compare at the scored points, [n], NaN: none, and says what was met. Raises
+    InputError where it ranks nothing."""
+    path = arguments.compare
+    if not Path(path).is_file():
+        raise InputError(f"--compare {path}: no such file; correct the path")
+    score, lines = read_scores(cohort, Path(path), read_columns(arguments.columns))
+    has_score, is_scored = ~np.isnan(score), np.isin(np.arange(len(score)), scored)
+    for reason, points in (("scored points have no score", is_scored & ~has_score),
+                           ("points have a score and are not scored", has_score & ~is_scored)):
+        if points.any():
+            first = cohort.stay_id[cohort.point_stay[np.argmax(points)]]
+            lines.append(f"{points.sum():,} {reason}, the first: stay {first}")
+    for line in lines:
+        print(f"compare: {path}: {line}")
+    score, known = score[scored], has_score[scored]
+    if lacking := Task.of(cohort).lacking(cohort.answers[scored[known]]):
+        raise InputError(f"--compare {path}: the points with a score hold {lacking}; both classes are "
+                         "needed")
+    if np.ptp(score[known]) == 0:
+        raise InputError(f"--compare {path}: every score is {score[known][0]:g}, which ranks nothing; give "
+                         "the column of the score")
+    return score
+
+
+def beside_score(cohort, scored, methods: dict, score: str) -> dict:
+    """Returns AUROC and AUPRC of each method {name: answer [n, 1]} at the scored points that have a `score`
+    (one of them, NaN: none; higher is worse), and those of CHECKPOINT less those of the score, with paired
+    95% intervals by bootstrap over patients; and where all scores lie in [0, 1] the net benefit of both."""
+    known = ~np.isnan(methods[score][:, 0])
+    stay, label = cohort.point_stay[scored[known]], cohort.label[scored[known]].astype(int)
+    subject = pd.factorize(cohort.subject)[0][stay]
+    given = {name: answer[known, 0] for name, answer in methods.items()}
+    own, other = given[CHECKPOINT], given[score]
+    measures = {name: with_intervals(subject, label, p, RANKS) for name, p in given.items()}
+    intervals = {}
+    if enough(subject, label):
+        draws = bootstrap(subject, label, own, other)
+        intervals = dict(zip(RANKS[ranks], map(interval, (draws[:, 0] - draws[:, 1]).T)))
+    difference = {name: {"value": measures[CHECKPOINT][name]["value"] - measures[score][name]["value"],
+                         "interval": intervals.get(name)} for name in RANKS[ranks]}
+    probable = 0 <= other.min() and other.max() <= 1
+    benefit = {name: net_benefit(label, given[name]) for name in (CHECKPOINT, score)} if probable else None
+    return {"score": score, "points": len(stay), "stays": len(np.unique(stay)), "positive": int(label.sum()),
+            "without_a_score": int((~known).sum()), "methods": measures, "difference": difference,
+            "net_benefit": benefit}
+
+
+def score_tables(figures: dict) -> dict[str, pd.DataFrame]:
+    """Returns `beside_score` as a table, by its title."""
+    title = (f"Beside the score of {figures['score']}: {figures['points']:,} points in "
+             f"{figures['stays']:,} stays, {figures['positive']:,} positive (left out, without a score: "
+             f"{figures['without_a_score']:,})")
+    if figures["net_benefit"] is None:
+        title += "\nno net benefit: scores beyond 0 to 1 are no probabilities"
+    rows = figures["methods"] | {f"{CHECKPOINT} less {figures['score']}": figures["difference"]}
+    return {title: measure_table(rows, RANKED)}

@@ -272,6 +272,8 @@ def _value_columns(path: Path, names, kind: str, outcomes) -> dict:
                          "name others with --kind or --outcomes"): str}
     if kind == "several":
         return {_one_of(path, names, [name]): str for name in outcomes}
+    if kind == "score":
+        return {_one_of(path, names, ("score",)): float}
     if kind == "classes":
         return {_one_of(path, names, ("label", "categorical_value")): str}
     if kind == "number":
@@ -311,7 +313,7 @@ def _answers(table: Table, kind: str, columns: list[str], positive: str | None
         return _classes(table, *columns)
     if kind == "event":
         return _events(table, columns[1])
-    if kind == "number":
+    if kind in ("number", "score"):
         return _number(table, columns), ("label",)
     mend = "leave the column out of --outcomes" if kind == "several" else ""
     answers = np.stack([_labels(table, name, positive, mend) for name in columns], axis=1)
@@ -396,11 +398,11 @@ def _read_labels(cohort: Cohort, files: list[Path], kind: str, outcomes: list[st
     again = rows.duplicated().to_numpy()
     other = rows.duplicated(["id", "at"]).to_numpy() & ~again
     named = some(np.unique(ids[other]))
-    table.refuse(id_column, other, f", labelled twice and not alike ({named}); keep one line of each")
+    table.refuse(id_column, other, f", given twice and not alike ({named}); keep one line of each")
     report.settle()
-    table.note("labels given more than once", again)
+    table.note("rows given more than once", again)
     strange = ~rows["id"].isin(cohort.stay_id).to_numpy()
-    table.note("outcomes of no stay with a usable event", strange & ~again)
+    table.note("rows of no stay with a usable event", strange & ~again)
     return rows[~strange & ~again], called, timed, said
 
 
@@ -431,6 +433,22 @@ def _asking(cohort: Cohort, rows: pd.DataFrame, timed: str | None, path: Path, r
     elif timed == "hour":
         at = at + cohort.admission[stay]
     return with_points(cohort.noting(report.counts, report.examples), count, at, answers)
+
+
+def read_scores(cohort: Cohort, path: Path, own: dict = {}) -> tuple[np.ndarray, list[str]]:
+    """The score of each prediction point [Q], NaN: none, that a file tells of an id, `score` and perhaps a
+    time (see `with_labels`): of a stay with several the last that is not after the point; and lines of what
+    was met. own: see `read_columns`."""
+    report = Report(own)
+    rows, _, timed, _ = _read_labels(cohort, [path], "score", None, None, report, True)
+    lines = report.lines()
+    told = _asking(cohort, rows.dropna(subset=[0]), timed, path, report)
+    scores = pd.DataFrame({"stay": told.point_stay, "at": told.point_minute if timed else -np.inf,
+                           "score": told.answers[:, 0].astype(float)}).dropna()
+    points = pd.DataFrame({"stay": cohort.point_stay, "at": cohort.point_minute})
+    found = pd.merge_asof(points.reset_index().sort_values("at"), scores.sort_values("at"), on="at",
+                          by="stay")
+    return found.sort_values("index")["score"].to_numpy(), lines
 
 
 def telling_variables(cohort: Cohort, points: np.ndarray) -> dict[str, float]:

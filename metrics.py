@@ -77,11 +77,13 @@ RESAMPLED_LESS = 20_000  # from this number of points on a bootstrap draws 200 s
 FEW = 10                 # patients of each label, below which an interval means nothing
 
 
-def bootstrap(group, label, *probabilities, measures=(ranks,), repeats: int = 1000) -> np.ndarray:
+def bootstrap(group, label, *probabilities, measures=(ranks,), repeats: int | None = None) -> np.ndarray:
     """Returns [repeats, k, m]: the m numbers of `measures` for each of k methods, where every method is
     scored on the same resampled groups of points (Efron & Tibshirani 1993), so that differences are paired.
 
-    group: [n] the patient of each point, any integer. Samples that hold one class alone are drawn anew."""
+    group: [n] the patient of each point, any integer. Samples that hold one class alone are drawn anew.
+    repeats: samples (None: 1,000, or 200 for many points)."""
+    repeats = repeats or (200 if len(label) > RESAMPLED_LESS else 1000)
     rng = np.random.default_rng(0)
     group = np.unique(group, return_inverse=True)[1]
     orders = [np.argsort(-p, kind="stable") for p in probabilities]
@@ -126,9 +128,7 @@ def with_intervals(group, label, probability, measures: dict) -> dict:
     values = [number for measure in measures for number in measure(*ordered)]
     intervals = [None] * len(values)
     if enough(group, label):
-        repeats = 200 if len(label) > RESAMPLED_LESS else 1000
-        draws = bootstrap(group, label, probability, measures=measures, repeats=repeats)[:, 0]
-        intervals = [interval(column) for column in draws.T]
+        intervals = list(map(interval, bootstrap(group, label, probability, measures=measures)[:, 0].T))
     names = [name for names in measures.values() for name in names]
     return {name: {"value": float(value) if np.isfinite(value) else None, "interval": limits}
             for name, value, limits in zip(names, values, intervals)}

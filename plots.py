@@ -219,11 +219,16 @@ def plot_decision(label, methods: dict):
 
 def binary_pictures(task, answers, methods: dict, figures: dict) -> dict:
     """Returns the pictures of an outcome that is 0 or 1, by name. As in those of the other kinds, answers are
-    the true ones [n, A], methods {name: what it answers [n, k]}, figures those of the task."""
+    the true ones [n, A], methods {name: what it answers [n, k]}, figures those of the task. Where a method
+    has no answer to some points (NaN), methods are drawn beside each other at the others alone."""
     label, methods = answers[:, 0].astype(int), {name: answer[:, 0] for name, answer in methods.items()}
-    return {"ranking": plot_ranking(label, methods, figures),
+    known = ~np.isnan(list(methods.values())).any(0)
+    drawn = {name: p[known] for name, p in methods.items()}
+    probable = {name: p for name, p in drawn.items() if 0 <= p.min() and p.max() <= 1}
+    measures = figures.get("compare", figures)["methods"]
+    return {"ranking": plot_ranking(label[known], drawn, figures | {"methods": measures}),
             "calibration": plot_calibration(label, methods[CHECKPOINT], figures),
-            "decision": plot_decision(label, methods)}
+            "decision": plot_decision(label[known], probable)}
 
 
 def several_pictures(task, answers, methods: dict, figures: dict) -> dict:

@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from scipy.special import stdtr
 
+from baselines import beside_score, score_of, score_tables
 from batches import answered_points, first_known
 from checkpoint import Checkpoint, label_digest
 from data import SPLITS, InputError, event_table, make_splits, point_slots, stays_of, write_atomically
@@ -43,7 +44,7 @@ def performance(arguments, baselines) -> None:
     predictor, dataset = opened[0]
     if predictor.checkpoint.mode == "pretrain":
         unused = [name for name in ("predictions", "embeddings", "trajectory", "plots", "baselines",
-                                    "subgroups", "at_hours", "explain", "faithfulness", "report")
+                                    "subgroups", "at_hours", "compare", "explain", "faithfulness", "report")
                   if getattr(arguments, name)]
         if len(opened) > 1 or unused:
             predictor.checkpoint.check_finetuned()
@@ -70,6 +71,8 @@ def performance(arguments, baselines) -> None:
         parts = table_parts(predictor.checkpoint, cohort, scored_stays)
         figures |= {"flow": cohort_flow(predictor.checkpoint, cohort, stays, scored),
                     "characteristics": characteristics(cohort, parts)}
+    if arguments.compare and not unscorable:
+        score = score_of(arguments, cohort, scored)
     groups = {name: subgroups(cohort, scored, name) for name in arguments.subgroups}
 
     asked = answered if to_file else scored
@@ -93,6 +96,11 @@ def performance(arguments, baselines) -> None:
         if arguments.at_hours:
             figures["at_hours"] = figures_at_hours(arguments.at_hours, predictor, dataset, stays)
             tables |= tables_at_hours(figures)
+        if arguments.compare:
+            name = Path(arguments.compare).name
+            methods[name] = score[:, None]
+            figures["compare"] = beside_score(cohort, scored, methods, name)
+            tables |= score_tables(figures["compare"])
         for title, table in tables.items():
             show(title, table)
     followed = traced
@@ -149,7 +157,7 @@ def open_together(arguments) -> list[tuple]:
     opened = [Predictor.with_data(path, data_options(arguments), arguments.device, arguments.set_heads,
                                   arguments.transformer_heads) for path in paths]
     others = [path for path, (_, data) in zip(paths, opened) if data.cohort.kind != "binary"]
-    of_binary = {"several checkpoints": len(paths) > 1,
+    of_binary = {"--compare": arguments.compare, "several checkpoints": len(paths) > 1,
                  "--sensitivity": arguments.sensitivity != type(arguments).sensitivity}
     for name, asked in of_binary.items():
         if others and asked:

@@ -32,7 +32,7 @@ FORECASTS = ("queries", "origin", "until", "every")
 INSTEAD = ("soak", "protocol", "forecast_benchmark", "benchmark", "export", "follow", "forecast",
            "odd")
 ANALYSIS = ("baselines", "predictions", "embeddings", "trajectory", "plots", "subgroups", "at_hours",
-            "explain", "faithfulness", "json", "report")
+            "compare", "explain", "faithfulness", "json", "report")
 
 
 @dataclass
@@ -78,6 +78,9 @@ class Options(SharedSettings):
     at_hours: tuple = option(
         "the report also at these hours after admission, beside the question itself; a record that ends "
         "before is asked at its end", (), low=1e-3, nargs="+", type=float, metavar="H")
+    compare: str = option(
+        "the report beside a score in use: file of stay_id,score (higher is worse) and perhaps minute or "
+        "hour, as CSV or Parquet")
     json: str = option("file to write: the analysis' figures")
     report: str = option(
         "file to write (.html): the analysis as a page to hand in or print, with the items of TRIPOD+AI that "

@@ -142,7 +142,7 @@ def test_long_table_gives_the_exact_cohort(tmp_path, load):
     assert labels_of(cohort) == {"007": -1, "7": 1, "8": -1, "9": 0}
     assert splits_of(cohort) == {"007": -1, "7": 0, "8": 2, "9": 1}
     assert counted(cohort) == {"rows with an empty variable": 1, "rows without a finite value": 1,
-                               "outcomes of no stay with a usable event": 1, "splits of no stay with a usable event": 1,
+                               "rows of no stay with a usable event": 1, "splits of no stay with a usable event": 1,
                                "stays without an outcome (unlabelled)": 2,
                                "stays without a split (neither trained on nor scored)": 1}
     assert make_splits(cohort, 0) == {"train": ["7"], "valid": ["9"], "test": ["8"]}
@@ -199,7 +199,7 @@ def test_parquet_and_csv_of_one_table_are_one_cohort(tmp_path, load):
     (EVENTS, "stay_id,label\n7,2\n", r"labels.csv line 2: label is '2', not 0 or 1"),
     (EVENTS, "stay_id,label\n8,0\n7,dead\n", r"labels.csv line 3: label is 'dead', not 0 or 1"),
     (EVENTS, "stay_id,label\n7,1\n8,0\n7.0,0\n",
-     r"labels.csv line 4: stay_id is '7', labelled twice and not alike \(7\); keep one line of each"),
+     r"labels.csv line 4: stay_id is '7', given twice and not alike \(7\); keep one line of each"),
     (EVENTS, "stay_id,label,time\n7,1,3\n", r"labels.csv: its column time looks like a time, of no known unit; call it minute, hour or prediction_time"),
     (EVENTS, "stay_id,label,minute\n7,1,3\n8,1,\n",
      r"labels.csv line 3: minute is missing; give the time of the question"),
@@ -290,7 +290,7 @@ def test_original_layout_gives_the_exact_cohort(original, load):
     np.testing.assert_array_equal(cohort.statistics, np.array([[85, 10], [np.nan] * 2, [np.nan] * 2], dtype=np.float32))
     np.testing.assert_array_equal(cohort.vectors, np.array([[1, 0, .5], [0, 2, 0], [np.nan] * 3], dtype=np.float32))
     assert counted(cohort) == {"rows without a finite value": 1, "stays without an outcome (unlabelled)": 1,
-                               "outcomes of no stay with a usable event": 1,
+                               "rows of no stay with a usable event": 1,
                                "stays without a usable event": 1, "variables without given statistics (fitted)": 2,
                                "given statistics of no variable": 1,
                                "variables without given vectors (hashed from the name)": 1,
@@ -347,7 +347,7 @@ def test_original_layout_in_parquet_equals_csv(original, tmp_path, load):
      "200002.0.csv line 2: 4 cells where the columns are 3"),
     ("patient_ehr/valid/200001.0.csv", "variable,value,minute\nHR,80,1\n", "stay 200001 occurs more than once"),
     ("oc.csv", "ts_id,in_hospital_mortality\n200001,3\n", "oc.csv line 2: in_hospital_mortality is '3', not 0 or 1"),
-    ("oc.csv", "ts_id,in_hospital_mortality\n200001,1\n200001,0\n", "oc.csv line 3: ts_id is '200001', labelled twice"),
+    ("oc.csv", "ts_id,in_hospital_mortality\n200001,1\n200001,0\n", "oc.csv line 3: ts_id is '200001', given twice"),
     ("oc.csv", "id,in_hospital_mortality\n200001,1\n", "oc.csv: no column stay_id or ts_id or RecordID or subject_id"),
     ("stats.csv", "variable,mean,std\nHR,1,1\nHR,1,1\n",
      "stats.csv line 3: variable is 'HR', where each line names another variable"),
@@ -477,7 +477,7 @@ def test_meds_subject_is_one_stay_of_many_points_and_no_set_straddles_one(meds_f
     assert counted(cohort) == {
         "rows with an empty variable": 1, "MEDS_DEATH events": 1,
         "events without a value of variables that have values elsewhere (their presence counts)": 1,
-        "outcomes of no stay with a usable event": 1,
+        "rows of no stay with a usable event": 1,
         "stays without a question": 1, "prediction points before the first set of their stay (no answer)": 1}
     shutil.rmtree(meds_folder / "labels")
     assert load(meds_folder).fingerprint == cohort.fingerprint != bare.fingerprint
@@ -529,7 +529,7 @@ def test_labels_at_times_are_points_in_minutes_or_hours(tmp_path, load):
     assert points_of(cohort) == {"007": [], "7": [(0, 0), (90, 1)], "8": [(-60, -1)], "9": []}
     assert cohort.subject.tolist() == ["007", "x", "x", "9"] and cohort.stay_label.tolist() == [-1, 1, -1, -1]
     assert counted(cohort) == {
-        "rows with an empty variable": 1, "rows without a finite value": 1, "labels given more than once": 1,
+        "rows with an empty variable": 1, "rows without a finite value": 1, "rows given more than once": 1,
         "stays without a question": 2, "prediction points before the first set of their stay (no answer)": 1}
     assert "data: 3 prediction points in 2 stays" in cohort.describe()
     write(tmp_path / "d/labels.csv", "stay_id,label,minute\n7,1,90\n7,0,0\n8,,-60\n")
@@ -642,7 +642,7 @@ def test_meds_keeps_distinct_minutes_apart_decades_after_birth(tmp_path, load):
      "row 1: prediction_time is missing"),
     ("labels/0.parquet", {"subject_id": [5, 5], "prediction_time": [at("01 00:00")] * 2,
                           "boolean_value": [True, False]},
-     "row 2: subject_id is '5', labelled twice and not alike"),
+     "row 2: subject_id is '5', given twice and not alike"),
 ])
 def test_meds_bad_input(meds_folder, load, name, columns, message):
     meds(meds_folder, name, **columns)

@@ -18,6 +18,7 @@ import plots
 import report
 import train
 from data import InputError
+from labels import read_scores
 from metrics import CHECKPOINT, Points, logit, score_figures
 from predictor import Predictor, risk_over_time
 from questions import with_points
@@ -403,3 +404,59 @@ def test_at_hours_has_the_figures_of_an_event_whose_time_grows(tmp_path, capsys,
     at_6, question = both["at_hours"]
     assert at_6["methods"] == alone["methods"] != question["methods"] == both["methods"]
     assert at_6["calibration"] == alone["calibration"] and at_6["stays"] == alone["stays"] == 12
+
+
+def test_a_score_is_compared_on_the_stays_that_have_both(tmp_path, capsys, small_finetuned):
+    pytest.importorskip("matplotlib")
+    folder, cohort = others_data(tmp_path)
+    label, rng = np.arange(60) % 2, np.random.default_rng(0)
+    pd.DataFrame({"stay_id": cohort.stay_id, "label": label}).to_csv(folder / "labels.csv", index=False)
+    score = pd.DataFrame({"stay_id": cohort.stay_id, "score": (10 * (label + rng.normal(size=60))).round()})
+    score.loc[50:, "score"] = np.nan
+    pd.concat([score, pd.DataFrame({"stay_id": ["nobody"], "score": [3]})]).to_csv(tmp_path / "s.csv.gz", index=False)
+    command = ["--checkpoint", str(small_finetuned), "--data_dir", str(folder), "--device", "cpu",
+               "--json", str(tmp_path / "json")]
+    assert main([*command, "--compare", str(tmp_path / "s.csv.gz"), "--predictions", str(tmp_path / "p"),
+                 "--plots", str(tmp_path / "plots")]) == 0
+    printed, told = capsys.readouterr().out, json.loads((tmp_path / "json").read_text())["compare"]
+    p = pd.read_csv(tmp_path / "p")["probability"][:50]
+    own, others = roc_auc_score(label[:50], p), roc_auc_score(label[:50], score["score"][:50])
+    assert told["methods"][CHECKPOINT]["auroc"]["value"] == pytest.approx(own)
+    assert told["methods"]["s.csv.gz"]["auroc"]["value"] == pytest.approx(others)
+    difference = told["difference"]["auroc"]
+    assert difference["value"] == pytest.approx(own - others)
+    assert difference["interval"][0] < difference["value"] < difference["interval"][1]
+    assert told["points"] == 50 and told["without_a_score"] == 10 and told["net_benefit"] is None
+    assert "10 scored points have no score, the first: stay other-50\n" in printed
+    assert "1 rows of no stay with a usable event, the first: " in printed
+    assert re.search(rf"this checkpoint less s.csv.gz +{own - others:.4f} \[", printed)
+    assert "no net benefit: scores beyond 0 to 1" in printed and (tmp_path / "plots/ranking.png").stat().st_size
+
+    same = pd.read_csv(tmp_path / "p")[["stay_id", "probability"]].rename(columns={"probability": "score"})
+    same.to_csv(tmp_path / "same.csv", index=False)
+    assert main([*command, "--compare", str(tmp_path / "same.csv")]) == 0
+    told = json.loads((tmp_path / "json").read_text())["compare"]
+    assert told["difference"]["auprc"] == {"value": 0, "interval": [0, 0]} and told["without_a_score"] == 0
+    assert told["net_benefit"]["same.csv"] == told["net_benefit"][CHECKPOINT]
+
+    capsys.readouterr()
+    for rows, said in ((score.assign(score=4), "every score is 4, which ranks nothing"),
+                       (score.assign(score="high"), "score is 'high', not a number"),
+                       (score.rename(columns={"score": "points"}), "no column score"),
+                       (pd.concat([score, score.assign(score=1)]), "given twice and not alike"),
+                       (score.assign(score=score["score"].where(label == 1)), "one class only"),
+                       (score.assign(stay_id="nobody").head(1), "no label at all")):
+        rows.to_csv(tmp_path / "bad.csv", index=False)
+        one_error_line(capsys, main([*command, "--compare", str(tmp_path / "bad.csv")]), said)
+    one_error_line(capsys, main([*command, "--compare", "none.csv"]), "--compare none.csv: no such file")
+
+
+def test_of_scores_with_times_the_last_that_is_not_after_the_question_counts(tmp_path):
+    cohort = with_points(synthetic_cohort(3), np.array([2, 1, 1]), np.array([60., 120, 120, 120]), np.zeros(4))
+    a, b, c = cohort.stay_id
+    write(tmp_path / "s.csv", f"stay_id,hour,score\n{a},2,7\n{a},1,5\n{a},2.1,9\n{b},3,8\n{c},0,1\n{c},1,\n{c},0,1\n")
+    score, lines = read_scores(cohort, tmp_path / "s.csv")
+    np.testing.assert_array_equal(score, [5, 7, np.nan, 1])
+    assert lines == [f"1 rows given more than once, the first: {tmp_path / 's.csv'} line 8"]
+    write(tmp_path / "s.csv", f"stay_id,score\n{a},7\n{c},1\n")
+    np.testing.assert_array_equal(read_scores(cohort, tmp_path / "s.csv")[0], [7, 7, np.nan, 1])
