@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from batches import StayDataset, answered_points, sorted_batches
 from data import Cohort, InputError, build_cohort, ranges, search_after
-from metrics import logit, measured, ranking_measure, weighted_mean
+from metrics import logit, measured, ranking_measure, resampled, weighted_mean
 from questions import at_end, at_every_minute, with_points
 from runs import answers_at, loader, progress
 
@@ -323,7 +323,7 @@ def faithfulness(model, dataset: StayDataset, points, device) -> dict:
             gap = sign * (curves["random order", "both"] - curves.get((name, side), curves[name, "both"]))
             names.append((name, side))
             areas.append(np.trapezoid(gap, SHARES, axis=1))
-    found = measured(names, lambda weight: weighted_mean(weight, *areas), stay)
+    found = measured(names, resampled(lambda weight: weighted_mean(weight, *areas), stay))
     rows = {name: {} for name in ("nothing left out", "by variable", "by event", "|z-score|", "random order")}
     for (name, side), value in found.items():
         rows[name][side] = value
@@ -337,7 +337,7 @@ def faithfulness(model, dataset: StayDataset, points, device) -> dict:
         def measure(weight):
             each = aurocs(weight)[:, 2::2]
             return np.column_stack([each[:, :-RANDOM_ORDERS], each[:, -RANDOM_ORDERS:].mean(1)])
-        for name, value in measured(list(rows), measure, stay).items():
+        for name, value in measured(list(rows), resampled(measure, stay)).items():
             rows[name]["auroc"] = value
     return {"questions": len(points), "shares": SHARES.tolist(), "rows": rows,
             "curves": {" ".join(order): (curve - curve[:, :1]).mean(0).tolist()
