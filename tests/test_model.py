@@ -20,7 +20,7 @@ from history_statistics import real_sets, statistics_at
 from model import History, ModelConfig, SeqSetVAE, SeqSetVAEPretrain, SetVAE
 from readouts import masked_mean
 from predictor import CPU
-from questions import labelled_points, with_points
+from questions import at_moments, labelled_points, with_points
 from tasks import Binary
 from tests.plain_loop import close, plain_future, plain_pass, plain_statistics
 from tests.tiny import PLAIN, batch_of, build, cohort_of, encoded, random_stays, tiny
@@ -236,11 +236,14 @@ def test_cached_features_equal_uncached_ones(finetuned):
     assert not checkpoint.is_new(cohort)
     model, dataset = checkpoint.classifier(), checkpoint.dataset(cohort)
     stays = stays_of(cohort, checkpoint.split["train"])
-    cached = train.encode_points(model, dataset, labelled_points(cohort, stays), CPU)
+    points, config = labelled_points(cohort, stays), FinetuneConfig()
+    cached = train.encode_points(model, dataset, points, CPU)
     model.train()
     with torch.no_grad():
         uncached = torch.cat([model.features(dataset[stays[i:i + 4]])[:, 0] for i in range(0, len(stays), 4)])
     close(uncached, cached)
+    asked, weight = at_moments(cohort, points, np.ones(len(points)), config.moments, checkpoint.source["seed"])
+    cached = train.encode_points(model, dataset.of(asked), np.arange(len(weight)), CPU)
     close(model.feature_mean, cached.mean(0))  # the standardisation knows the training stays alone
     close(model.feature_std, cached.std(0).clamp(min=1e-6))
 
