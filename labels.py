@@ -41,17 +41,17 @@ def read_map(path: Path) -> dict:
     factor empty."""
     table = read_table([path], {"source": str, "name": str, "factor": float}, {"offset": float, "label": str})
     source, factor = _named_once(table, "source"), table["factor"]
-    name, label = (of_each(table[column], str, "") if column in table.columns else [""] * len(factor)
+    name, label = (of_each(table[column], str, "") if column in table.columns else np.full(len(factor), "")
                    for column in ("name", "label"))
     offset = table.columns.get("offset", np.zeros(len(factor)))
-    unlabelled = np.array(label) == ""
+    unlabelled = label == ""
     table.refuse("name", unlabelled & (name == ""), "; give the name that the variable takes")
     table.refuse("factor", np.isinf(factor) | (unlabelled & np.isnan(factor)),
                  "; give 1 where the unit stays")
     table.refuse("offset", np.isinf(offset), "; give 0 where there is none")
     table.report.settle()
     factor, offset = np.nan_to_num(factor, nan=1), np.nan_to_num(offset)
-    rows = zip(source, name, factor.tolist(), offset.tolist(), label)
+    rows = zip(source, *(column.tolist() for column in (name, factor, offset, label)))
     return {source: (name or source, factor, offset, *filter(None, [label]))
             for source, name, factor, offset, label in rows}
 
