@@ -33,6 +33,12 @@ from settings import data_options
 from tables import ID, TIME, of_each, read_table
 
 
+# The options of the analysis, and those of them that also go with several checkpoints.
+ANALYSIS = ("baselines", "predictions", "embeddings", "trajectory", "plots", "subgroups", "at_hours",
+            "compare", "explain", "faithfulness", "json", "report")
+OF_SEVERAL = ("predictions", "subgroups", "compare", "json")
+
+
 def performance(arguments, baselines) -> None:
     """Prints the analysis of a finetuned checkpoint on the stays that it may be scored on (see
     `who_is_scored`), and writes what is asked for. Of several checkpoints the mean of their logits is
@@ -43,10 +49,7 @@ def performance(arguments, baselines) -> None:
     opened = open_together(arguments)
     predictor, dataset = opened[0]
     if predictor.checkpoint.mode == "pretrain":
-        unused = [name for name in ("predictions", "embeddings", "trajectory", "plots", "baselines",
-                                    "subgroups", "at_hours", "compare", "explain", "faithfulness", "report")
-                  if getattr(arguments, name)]
-        if len(opened) > 1 or unused:
+        if len(opened) > 1 or any(getattr(arguments, name) for name in ANALYSIS if name != "json"):
             predictor.checkpoint.check_finetuned()
         return pretrained_report(arguments, predictor, dataset)
     cohort, task = dataset.cohort, predictor.model.task
@@ -149,9 +152,8 @@ def open_together(arguments) -> list[tuple]:
     """Returns a predictor and a dataset for each checkpoint. Raises InputError where several cannot be scored
     as one."""
     paths = arguments.checkpoint
-    for name in ("baselines", "embeddings", "trajectory", "plots", "at_hours", "explain", "faithfulness",
-                 "report"):
-        if len(paths) > 1 and getattr(arguments, name):
+    for name in ANALYSIS:
+        if len(paths) > 1 and name not in OF_SEVERAL and getattr(arguments, name):
             raise InputError(f"--{name}: of one checkpoint, where {len(paths)} are given; leave it or the "
                              "others out")
     opened = [Predictor.with_data(path, data_options(arguments), arguments.device, arguments.set_heads,

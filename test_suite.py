@@ -21,18 +21,16 @@ from data import InputError
 from forecast_benchmark import forecast_benchmark
 from predictor import follow
 from protocol import METHODS, benchmark, protocol, scale
-from report import forecasts, performance
+from report import ANALYSIS, forecasts, performance
 from runs import CHECKPOINTS, exit_code
 from settings import SEED, SHARE, Parser, SharedSettings, changed, data_options, option
 
 
 TESTS = str(Path(__file__).with_name("tests"))
-# Options of which each is a command of its own, and those of the analysis.
+# Options of a forecast, and those of which each is a command of its own.
 FORECASTS = ("queries", "origin", "until", "every")
 INSTEAD = ("soak", "protocol", "forecast_benchmark", "benchmark", "export", "follow", "forecast",
            "odd")
-ANALYSIS = ("baselines", "predictions", "embeddings", "trajectory", "plots", "subgroups", "at_hours",
-            "compare", "explain", "faithfulness", "json", "report")
 
 
 @dataclass
