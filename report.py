@@ -97,7 +97,8 @@ def performance(arguments, baselines) -> None:
             figures["model"] = model_figures(predictor, dataset, scored_stays)
         tables = task.tables(figures)
         if arguments.at_hours:
-            figures["at_hours"] = figures_at_hours(arguments.at_hours, predictor, dataset, stays)
+            figures["at_hours"] = figures_at_hours(arguments.at_hours, predictor, dataset, stays,
+                                                   methods[CHECKPOINT])
             tables |= tables_at_hours(figures)
         if arguments.compare:
             name = Path(arguments.compare).name
@@ -113,15 +114,7 @@ def performance(arguments, baselines) -> None:
         figures["trajectory"] = risk_over_time(predictor.model, dataset, followed, predictor.device)
     if arguments.trajectory:
         print_trajectory(figures["trajectory"], cohort.shown)
-    if arguments.explain:
-        explained = stays if traced is None else np.array([traced])
-        table = write_explanations(arguments, predictor, dataset, explained)
-        if traced is None:
-            mine = table[table["stay_id"].isin(cohort.stay_id[drawn(looked_at, MOST_EXPLAINED)])]
-            figures["importance"] = print_importance(mine, task)
-    if arguments.faithfulness:
-        figures["faithfulness"] = faithfulness_figures(
-            arguments, predictor, dataset, drawn(looked_at, arguments.faithfulness))
+    figures |= why(arguments, predictor, dataset, stays, traced, looked_at)
     write_json(arguments.json, figures)
     if folder or arguments.report:
         images = pictures(figures, predictor, dataset, followed, scored, methods)
@@ -419,10 +412,11 @@ def active_units(predictor, dataset, stays) -> int:
     return int((mu.var(0) > 0.01).sum())
 
 
-def figures_at_hours(hours: tuple, predictor, dataset, stays) -> list[dict]:
+def figures_at_hours(hours: tuple, predictor, dataset, stays, own: np.ndarray) -> list[dict]:
     """Returns the figures of the task for these stays, asked at each of these hours after admission or, where
-    a record ends before, at its end; and last (`hour` None) at the questions themselves. Alarms begin at the
-    checkpoint's threshold throughout. Where the labels do not suffice, `lacking` says why instead."""
+    a record ends before, at its end; and last (`hour` None) at the questions themselves, where the answers
+    are its `own` [n, k]. Alarms begin at the checkpoint's threshold throughout. Where the labels do not
+    suffice, `lacking` says why instead."""
     task, threshold = predictor.model.task, predictor.checkpoint.metrics.get("threshold")
     ends, found = at_end(dataset.cohort).point_minute, []
     for hour in [*np.unique(hours).tolist(), None]:
@@ -435,7 +429,7 @@ def figures_at_hours(hours: tuple, predictor, dataset, stays) -> list[dict]:
         if lacking := task.lacking(cohort.answers[points]):
             row["lacking"] = lacking
         else:
-            answers = answers_at(predictor.model, asked, points, predictor.device)
+            answers = own if hour is None else answers_at(predictor.model, asked, points, predictor.device)
             row |= task.figures(cohort, points, {CHECKPOINT: answers}, {CHECKPOINT: threshold}, None, {})
         found.append(row)
     return found
@@ -504,8 +498,24 @@ def print_trajectory(trajectory: dict, shown: dict) -> None:
 MOST_EXPLAINED = 500  # stays over which the global importance is averaged
 
 
+def why(arguments, predictor, dataset, stays, traced: int | None, looked_at) -> dict:
+    """Writes --explain of these stays, or of the one that is `traced`, and returns what the figures then hold
+    of seeded draws of the stays `looked_at`: importance and faithfulness."""
+    figures, cohort = {}, dataset.cohort
+    if arguments.explain:
+        explained = stays if traced is None else np.array([traced])
+        table = write_explanations(arguments, predictor, dataset, explained)
+        if traced is None:
+            mine = table[table["stay_id"].isin(cohort.stay_id[drawn(looked_at, MOST_EXPLAINED)])]
+            figures["importance"] = print_importance(mine, predictor.model.task)
+    if arguments.faithfulness:
+        figures["faithfulness"] = faithfulness_figures(
+            arguments, predictor, dataset, drawn(looked_at, arguments.faithfulness))
+    return figures
+
+
 def drawn(stays, most: int) -> np.ndarray:
-    """Returns a seeded draw of at most so many of these stays, ascending."""
+    """Returns a seeded draw of at most so many of these stays, or points, ascending."""
     return np.sort(np.random.default_rng(0).permutation(stays)[:most])
 
 
@@ -736,7 +746,7 @@ def pictures(figures: dict, predictor, dataset, traced, scored, methods: dict) -
             images["subgroups"] = plot_groups(task, figures)
         if task.kind == "binary":
             label, risk = answers[:, 0].astype(int), methods[CHECKPOINT][:, 0]
-            shown = np.sort(np.random.default_rng(0).permutation(len(scored))[:MOST_SHOWN])
+            shown = drawn(np.arange(len(scored)), MOST_SHOWN)
             features = encode_points(predictor.model, dataset, scored[shown], predictor.device).cpu()
             images["features"] = plot_features(features, label[shown], risk[shown])
     if "importance" in figures:
