@@ -282,7 +282,7 @@ def beside_score(cohort, scored, methods: dict, score: str) -> dict:
     95% intervals by bootstrap over patients; and where all scores lie in [0, 1] the net benefit of both."""
     known = ~np.isnan(methods[score][:, 0])
     stay, label = cohort.point_stay[scored[known]], cohort.label[scored[known]].astype(int)
-    subject = pd.factorize(cohort.subject)[0][stay]
+    subject = cohort.patient[stay]
     given = {name: answer[known, 0] for name, answer in methods.items()}
     own, other = given[CHECKPOINT], given[score]
     measures = {name: with_intervals(subject, label, p, RANKS) for name, p in given.items()}

@@ -148,6 +148,12 @@ class Cohort:
         return label
 
     @property
+    def patient(self) -> np.ndarray:
+        """[P] the number of each stay's patient, as their first stays come. Where each stay is a patient of
+        its own, a bootstrap over them draws stays."""
+        return pd.factorize(self.subject)[0]
+
+    @property
     def stay_events(self) -> np.ndarray:
         """[P] number of events of each stay."""
         return np.diff(self.set_start[self.stay_start])

@@ -14,11 +14,11 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from batches import StayDataset, answered_points, sorted_batches
+from batches import StayDataset, answered_points
 from data import Cohort, InputError, build_cohort, ranges, search_after
 from metrics import logit, measured, ranking_measure, resampled, weighted_mean
 from questions import at_end, at_every_minute, with_points
-from runs import answers_at, loader, progress
+from runs import answers_at, encode_points, progress
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -151,37 +151,26 @@ def rebuilt(cohort: Cohort, stay, copy, event) -> tuple[Cohort, np.ndarray]:
         stay_start=np.searchsorted(copy[begin], np.arange(len(stay) + 1)), **ids)), sets[begin]
 
 
-@torch.no_grad()
 def logits_of(model, dataset: StayDataset, same, device) -> torch.Tensor:
     """The logits [n, outputs] at the one question of each stay. Sets with the same number, `same` [T], are
     encoded once: most sets of most variants are whole."""
-    model.eval()
     cohort = dataset.cohort
     _, alone, code = np.unique(same, return_index=True, return_inverse=True)
     size = cohort.set_start[alone + 1] - cohort.set_start[alone]
     stay = np.searchsorted(cohort.stay_start, alone, side="right") - 1
     sets, _ = rebuilt(cohort, stay, np.repeat(np.arange(len(alone)), size),
                       ranges(cohort.set_start[alone], size))
-    z = of_each_stay(dataset.of(sets), lambda batch: model.fused(*model.setvae.encode(batch))[:, 0], device)
+    z = encode_points(model, dataset.of(sets), np.arange(len(alone)), device,
+                      lambda model, batch: model.fused(*model.setvae.encode(batch)))               # [sets, d]
     code, start = (torch.from_numpy(x).to(device) for x in (code, cohort.stay_start))
     code = F.pad(code, (0, 1), value=len(z))                                  # the last: of a slot of padding
 
-    def logits(batch):
+    def features(model, batch):
         slot = torch.arange(batch.minute.shape[1], device=device)
         sets = torch.where(slot < batch.lengths[:, None], start[batch.stay, None] + slot, len(code) - 1)
         own = F.embedding(code[sets], F.pad(z, (0, 0, 0, 1)))                                     # [B, L, d]
-        features = model.features_of(own, model.history(own, batch.minute), batch)
-        return model.classify(features[:, 0])
-    return of_each_stay(dataset, logits, device)
-
-
-def of_each_stay(dataset: StayDataset, function, device) -> torch.Tensor:
-    """What a function of a batch gives for its stays, [B, c], of all stays in their order."""
-    rows, stays = [], []
-    for batch in loader(dataset, sorted_batches(dataset.sizes(np.arange(len(dataset.cohort)))), device):
-        rows.append(function(batch))
-        stays.append(batch.stay)
-    return torch.cat(rows)[torch.cat(stays).argsort()]
+        return model.features_of(own, model.history(own, batch.minute), batch)                 # [B, 1, F]
+    return encode_points(model, dataset, np.arange(len(cohort)), device, features, model.classify)
 
 
 # ------------------------------------------------------------------------------------------------------------

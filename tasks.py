@@ -267,7 +267,7 @@ class Task:
         {group: mask [n]}}, in which the checkpoint's are repeated; thresholds, of each method, and
         sensitivity, of alarms (None: they begin at the threshold), are for a binary outcome."""
         stay, answers = cohort.point_stay[points], cohort.answers[points].astype(float)
-        subject = pd.factorize(cohort.subject)[0][stay]
+        subject = cohort.patient[stay]
         own = methods[CHECKPOINT]
 
         def size(mask):
@@ -382,11 +382,9 @@ class Binary(Task):
         return f"validation AUROC {row['val_auc']:.4f}, AUPRC {row['val_auprc']:.4f}{utility}"
 
     def figures(self, cohort, points, methods, thresholds, sensitivity, groups):
-        """See `score_figures`; with labels of the challenge 2019 also its utility, as `sepsis`. Patients are
-        numbered as their first stays come: where each stay is a patient of its own, a bootstrap over them
-        draws stays."""
+        """See `score_figures`; with labels of the challenge 2019 also its utility, as `sepsis`."""
         stay = cohort.point_stay[points]
-        subject = pd.factorize(cohort.subject)[0][stay]
+        subject = cohort.patient[stay]
         scored = Points(stay, subject, cohort.point_minute[points], cohort.label[points].astype(int))
         methods = {name: answer[:, 0] for name, answer in methods.items()}
         figures = score_figures(scored, methods, thresholds[CHECKPOINT], sensitivity, groups)

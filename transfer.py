@@ -344,7 +344,7 @@ def adapted(checkpoint: Checkpoint, cohort: Cohort, stays: np.ndarray) -> tuple[
         count += np.bincount(variable[~np.isnan(value)], minlength=len(count))
     fitted = Normalizer.fit(cohort, stays, like=old)
     print(fitted.describe())
-    varies = (count >= VALUES) & ((fitted.mean != 0) | (fitted.std != 1))
+    varies = (count >= VALUES) & fitted.varies
     place, held = {name: v for v, name in enumerate(old.variables)}, variables_of(cohort, stays)
     known = np.array([v for v in held if cohort.variables[v] in place], dtype=int)
     new, source = np.setdiff1d(held, known), known[varies[known]]
