@@ -140,10 +140,8 @@ class Normalizer:
         scale, std, low, high = (x[variable].astype(np.float64)
                                  for x in (self.log_scale, self.std, self.low, self.high))
         value = z * std + self.mean[variable]
-        logarithm = np.where(scale > 0, value + np.minimum(variance * std**2, 1) / 2, 0)
-        with np.errstate(over="ignore"):  # what is too large ends at `high`
-            value = np.where(scale > 0, np.expm1(logarithm) * scale, value).clip(low, high)
-        return np.where(low <= high, value, np.nan)
+        value = raw(np.where(scale > 0, value + np.minimum(variance * std**2, 1) / 2, value), scale)
+        return np.where(low <= high, value.clip(low, high), np.nan)
 
     @property
     def varies(self) -> np.ndarray:
@@ -185,6 +183,12 @@ class Normalizer:
         if not (sound and (arrays[1] > 0).all() and (arrays[2] >= 0).all()):
             raise InputError(f"{path}: its normalizer is damaged or forged; make the checkpoint again")
         return cls(names, *(x.numpy() for x in arrays), clip=clip)
+
+
+def raw(value: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """[n] values in their units of values that are logarithms where their log scale [n] is above 0."""
+    with np.errstate(over="ignore"):  # an infinite one is too large
+        return np.where(scale > 0, np.expm1(np.where(scale > 0, value, 0)) * scale, value)
 
 
 def variable_vectors(variables: list[str], dim: int, given: np.ndarray | None = None) -> torch.Tensor:

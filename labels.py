@@ -9,6 +9,7 @@ import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -337,18 +338,18 @@ def with_labels(cohort: Cohort, files: list[Path] | dict[str, list[Path]], posit
     several = len(tasks) > 1
     for number, (task, files) in enumerate(tasks.items()):
         found = kind_of(column_names(files[0], own), kind, [*tasks] if several else outcomes, positive)
-        rows, names, time, told = _read_labels(cohort, files, "binary" if several else found, outcomes,
-                                               positive, report, found in kinds)
-        for column, value in told.items():
+        told = _read_labels(cohort, files, "binary" if several else found, outcomes, positive, report,
+                            found in kinds)
+        for column, value in told.said.items():
             said[column] = said[column].combine_first(value) if column in said else value
-        if rows is None:
+        if told.rows is None:
             continue
-        rows = rows.rename(columns={0: number}) if several else rows
+        rows = told.rows.rename(columns={0: number}) if several else told.rows
         if joined is None:
-            joined, timed = rows, time
-        elif time != timed:
-            raise InputError(f"{files[0]}: {time or 'no time'} where the first task has {timed or 'none'}; "
-                             "ask tasks with and without times apart")
+            joined, timed = rows, told.timed
+        elif told.timed != timed:
+            raise InputError(f"{files[0]}: {told.timed or 'no time'} where the first task has "
+                             f"{timed or 'none'}; ask tasks with and without times apart")
         else:
             joined = joined.merge(rows, how="outer", on=["id", "at"])
 
@@ -359,15 +360,22 @@ def with_labels(cohort: Cohort, files: list[Path] | dict[str, list[Path]], posit
         cohort = with_splits(cohort, said["split"])
     if joined is None:
         return cohort
-    cohort = replace(cohort, kind=found, names=tuple(tasks) if several else names)
+    cohort = replace(cohort, kind=found, names=tuple(tasks) if several else told.names)
     return _asking(cohort, joined, timed, files[0], report)
 
 
+class _Told(NamedTuple):
+    """What a table of labels tells."""
+
+    rows: pd.DataFrame | None  # id, at: the time or 0, and the answers in columns 0, 1, ...; None: not read
+    names: tuple[str, ...]     # what the answers are called, see `Cohort.names`
+    timed: str | None          # the column of its times
+    said: dict                 # split and subject_id by id, where it has them
+
+
 def _read_labels(cohort: Cohort, files: list[Path], kind: str, outcomes: list[str] | None,
-                 positive: str | None, report: Report, read: bool) -> tuple:
-    """What one table tells: its rows (id, at: the time or 0, and the answers in columns 0, 1, ...; None where
-    its answers are not to be `read`), what they are called (see `Cohort.names`), the column of its times
-    (None: it has none), and split and subject_id by id, where it has them."""
+                 positive: str | None, report: Report, read: bool) -> _Told:
+    """What one table tells; of its answers only if they are to be `read`."""
     names = column_names(files[0], report.columns)
     id_column = _one_of(files[0], names, _IDS)
     values = _value_columns(files[0], names, kind, outcomes) if read else {}
@@ -392,7 +400,7 @@ def _read_labels(cohort: Cohort, files: list[Path], kind: str, outcomes: list[st
         table.refuse(timed, ~np.isfinite(table[timed]), "; give the time of the question")
     report.settle()
     if not read:
-        return None, called, timed, said
+        return _Told(None, called, timed, said)
 
     rows = pd.DataFrame({"id": ids, "at": table[timed] if timed else 0}).join(pd.DataFrame(answers))
     again = rows.duplicated().to_numpy()
@@ -403,11 +411,11 @@ def _read_labels(cohort: Cohort, files: list[Path], kind: str, outcomes: list[st
     table.note("rows given more than once", again)
     strange = ~rows["id"].isin(cohort.stay_id).to_numpy()
     table.note("rows of no stay with a usable event", strange & ~again)
-    return rows[~strange & ~again], called, timed, said
+    return _Told(rows[~strange & ~again], called, timed, said)
 
 
 def _asking(cohort: Cohort, rows: pd.DataFrame, timed: str | None, path: Path, report: Report) -> Cohort:
-    """The cohort with a prediction point for each of these rows (see `_read_labels`), or without times one at
+    """The cohort with a prediction point for each of these rows (see `_Told`), or without times one at
     the end of each stay."""
     rows = rows.assign(stay=pd.Index(cohort.stay_id).get_indexer(rows["id"])).sort_values(["stay", "at"])
     stay, at = rows["stay"].to_numpy(), rows["at"].to_numpy()                                      # [Q]
@@ -440,11 +448,11 @@ def read_scores(cohort: Cohort, path: Path, own: dict = {}) -> tuple[np.ndarray,
     time (see `with_labels`): of a stay with several the last that is not after the point; and lines of what
     was met. own: see `read_columns`."""
     report = Report(own)
-    rows, _, timed, _ = _read_labels(cohort, [path], "score", None, None, report, True)
+    told = _read_labels(cohort, [path], "score", None, None, report, True)
     lines = report.lines()
-    told = _asking(cohort, rows.dropna(subset=[0]), timed, path, report)
-    scores = pd.DataFrame({"stay": told.point_stay, "at": told.point_minute if timed else -np.inf,
-                           "score": told.answers[:, 0].astype(float)}).dropna()
+    asked = _asking(cohort, told.rows.dropna(subset=[0]), told.timed, path, report)
+    scores = pd.DataFrame({"stay": asked.point_stay, "at": asked.point_minute if told.timed else -np.inf,
+                           "score": asked.answers[:, 0].astype(float)}).dropna()
     points = pd.DataFrame({"stay": cohort.point_stay, "at": cohort.point_minute})
     found = pd.merge_asof(points.reset_index().sort_values("at"), scores.sort_values("at"), on="at",
                           by="stay")

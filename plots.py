@@ -139,6 +139,13 @@ def ranking_axes():
     return figure, (roc, pr)
 
 
+def draw_ranking(roc, pr, label, probability, names: tuple[str, str], style: dict) -> None:
+    """Draws the two curves of these probabilities [n], called by these names."""
+    roc.plot(*roc_curve(label, probability)[:2], label=names[0], **style)
+    precision, recall, _ = precision_recall_curve(label, probability)
+    pr.plot(recall, precision, label=names[1], drawstyle="steps-post", **style)
+
+
 def with_interval(measure: dict, digits: int = 3) -> str:
     value, limits = measure["value"], measure["interval"]
     return "undetermined" if value is None else f"{value:.{digits}f} {bracketed(limits, digits)}".rstrip()
@@ -149,10 +156,9 @@ def plot_ranking(label, methods: dict, figures: dict):
     thresholds of alarms lie. figures: see `metrics.score_figures`."""
     figure, (roc, pr) = ranking_axes()
     for (name, p), style in zip(methods.items(), itertools.cycle(STYLES)):
-        auroc, auprc = (with_interval(figures["methods"][name][measure]) for measure in ("auroc", "auprc"))
-        roc.plot(*roc_curve(label, p)[:2], label=f"{name} {auroc}", **style)
-        precision, recall, _ = precision_recall_curve(label, p)
-        pr.plot(recall, precision, label=f"{name} {auprc}", drawstyle="steps-post", **style)
+        own = figures["methods"][name]
+        names = [f"{name} {with_interval(own[measure])}" for measure in ("auroc", "auprc")]
+        draw_ranking(roc, pr, label, p, names, style)
     for threshold, marker in ((figures["alarm"]["threshold"], "o"), (figures["threshold"], "s")):
         tn, fp, fn, tp = confusion_matrix(label, methods[CHECKPOINT] >= threshold).ravel()
         style = dict(marker=marker, color="black", markerfacecolor="white", linestyle="", zorder=3,
@@ -237,10 +243,8 @@ def several_pictures(task, answers, methods: dict, figures: dict) -> dict:
     for name, label, p, style in zip(task.names, answers.T, methods[CHECKPOINT].T, itertools.cycle(STYLES)):
         known = ~np.isnan(label)
         if (label == 1).any() and (label == 0).any():
-            roc.plot(*roc_curve(label[known], p[known])[:2], label=name, **style)
-            precision, recall, _ = precision_recall_curve(label[known], p[known])
-            pr.plot(recall, precision, label=f"{name} (prevalence {label[known].mean():.3f})",
-                    drawstyle="steps-post", **style)
+            names = name, f"{name} (prevalence {label[known].mean():.3f})"
+            draw_ranking(roc, pr, label[known], p[known], names, style)
     roc.plot([0, 1], [0, 1], **FAINT)
     legend(roc)
     legend(pr)

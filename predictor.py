@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from scipy.special import stdtrit
 
-from batches import EventBatch, EventSets, StayDataset, answered_points, first_known, group_widths
+from batches import EventBatch, EventSets, StayDataset, answered_points, first_known, group_widths, raw
 from data import (Cohort, InputError, event_table, make_splits, ranges, search_after, stay_event_index,
                   stays_of)
 from tables import BEYOND, MISSING, NAMELESS, TRUTH, Report, plain_name
@@ -330,9 +330,8 @@ def against_training(dataset: StayDataset, stays: np.ndarray) -> pd.DataFrame:
     by = table.groupby("variable")
     result = pd.DataFrame({"stays": by["stay"].nunique(), "values": by.size(), "median": by["value"].median(),
                            "clipped": by["clipped"].mean()})
-    variable, scale = result.index, normalizer.log_scale[result.index]
-    mean = normalizer.mean[variable]
-    result.insert(3, "centre", np.where(scale > 0, np.expm1(mean * (scale > 0)) * scale, mean))
+    variable = result.index
+    result.insert(3, "centre", raw(normalizer.mean[variable], normalizer.log_scale[variable]))
     result.insert(4, "deviations", normalizer.unclipped(variable, result["median"]))
     result = result.set_axis([normalizer.variables[v] for v in variable])
     return result.sort_values("deviations", key=lambda distance: -distance.abs())
