@@ -504,6 +504,12 @@ def event_table(cohort: Cohort, stays: np.ndarray) -> pd.DataFrame:
                          "value": cohort.event_value[events]})
 
 
+def charted(value: np.ndarray) -> np.ndarray:
+    """float64 of float32 values: the numbers with the fewest digits that give them back, 36.6 and not
+    36.59999847."""
+    return np.asarray(value, dtype=np.float32).astype(str).astype(np.float64)
+
+
 def ranges(start: np.ndarray, length: np.ndarray) -> np.ndarray:
     """Concatenation of arange(start_i, start_i + length_i)."""
     ends = np.cumsum(length)

@@ -192,6 +192,7 @@ def test_file_and_python_are_equal_in_any_order_of_stays(name, tmp_path, small_f
     written, events = read(tmp_path / name), pd.read_csv(folder / "events.csv")
     assert written.columns.tolist() == ["stay_id", "minute", "level", "variable", "event_minute", "value", "change"]
     assert (written[written["level"] == "event"].groupby("stay_id").size() == 4).all()
+    assert set(written["value"].dropna()) <= set(events["value"])  # to the last digit, though held as float32
     predictor = Predictor(small_finetuned, "cpu")
     pd.testing.assert_frame_equal(predictor.explain(events, largest=4), written, atol=1e-6, rtol=1e-6)
     other = {name: f"{9 - i}" for i, name in enumerate(events["stay_id"].unique())}

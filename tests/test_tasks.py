@@ -297,6 +297,7 @@ def test_labels_in_other_order_are_recoded_and_strange_ones_refused():
     recoded = Event(("y", "x")).recode(events)
     np.testing.assert_array_equal(recoded.answers, [[5, 2], [6, 0], [NAN, NAN], [7, 1]])
     assert Event(("y", "x")).labels(recoded.answers)["event"].fillna("-").tolist() == ["x", "0", "-", "y"]
+    assert Number().labels(np.float32([[36.6], [1234567]]))["label"].tolist() == [36.6, 1234567]
     with pytest.raises(InputError, match="its labels name x, where the checkpoint knows y, z"):
         Classes(("y", "z")).recode(words)
     with pytest.raises(InputError, match="of the kind event, where the checkpoint answers binary"):
