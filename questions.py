@@ -32,14 +32,16 @@ def answers_moved(cohort: Cohort, points: np.ndarray, minute: np.ndarray) -> np.
 
 
 def at_hours(cohort: Cohort, hours: float) -> Cohort | None:
-    """The cohort asked once a stay, `hours` after its admission, or at its end where that is earlier. None:
-    its points have times of their own."""
+    """The cohort asked once a stay, `hours` after its admission, or at its end where that is earlier: then,
+    as by `at_end`, at the minute of its last set, of which all events count. None: its points have times of
+    their own."""
     if cohort.timed:
         return None
-    stays = np.arange(len(cohort))
-    minute = np.minimum(cohort.admission + 60 * hours, at_end(cohort).point_minute)
-    asked = with_points(cohort, np.ones_like(stays), minute, answers_moved(cohort, stays, minute))
-    return replace(asked, timed=False)
+    stays, last = np.arange(len(cohort)), cohort.stay_start[1:] - 1
+    hour, end = cohort.admission + 60 * hours, cohort.set_end(last)
+    minute = np.where(end <= hour, cohort.set_minute[last], hour)
+    asked = with_points(cohort, np.ones_like(stays), np.minimum(hour, end), answers_moved(cohort, stays, minute))
+    return replace(asked, timed=False, point_minute=minute)
 
 
 def hours_of(cohort: Cohort, points: np.ndarray) -> np.ndarray:

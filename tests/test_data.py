@@ -93,6 +93,19 @@ def test_hours_count_from_the_first_set_whatever_they_were_before():
     assert at_hours(with_points(cohort, np.ones(2, dtype=int), np.array([120, 60])), 5) is None
 
 
+def test_a_record_that_ends_before_the_hour_is_asked_with_all_events_of_its_last_minute():
+    """Known to the microsecond: events 20 and 40 seconds after minutes 0, 60 and 120."""
+    minute = np.repeat([0, 60, 120], 2)
+    cohort = build_cohort("fine", ["a", "b"], 0 * minute, minute, np.arange(6) % 2, np.arange(6.), ["x"], [1],
+                          offset=np.tile([20, 40], 3) * 1_000_000)
+    end = at_end(cohort, [1])
+    for hours, events, minute in ((1, 2, 60), (1 + .5 / 60, 3, 60.5), (2 + .5 / 60, 5, 120.5), (2 + .7 / 60, 6, 120),
+                                  (3, 6, 120)):
+        asked = at_hours(end, hours)
+        sets = np.searchsorted(asked.set_minute, asked.point_minute[0], side="right")
+        assert (asked.set_start[sets], asked.point_minute[0]) == (events, minute), hours
+
+
 def test_a_point_sees_the_last_set_not_after_it_and_a_stay_ends_with_its_last_point():
     cohort = cohort_of([[(m, [(0, 1.0), (1, m)]) for m in (0, 10, 20, 30)], [(m, [(2, 1.0)]) for m in (5, 6)],
                         [(7, [(3, 0.0)])]])
