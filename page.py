@@ -312,8 +312,9 @@ def what_moves(figures: dict, pictures: dict, task) -> str:
         html_figure(pictures, "trajectory", "One stay: its answer over time, what was charted, and by how "
                                             "much each variable's events move the last answer."),
         item("16, 20c", "Values of the scored stays beside those of training, the furthest first: their "
-                        "median less the centre of training, in standard deviations. Medians far away may be "
-                        f"in other units. Other differences of setting and eligibility: {AUTHORS}"),
+                        "middle (median, or of two different values the mean) less the mean of training, in "
+                        "standard deviations. What lies far away may be in other units. Other differences of "
+                        f"setting and eligibility: {AUTHORS}"),
         html_table(compared)])
 
 

@@ -15,8 +15,8 @@ import torch
 from scipy.special import stdtrit
 
 from batches import EventBatch, EventSets, StayDataset, answered_points, first_known, group_widths, raw
-from data import (Cohort, InputError, event_table, make_splits, ranges, search_after, stay_event_index,
-                  stays_of)
+from data import (Cohort, InputError, charted, event_table, make_splits, ranges, search_after,
+                  stay_event_index, stays_of)
 from tables import BEYOND, MISSING, NAMELESS, TRUTH, Report, plain_name
 from checkpoint import Checkpoint
 from explain import by_variable, explanations, questions_at, reasons, scale
@@ -315,10 +315,10 @@ def against_training(dataset: StayDataset, stays: np.ndarray) -> pd.DataFrame:
     """Returns how the values of these stays lie beside those of training: a row for each variable that had
     numbers in training and has some here, by its name, the furthest first.
 
-    Columns: stays that have a value, values, their median and the centre of training (the mean; of a variable
-    taken on a log scale that of the logarithms), both in raw units, the median's distance from it in standard
-    deviations of training, the share of the values that are clipped. Of many stays a seeded part is looked
-    at."""
+    Columns: stays that have a value, values, their middle (the median; where they are two different values,
+    as 0 and 1, the mean) and the centre of training (the mean), both in raw units, the distance between these
+    in standard deviations of training, the share of the values that are clipped. Means of a variable taken on
+    a log scale are those of the logarithms. Of many stays a seeded part is looked at."""
     cohort, normalizer = dataset.cohort, dataset.normalizer
     stays = np.random.default_rng(0).permutation(stays)
     stays = stays[:1 + np.searchsorted(np.cumsum(cohort.stay_events[stays]), MOST_COMPARED)]
@@ -326,30 +326,31 @@ def against_training(dataset: StayDataset, stays: np.ndarray) -> pd.DataFrame:
     table["variable"] = dataset.variable[table["variable"]]
     table = table[table["value"].notna() & (table["variable"] >= 0)]
     table = table[normalizer.varies[table["variable"]]]
-    table["clipped"] = abs(normalizer.unclipped(table["variable"], table["value"])) >= normalizer.clip
+    table["z"] = normalizer.unclipped(table["variable"], table["value"])
+    table["clipped"] = abs(table["z"]) >= normalizer.clip
     by = table.groupby("variable")
-    result = pd.DataFrame({"stays": by["stay"].nunique(), "values": by.size(), "median": by["value"].median(),
-                           "clipped": by["clipped"].mean()})
-    variable = result.index
-    result.insert(3, "centre", raw(normalizer.mean[variable], normalizer.log_scale[variable]))
-    result.insert(4, "deviations", normalizer.unclipped(variable, result["median"]))
-    result = result.set_axis([normalizer.variables[v] for v in variable])
+    z = by["z"].median().where(by["value"].nunique() > 2, by["z"].mean())
+    v, mean = z.index, normalizer.mean[z.index]
+    middle, centre = (charted(raw(x, normalizer.log_scale[v])) for x in (mean + normalizer.std[v] * z, mean))
+    result = pd.DataFrame({"stays": by["stay"].nunique(), "values": by.size(), "middle": middle,
+                           "centre": centre, "deviations": z, "clipped": by["clipped"].mean()})
+    result = result.set_axis([normalizer.variables[i] for i in v])
     return result.sort_values("deviations", key=lambda distance: -distance.abs())
 
 
 def far_from_training(compared: pd.DataFrame) -> list[str]:
-    """Returns the line that names the variables whose median lies more than two standard deviations from the
+    """Returns the line that names the variables whose middle lies more than two standard deviations from the
     centre of training (where fewer than ten stays have values: more than the five at which they are clipped);
     none where there is no such variable."""
     far = compared[compared["deviations"].abs() > np.where(compared["stays"] >= 10, 2, 5)]
     if far.empty:
         return []
     return [f"values of {len(far)} variables lie far from training, perhaps in other units (--variables "
-            f"converts them): {medians(far)}"]
+            f"converts them): {beside_training(far)}"]
 
 
-def medians(compared: pd.DataFrame, most: int = 5) -> str:
-    named = [f"{row.Index} (median {row.median:.4g}, in training {row.centre:.4g}: {row.deviations:+.1f} sd)"
+def beside_training(compared: pd.DataFrame, most: int = 5) -> str:
+    named = [f"{row.Index} ({row.middle:.4g}, in training {row.centre:.4g}: {row.deviations:+.1f} sd)"
              for row in compared.head(most).itertuples()]
     return ", ".join(named) + " ..." * (len(compared) > most)
 

@@ -40,7 +40,8 @@ def at_hours(cohort: Cohort, hours: float) -> Cohort | None:
     stays, last = np.arange(len(cohort)), cohort.stay_start[1:] - 1
     hour, end = cohort.admission + 60 * hours, cohort.set_end(last)
     minute = np.where(end <= hour, cohort.set_minute[last], hour)
-    asked = with_points(cohort, np.ones_like(stays), np.minimum(hour, end), answers_moved(cohort, stays, minute))
+    answers = answers_moved(cohort, stays, minute)
+    asked = with_points(cohort, np.ones_like(stays), np.minimum(hour, end), answers)
     return replace(asked, timed=False, point_minute=minute)
 
 

@@ -25,7 +25,7 @@ from page import characteristics, cohort_flow, table_parts, write_page
 from plots import (LABEL_NAMES, OUTCOME_PICTURES, picture_folder, plot_curves, plot_features, plot_forecast,
                    plot_groups, plot_importance, plot_trajectory, save_figure)
 from predictor import (FORECAST, QUERY, Predictor, against_training, answer_queries, answered_queries,
-                       far_from_training, find_stay, forecast_at, forecasts_of, in_columns, medians,
+                       beside_training, far_from_training, find_stay, forecast_at, forecasts_of, in_columns,
                        risk_over_time)
 from questions import at_end, at_hours, labelled_points, stays_with
 from readouts import FREEDOM
@@ -191,7 +191,7 @@ def print_compared(compared: pd.DataFrame) -> None:
     share = np.average(compared["clipped"], weights=compared["values"])
     most = ", ".join(f"{name} {part:.2%}" for name, part in clipped.items() if part)
     print(f"data: {share:.2%} of these stays' values are clipped{', most of: ' * bool(most)}{most}")
-    print(f"data: furthest from training lie {medians(compared, 3)}")
+    print(f"data: furthest from training lie {beside_training(compared, 3)}")
     for line in far_from_training(compared):
         print(f"warning: {line}")
 

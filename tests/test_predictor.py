@@ -21,7 +21,8 @@ from batches import Normalizer, StayDataset
 from data import InputError
 from checkpoint import Checkpoint
 from model import SeqSetVAE
-from predictor import CPU, Predictor, followed_event, risk_over_time
+from predictor import (CPU, Predictor, against_training, beside_training, far_from_training, followed_event,
+                       risk_over_time)
 from questions import with_points
 from readers import synthetic_cohort, write_long_table
 from runs import answers_at, encode_points
@@ -117,6 +118,25 @@ def test_an_error_names_the_row_and_column_of_the_frame(small_finetuned, change,
         predictor.predict(small_table().drop(columns="value"))
     with pytest.raises(InputError, match="events: str where a DataFrame belongs"):
         predictor.predict("events.csv")
+
+
+def test_values_lie_beside_training_as_the_same_measure_of_both_says():
+    """Of a variable of two values, here 60% and a rare 10% of ones, the mean: their medians are 0 or 1."""
+    rng = np.random.default_rng(0)
+
+    def cohort(units):
+        return cohort_of([[(0, [(0, p % 5 > 1), (1, p % 10 == 0), (2, units * rng.normal(80, 10))])]
+                          for p in range(200)])
+    trained = cohort(1)
+    normalizer = Normalizer.fit(trained, np.arange(200))
+    same, other = (against_training(StayDataset(each, normalizer, points=True), np.arange(200))
+                   for each in (trained, cohort(2)))
+    assert same.loc[["lab0", "lab1"], "deviations"].abs().max() < 1e-3 and same["deviations"].abs().max() < .2
+    assert normalizer.log_scale[1] > 0 == normalizer.log_scale[0]
+    assert same.loc["lab0", ["middle", "centre"]].tolist() == pytest.approx([.6, .6], abs=1e-5)
+    assert beside_training(same[same.index == "lab0"]).startswith("lab0 (0.6, in training 0.6: ")
+    assert far_from_training(same) == [] and "values of 1 variables lie far" in far_from_training(other)[0]
+    assert other.loc["lab2", "middle"] == pytest.approx(160, abs=5) and other.index[0] == "lab2"
 
 
 def test_what_python_leaves_out_is_warned_of_and_each_stay_has_its_row(small_finetuned):
