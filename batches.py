@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data import Cohort, InputError, charted, events_of, point_slots, ranges, stay_event_index
+from data import Cohort, InputError, events_of, point_slots, ranges, shortest, stay_event_index
 
 # ------------------------------------------------------------------------------------------------------------
 # Normalised values, and the variables' vectors
@@ -138,7 +138,7 @@ class Normalizer:
         none). On a log scale that is the mean of a lognormal, exp(m + v / 2), where z is a mean and has a
         `variance`, which counts up to 1 of f(value)."""
         scale, std = (x[variable].astype(np.float64) for x in (self.log_scale, self.std))
-        low, high = (charted(x)[variable] for x in (self.low, self.high))
+        low, high = (shortest(x)[variable] for x in (self.low, self.high))
         value = z * std + self.mean[variable]
         value = raw(np.where(scale > 0, value + np.minimum(variance * std**2, 1) / 2, value), scale)
         return np.where(low <= high, value.clip(low, high), np.nan)

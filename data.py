@@ -504,7 +504,7 @@ def event_table(cohort: Cohort, stays: np.ndarray) -> pd.DataFrame:
                          "value": cohort.event_value[events]})
 
 
-def charted(value: np.ndarray) -> np.ndarray:
+def shortest(value: np.ndarray) -> np.ndarray:
     """float64 of float32 values: the numbers with the fewest digits that give them back, 36.6 and not
     36.59999847."""
     return np.asarray(value, dtype=np.float32).astype(str).astype(np.float64)

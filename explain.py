@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from batches import StayDataset, answered_points
-from data import Cohort, InputError, build_cohort, charted, ranges, search_after
+from data import Cohort, InputError, build_cohort, ranges, search_after, shortest
 from metrics import logit, measured, ranking_measure, resampled, weighted_mean
 from questions import at_end, at_every_minute, with_points
 from runs import answers_at, encode_points, progress
@@ -215,7 +215,7 @@ def explanations(model, dataset: StayDataset, points, device, events: int = 10) 
                          "minute": cohort.point_minute[point], **several, "level": table["level"],
                          "variable": np.array(cohort.variables, dtype=object)[cohort.event_variable[event]],
                          "event_minute": cohort.set_minute[sets],
-                         "value": charted(cohort.event_value[event]), "change": table["change"]})
+                         "value": shortest(cohort.event_value[event]), "change": table["change"]})
 
 
 def by_variable(model, dataset: StayDataset, point: int, device) -> dict[str, float | None]:

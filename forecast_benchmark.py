@@ -4,6 +4,8 @@ beside baselines (`test_suite.py --forecast_benchmark`)."""
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import NormalDist
+from typing import Callable, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -15,7 +17,7 @@ from tqdm import tqdm
 from baselines import STATISTICS, summary_table
 from checkpoint import Checkpoint
 from data import SPLITS, Cohort, event_table, stay_event_index, stays_of, write_atomically
-from metrics import FORECAST_FIGURES, Forecasts, bootstrap, forecast_figures, forecast_sums
+from metrics import bootstrap
 from predictor import Predictor, forecast_at, quantile_of
 from protocol import first_figure, once, print_methods
 from questions import with_points
@@ -111,6 +113,66 @@ def forecasts_on(home: Path, checkpoint: Checkpoint, cohort, values, queries, kn
           f"{queries['stay'][tested].nunique():,} test stays; {share:g} of the average is the model",
           flush=True)
     return {method: forecast_sums(each, queries[tested], units) for method, each in forecasts.items()}
+
+
+# ---- figures of forecasts ----------------------------------------------------------------------------------
+
+FORECAST_FIGURES = ("MSE e-3", "MAE e-2", "MSE of z-scores", "CRPS e-2", "coverage of 80%")
+
+
+class Forecasts(NamedTuple):
+    """Answers to n queries, in the variables' units."""
+
+    mean: np.ndarray    # [n]
+    quantile: Callable  # of a level between 0 and 1, [n]
+
+    @classmethod
+    def gaussian(cls, mean, sd) -> "Forecasts":
+        return cls(mean, lambda level: mean + sd * NormalDist().inv_cdf(level))
+
+    def averaged(self, other: "Forecasts", share: float) -> "Forecasts":
+        """This share of these means and quantiles, and the rest of the other's."""
+        return Forecasts(share * self.mean + (1 - share) * other.mean,
+                         lambda level: share * self.quantile(level) + (1 - share) * other.quantile(level))
+
+
+def crps(quantile, value: np.ndarray, levels: int = 45) -> np.ndarray:
+    """Returns the continuous ranked probability score [n] of forecasts of these values [n], in their unit:
+    twice the pinball loss, in the mean over levels (Laio & Tamea 2007). quantile: the forecasts'
+    quantiles [n] at a level between 0 and 1. 45 levels are within .1% for a Gaussian."""
+    total = np.zeros(len(value))
+    for level in (np.arange(levels) + .5) / levels:
+        error = value - quantile(level)
+        total += np.maximum(level * error, (level - 1) * error)
+    return 2 * total / levels
+
+
+def forecast_sums(forecasts: Forecasts, queries: pd.DataFrame, units: pd.DataFrame) -> np.ndarray:
+    """Sums over the queries of each stay and variable, [6, stays, V]: their number; squared error, absolute
+    error and CRPS in units of the variable's range; squared error in units of its sd; answers within the 80%
+    interval."""
+    variable, value = queries["variable"].to_numpy(), queries["value"].to_numpy()
+    width, sd = units.to_numpy()[variable].T
+    error = forecasts.mean - value
+    within = (forecasts.quantile(.1) <= value) & (value <= forecasts.quantile(.9))
+    each = [np.ones(len(value)), (error / width) ** 2, abs(error) / width,
+            crps(forecasts.quantile, value) / width, (error / sd) ** 2, within]
+    stay, stays = pd.factorize(queries["stay"])
+    cell, shape = stay * len(units) + variable, (len(stays), len(units))
+    return np.stack([np.bincount(cell, x, np.prod(shape)).reshape(shape) for x in each])
+
+
+def forecast_figures(sums: np.ndarray, repeats: int = 200) -> np.ndarray:
+    """FORECAST_FIGURES of `forecast_sums`, [1 + repeats, 5]: of these stays, then of resampled ones, the same
+    for every method. Errors and CRPS are means over a variable's values, then over variables. The MSE of
+    z-scores and the coverage are means over all values."""
+    stays = sums.shape[1]
+    drawn = np.random.default_rng(0).multinomial(stays, np.full(stays, 1 / stays), repeats)
+    number, *totals, z, within = np.vstack([np.ones(stays), drawn]) @ sums                 # [1 + repeats, V]
+    with np.errstate(invalid="ignore"):  # a variable without a value is in no mean
+        square, absolute, score = (np.nanmean(total / number, axis=1) for total in totals)
+    z, within = (total.sum(1) / number.sum(1) for total in (z, within))
+    return np.stack([1e3 * square, 1e2 * absolute, z, 1e2 * score, within], axis=1)
 
 
 # ---- mistyped values ---------------------------------------------------------------------------------------

@@ -1,9 +1,8 @@
 """Figures of probabilities (discrimination, calibration, alarms, the utility of the challenge 2019) and how
-certain they are; figures of forecasts. Every function takes flat arrays over points."""
+certain they are. Every function takes flat arrays over points."""
 
 import itertools
-from statistics import NormalDist
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -52,6 +51,11 @@ def recalibration(label, p, weight) -> tuple[float, float]:
         if abs(step).max() < 1e-6:
             return tuple(fitted)
     return np.nan, np.nan
+
+
+def excess(label, p, weight) -> tuple[float]:
+    """Returns the share of label 1 less the mean p: 0 where p is calibrated in the large."""
+    return (weight @ (label - p) / weight.sum(),)
 
 
 def alarm_from(threshold: float):
@@ -237,7 +241,7 @@ def score_figures(points: Points, methods: dict, threshold: float, sensitivity: 
     few = (f"{unit} with a positive label: {positive}, with a negative one: {negative}; below {FEW} of each "
            "no interval is given, and the figures may be chance")
     alarm = threshold if sensitivity is None else threshold_of(label, probability, sensitivity)
-    full = RANKS | {recalibration: ("slope", "intercept"),
+    full = RANKS | {recalibration: ("slope", "intercept"), excess: ("excess",),
                     alarm_from(alarm): ("sensitivity", "specificity", "ppv", "alarms")}
     bins = calibration_bins(subject, label, probability)
     tn, fp, fn, tp = confusion_matrix(label, probability >= threshold).ravel().tolist()
@@ -275,68 +279,6 @@ def best_shares(log_odds: np.ndarray, label: np.ndarray) -> np.ndarray:
     shares = [s for s in itertools.product(tenths, repeat=len(log_odds)) if sum(s) == 10]
     shares, sign = np.array(shares) / 10, np.where(label == 1, -1, 1)
     return min(shares, key=lambda share: np.logaddexp(0, sign * (share @ log_odds)).mean())
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Forecasts
-# ------------------------------------------------------------------------------------------------------------
-
-FORECAST_FIGURES = ("MSE e-3", "MAE e-2", "MSE of z-scores", "CRPS e-2", "coverage of 80%")
-
-
-class Forecasts(NamedTuple):
-    """Answers to n queries, in the variables' units."""
-
-    mean: np.ndarray    # [n]
-    quantile: Callable  # of a level between 0 and 1, [n]
-
-    @classmethod
-    def gaussian(cls, mean, sd) -> "Forecasts":
-        return cls(mean, lambda level: mean + sd * NormalDist().inv_cdf(level))
-
-    def averaged(self, other: "Forecasts", share: float) -> "Forecasts":
-        """This share of these means and quantiles, and the rest of the other's."""
-        return Forecasts(share * self.mean + (1 - share) * other.mean,
-                         lambda level: share * self.quantile(level) + (1 - share) * other.quantile(level))
-
-
-def crps(quantile, value: np.ndarray, levels: int = 45) -> np.ndarray:
-    """Returns the continuous ranked probability score [n] of forecasts of these values [n], in their unit:
-    twice the pinball loss, in the mean over levels (Laio & Tamea 2007). quantile: the forecasts'
-    quantiles [n] at a level between 0 and 1. 45 levels are within .1% for a Gaussian."""
-    total = np.zeros(len(value))
-    for level in (np.arange(levels) + .5) / levels:
-        error = value - quantile(level)
-        total += np.maximum(level * error, (level - 1) * error)
-    return 2 * total / levels
-
-
-def forecast_sums(forecasts: Forecasts, queries: pd.DataFrame, units: pd.DataFrame) -> np.ndarray:
-    """Sums over the queries of each stay and variable, [6, stays, V]: their number; squared error, absolute
-    error and CRPS in units of the variable's range; squared error in units of its sd; answers within the 80%
-    interval."""
-    variable, value = queries["variable"].to_numpy(), queries["value"].to_numpy()
-    width, sd = units.to_numpy()[variable].T
-    error = forecasts.mean - value
-    within = (forecasts.quantile(.1) <= value) & (value <= forecasts.quantile(.9))
-    each = [np.ones(len(value)), (error / width) ** 2, abs(error) / width,
-            crps(forecasts.quantile, value) / width, (error / sd) ** 2, within]
-    stay, stays = pd.factorize(queries["stay"])
-    cell, shape = stay * len(units) + variable, (len(stays), len(units))
-    return np.stack([np.bincount(cell, x, np.prod(shape)).reshape(shape) for x in each])
-
-
-def forecast_figures(sums: np.ndarray, repeats: int = 200) -> np.ndarray:
-    """FORECAST_FIGURES of `forecast_sums`, [1 + repeats, 5]: of these stays, then of resampled ones, the same
-    for every method. Errors and CRPS are means over a variable's values, then over variables. The MSE of
-    z-scores and the coverage are means over all values."""
-    stays = sums.shape[1]
-    drawn = np.random.default_rng(0).multinomial(stays, np.full(stays, 1 / stays), repeats)
-    number, *totals, z, within = np.vstack([np.ones(stays), drawn]) @ sums                 # [1 + repeats, V]
-    with np.errstate(invalid="ignore"):  # a variable without a value is in no mean
-        square, absolute, score = (np.nanmean(total / number, axis=1) for total in totals)
-    z, within = (total.sum(1) / number.sum(1) for total in (z, within))
-    return np.stack([1e3 * square, 1e2 * absolute, z, 1e2 * score, within], axis=1)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -706,7 +648,8 @@ def format_table(rows: dict, columns: dict) -> pd.DataFrame:
 
 # What figures are called.
 TITLES = {"auroc": "AUROC", "auprc": "AUPRC", "slope": "calibration slope",
-          "intercept": "calibration intercept", "ppv": "predictive value", "alarms": "alarms per 100",
+          "intercept": "calibration intercept", "excess": "observed - predicted",
+          "ppv": "predictive value", "alarms": "alarms per 100",
           "auc": "AUROC", "log_loss": "log loss",
           "mae": "mean absolute error", "rmse": "root mean square error",
           "spearman": "rank correlation", "coverage": "coverage of the 80% interval", "width": "its width",
@@ -720,8 +663,8 @@ def figure_title(figure: str) -> str:
 
 
 RANKED = {"auroc": "AUROC", "auprc": "AUPRC"}
-CALIBRATED = {"slope": "slope", "intercept": "intercept", "sensitivity": "sensitivity", "ppv": "PPV",
-              "alarms": "alarms/100"}
+CALIBRATED = {"slope": "slope", "intercept": "intercept", "excess": "observed - predicted",
+              "sensitivity": "sensitivity", "ppv": "PPV", "alarms": "alarms/100"}
 SEPSIS = {"AUROC": "{all_hours[auroc]:.4f}", "AUPRC": "{all_hours[auprc]:.4f}",
           "up to the onset": "{until_the_onset[auroc]:.4f}, {until_the_onset[auprc]:.4f}",
           "alarm from": "{threshold:.4f}", "warned in the 12 hours before": "{share_warned:.1%} ({warned:,})",
@@ -783,6 +726,7 @@ def headline(figures: dict) -> pd.DataFrame:
         "Calibration error": ("{calibration_error:.4f}", "expected, 10 bins of equal counts"),
         "Calibration slope": (cell(own["slope"]), "1 where calibrated"),
         "Calibration intercept": (cell(own["intercept"]), "0 where calibrated"),
+        "Observed - predicted": (cell(own["excess"]), "0 where calibrated"),
         "Mean probability": ("{probability[mean]:.4f}",
                              "range {probability[min]:.4f} to {probability[max]:.4f}, below 0.01: "
                              "{probability[below_0.01]}, above 0.99: {probability[above_0.99]}"),

@@ -317,7 +317,7 @@ OUTCOME_PICTURES = {"binary": binary_pictures, "several": several_pictures, "cla
 
 def plot_groups(task, figures: dict):
     """Draws what the checkpoint is judged by in each subgroup, with its intervals, beside that in all."""
-    measures = ["auroc", "sensitivity", "ppv", "alarms"]
+    measures = ["auroc", "excess", "sensitivity", "ppv", "alarms"]
     if task.kind != "binary":
         measures = [name.removeprefix("val_") for name in task.untrained]
     rows = {f"all ({figures['stays']:,})": figures["methods"][CHECKPOINT]}

@@ -15,7 +15,7 @@ import torch
 from scipy.special import stdtrit
 
 from batches import EventBatch, EventSets, StayDataset, answered_points, first_known, group_widths, raw
-from data import (Cohort, InputError, charted, event_table, make_splits, ranges, search_after,
+from data import (Cohort, InputError, event_table, make_splits, ranges, search_after, shortest,
                   stay_event_index, stays_of)
 from tables import BEYOND, MISSING, NAMELESS, TRUTH, Report, plain_name
 from checkpoint import Checkpoint
@@ -331,7 +331,7 @@ def against_training(dataset: StayDataset, stays: np.ndarray) -> pd.DataFrame:
     by = table.groupby("variable")
     z = by["z"].median().where(by["value"].nunique() > 2, by["z"].mean())
     v, mean = z.index, normalizer.mean[z.index]
-    middle, centre = (charted(raw(x, normalizer.log_scale[v])) for x in (mean + normalizer.std[v] * z, mean))
+    middle, centre = (shortest(raw(x, normalizer.log_scale[v])) for x in (mean + normalizer.std[v] * z, mean))
     result = pd.DataFrame({"stays": by["stay"].nunique(), "values": by.size(), "middle": middle,
                            "centre": centre, "deviations": z, "clipped": by["clipped"].mean()})
     result = result.set_axis([normalizer.variables[i] for i in v])

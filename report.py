@@ -16,7 +16,7 @@ from scipy.special import stdtr
 from baselines import beside_score, score_of, score_tables
 from batches import answered_points, first_known
 from checkpoint import Checkpoint, label_digest
-from data import (SPLITS, InputError, charted, event_table, make_splits, point_slots, stays_of,
+from data import (SPLITS, InputError, event_table, make_splits, point_slots, shortest, stays_of,
                   write_atomically)
 from explain import explanations, faithfulness, importance, questions_at, scale
 from history_statistics import real_sets
@@ -656,7 +656,7 @@ def odd_values(predictor: Predictor, dataset, stays=slice(None)) -> pd.DataFrame
     judged = (variable >= 0) & ~np.isnan(cohort.event_value) & normalizer.numeric[variable]
     judged &= (chosen[stay] & (cohort.set_minute > minutes[stay]))[sets]
     event = np.flatnonzero(judged)
-    sets, variable, value = sets[event], variable[event], charted(cohort.event_value[event])
+    sets, variable, value = sets[event], variable[event], shortest(cohort.event_value[event])
     answers = answer_queries(predictor.model, dataset.of(asked), point[sets] - 1, variable,
                              cohort.set_minute[sets], predictor.device)
     forecasts = forecasts_of(normalizer, variable, answers)

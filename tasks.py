@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 from sklearn.model_selection import train_test_split
 
-from data import Cohort, InputError, charted, stays_of, subjects_with_label
+from data import Cohort, InputError, shortest, stays_of, subjects_with_label
 from batches import Normalizer
 from metrics import (CHECKPOINT, FEW, Points, best_shares, best_utility_threshold, binary_tables,
                      brier_scores, censoring_curve, censoring_weights, class_measure, concordance_measure,
@@ -76,7 +76,7 @@ class Task:
     def labels(self, answers: np.ndarray) -> pd.DataFrame:
         """Answers [n, A] as a label file has them, in `label_columns`; an answer that is none is an empty
         cell."""
-        return pd.DataFrame(charted(answers), columns=self.label_columns)
+        return pd.DataFrame(shortest(answers), columns=self.label_columns)
 
     # ---- what a checkpoint keeps ---------------------------------------------------------------------------
 
@@ -675,7 +675,7 @@ class Event(Task):
     def labels(self, answers):
         words = np.array(["0", *self.names, None], dtype=object)
         return pd.DataFrame({"event": words[np.nan_to_num(answers[:, 1], nan=-1).astype(int)],
-                             "hours": charted(answers[:, 0])})
+                             "hours": shortest(answers[:, 0])})
 
     def renamed(self, answers, place):
         cause = np.array([0, *(at + 1 for at in place), np.nan], dtype=np.float32)

@@ -12,8 +12,8 @@ import forecast_benchmark
 import train
 from data import build_cohort
 from forecast_benchmark import (BOOSTING, FROM_LAST, FROM_MEAN, LAST, MISTAKES, MODEL, ODD, USUAL, WITH_BOOSTING,
-                                charted, mistakes_found, mistyped, random_split, suspicion, swapped, tenfold)
-from metrics import Forecasts, crps, forecast_figures, forecast_sums
+                                Forecasts, charted, crps, forecast_figures, forecast_sums, mistakes_found, mistyped,
+                                random_split, suspicion, swapped, tenfold)
 from readers import write_long_table
 from test_suite import main
 from tests.test_evaluate import rows_of

@@ -68,15 +68,18 @@ def test_a_planted_miscalibration_shows_in_its_group_and_nowhere_else(capsys):
     for name, group in figures["subgroups"]["unit and sex"].items():
         (a, b), (c, d) = group["slope"]["interval"], group["intercept"]["interval"]
         assert (a < 1 < b, c < 0 < d) == ((False, False) if name == "01" else (True, True)), (name, group)
-        assert group["stays"] == groups["unit and sex"][name].sum()
+        mask = groups["unit and sex"][name]
+        low, high = group["excess"]["interval"]
+        assert group["excess"]["value"] == pytest.approx((label - methods[CHECKPOINT])[mask].mean())
+        assert group["stays"] == mask.sum() and (low < 0 < high) == (name != "01")
         assert group["sensitivity"]["interval"][0] < group["sensitivity"]["value"] < group["sensitivity"]["interval"][1]
     assert figures["methods"][CHECKPOINT]["sensitivity"]["value"] == pytest.approx(.8, abs=.001)
     print_tables(figures | {"scored": "these"})
     rows = capsys.readouterr().out.split("\nSubgroups")[1].splitlines()
-    assert rows[1].split() == ["stays", "positive", "AUROC", "AUPRC", "slope", "intercept", "sensitivity", "PPV",
-                               "alarms/100"]
+    assert rows[1].split() == ["stays", "positive", "AUROC", "AUPRC", "slope", "intercept", "observed", "-",
+                               "predicted", "sensitivity", "PPV", "alarms/100"]
     named = ["all", *(f"unit and sex {group}" for group in ("00", "01", "10", "11"))]
-    assert [row.split("  ")[0] for row in rows[2:]] == named and all(row.count("[") == 7 for row in rows[2:])
+    assert [row.split("  ")[0] for row in rows[2:]] == named and all(row.count("[") == 8 for row in rows[2:])
 
 
 def test_subgroups_are_first_values_categories_quartiles_and_numbers_of_events(tmp_path, load):
