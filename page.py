@@ -298,7 +298,7 @@ def how_well(figures: dict, tables: dict, pictures: dict, task) -> str:
 
 
 def what_moves(figures: dict, pictures: dict, task) -> str:
-    moves = pd.DataFrame(figures.get("importance", {}))
+    moves = pd.DataFrame(figures["importance"])
     compared = pd.DataFrame(figures["variables"]).T
     if len(compared):
         formats = {"stays": "{:,.0f}", "values": "{:,.0f}", "clipped": "{:.2%}", "deviations": "{:+.2f}"}
@@ -306,8 +306,7 @@ def what_moves(figures: dict, pictures: dict, task) -> str:
                                  for name, column in compared.items()})
     return "\n".join([
         html_table(moves.head(20).map("{:.4f}".format),
-                   f"Mean |change| of the {scale(task)} without a variable's events, over stays")
-        if len(moves) else "<p>Over all stays: give --explain FILE.</p>",
+                   f"Mean |change| of the {scale(task)} without a variable's events, over stays"),
         html_figure(pictures, "importance", "The same of more variables."),
         html_figure(pictures, "trajectory", "One stay: its answer over time, what was charted, and by how "
                                             "much each variable's events move the last answer."),

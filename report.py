@@ -502,13 +502,17 @@ MOST_EXPLAINED = 500  # stays over which the global importance is averaged
 def why(arguments, predictor, dataset, stays, traced: int | None, looked_at) -> dict:
     """Writes --explain of these stays, or of the one that is `traced`, and returns what the figures then hold
     of seeded draws of the stays `looked_at`: importance and faithfulness."""
-    figures, cohort = {}, dataset.cohort
+    figures, table, seen = {}, None, drawn(looked_at, MOST_EXPLAINED)
     if arguments.explain:
         explained = stays if traced is None else np.array([traced])
         table = write_explanations(arguments, predictor, dataset, explained)
-        if traced is None:
-            mine = table[table["stay_id"].isin(cohort.stay_id[drawn(looked_at, MOST_EXPLAINED)])]
-            figures["importance"] = print_importance(mine, predictor.model.task)
+    if table is not None and traced is None:
+        table = table[table["stay_id"].isin(dataset.cohort.stay_id[seen])]
+    elif arguments.report:
+        asked, points = questions_of(arguments, predictor, dataset, seen)
+        table = explanations(predictor.model, asked, points, predictor.device, events=0)
+    if arguments.report or arguments.explain and traced is None:
+        figures["importance"] = print_importance(table, predictor.model.task)
     if arguments.faithfulness:
         figures["faithfulness"] = faithfulness_figures(
             arguments, predictor, dataset, drawn(looked_at, arguments.faithfulness))

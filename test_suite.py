@@ -150,8 +150,9 @@ def run(given: dict) -> int | None:
                          "another")
     if arguments.explain == "" and not arguments.follow:
         raise InputError("--explain: give the FILE to write, which --follow alone does without")
-    if given.keys() & {"explain_at", "explain_events"} and not (arguments.explain or arguments.faithfulness):
-        raise InputError("--explain_at and --explain_events need --explain FILE or --faithfulness")
+    if given.keys() & {"explain_at", "explain_events"} and not (arguments.explain or arguments.faithfulness
+                                                                or arguments.report):
+        raise InputError("--explain_at and --explain_events need --explain FILE, --faithfulness or --report")
     if arguments.soak:
         os.environ["SEQSETVAE_SOAK"] = "1"
         return run_tests("-s", "-k", "random")

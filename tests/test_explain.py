@@ -243,7 +243,7 @@ def test_follow_appends_the_three_largest_reasons(small_finetuned, capsys, monke
 def test_what_cannot_be_explained_is_one_error(small_finetuned, small_pretrained, tmp_path, capsys):
     options, why = ["--checkpoint", str(small_finetuned)], ["--explain", str(tmp_path / "why.csv")]
     one_error_line(capsys, main([*options, "--explain"]), "--explain: give the FILE")
-    one_error_line(capsys, main([*options, "--explain_at", "highest"]), "need --explain FILE or --faithfulness")
+    one_error_line(capsys, main([*options, "--explain_at", "highest"]), "need --explain FILE, --faithfulness or --report")
     one_error_line(capsys, main([*options, "--follow", *why]), "--follow does not go with --explain")
     one_error_line(capsys, main([*options, *why, "--explain_at", "soon"]), "--explain_at soon")
     one_error_line(capsys, main([*options, *why, "--explain_at", "-5000"]), "give another moment")

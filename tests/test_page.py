@@ -81,7 +81,7 @@ def reported(tmp_path_factory, finetuned):
     """The page of a checkpoint, and the figures of --json."""
     folder = tmp_path_factory.mktemp("page")
     assert main(["--checkpoint", str(finetuned), "--report", str(folder / "r.html"), "--json", str(folder / "json"),
-                 "--subgroups", "Gender,events", "--explain", str(folder / "why.csv"), "--explain_events", "0",
+                 "--subgroups", "Gender,events",
                  "--at_hours", "6"]) == 0
     return folder / "r.html", json.loads((folder / "json").read_text())
 
