@@ -42,6 +42,7 @@ def cohort_flow(checkpoint: Checkpoint, cohort, stays, scored) -> list[dict]:
 
 MOST_DESCRIBED = 40  # variables in Table 1
 FEW_VALUES = 6       # different whole numbers up to which a variable is described by their shares
+BY_ANSWER = "scored: "  # begins the parts that are made by answers
 
 
 def table_parts(checkpoint: Checkpoint, cohort, scored_stays) -> dict[str, np.ndarray]:
@@ -57,7 +58,7 @@ def table_parts(checkpoint: Checkpoint, cohort, scored_stays) -> dict[str, np.nd
     label = cohort.stay_label[scored_stays]
     for value in np.unique(label[label >= 0])[:FEW_VALUES]:
         word = words[cohort.kind][value] if cohort.kind in words else f"{cohort.names[0]} {value}"
-        parts[f"scored: {word}"] = scored_stays[label == value]
+        parts[BY_ANSWER + word] = scored_stays[label == value]
     return parts
 
 
@@ -72,47 +73,63 @@ def first_recorded(cohort, stays) -> pd.Series:
     return pd.concat(found).fillna(np.inf)
 
 
-def quartiles(values: pd.Series) -> str:
+def described(values: pd.Series) -> str:
+    """Returns the median and quartiles of numbers and what share of them is missing; of a condition the share
+    in which it holds."""
+    if values.dtype == bool:
+        return f"{values.mean():.1%}"
+    known = values.dropna()
     low, middle, high = (f"{x:.3g}" if abs(x) < 1000 else f"{x:,.0f}"
-                         for x in values.quantile([.25, .5, .75]))
-    return f"{middle} [{low}, {high}]"
+                         for x in known.quantile([.25, .5, .75]))
+    without = f"{1 - len(known) / len(values):.1%} without" * (len(known) < len(values))
+    return "; ".join(filter(None, [f"{middle} [{low}, {high}]" * (len(known) > 0), without]))
+
+
+def standardised_difference(values: pd.Series, other: pd.Series) -> str:
+    """Returns the mean of these numbers or conditions less that of the others, in units of the root mean of
+    the two variances, of a share p (1 - p) (Austin 2009); empty where nothing varies."""
+    mean, ddof = values.mean(), 0 if values.dtype == bool else 1
+    spread = np.sqrt((values.var(ddof=ddof) + other.var(ddof=ddof)) / 2)
+    return f"{(mean - other.mean()) / spread:+.2f}" if spread > 1e-6 * abs(mean) else ""
 
 
 def characteristics(cohort, parts: dict[str, np.ndarray]) -> dict:
     """Returns Table 1, {column: {row: text}}: of the stays of each part that are asked the patients, answers,
     length and events of the record, and the first value by the question of the MOST_DESCRIBED variables that
-    most of the scored stays have: median and quartiles, or shares of few whole numbers, and the share of
-    stays without one."""
+    most of the scored stays have: `described`, where there are few whole numbers as the share of each. Where
+    the answers of the scored stays make two parts of them, a last column has the standardised differences of
+    the second from the first."""
     asked = np.diff(cohort.point_start) > 0
     parts = {part: stays[asked[stays]] for part, stays in parts.items()}
     everyone = np.unique(np.concatenate([*parts.values()]))
     first = first_recorded(cohort, everyone)
     stay, variable = (first.index.get_level_values(level) for level in range(2))
-    charted = variable[np.isin(stay, parts["scored"])].value_counts()
-    common = np.sort(charted.index[:MOST_DESCRIBED])
-    first = first[np.isin(variable, common)].unstack()                                       # [stays, common]
+    charted = np.bincount(variable[np.isin(stay, parts["scored"])], minlength=len(cohort.variables))
+    common = np.sort(np.argsort(-charted, kind="stable")[:MOST_DESCRIBED])
+    first = first[np.isin(variable, common)].unstack().reindex(everyone, columns=common)     # [stays, common]
     length = (cohort.point_minute[cohort.point_start[everyone + 1] - 1] - cohort.admission[everyone]) / 60
-    length, events = (pd.Series(x, everyone) for x in (length, cohort.stay_events[everyone]))
-    columns = {}
-    for part, stays in parts.items():
-        mine, points = first.reindex(stays), labelled_points(cohort, stays)
-        cells = {"stays": f"{len(stays):,}", "patients": f"{len(np.unique(cohort.subject[stays])):,}",
-                 "answers": cohort.describe_answers(points),
-                 "hours from admission to the last question": quartiles(length.reindex(stays)),
-                 "events of the record": quartiles(events.reindex(stays))}
-        for v in common:
-            name, values = cohort.variables[v], np.unique(first[v][np.isfinite(first[v])])
-            shown, own = cohort.shown.get(name, name), mine[v][np.isfinite(mine[v])]
-            if not len(values):
-                cells[shown] = f"{mine[v].notna().mean():.1%}"
-            elif len(values) <= FEW_VALUES and (values == values.round()).all():
-                cells |= {f"{shown} = {cohort.shown.get(f'{name}={value:g}', f'{value:g}')}":
-                          f"{(own == value).sum() / len(mine):.1%}" for value in values}
-                cells[f"{shown} not recorded"] = f"{1 - len(own) / len(mine):.1%}"
-            else:
-                without = f"{1 - len(own) / len(mine):.1%} without" * (len(own) < len(mine))
-                cells[shown] = "; ".join(filter(None, [quartiles(own) if len(own) else "", without]))
-        columns[part] = cells
+    rows = {"hours from admission to the last question": pd.Series(length, everyone),
+            "events of the record": pd.Series(cohort.stay_events[everyone], everyone)}
+    for v in common:
+        name, values = cohort.variables[v], first[v].where(np.isfinite(first[v]))
+        shown, different = cohort.shown.get(name, name), np.unique(values.dropna())
+        if not len(different):
+            rows[shown] = first[v].notna()
+        elif len(different) <= FEW_VALUES and (different == different.round()).all():
+            rows |= {f"{shown} = {cohort.shown.get(f'{name}={value:g}', f'{value:g}')}": values == value
+                     for value in different}
+            rows[f"{shown} not recorded"] = values.isna()
+        else:
+            rows[shown] = values
+    columns = {part: {"stays": f"{len(stays):,}", "patients": f"{len(np.unique(cohort.subject[stays])):,}",
+                      "answers": cohort.describe_answers(labelled_points(cohort, stays)),
+                      **{row: described(values[stays]) for row, values in rows.items()}}
+               for part, stays in parts.items()}
+    groups = [stays for part, stays in parts.items() if part.startswith(BY_ANSWER)]
+    if len(groups) == 2:
+        without, those = groups
+        columns["standardised difference"] = dict.fromkeys(columns["scored"], "") | {
+            row: standardised_difference(values[those], values[without]) for row, values in rows.items()}
     return columns
 
 
@@ -216,7 +233,7 @@ def of_whom(checkpoint: Checkpoint, cohort, scored, figures: dict) -> str:
         steps += f"<li{' class=part' * row['part']}>{escape(text)}</li>"
     skipped = "".join(f"<li>{escape(line)}</li>" for line in met(cohort.notes, cohort.examples))
     known = sum(name in checkpoint.normalizer.variables for name in cohort.variables)
-    hours = describe_questions(cohort, scored)
+    hours, more = describe_questions(cohort, scored), max(0, len(cohort.variables) - MOST_DESCRIBED)
     return "\n".join([
         item("5, 6", f"Sources of the data, dates, setting, eligibility, treatments: {AUTHORS}"),
         item("8a", f"The labels are of the kind {cohort.kind} ({', '.join(map(str, cohort.names))}), asked "
@@ -230,7 +247,10 @@ def of_whom(checkpoint: Checkpoint, cohort, scored, figures: dict) -> str:
                    f"was charted. Why these: {AUTHORS}"),
         html_table(pd.DataFrame(figures["characteristics"]).fillna(""),
                    "Table 1 (items 20b, 11). Median and quartiles of the first value by the last question, "
-                   "or shares of the stays; without: the share in which the variable was not charted.")])
+                   "or shares of the stays; without: the share in which the variable was not charted. "
+                   "Standardised difference, where there are two answers: mean or share of the second less "
+                   "that of the first, in units of the root mean of their variances (Austin 2009). Variables "
+                   f"that fewer of the scored stays have, not shown: {more:,}.")])
 
 
 def how_made(checkpoint: Checkpoint, model, figures: dict, pictures: dict) -> str:

@@ -108,6 +108,7 @@ def test_the_numbers_of_the_page_are_those_of_json(reported):
         assert [int(x.replace(",", "")) for x in rows[name][:2]] == [group["stays"], group["positive"]]
     assert all(any(line.startswith(f"{step['stays']:,} stays of {step['patients']:,} patients {step['step']}")
                    for line in parsed.lines) for step in figures["flow"])
+    assert any("not shown: 4." in text for text in parsed.texts)  # of 44 variables
     assert figures["flow"][0]["stays"] == 24 and figures["flow"][-1]["stays"] == figures["stays"]
     for column, cells in figures["characteristics"].items():
         (table,) = (table for table in parsed.tables if column in table[0])
@@ -162,7 +163,14 @@ def test_table_1_is_what_counting_by_hand_gives(tmp_path, load):
     assert whole["A"] == "2.25 [1.88, 2.62]; 50.0% without"  # 3's comes after its question
     assert whole["B"] == "25.0%" and cells["one"]["B"] == "0.0%"
     assert (whole["sex = 0"], whole["sex = male"], whole["sex not recorded"]) == ("25.0%", "50.0%", "25.0%")
-    assert cells["one"]["A"] == "100.0% without"
+    assert cells["one"]["A"] == "100.0% without" and "standardised difference" not in cells
+    groups = {f"scored: label {label}": np.flatnonzero(cohort.label == label) for label in (0, 1)}
+    difference = page.characteristics(cohort, {"scored": np.arange(4), **groups})["standardised difference"]
+    # shares 1/2 and 0: -1/2 in units of sqrt((1/4 + 0) / 2); A has one value a group, of which none varies
+    assert {row: text for row, text in difference.items() if text} == {
+        "Sex = 0": "-1.41", "Sex = 1": "+0.00", "Sex not recorded": "+1.41", "B": "+1.41",
+        "events of the record": "+0.00", "hours from admission to the last question": "+0.00"}
+    assert page.standardised_difference(pd.Series([1., 3, np.nan]), pd.Series([0., 2])) == "+0.71"  # sd sqrt(2)
     assert len(labelled_points(cohort, np.arange(4))) == 4
 
 
