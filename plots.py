@@ -204,6 +204,24 @@ def plot_calibration(label, probability, figures: dict):
     return figure
 
 
+def plot_new_site(curves: pd.DataFrame):
+    """Draws the AUROC of each arm by the number of labelled stays, a panel for each site and the mean of the
+    sites: columns labels, arm, site, auc; a row a draw."""
+    sites, numbers = [*curves["site"].unique()], sorted(curves["labels"].unique())
+    table = curves.groupby(["arm", "labels", "site"])["auc"].mean().unstack("site")
+    figure, axes = new_figure(1 + len(sites), height=3.4, sharey=True)
+    panels = {"mean of the sites": sites} | {site: [site] for site in sites}
+    for ax, (title, shown) in zip(axes, panels.items()):
+        for arm, style in zip(curves["arm"].unique(), itertools.cycle(STYLES)):
+            of = table.loc[arm, shown].dropna().mean(axis=1)
+            ax.plot([numbers.index(n) for n in of.index], of.to_numpy(), marker="o", label=arm, **style)
+        ax.set(title=title, xlabel="labelled stays of the site")
+        ax.set_xticks(range(len(numbers)), [f"{n:,}" for n in numbers])
+    axes[0].set_ylabel("AUROC")
+    legend(axes[0])
+    return figure
+
+
 def plot_decision(label, methods: dict):
     """Draws the net benefit of alarms from a threshold on, beside alarms for all and for none, up to the
     threshold from which on no method differs from none."""

@@ -7,6 +7,7 @@
     python test_suite.py --checkpoint C --forecast F --until 24   what each variable will show
     python test_suite.py --protocol --data_dir D   measures the tables of RESULTS.md
     python test_suite.py --forecast_benchmark --data_dir D   measures forecasts of the second day
+    python test_suite.py --new_site --data_dir D   measures what old weights are worth to a new hospital
     python test_suite.py --benchmark [--data_dir D]   measures speed and memory beside a plain loop
 """
 
@@ -24,12 +25,13 @@ from protocol import METHODS, benchmark, protocol, scale
 from report import ANALYSIS, forecasts, performance
 from runs import CHECKPOINTS, exit_code
 from settings import SEED, SHARE, Parser, SharedSettings, changed, data_options, option
+from site_benchmark import new_site
 
 
 TESTS = str(Path(__file__).with_name("tests"))
 # Options of a forecast, and those of which each is a command of its own.
 FORECASTS = ("queries", "origin", "until", "every")
-INSTEAD = ("soak", "protocol", "forecast_benchmark", "benchmark", "export", "follow", "forecast",
+INSTEAD = ("soak", "protocol", "forecast_benchmark", "new_site", "benchmark", "export", "follow", "forecast",
            "odd")
 
 
@@ -104,6 +106,10 @@ class Options(SharedSettings):
         "pretrain and forecast all that comes after the first day, beside baselines, on several splits of "
         "--data_dir, keeping what is finished in this folder (default: checkpoints/forecasts)", nargs="?",
         const=str(CHECKPOINTS / "forecasts"))
+    new_site: str = option(
+        "leave out the stays of each group of --subgroups (default: ICUType) in turn, as a hospital that "
+        "comes new, and score what can be begun with there, by the number of its labels, keeping what is "
+        "finished in this folder (default: checkpoints/sites)", nargs="?", const=str(CHECKPOINTS / "sites"))
     seeds: tuple = option(
         "of the splits, the weights and the batches (default: 0 1 2 3 4; of --forecast_benchmark, whose "
         "splits alone they draw: 42 43 44 45 46)", (0, 1, 2, 3, 4), nargs="+", type=int, **SEED)
@@ -144,6 +150,7 @@ def run(given: dict) -> int | None:
     arguments = changed(Options(), given)
     instead = [name for name in INSTEAD if getattr(arguments, name)]
     drawn = ("trajectory", "plots") if arguments.forecast else ()
+    drawn = ("subgroups",) if arguments.new_site else drawn
     others = {*instead[1:], *ANALYSIS, *(() if arguments.forecast else FORECASTS)} - {*drawn}
     if instead and (unused := [name for name in sorted(others) if getattr(arguments, name)]):
         raise InputError(f"--{instead[0]} does not go with --{', --'.join(unused)}; give them one after "
@@ -156,7 +163,7 @@ def run(given: dict) -> int | None:
     if arguments.soak:
         os.environ["SEQSETVAE_SOAK"] = "1"
         return run_tests("-s", "-k", "random")
-    if (arguments.protocol or arguments.forecast_benchmark) and not arguments.data_dir:
+    if (arguments.protocol or arguments.forecast_benchmark or arguments.new_site) and not arguments.data_dir:
         raise InputError(f"--{instead[0]} needs --data_dir, for instance ../shared/data/physionet2012")
     if arguments.protocol:
         protocol(data_options(arguments), arguments.splits, arguments.seeds, arguments.methods,
@@ -164,6 +171,9 @@ def run(given: dict) -> int | None:
     elif arguments.forecast_benchmark:
         forecast_benchmark(data_options(arguments), given.get("seeds", range(42, 47)),
                            Path(arguments.forecast_benchmark))
+    elif arguments.new_site:
+        new_site(data_options(arguments), (arguments.subgroups or ["ICUType"])[0],
+                 Path(arguments.new_site))
     elif arguments.benchmark == "scale":
         scale()
     elif arguments.benchmark:

@@ -8,6 +8,8 @@ import pandas as pd
 import pytest
 import torch
 
+import site_benchmark
+import test_suite
 import train
 import transfer
 from batches import variable_vectors
@@ -261,3 +263,52 @@ def test_pretraining_goes_on_from_an_exported_finetuned_checkpoint_on_stays_with
     capsys.readouterr()
     one_error_line(capsys, train.main([*words, "--set", "latent_dim=32"]), "the pretrained checkpoint decides it")
     one_error_line(capsys, train.main([*words[:-2], "--adapt"]), "--adapt: fits an old checkpoint")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What old weights are worth to a new hospital
+# ----------------------------------------------------------------------------------------------------------------------
+
+def test_the_learning_curves_of_new_sites_keep_what_is_finished(tmp_path, monkeypatch, capsys):
+    """Two sites by a variable; the draws hold at least two positives and no stay that is scored."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(site_benchmark, "LABELLED", (0, 40, 1000))
+    monkeypatch.setattr(site_benchmark, "DRAWS", 1)
+    monkeypatch.setattr(site_benchmark, "ENOUGH", 40)
+    cohort = synthetic_cohort(200)
+    write_long_table(tmp_path / "table", cohort)
+    sexes = pd.DataFrame({"stay_id": cohort.stay_id, "minute": 0,
+                          "variable": np.where(np.arange(200) % 2, "S=1", "S=2"), "value": ""})
+    sexes.to_csv(tmp_path / "table" / "events.csv", mode="a", header=False, index=False)
+    words = ["--new_site", "sites", "--data_dir", "table", "--subgroups", "S"]
+    for name, least in (("trees", 5), ("full_max_epochs", 1)):
+        monkeypatch.setattr(train.finetune.__defaults__[0], name, least)
+    monkeypatch.setattr(train, "epochs_of_steps", lambda *_, **__: 1)  # of pretraining
+    assert test_suite.main(words) == 0
+    printed = capsys.readouterr().out
+    assert "40 labelled stays of the site" in printed and "fewer than 1,000, which is left out" in printed
+    assert "| everything trained | 2 |" in printed and "difference to same head" in printed
+    for home in (tmp_path / "sites").glob("S-*"):
+        paths = sorted((home / "heads").glob("answers-*.csv"))
+        assert [path.stem for path in paths] == ["answers-0-0", "answers-40-0"]
+        tables = [pd.read_csv(path) for path in [*paths, *home.glob("everything trained 40 0/answers-40-0.csv")]]
+        assert len(tables) == 3 and all(table[["stay_id", "label"]].equals(tables[0][["stay_id", "label"]])
+                                        for table in tables)
+        of_one = (home / "unlabelled").exists()
+        assert of_one == (home.name == "S-1")
+        arms = ("UNTOUCHED", "RECALIBRATED", "OLD_HEAD", "NEW_HEAD", "ALONE", *["GONE_ON"][:of_one])
+        assert {*tables[1].columns[5:]} == {getattr(site_benchmark, name) for name in arms}
+        for run in ("pretrain", "old", *["unlabelled"][:of_one], "everything trained 40 0", "from scratch 40 0"):
+            known = Checkpoint.open(home / run / "best.pt").split
+            assert not {*tables[0]["stay_id"].astype(str)} & {*known["train"], *known["valid"]}
+        labelled = {*known["train"], *known["valid"]}
+        positive = cohort.stay_id[cohort.stay_label == 1]
+        assert len(labelled) == 40 and len(labelled & {*positive}) >= 2
+    assert (tmp_path / "sites" / "new_site.png").stat().st_size > 10_000
+    for name in ("pretrain", "finetune", "learn_heads"):
+        monkeypatch.setattr(site_benchmark, name, lambda *_: pytest.fail("done again"))
+    assert test_suite.main(words) == 0
+    assert printed.endswith(capsys.readouterr().out)
+    one_error_line(capsys, test_suite.main(words[:2]), "--new_site needs --data_dir")
+    one_error_line(capsys, test_suite.main([*words[:5], "nothing"]), "--subgroups nothing")
