@@ -25,24 +25,34 @@ from runs import answers_at, encode_points, progress
 # Which questions are explained
 # ------------------------------------------------------------------------------------------------------------
 
+def moment(at: str, threshold: float | None) -> float | None:
+    """The number of minutes that `at` is; None: it is a word of `questions_at`. Raises InputError where it is
+    neither, and for first_alarm without a threshold."""
+    if at == "first_alarm" and threshold is None:
+        raise InputError("--explain_at first_alarm: the checkpoint keeps no threshold of alarms; give "
+                         "highest or last")
+    if at in ("last", "first_alarm", "highest", "all"):
+        return None
+    try:
+        minute = float(at)
+    except ValueError:
+        minute = np.nan
+    if not abs(minute) < 1e8:
+        raise InputError(f"--explain_at {at}: give last, first_alarm, highest, all or a number of minutes "
+                         "after admission")
+    return minute
+
+
 def questions_at(model, dataset: StayDataset, stays, at: str, threshold: float | None, device
                  ) -> tuple[StayDataset, np.ndarray]:
     """The data, asked where `at` says, and the points [n] of these stays that are explained: of those with an
     answer the `last`, `all`, that of the `highest` risk or the `first_alarm` (the risk reaches the
     threshold), of all minutes at which something was charted or asked; or the one a number of minutes after
-    admission. Raises InputError where `at` is none of these, or there is no threshold."""
-    over_time, cohort = at in ("highest", "first_alarm"), dataset.cohort
-    if at == "first_alarm" and threshold is None:
-        raise InputError("--explain_at first_alarm: the checkpoint keeps no threshold of alarms; give "
-                         "highest or last")
+    admission. Raises InputError as `moment` does."""
+    over_time, cohort, minute = at in ("highest", "first_alarm"), dataset.cohort, moment(at, threshold)
     if over_time:
         cohort = at_every_minute(cohort, stays)
-    elif at not in ("last", "all"):
-        try:
-            minute = float(at)
-        except ValueError:
-            raise InputError(f"--explain_at {at}: give last, first_alarm, highest, all or a minute after "
-                             "admission") from None
+    elif minute is not None:
         cohort = with_points(cohort, np.ones(len(cohort), dtype=np.int64), cohort.admission + minute)
     dataset = dataset.of(cohort)
     points = answered_points(dataset)

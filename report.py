@@ -3,9 +3,11 @@ asked for."""
 
 import difflib
 import json
+import os
 import re
 from dataclasses import replace
 from functools import reduce
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +20,12 @@ from batches import answered_points, first_known
 from checkpoint import Checkpoint, label_digest
 from data import (SPLITS, InputError, event_table, make_splits, point_slots, shortest, stays_of,
                   write_atomically)
-from explain import explanations, faithfulness, importance, questions_at, scale
+from explain import explanations, faithfulness, importance, moment, questions_at, scale
 from history_statistics import real_sets
 from metrics import CHECKPOINT, figure_title, format_table, mean_of_logits, measure_table
 from page import characteristics, cohort_flow, table_parts, write_page
-from plots import (LABEL_NAMES, OUTCOME_PICTURES, picture_folder, plot_curves, plot_features, plot_forecast,
-                   plot_groups, plot_importance, plot_trajectory, save_figure)
+from plots import (LABEL_NAMES, OUTCOME_PICTURES, new_figure, picture_folder, plot_curves, plot_features,
+                   plot_forecast, plot_groups, plot_importance, plot_trajectory, save_figure)
 from predictor import (FORECAST, QUERY, Predictor, against_training, answer_queries, answered_queries,
                        beside_training, far_from_training, find_stay, forecast_at, forecasts_of, in_columns,
                        risk_over_time)
@@ -38,6 +40,10 @@ from tables import ID, TIME, of_each, read_table
 ANALYSIS = ("baselines", "predictions", "embeddings", "trajectory", "plots", "subgroups", "at_hours",
             "compare", "explain", "faithfulness", "json", "report")
 OF_SEVERAL = ("predictions", "subgroups", "compare", "json")
+# The files that options write, and how their names may end, which need no ending.
+TABLES = (".csv", ".parquet")
+WRITTEN = {"predictions": TABLES, "explain": TABLES, "forecast": TABLES, "odd": TABLES,
+           "embeddings": (".npz",), "json": (".json",), "report": (".html", ".htm")}
 
 
 def performance(arguments, baselines) -> None:
@@ -45,8 +51,7 @@ def performance(arguments, baselines) -> None:
     `who_is_scored`), and writes what is asked for. Of several checkpoints the mean of their logits is
     scored."""
     folder = arguments.plots and picture_folder(arguments.plots)
-    check_folders(arguments.predictions, arguments.embeddings, arguments.explain, arguments.json,
-                  arguments.report)
+    check_files(arguments)
     opened = open_together(arguments)
     predictor, dataset = opened[0]
     if predictor.checkpoint.mode == "pretrain":
@@ -56,6 +61,8 @@ def performance(arguments, baselines) -> None:
     cohort, task = dataset.cohort, predictor.model.task
     figures = origin(arguments.checkpoint, predictor.checkpoint, dataset)
     traced = find_stay(dataset, arguments.trajectory)
+    if arguments.explain or arguments.faithfulness or arguments.report:
+        moment(arguments.explain_at, predictor.checkpoint.metrics.get("threshold"))
 
     stays, who = who_is_scored(opened, arguments.split_file)
     answered = reduce(np.intersect1d, [answered_points(data) for _, data in opened])
@@ -125,11 +132,32 @@ def performance(arguments, baselines) -> None:
         write_page(arguments.report, predictor, dataset, scored, figures, tables, images)
 
 
-def check_folders(*paths: str | None) -> None:
-    """Raises InputError where a file to be written, of those given, has no folder."""
-    for path in filter(None, paths):
-        if not Path(path).resolve().parent.is_dir():
-            raise InputError(f"{path}: its folder does not exist; make it, or name another place")
+def check_files(arguments) -> None:
+    """Raises InputError, before anything is computed, where a file that is asked for cannot be written or has
+    the name of another."""
+    if arguments.report is not None:
+        new_figure(1)
+    read = {name: getattr(arguments, name) for name in ("compare", "queries", "label_file", "split_file")}
+    named = {Path(path).resolve(): f"--{name}" for name, path in read.items() if path}
+    named |= {Path(path).resolve(): "--checkpoint" for path in arguments.checkpoint}
+    for name, endings in WRITTEN.items():
+        if (path := getattr(arguments, name)) is None:
+            continue
+        place = Path(path).resolve()
+        device = place.exists() and not place.is_file()  # or a pipe
+        ending = "" if device else place.suffix.lower()
+        wrong = {"is a folder; name a file in it": place.is_dir(),
+                 "its folder does not exist; make it, or name another place": not place.parent.is_dir(),
+                 "its folder cannot be written to; name another place":
+                     not os.access(place if device else place.parent, os.W_OK),
+                 f"ends in {ending}; name it with {' or '.join(endings)}": ending not in ("", *endings),
+                 "Parquet needs pyarrow; pip install pyarrow":
+                     ending == ".parquet" and find_spec("pyarrow") is None,
+                 f"is the file of {named.get(place)}; name another": place in named}
+        for reason in (reason for reason, holds in wrong.items() if holds):
+            raise InputError(f"--{name} {path}: {reason}")
+        if not device:
+            named[place] = f"--{name}"
 
 
 def write_json(path: str | None, figures: dict) -> None:
@@ -323,7 +351,7 @@ def write_answers(arguments, opened: list, points, answers, threshold: float | N
                          "checkpoint knows lies before any; give these stays' events, or their names by "
                          "--variables")
     of_meds = dataset.cohort.reader.startswith("MEDS") and task.kind == "binary"
-    if path and of_meds and Path(path).suffix == ".parquet":
+    if path and of_meds and Path(path).suffix.lower() == ".parquet":
         write_meds_predictions(path, dataset.cohort, points, answers[:, 0], threshold, stays)
     elif path:
         splits = [each.checkpoint.split for each, _ in opened]
@@ -334,11 +362,8 @@ def write_answers(arguments, opened: list, points, answers, threshold: float | N
 
 def write_table(path, table: pd.DataFrame) -> None:
     """Writes Parquet where the path ends in .parquet, else CSV."""
-    write = table.to_parquet if Path(path).suffix == ".parquet" else table.to_csv
-    try:
-        write_atomically(path, lambda out: write(out, index=False))
-    except ImportError:
-        raise InputError(f"{path}: Parquet needs pyarrow; pip install pyarrow") from None
+    write = table.to_parquet if Path(path).suffix.lower() == ".parquet" else table.to_csv
+    write_atomically(path, lambda out: write(out, index=False))
 
 
 def write_predictions(path, task, splits: list[dict], cohort, points, answers) -> None:
@@ -488,8 +513,8 @@ def print_trajectory(trajectory: dict, shown: dict) -> None:
     moved = ", ".join(f"{shown.get(name, name)} {change:+.3f}"
                       for name, change in list(trajectory["moved"].items())[:5] if change is not None)
     if moved:
-        print(f"the {trajectory['scale']} of the last {followed}, {risk[-1]:.4f}, come and go most with: "
-              f"{moved}")
+        of = f"the {trajectory['scale']} of " * (trajectory["scale"] != followed)
+        print(f"what moves {of}the last {followed}, {risk[-1]:.4f}, most: {moved}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -581,9 +606,11 @@ def forecasts(arguments) -> None:
     """Writes --forecast or --odd, and draws the --trajectory's forecasts in --plots."""
     folder = arguments.plots and picture_folder(arguments.plots)
     path = arguments.forecast or arguments.odd
-    check_folders(path)
+    check_files(arguments)
     if arguments.forecast and (arguments.queries is None) == (arguments.until is None):
         raise InputError(f"--forecast {path}: give either --queries FILE or --until HOURS")
+    if bool(arguments.plots) != bool(arguments.trajectory):
+        raise InputError(f"--forecast {path}: --plots DIR and --trajectory STAY draw it together; give both")
     Checkpoint.open(arguments.checkpoint[0]).check_forecasts()
     ((predictor, dataset),) = open_together(arguments)
     origin(arguments.checkpoint, predictor.checkpoint, dataset)
@@ -608,8 +635,7 @@ def forecasts(arguments) -> None:
         own = table[(table["stay_id"] == dataset.cohort.stay_id[traced]) & table["mean"].notna()]
         if own.empty:
             raise InputError(f"--trajectory {arguments.trajectory}: nothing was forecast of this stay")
-        save_figure(plot_forecast(own, dataset, traced), folder / "forecast.png")
-        print(f"pictures: forecast.png in {folder}")
+        save_pictures(folder, arguments.plot_format, {"forecast": plot_forecast(own, dataset, traced)})
 
 
 def read_queries(path: Path) -> pd.DataFrame:

@@ -148,6 +148,8 @@ def run_tests(*options: str) -> int:
 def run(given: dict) -> int | None:
     """Do what the options given ask for. Returns the exit code of the tests."""
     arguments = changed(Options(), given)
+    if arguments.explain and arguments.follow:
+        raise InputError("--follow --explain takes no FILE: the reasons stand on each line")
     instead = [name for name in INSTEAD if getattr(arguments, name)]
     drawn = ("trajectory", "plots") if arguments.forecast else ()
     drawn = ("subgroups",) if arguments.new_site else drawn
@@ -157,6 +159,8 @@ def run(given: dict) -> int | None:
                          "another")
     if arguments.explain == "" and not arguments.follow:
         raise InputError("--explain: give the FILE to write, which --follow alone does without")
+    if "plot_format" in given and not arguments.plots:
+        raise InputError("--plot_format needs --plots DIR")
     if given.keys() & {"explain_at", "explain_events"} and not (arguments.explain or arguments.faithfulness
                                                                 or arguments.report):
         raise InputError("--explain_at and --explain_events need --explain FILE, --faithfulness or --report")

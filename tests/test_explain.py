@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
+import report
 import train
 from batches import StayDataset
 from explain import (SHARES, by_variable, changes, explained, explanations, faithfulness, importance, log_odds,
@@ -240,14 +241,21 @@ def test_follow_appends_the_three_largest_reasons(small_finetuned, capsys, monke
     assert told["8", "0"] == told["9", "5"] == [""] * 3  # nothing would be left; nothing is known
 
 
-def test_what_cannot_be_explained_is_one_error(small_finetuned, small_pretrained, tmp_path, capsys):
+def test_what_cannot_be_explained_is_one_error(small_finetuned, small_pretrained, tmp_path, capsys, monkeypatch):
     options, why = ["--checkpoint", str(small_finetuned)], ["--explain", str(tmp_path / "why.csv")]
     one_error_line(capsys, main([*options, "--explain"]), "--explain: give the FILE")
     one_error_line(capsys, main([*options, "--explain_at", "highest"]), "need --explain FILE, --faithfulness or --report")
-    one_error_line(capsys, main([*options, "--follow", *why]), "--follow does not go with --explain")
-    one_error_line(capsys, main([*options, *why, "--explain_at", "soon"]), "--explain_at soon")
-    one_error_line(capsys, main([*options, *why, "--explain_at", "-5000"]), "give another moment")
-    one_error_line(capsys, main([*options, "--explain", str(tmp_path / "no/why.csv")]), "its folder does not exist")
+    one_error_line(capsys, main([*options, "--follow", *why]), "--follow --explain takes no FILE")
+    content = torch.load(small_finetuned, weights_only=True)
+    del content["metrics"]["threshold"]
+    torch.save(content, tmp_path / "quiet.pt")
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "answers_of", None)  # these are found before anything is computed
+        for wrong in ("soon", "nan", "inf", "1e300", ""):
+            one_error_line(capsys, main([*options, *why, "--explain_at", wrong]), f"--explain_at {wrong}: give last, ")
+        one_error_line(capsys, main(["--checkpoint", str(tmp_path / "quiet.pt"), *why, "--explain_at", "first_alarm"]),
+                       "keeps no threshold of alarms")
     pretrained = ["--checkpoint", str(small_pretrained / "best.pt")]
     one_error_line(capsys, main([*pretrained, *why]), "pretrain")
+    one_error_line(capsys, main([*options, *why, "--explain_at", "-5000"]), "give another moment")
     assert not (tmp_path / "why.csv").exists()

@@ -381,7 +381,7 @@ def test_a_forecast_without_a_usable_query_is_one_error(trained, tmp_path, capsy
     one_error_line(capsys, main(["--checkpoint", pretrained, "--until", "3"]), "--forecast")
 
 
-def test_from_now_on_every_variable_with_numbers_is_forecast(trained, tmp_path):
+def test_from_now_on_every_variable_with_numbers_is_forecast(trained, tmp_path, capsys):
     checkpoint, out = str(trained / "pretrain" / "best.pt"), tmp_path / "f.csv"
     told = ["--checkpoint", checkpoint, "--forecast", str(out)]
     assert main([*told, "--until", "6"]) == 0
@@ -393,10 +393,12 @@ def test_from_now_on_every_variable_with_numbers_is_forecast(trained, tmp_path):
     assert (table["minute"] - table["known_until"] == 360).all()
     pytest.importorskip("matplotlib")
     plots = ["--plots", str(tmp_path), "--trajectory", "synthetic-03"]
-    assert main([*told, "--origin", "24", "--until", "3", "--every", "60", *plots]) == 0
+    assert main([*told, "--origin", "24", "--until", "3", "--every", "60", *plots, "--plot_format", "svg"]) == 0
     table = pd.read_csv(out)
     assert sorted(set(table["minute"])) == [1500, 1560, 1620] and set(table["known_until"]) == {1440}
-    assert (tmp_path / "forecast.png").stat().st_size > 10_000
+    assert (tmp_path / "forecast.svg").stat().st_size > 10_000
+    for half in (plots[:2], plots[2:]):
+        one_error_line(capsys, main([*told, "--until", "3", *half]), "--plots DIR and --trajectory STAY")
 
 
 def test_every_value_is_compared_with_what_the_sets_before_let_expect(trained, tmp_path):

@@ -283,6 +283,7 @@ def test_predictions_as_parquet_have_the_columns_of_the_csv(tmp_path, finetuned)
 
 def test_analysis_options_need_a_checkpoint_and_plots_need_matplotlib(capsys, monkeypatch, finetuned):
     one_error_line(capsys, main(["--plots", "x"]), "--checkpoint")
+    one_error_line(capsys, main(["--checkpoint", "x", "--plot_format", "svg"]), "--plot_format needs --plots DIR")
     one_error_line(capsys, main(["--checkpoint", str(finetuned), "--device", "cuda:99"]), "--device cuda:99")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     one_error_line(capsys, main(["--checkpoint", str(finetuned), "--plots", "x"]), "pip install matplotlib")
@@ -324,13 +325,28 @@ def test_a_dollar_in_a_name_is_no_formula(tmp_path):
     assert [label.get_text() for label in ax.get_yticklabels()] == ["cost $", "$\\frac$"]
 
 
-@pytest.mark.parametrize("option", ["--predictions", "--embeddings", "--json"])
-def test_a_file_in_a_folder_that_is_not_there_is_refused_before_anything_is_computed(
+@pytest.mark.parametrize("option", ["predictions", "embeddings", "json", "explain", "report", "forecast", "odd"])
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_computed(
         tmp_path, capsys, monkeypatch, small_finetuned, option):
     monkeypatch.setattr(report, "open_together", lambda _: pytest.fail("opened"))
-    path = tmp_path / "nowhere" / "x"
-    one_error_line(capsys, main(["--checkpoint", str(small_finetuned), option, str(path)]),
-                   f"{path}: its folder does not exist; make it")
+    pytest.importorskip("matplotlib")
+    other = "report" if option == "json" else "json"
+    path, options = tmp_path / "x", ["--checkpoint", str(small_finetuned), f"--{option}"]
+    more = ["--until", "2"] if option == "forecast" else []
+    wrong = {tmp_path / "no" / "x": "its folder does not exist; make it", tmp_path: "is a folder",
+             small_finetuned: "ends in .pt; name it with .", f"{path}.xlsx": "ends in .xlsx; name it with ."}
+    for name, reason in wrong.items():
+        one_error_line(capsys, main([*options, str(name), *more]), f"--{option} {name}: {reason}")
+    if option not in ("forecast", "odd"):
+        one_error_line(capsys, main([*options, str(path), f"--{other}", str(path)]), "; name another")
+        one_error_line(capsys, main([*options, ""]), "give the FILE" if option == "explain" else "is a folder")
+    if report.WRITTEN[option] == report.TABLES:
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, "pyarrow", None)
+            one_error_line(capsys, main([*options, f"{path}.PARQUET", *more]), "pip install pyarrow")
+    if option == "report":
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+        one_error_line(capsys, main([*options, str(path)]), "pip install matplotlib")
 
 
 def others_data(tmp_path, stays: int = 60):
