@@ -48,7 +48,7 @@ def questions_at(model, dataset: StayDataset, stays, at: str, threshold: float |
     """The data, asked where `at` says, and the points [n] of these stays that are explained: of those with an
     answer the `last`, `all`, that of the `highest` risk or the `first_alarm` (the risk reaches the
     threshold), of all minutes at which something was charted or asked; or the one a number of minutes after
-    admission. Raises InputError as `moment` does."""
+    admission. Raises InputError as `moment` does, and where there is no such point."""
     over_time, cohort, minute = at in ("highest", "first_alarm"), dataset.cohort, moment(at, threshold)
     if over_time:
         cohort = at_every_minute(cohort, stays)
@@ -57,8 +57,6 @@ def questions_at(model, dataset: StayDataset, stays, at: str, threshold: float |
     dataset = dataset.of(cohort)
     points = answered_points(dataset)
     points = points[np.isin(cohort.point_stay[points], stays)]
-    if at == "all":
-        return dataset, points
     rows = pd.DataFrame({"point": points, "stay": cohort.point_stay[points]})
     if over_time:
         rows["risk"] = answers_at(model, dataset, points, device)[:, model.task.followed]
@@ -66,7 +64,12 @@ def questions_at(model, dataset: StayDataset, stays, at: str, threshold: float |
         rows = rows[rows["risk"] >= threshold].drop_duplicates("stay")
     elif at == "highest":
         rows = rows.loc[rows.groupby("stay")["risk"].idxmax()]
-    return dataset, rows.drop_duplicates("stay", keep="last")["point"].to_numpy()
+    elif at != "all":
+        rows = rows.drop_duplicates("stay", keep="last")
+    if rows.empty:
+        raise InputError(f"--explain_at {at}: none of {len(stays):,} stays has such a question with an "
+                         "answer; give another moment")
+    return dataset, rows["point"].to_numpy()
 
 
 # ------------------------------------------------------------------------------------------------------------

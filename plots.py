@@ -199,7 +199,9 @@ def plot_calibration(label, probability, figures: dict):
     spread.hist(probability[label == 1].clip(max=top), edges, color="black", histtype="step",
                 label=LABEL_NAMES[1])
     spread.set(xlabel="predicted probability", ylabel="points", yscale="log")
-    spread.yaxis.set_major_formatter("{x:g}")  # the usual one writes powers as formulas, see `save_figure`
+    # The usual formatters write powers as formulas, see `literal`.
+    spread.yaxis.set_major_formatter("{x:g}")
+    spread.yaxis.set_minor_formatter("")
     legend(spread, loc="upper right")
     return figure
 

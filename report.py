@@ -72,7 +72,8 @@ def performance(arguments, baselines) -> None:
     if unscorable := task.lacking(cohort.answers[scored]):
         unscorable = (f"{cohort.reader}: the stays to be scored hold {unscorable} "
                       f"({len(scored_stays)} stays: {who}); {task.needed} needed")
-        if arguments.report or not (to_file or arguments.trajectory or arguments.explain):
+        if arguments.report or not (to_file or arguments.trajectory or arguments.explain
+                                    or arguments.faithfulness):
             raise InputError(f"{unscorable}; --predictions needs no label")
     looked_at = scored_stays if len(scored) else stays_with(cohort, answered)
     compared = against_training(dataset, looked_at)
@@ -550,13 +551,9 @@ def drawn(stays, most: int) -> np.ndarray:
 
 
 def questions_of(arguments, predictor, dataset, stays) -> tuple:
-    """Returns what `questions_at` gives for --explain_at, and says of how many stays it is. Raises InputError
-    where there is no question."""
+    """Returns what `questions_at` gives for --explain_at, and says of how many stays it is."""
     asked, points = questions_at(predictor.model, dataset, stays, arguments.explain_at,
                                  predictor.checkpoint.metrics.get("threshold"), predictor.device)
-    if not len(points):
-        raise InputError(f"--explain_at {arguments.explain_at}: none of {len(stays):,} stays has such a "
-                         "question with an answer; give another moment")
     lacking = len(stays) - len(stays_with(asked.cohort, points))
     print(f"explain: {len(points):,} questions, at {arguments.explain_at}; left out: {lacking:,} stays "
           "without one that has an answer")
@@ -575,7 +572,11 @@ def write_explanations(arguments, predictor, dataset, stays) -> pd.DataFrame:
 
 
 def print_importance(table: pd.DataFrame, task) -> dict:
-    """Prints and returns `importance`, {outcome: {variable: mean size of its change}}."""
+    """Prints and returns `importance`, {outcome: {variable: mean size of its change}}, of the rows that have
+    a change; nothing where none has."""
+    table = table[table["change"].notna()]
+    if table.empty:
+        return {}
     means, questions = importance(table), len(table[["stay_id", "minute"]].drop_duplicates())
     show(f"What moves the answers: mean |change| of the {scale(task)} without a variable, over {questions:,} "
          "questions", means.head(20).map("{:.4f}".format).rename_axis(None).rename_axis(columns=None))
@@ -780,7 +781,7 @@ def pictures(figures: dict, predictor, dataset, traced, scored, methods: dict) -
             shown = drawn(np.arange(len(scored)), MOST_SHOWN)
             features = encode_points(predictor.model, dataset, scored[shown], predictor.device).cpu()
             images["features"] = plot_features(features, label[shown], risk[shown])
-    if "importance" in figures:
+    if figures.get("importance"):
         images["importance"] = plot_importance(figures["importance"])
     if traced is not None:
         threshold = checkpoint.metrics.get("threshold")

@@ -12,6 +12,7 @@ import torch
 import report
 import train
 from batches import StayDataset
+from data import InputError
 from explain import (SHARES, by_variable, changes, explained, explanations, faithfulness, importance, log_odds,
                      questions_at)
 from metrics import logit
@@ -22,7 +23,7 @@ from readers import synthetic_cohort, write_long_table
 from runs import answers_at
 from tasks import Classes, Event, Number, Several
 from test_suite import main
-from tests.tiny import NAMES, PLAIN, build, cohort_of, make_small, one_error_line, random_stays, tiny
+from tests.tiny import NAMES, PLAIN, build, cohort_of, make_small, one_error_line, random_stays, tiny, write
 
 # ----------------------------------------------------------------------------------------------------------------------
 # A change is what a plain loop finds
@@ -112,6 +113,36 @@ def test_each_of_several_outcomes_has_its_own_change():
         mine = table[(table["outcome"] == name) & (table["level"] == "variable")].sort_values("variable")
         np.testing.assert_allclose(mine["change"], change[:, k], atol=1e-6)
     assert list(importance(table).columns) == ["a", "b"]
+
+
+def test_where_nothing_would_be_left_no_size_of_a_change_is_made_up(small_finetuned, tmp_path):
+    """A stay of one variable has no change of it: it counts in no mean, and of such stays alone there is none."""
+    rows = "stay_id,minute,variable,value\n"
+    two = "".join(f"{i},0,HR,{60 + i}\n{i},0,Lactate,{i}\n" for i in range(5))
+    found = {}
+    for name, text in {"one": "one,0,HR,80\n", "both": two + "one,0,HR,80\n", "two": two}.items():
+        write(tmp_path / name / "events.csv", rows + text)
+        assert main(["--checkpoint", str(small_finetuned), "--data_dir", str(tmp_path / name), "--explain",
+                     str(tmp_path / "why.csv"), "--faithfulness", "2", "--json", str(tmp_path / "json")]) == 0
+        found[name] = json.loads((tmp_path / "json").read_text())["importance"]
+    assert found["one"] == {} and found["both"] == found["two"] != {}
+
+
+def test_without_labels_explanations_are_still_judged(small_finetuned, tmp_path, capsys):
+    folder = write_long_table(tmp_path / "new", synthetic_cohort(5, seed=3), labels=False)
+    assert main(["--checkpoint", str(small_finetuned), "--data_dir", str(folder), "--faithfulness", "3"]) == 0
+    assert "Faithfulness of explanations over 3 questions" in capsys.readouterr().out
+
+
+def test_python_says_that_no_question_can_be_explained(small_finetuned):
+    predictor, events = Predictor(small_finetuned, "cpu"), pd.DataFrame(
+        {"stay_id": ["a", "a"], "minute": [5, 9], "variable": ["HR", "Lactate"], "value": [80., 2.]})
+    assert len(predictor.explain(events, at="all", largest=0)) == len(predictor.explain(events, at=9, largest=0)) == 2
+    for at in (-1, 4.9):
+        with pytest.raises(InputError, match="none of 1 stays has such a question"):
+            predictor.explain(events, at=at)
+    with pytest.raises(InputError, match="none of 1 stays"), pytest.warns(UserWarning, match="unknown"):
+        predictor.explain(events.assign(variable="Unheard"), at="highest")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -244,7 +275,7 @@ def test_follow_appends_the_three_largest_reasons(small_finetuned, capsys, monke
 def test_what_cannot_be_explained_is_one_error(small_finetuned, small_pretrained, tmp_path, capsys, monkeypatch):
     options, why = ["--checkpoint", str(small_finetuned)], ["--explain", str(tmp_path / "why.csv")]
     one_error_line(capsys, main([*options, "--explain"]), "--explain: give the FILE")
-    one_error_line(capsys, main([*options, "--explain_at", "highest"]), "need --explain FILE, --faithfulness or --report")
+    one_error_line(capsys, main([*options, "--explain_at", "highest"]), "need --explain FILE, --faithfulness or")
     one_error_line(capsys, main([*options, "--follow", *why]), "--follow --explain takes no FILE")
     content = torch.load(small_finetuned, weights_only=True)
     del content["metrics"]["threshold"]

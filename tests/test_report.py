@@ -314,6 +314,17 @@ def test_several_checkpoints_are_scored_as_the_mean_of_their_logits(tmp_path, ca
                    "--trajectory: of one checkpoint, where 2 are given")
 
 
+def test_few_points_have_a_calibration_without_formulas(tmp_path):
+    pytest.importorskip("matplotlib")
+    label, p = np.arange(30) % 3 // 2, np.linspace(.1, .4, 30)
+    figures = score_figures(points_of_stays(np.arange(30), label), {CHECKPOINT: p}, .5)
+    figure = plots.plot_calibration(label, p, figures)
+    plots.save_figure(figure, tmp_path / "x.png")
+    ticks = [text.get_text() for ax in figure.axes for which in ("major", "minor")
+             for text in ax.yaxis.get_ticklabels(which=which)]
+    assert "1" in ticks and not [text for text in ticks if "$" in text]
+
+
 def test_a_dollar_in_a_name_is_no_formula(tmp_path):
     pytest.importorskip("matplotlib")
     figure, (ax,) = plots.new_figure(1)
