@@ -209,7 +209,8 @@ def changes(model, dataset: StayDataset, points, level: str, device) -> list[tup
 
 def explanations(model, dataset: StayDataset, points, device, events: int = 10) -> pd.DataFrame:
     """The rows of `--explain`: for each point every variable and its largest `events`, those that matter most
-    first. event_minute and value are those of the event, of a variable its last; change: see `changes`."""
+    first. event_minute and value are those of the event, of a variable its last; change: see `changes`.
+    Minutes count from the zero of hours (`Cohort.admission`)."""
     cohort, names, rows = dataset.cohort, explained(model.task), []
     first, _ = events_until(cohort, points)
     for level, most in [("variable", None), ("event", events)][:1 + (events > 0)]:
@@ -223,11 +224,13 @@ def explanations(model, dataset: StayDataset, points, device, events: int = 10) 
     table = pd.concat(rows).sort_values("question", kind="stable", ignore_index=True)
     event, point = table["event"].to_numpy(), points[table["question"]]
     sets = np.searchsorted(cohort.set_start, event, side="right") - 1
+    stay = cohort.point_stay[point]
+    zero = cohort.admission[stay]
     several = {"outcome": table["outcome"]} if len(names) > 1 else {}
-    return pd.DataFrame({"stay_id": cohort.stay_id[cohort.point_stay[point]],
-                         "minute": cohort.point_minute[point], **several, "level": table["level"],
+    return pd.DataFrame({"stay_id": cohort.stay_id[stay], "minute": cohort.point_minute[point] - zero,
+                         **several, "level": table["level"],
                          "variable": np.array(cohort.variables, dtype=object)[cohort.event_variable[event]],
-                         "event_minute": cohort.set_minute[sets],
+                         "event_minute": cohort.set_minute[sets] - zero,
                          "value": shortest(cohort.event_value[event]), "change": table["change"]})
 
 

@@ -256,6 +256,16 @@ def test_the_moment_that_is_explained(small_finetuned):
     assert (table["minute"] == 600).all() and (table["event_minute"] <= 600).all()
 
 
+def test_minutes_of_clock_times_count_from_the_first_event_that_is_no_birth(small_finetuned):
+    clock = pd.to_datetime(["1950-05-01", "2020-01-01 08:00", "2020-01-01 08:30", "2020-01-01 09:00"], format="mixed")
+    events = pd.DataFrame({"stay_id": "a", "minute": clock, "variable": ["MEDS_BIRTH", "HR", "Lactate", "HR"],
+                           "value": [np.nan, 80, 2, 90]})
+    with pytest.warns(UserWarning, match="MEDS_BIRTH"):
+        table = Predictor(small_finetuned, "cpu").explain(events, at=30, largest=0)
+    assert table["minute"].tolist() == [30, 30]
+    assert dict(zip(table["variable"], table["event_minute"])) == {"HR": 0, "Lactate": 30}
+
+
 def test_follow_appends_the_three_largest_reasons(small_finetuned, capsys, monkeypatch):
     lines = "7,0,HR,80\n7,0,MAP,70\n7,30,Unheard,1\n7,60,Lactate,4\n7,60,Temp,39\n8,0,HR,120\n9,5,Unheard,1\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
