@@ -113,6 +113,8 @@ def characteristics(cohort, parts: dict[str, np.ndarray]) -> dict:
     for v in common:
         name, values = cohort.variables[v], first[v].where(np.isfinite(first[v]))
         shown, different = cohort.shown.get(name, name), np.unique(values.dropna())
+        if sum(label == shown for label in cohort.shown.values()) > 1:  # of several variables
+            shown += f" ({name})"
         if not len(different):
             rows[shown] = first[v].notna()
         elif len(different) <= FEW_VALUES and (different == different.round()).all():
@@ -205,7 +207,7 @@ def page(predictor, dataset, scored, figures: dict, tables: dict, pictures: dict
     sections = {"Of whom": of_whom(checkpoint, cohort, scored, figures),
                 "How the model was made": how_made(checkpoint, predictor.model, figures, pictures),
                 "How well it answers": how_well(figures, tables, pictures, task),
-                "What moves its answers": what_moves(figures, pictures, task),
+                "What moves its answers": what_moves(figures, pictures, task, cohort.shown),
                 "Limits": limits(figures, checkpoint.is_new(cohort)),
                 "TRIPOD+AI": checklist()}
     links = " · ".join(f'<a href="#s{i}">{escape(title)}</a>' for i, title in enumerate(sections, 1))
@@ -317,9 +319,9 @@ def how_well(figures: dict, tables: dict, pictures: dict, task) -> str:
              if "site" not in figures["subgroups"] else "By site: see the subgroups.")])
 
 
-def what_moves(figures: dict, pictures: dict, task) -> str:
-    moves = pd.DataFrame(figures["importance"])
-    compared = pd.DataFrame(figures["variables"]).T
+def what_moves(figures: dict, pictures: dict, task, shown: dict) -> str:
+    moves = pd.DataFrame(figures["importance"]).rename(shown)
+    compared = pd.DataFrame(figures["variables"]).T.rename(shown)
     if len(compared):
         formats = {"stays": "{:,.0f}", "values": "{:,.0f}", "clipped": "{:.2%}", "deviations": "{:+.2f}"}
         compared = pd.DataFrame({name: column.map(formats.get(name, "{:.4g}").format)

@@ -415,10 +415,10 @@ def plot_trajectory(trajectory: dict, dataset, stay: int, threshold: float | Non
     return figure
 
 
-def plot_importance(importance: dict):
+def plot_importance(importance: dict, shown: dict):
     """Draws what moves the answers most, the MOST_ROWS first variables. importance: {outcome: {variable: mean
-    size of its change}}."""
-    table = pd.DataFrame(importance)[:MOST_ROWS][::-1]
+    size of its change}}; shown: {variable: its label}."""
+    table = pd.DataFrame(importance)[:MOST_ROWS][::-1].rename(shown)
     figure, (ax,) = new_figure(1, width=5.5, height=1 + .2 * len(table))
     height, place = .8 / len(table.columns), np.arange(len(table))
     for k, (name, column) in enumerate(table.items()):

@@ -283,9 +283,10 @@ def subgroups(cohort, points, name: str) -> dict[str, np.ndarray]:
     else:
         named = number.map("{:g}".format)
     group = pd.concat([named, found[~is_number].sort_values()])
+    group = group.map(lambda key: cohort.shown.get(f"{name}={key}", key))  # those shown alike are one
     keys = [*group.unique(), "not recorded"]
     group = group.reindex(cohort.point_stay[points], fill_value="not recorded").to_numpy()
-    return {cohort.shown.get(f"{name}={key}", key): group == key for key in keys if (group == key).any()}
+    return {key: group == key for key in keys if (group == key).any()}
 
 
 def first_values(cohort, stays, name: str) -> pd.Series:
@@ -538,7 +539,8 @@ def why(arguments, predictor, dataset, stays, traced: int | None, looked_at) -> 
         asked, points = questions_of(arguments, predictor, dataset, seen)
         table = explanations(predictor.model, asked, points, predictor.device, events=0)
     if arguments.report or arguments.explain and traced is None:
-        figures["importance"] = print_importance(table, predictor.model.task)
+        figures["importance"] = print_importance(table, predictor.model.task,
+                                                 dataset.cohort.shown)
     if arguments.faithfulness:
         figures["faithfulness"] = faithfulness_figures(
             arguments, predictor, dataset, drawn(looked_at, arguments.faithfulness))
@@ -571,15 +573,16 @@ def write_explanations(arguments, predictor, dataset, stays) -> pd.DataFrame:
     return table
 
 
-def print_importance(table: pd.DataFrame, task) -> dict:
+def print_importance(table: pd.DataFrame, task, shown: dict) -> dict:
     """Prints and returns `importance`, {outcome: {variable: mean size of its change}}, of the rows that have
-    a change; nothing where none has."""
+    a change; nothing where none has. shown: {variable: its label}."""
     table = table[table["change"].notna()]
     if table.empty:
         return {}
     means, questions = importance(table), len(table[["stay_id", "minute"]].drop_duplicates())
     show(f"What moves the answers: mean |change| of the {scale(task)} without a variable, over {questions:,} "
-         "questions", means.head(20).map("{:.4f}".format).rename_axis(None).rename_axis(columns=None))
+         "questions", means.head(20).rename(shown).map("{:.4f}".format).rename_axis(None)
+         .rename_axis(columns=None))
     return means.to_dict()
 
 
@@ -782,7 +785,7 @@ def pictures(figures: dict, predictor, dataset, traced, scored, methods: dict) -
             features = encode_points(predictor.model, dataset, scored[shown], predictor.device).cpu()
             images["features"] = plot_features(features, label[shown], risk[shown])
     if figures.get("importance"):
-        images["importance"] = plot_importance(figures["importance"])
+        images["importance"] = plot_importance(figures["importance"], dataset.cohort.shown)
     if traced is not None:
         threshold = checkpoint.metrics.get("threshold")
         images["trajectory"] = plot_trajectory(figures["trajectory"], dataset, traced, threshold)

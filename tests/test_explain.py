@@ -128,10 +128,16 @@ def test_where_nothing_would_be_left_no_size_of_a_change_is_made_up(small_finetu
     assert found["one"] == {} and found["both"] == found["two"] != {}
 
 
-def test_without_labels_explanations_are_still_judged(small_finetuned, tmp_path, capsys):
+def test_without_labels_explanations_are_judged_and_variables_are_shown_by_their_names(small_finetuned, tmp_path, capsys):
     folder = write_long_table(tmp_path / "new", synthetic_cohort(5, seed=3), labels=False)
-    assert main(["--checkpoint", str(small_finetuned), "--data_dir", str(folder), "--faithfulness", "3"]) == 0
+    options = ["--checkpoint", str(small_finetuned), "--data_dir", str(folder)]
+    assert main([*options, "--faithfulness", "3"]) == 0
     assert "Faithfulness of explanations over 3 questions" in capsys.readouterr().out
+    names = write(tmp_path / "names.csv", "source,name,factor,offset,label\nHR,,,,heart rate\n")
+    why = ["--explain", str(tmp_path / "why.csv"), "--explain_events", "0"]
+    assert main([*options, *why, "--variables", str(names)]) == 0
+    assert "\nheart rate  " in capsys.readouterr().out
+    assert "HR" in pd.read_csv(tmp_path / "why.csv")["variable"].tolist()
 
 
 def test_python_says_that_no_question_can_be_explained(small_finetuned):

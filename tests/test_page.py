@@ -164,6 +164,8 @@ def test_table_1_is_what_counting_by_hand_gives(tmp_path, load):
     assert whole["B"] == "25.0%" and cells["one"]["B"] == "0.0%"
     assert (whole["sex = 0"], whole["sex = male"], whole["sex not recorded"]) == ("25.0%", "50.0%", "25.0%")
     assert cells["one"]["A"] == "100.0% without" and "standardised difference" not in cells
+    alike = page.characteristics(replace(cohort, shown={"A": "x", "B": "x"}), parts)["all"]
+    assert (alike["x (A)"], alike["x (B)"]) == (whole["A"], whole["B"])
     groups = {f"scored: label {label}": np.flatnonzero(cohort.label == label) for label in (0, 1)}
     difference = page.characteristics(cohort, {"scored": np.arange(4), **groups})["standardised difference"]
     # shares 1/2 and 0: -1/2 in units of sqrt((1/4 + 0) / 2); A has one value a group, of which none varies

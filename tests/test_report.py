@@ -98,6 +98,9 @@ def test_subgroups_are_first_values_categories_quartiles_and_numbers_of_events(t
                      "events": {"1": [8], "5": list(range(8))}}
     with pytest.raises(InputError, match="--subgroups unit: no variable of the data; near: Unit, events; give"):
         subgroups(cohort, np.arange(9), "unit")
+    alike = replace(cohort, shown={"Unit=0": "surgery", "Unit=2": "surgery", "Unit=1": "ward"})
+    assert {key: mask.sum() for key, mask in subgroups(alike, np.arange(9), "Unit").items()} == {
+        "surgery": 5, "ward": 3, "not recorded": 1}
     early = with_points(cohort, np.array([1, 2, *[1] * 7]), np.array([0, 1, 2, *[5] * 7]), np.zeros(10))
     found = {key: np.flatnonzero(mask).tolist() for key, mask in subgroups(early, np.arange(10), "events").items()}
     assert found == {"1": [0, 9], "3": [1, 2], "4": [3, 4, 5, 6, 7, 8]}  # by the stay's last point, for all of its own
