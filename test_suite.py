@@ -161,9 +161,10 @@ def run(given: dict) -> int | None:
         raise InputError("--explain: give the FILE to write, which --follow alone does without")
     if "plot_format" in given and not arguments.plots:
         raise InputError("--plot_format needs --plots DIR")
-    if given.keys() & {"explain_at", "explain_events"} and not (arguments.explain or arguments.faithfulness
-                                                                or arguments.report):
-        raise InputError("--explain_at and --explain_events need --explain FILE, --faithfulness or --report")
+    if "explain_events" in given and not arguments.explain:
+        raise InputError("--explain_events needs --explain FILE")
+    if "explain_at" in given and not (arguments.explain or arguments.faithfulness or arguments.report):
+        raise InputError("--explain_at needs --explain FILE, --faithfulness or --report")
     if arguments.soak:
         os.environ["SEQSETVAE_SOAK"] = "1"
         return run_tests("-s", "-k", "random")

@@ -128,7 +128,7 @@ def test_where_nothing_would_be_left_no_size_of_a_change_is_made_up(small_finetu
     assert found["one"] == {} and found["both"] == found["two"] != {}
 
 
-def test_without_labels_explanations_are_judged_and_variables_are_shown_by_their_names(small_finetuned, tmp_path, capsys):
+def test_without_labels_explanations_are_judged_and_variables_have_their_labels(small_finetuned, tmp_path, capsys):
     folder = write_long_table(tmp_path / "new", synthetic_cohort(5, seed=3), labels=False)
     options = ["--checkpoint", str(small_finetuned), "--data_dir", str(folder)]
     assert main([*options, "--faithfulness", "3"]) == 0
@@ -291,7 +291,8 @@ def test_follow_appends_the_three_largest_reasons(small_finetuned, capsys, monke
 def test_what_cannot_be_explained_is_one_error(small_finetuned, small_pretrained, tmp_path, capsys, monkeypatch):
     options, why = ["--checkpoint", str(small_finetuned)], ["--explain", str(tmp_path / "why.csv")]
     one_error_line(capsys, main([*options, "--explain"]), "--explain: give the FILE")
-    one_error_line(capsys, main([*options, "--explain_at", "highest"]), "need --explain FILE, --faithfulness or")
+    one_error_line(capsys, main([*options, "--explain_at", "highest"]), "needs --explain FILE, --faithfulness or --rep")
+    one_error_line(capsys, main([*options, "--faithfulness", "--explain_events", "3"]), "_events needs --explain FILE")
     one_error_line(capsys, main([*options, "--follow", *why]), "--follow --explain takes no FILE")
     content = torch.load(small_finetuned, weights_only=True)
     del content["metrics"]["threshold"]
