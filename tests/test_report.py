@@ -354,6 +354,9 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_is_computed(
     if option not in ("forecast", "odd"):
         one_error_line(capsys, main([*options, str(path), f"--{other}", str(path)]), "; name another")
         one_error_line(capsys, main([*options, ""]), "give the FILE" if option == "explain" else "is a folder")
+    with monkeypatch.context() as patch:
+        patch.setattr(report.os, "access", lambda path, _: path != tmp_path)
+        one_error_line(capsys, main([*options, str(path), *more]), "its folder cannot be written to")
     if report.WRITTEN[option] == report.TABLES:
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, "pyarrow", None)
