@@ -16,7 +16,7 @@ from data import InputError, draw, write_atomically
 from finetune_config import FinetuneConfig, tree_sizes
 from metrics import recalibration
 from model import SeqSetVAE
-from plots import plot_new_site, save_figure
+from plots import new_figure, plot_new_site, save_figure
 from predictor import CPU, Predictor, open_checkpoint
 from protocol import first_figure, once, print_methods, read_predictions, scores
 from questions import at_moments, labelled_points
@@ -54,6 +54,12 @@ def new_site(given: dict, variable: str, folder: Path) -> None:
     if len(sites) < 2:
         raise InputError(f"--subgroups {variable}: {cohort.reader} has one group of stays by it; give a "
                          "variable that tells sites apart")
+    if nested := [str(home.relative_to(folder)) for home in sites if home.parent != folder]:
+        raise InputError(f"--subgroups {variable}: the site {nested[0]} has a / in its name, which a folder "
+                         "cannot have; give another variable")
+    for home, points in sites.items():
+        check_site(cohort, home.name, points)
+    new_figure(1)  # raises InputError where there is no matplotlib
     common = given | dict(seed=0, resume="auto")
 
     def trained(home: Path, name: str, split: pd.DataFrame, learn, **more) -> Path:
@@ -66,11 +72,12 @@ def new_site(given: dict, variable: str, folder: Path) -> None:
         return home / name / "best.pt"
 
     for home, points in sites.items():
-        rest = np.setdiff1d(np.arange(len(cohort)), cohort.point_stay[points])
-        drawn = np.random.default_rng(0).random(len(rest)) < .1
-        split = split_of(cohort, train=rest[~drawn], valid=rest[drawn], test=cohort.point_stay[points])
+        train, valid = others(cohort, points)
+        split = split_of(cohort, train=train, valid=valid, test=cohort.point_stay[points])
         backbone = trained(home, "pretrain", split, pretrain, mode="pretrain")
         old = trained(home, "old", split, finetune, mode="finetune", pretrained_ckpt=str(backbone))
+        if {*Checkpoint.open(old).split["test"]} != {*cohort.stay_id[cohort.point_stay[points]]}:
+            raise InputError(f"{old}: of other data, or of other stays of this site; give another folder")
         gone_on = None
         if home == next(iter(sites)):  # of one site: pretraining goes on with the stays that can have a label
             scored, pool = halves(cohort, points)
@@ -96,6 +103,26 @@ def new_site(given: dict, variable: str, folder: Path) -> None:
         trained(home, f"{arm} {number} {turn}", split, learn, mode="finetune",
                 pretrained_ckpt=str(home / "old" / "best.pt"), **options)
     print_new_site(folder)
+
+
+def check_site(cohort, name: str, points: np.ndarray) -> None:
+    """Raises InputError where the site of these points [n] can have no old model, no draws of labels or no
+    figures."""
+    for part, what in zip(halves(cohort, points), ("are scored", "can have a label")):
+        positive = int(cohort.label[part].sum())
+        if min(positive, len(part) - positive) < 2:
+            raise InputError(f"{name}: of its {len(part):,} stays that {what} {positive:,} are positive, where "
+                             "two of each class are needed; leave out its stays, or give more of them")
+    train, valid = others(cohort, points)
+    Binary().check(cohort, {f"train (beside {name})": cohort.stay_id[train],
+                            f"valid (beside {name})": cohort.stay_id[valid]})
+
+
+def others(cohort, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The stays of the other sites than that of these points [n]: to learn from, and to validate."""
+    rest = np.setdiff1d(np.arange(len(cohort)), cohort.point_stay[points])
+    drawn = np.random.default_rng(0).random(len(rest)) < .1
+    return rest[~drawn], rest[drawn]
 
 
 def split_of(cohort, **parts) -> pd.DataFrame:

@@ -31,8 +31,8 @@ from site_benchmark import new_site
 TESTS = str(Path(__file__).with_name("tests"))
 # Options of a forecast, and those of which each is a command of its own.
 FORECASTS = ("queries", "origin", "until", "every")
-INSTEAD = ("soak", "protocol", "forecast_benchmark", "new_site", "benchmark", "export", "follow", "forecast",
-           "odd")
+WITHOUT = ("soak", "protocol", "forecast_benchmark", "new_site", "benchmark")  # a checkpoint
+INSTEAD = (*WITHOUT, "export", "follow", "forecast", "odd")
 
 
 @dataclass
@@ -157,6 +157,8 @@ def run(given: dict) -> int | None:
     if instead and (unused := [name for name in sorted(others) if getattr(arguments, name)]):
         raise InputError(f"--{instead[0]} does not go with --{', --'.join(unused)}; give them one after "
                          "another")
+    if instead and instead[0] in WITHOUT and arguments.checkpoint:
+        raise InputError(f"--{instead[0]} looks at no --checkpoint; leave one of the two out")
     if arguments.explain == "" and not arguments.follow:
         raise InputError("--explain: give the FILE to write, which --follow alone does without")
     if "plot_format" in given and not arguments.plots:

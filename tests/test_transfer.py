@@ -310,5 +310,28 @@ def test_the_learning_curves_of_new_sites_keep_what_is_finished(tmp_path, monkey
         monkeypatch.setattr(site_benchmark, name, lambda *_: pytest.fail("done again"))
     assert test_suite.main(words) == 0
     assert printed.endswith(capsys.readouterr().out)
+    pd.read_csv("table/labels.csv").drop(index=0).to_csv("fewer.csv", index=False)
+    one_error_line(capsys, test_suite.main([*words, "--label_file", "fewer.csv"]), "give another folder")
     one_error_line(capsys, test_suite.main(words[:2]), "--new_site needs --data_dir")
     one_error_line(capsys, test_suite.main([*words[:5], "nothing"]), "--subgroups nothing")
+
+
+@pytest.mark.parametrize("positive, group, named", [
+    (slice(0), "S=2", "S-1: of its 8 stays that are scored 0 are positive"),
+    (slice(0, 40, 2), "S=2", "S-1: of its 8 stays that are scored 8 are positive"),
+    (slice(0), "S=a/b", "the site S-a/b has a / in its name"),
+    (slice(0, 40, 2), "S=1", "one group of stays")])
+def test_sites_that_can_have_no_curve_are_one_line_before_anything_is_learned(
+        tmp_path, monkeypatch, capsys, positive, group, named):
+    monkeypatch.setattr(site_benchmark, "pretrain", lambda *_: pytest.fail("something was learned"))
+    ids = np.arange(40)
+    events = pd.DataFrame({"stay_id": ids, "minute": 0, "value": "",
+                           "variable": np.where(ids % 2, group, "S=1")})
+    events.to_csv(tmp_path / "events.csv", index=False)
+    label = np.zeros(40, dtype=int)
+    label[positive] = 1
+    pd.DataFrame({"stay_id": ids, "label": label}).to_csv(tmp_path / "labels.csv", index=False)
+    words = ["--new_site", str(tmp_path / "sites"), "--data_dir", str(tmp_path), "--subgroups", "S"]
+    one_error_line(capsys, test_suite.main(words), named)
+    one_error_line(capsys, test_suite.main([*words, "--checkpoint", "any.pt"]), "looks at no --checkpoint")
+    assert not (tmp_path / "sites").exists()
