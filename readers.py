@@ -650,6 +650,8 @@ def load_cohort(data_dir: str | None = None, synthetic_stays: int = 1000, cache_
     given = {"params_map": params_map, "label_file": label_file, "split_file": split_file}
     options = {name: Path(path) for name, path in given.items() if path}
     told = variables_map or {}
+    if not site.isprintable() or site != site.strip():
+        raise InputError(f"--site {site!r}: give a name without control characters or blanks around it")
     rename, shown = renames_and_labels(told if isinstance(told, dict) else read_map(Path(told)))
     own = read_columns(columns)
     task = [task] if isinstance(task, str) else task

@@ -111,8 +111,8 @@ def check_site(cohort, name: str, points: np.ndarray) -> None:
     for part, what in zip(halves(cohort, points), ("are scored", "can have a label")):
         positive = int(cohort.label[part].sum())
         if min(positive, len(part) - positive) < 2:
-            raise InputError(f"{name}: of its {len(part):,} stays that {what} {positive:,} are positive, where "
-                             "two of each class are needed; leave out its stays, or give more of them")
+            raise InputError(f"{name}: of its {len(part):,} stays that {what} {positive:,} are positive, "
+                             "where two of each class are needed; leave out its stays, or give more of them")
     train, valid = others(cohort, points)
     Binary().check(cohort, {f"train (beside {name})": cohort.stay_id[train],
                             f"valid (beside {name})": cohort.stay_id[valid]})

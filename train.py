@@ -45,7 +45,7 @@ from settings import (SEED, SHARE, Parser, SharedSettings, changed, check_settin
                       recorded, setting, value_of)
 from tasks import Task
 from transfer import (adapted, begins_with_old_head, drawn_split, learn_old_head, load_backbone,
-                      old_backbone, old_classifier, pretrained_source, split_beside)
+                      old_backbone, old_classifier, pretrained_source, say_what_is_not_heeded, split_beside)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -545,6 +545,8 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
               "variable vectors than the hashed names used now")
     source = pretrained_source(arguments)
     if arguments.adapt:
+        if old_head:
+            checkpoint.dataset(cohort)  # raises InputError where it knows none of the variables
         checkpoint, source["adapted"] = adapted(checkpoint, cohort, stays_of(cohort, split["train"]))
     dataset = checkpoint.dataset(cohort)
     print(dataset.describe_known())
@@ -555,6 +557,7 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
     torch.manual_seed(arguments.seed)
     learned, weight = task.training_points(cohort, train, config, arguments.seed, 0)
     if old_head:
+        say_what_is_not_heeded(arguments, checkpoint)
         model = old_classifier(checkpoint)
     else:
         task = task.fitted(cohort, learned, weight, arguments.horizons)
@@ -581,8 +584,7 @@ def finetune(arguments, config: FinetuneConfig = FinetuneConfig()) -> Path:
     if full:
         train_everything(arguments, config, run, train, asked)
     elif old_head:
-        learn_old_head(run, config, np.union1d(train, valid), valid, checkpoint.metrics,
-                       arguments.recalibrate)
+        learn_old_head(run, config, np.union1d(train, valid), valid, checkpoint, arguments.recalibrate)
     else:
         train_head(config, run, train, asked)
     weighed = "" if old_head or model.trees is None else ", on stays that also set the trees' share"

@@ -3,7 +3,7 @@ labels move as far as they can tell, and the scale and the variables of the site
 
 import hashlib
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -189,11 +189,13 @@ class SitePoints:
     def describe(self, task: Task, when: str, logits: torch.Tensor) -> None:
         """Print how well these logits [n, outputs] answer; of a binary outcome also their calibration."""
         answer = task.answer(logits)
-        text = task.describe(task.validation(self.cohort, self.index, answer))
+        text = task.describe(task.validation(self.cohort, self.index, answer)).removeprefix("validation ")
         if task.kind == "binary":
-            slope, intercept = recalibration(self.answer[:, 0].cpu().numpy(), answer[:, 0],
-                                             self.weight.cpu().numpy())
-            text += f", calibration slope {slope:.3f}, intercept {intercept:.3f}"
+            label, weight = self.answer[:, 0].cpu().numpy(), self.weight.cpu().numpy()
+            slope, intercept = recalibration(label, answer[:, 0], weight)
+            higher = np.average(label - answer[:, 0], weights=weight)
+            text += (f", calibration slope {slope:.3f}, intercept {intercept:.3f}, observed - predicted "
+                     f"{higher:.3f}")
         print(f"old head: {when}: {text}")
 
     @property
@@ -248,13 +250,37 @@ def build_in(model: SeqSetVAE, correction: Correction) -> None:
         model.trees.prior.mul_(correction.slope).add_(score.view_as(model.trees.prior))
 
 
-def learn_old_head(run: Run, config: FinetuneConfig, stays: np.ndarray, valid: np.ndarray, old: dict,
-                   recalibrate: bool) -> None:
+# The settings that the correction of an old head heeds: of its prior, its points and its loss.
+HEEDED = {"learned_prior", "summaries_prior", "negatives", "few_points", "loss", "focal_alpha", "focal_gamma",
+          "label_smoothing"}
+
+
+def say_what_is_not_heeded(arguments, checkpoint: Checkpoint) -> None:
+    """Say which settings given have no part in the correction of the checkpoint's head."""
+    usual = asdict(checkpoint.config) | asdict(FinetuneConfig())
+    given = {name for name, value in arguments.changes.items()
+             if name not in HEEDED and value != usual[name]}
+    if given := sorted(given | ({"horizons"} if arguments.horizons else set())):
+        print(f"old head: its correction has no use for {', '.join(given)}; --head new has")
+
+
+def say_what_flatters(checkpoint: Checkpoint, cohort: Cohort, stays: np.ndarray) -> None:
+    """Warn where the old head has seen these labelled stays [n], by which it is to be corrected."""
+    known = int(np.isin(checkpoint.known_part(cohort)[stays], (0, 1)).sum())
+    if known:
+        print(f"warning: of these {len(stays):,} labelled stays {known:,} are of patients that "
+              f"{checkpoint.path} was trained or selected on: its answers flatter it there, and so does "
+              "what is learned from them; give other stays (of another hospital with equal ids: --site), or "
+              "--head new")
+
+
+def learn_old_head(run: Run, config: FinetuneConfig, stays: np.ndarray, valid: np.ndarray,
+                   checkpoint: Checkpoint, recalibrate: bool) -> None:
     """Correct the run's model, an old one, by the labels of these stays [n], of which some are `valid` [m]:
     by slope and intercept and, unless `recalibrate`, a change of the head whose prior cross-validation
     chooses. With fewer than FEW patients beside those of the most common label the intercept alone is
-    learned, without different labels nothing. old: the figures of the old checkpoint."""
-    model, cohort, task = run.model, run.dataset.cohort, run.model.task
+    learned, without different labels nothing. checkpoint: the old one."""
+    model, cohort, task, old = run.model, run.dataset.cohort, run.model.task, checkpoint.metrics
     run.restore()
     for _ in run.epochs(1):
         asked = labelled_points(cohort, stays)
@@ -268,6 +294,9 @@ def learn_old_head(run: Run, config: FinetuneConfig, stays: np.ndarray, valid: n
         features = encode_points(model, run.dataset, used, run.device)
         points = SitePoints.of_features(model, features, cohort, used, weight)
         few = points.rarer < FEW
+        say_what_flatters(checkpoint, cohort, stays_with(cohort, used))
+        print(f"old head: learns from {len(used):,} labels of train and valid stays, whose figures follow "
+              "(by cross-validation, where that chooses)")
         points.describe(task, "before", points.logits)
         found, answered = correction_of(model, config, points, recalibrate, run.seed)
         points.describe(task, "after", answered)
@@ -338,7 +367,11 @@ def adapted(checkpoint: Checkpoint, cohort: Cohort, stays: np.ndarray) -> tuple[
     """The checkpoint with the scale that variables have in these training stays [n] of a site, and with those
     variables that it did not know, behind its own. A variable keeps its old scale where it has fewer than
     VALUES values, or a constant one; whether a scale is logarithmic stays as it was. Returns also the names
-    of the variables that were `rescaled`, `kept` their scale and `joined`."""
+    of the variables that were `rescaled`, `kept` their scale and `joined`. Raises InputError where there are
+    no such stays."""
+    if not len(stays):
+        raise InputError(f"--adapt: {cohort.reader}: the split has no training stays, whose scale is taken; "
+                         "give some, or leave the option out")
     old, count = checkpoint.normalizer, np.zeros(len(cohort.variables), dtype=np.int64)
     for variable, value in events_of(cohort, stays):
         count += np.bincount(variable[~np.isnan(value)], minlength=len(count))

@@ -89,6 +89,39 @@ def test_below_ten_positives_the_intercept_alone_is_learned(sites, old, tmp_path
     assert np.ptp(moved) < 1e-4 < abs(moved[0]) and new.metrics["threshold"] == before.metrics["threshold"]
 
 
+def test_stays_that_the_old_head_has_seen_and_settings_that_it_does_not_heed_are_named(
+        sites, old, tmp_path, capsys):
+    first = begin(old, sites["all"], tmp_path / "run", "--set", "trees=7", "--set", "negatives=9", "--site", "B")
+    printed = capsys.readouterr().out
+    assert "old head: its correction has no use for max_epochs, trees; --head new has" in printed
+    assert "warning" not in printed and "labels of train and valid stays, whose figures follow" in printed
+    known = len(first.split["train"]) + len(first.split["valid"])
+    begin(first.path, sites["all"], tmp_path / "again", "--recalibrate", "--site", "B")
+    assert f"of these {known} labelled stays {known} are of patients that" in capsys.readouterr().out
+    config = str(tmp_path / "run" / "config.json")
+    assert train.main(["--config", config, "--run_dir", str(tmp_path / "same"), "--max_epochs", "2"]) == 0
+    assert "no use for max_epochs, max_trainable_ratio, trees;" in capsys.readouterr().out  # the second of `small`
+
+
+def test_an_old_head_that_knows_no_variable_of_the_site_is_refused(old, tmp_path, capsys):
+    other = replace(COHORT, variables=[f"new {name}" for name in COHORT.variables])
+    write_long_table(tmp_path / "site", other)
+    words = [*FINETUNE, str(old), "--data_dir", str(tmp_path / "site"), "--adapt", "--run_dir"]
+    one_error_line(capsys, train.main([*words, str(tmp_path / "run")]), "holds none of the data's variables")
+    assert train.main([*words, str(tmp_path / "run"), "--head", "new"]) == 0
+
+
+@pytest.mark.parametrize("options, named", [
+    (["--site", "B\n"], r"--site 'B\n': give a name"), (["--site", " B"], "--site ' B': give a name"),
+    (["--adapt", "--split", "test.csv"], "the split has no training stays")])
+def test_a_site_of_an_odd_name_and_adapting_to_nobody_are_refused(sites, old, tmp_path, capsys, monkeypatch,
+                                                                  options, named):
+    monkeypatch.chdir(tmp_path)
+    pd.DataFrame({"stay_id": COHORT.stay_id, "split": "test"}).to_csv("test.csv", index=False)
+    words = [*FINETUNE, str(old), "--data_dir", sites["all"], "--run_dir", "run", "--site", "B", *options]
+    one_error_line(capsys, train.main(words), named)
+
+
 def test_recalibration_restores_slope_and_intercept_and_keeps_the_order(sites, old, tmp_path):
     new = begin(old, sites["all"], tmp_path / "run", "--recalibrate")
     used = np.isin(COHORT.stay_id, new.split["train"] + new.split["valid"])
