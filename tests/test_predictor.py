@@ -177,8 +177,20 @@ def test_a_second_call_on_three_events_takes_milliseconds(finetuned):
     assert min(seconds[1:]) < .06
 
 
-def test_the_released_weights_score_a_table_in_their_units_and_name_nobody():
-    released = Path(train.__file__).with_name("checkpoints") / "physionet2012.pt"
+RELEASED = Path(train.__file__).with_name("checkpoints") / "physionet2012.pt"
+OLD_RELEASE = Path(__file__).with_name("released-2026-11-26.pt")  # an old format stays readable
+
+
+def content_of(released: Path) -> dict:
+    """What a released file holds, after it was found to name nobody."""
+    content = torch.load(released, weights_only=True)
+    assert all(stay.startswith(checkpoint.HASHED) for ids in content["split"].values() for stay in ids)
+    assert content["source"]["data"] == {"data_dir": None} and released.stat().st_size < 2**24
+    return content
+
+
+@pytest.mark.parametrize("released", [RELEASED, OLD_RELEASE], ids=lambda path: path.name)
+def test_the_released_weights_score_a_table_in_their_units_and_name_nobody(released):
     well = [(60 * hour, name, value) for hour in range(24) for name, value in
             (("HR", 80), ("GCS", 15), ("Urine", 100), ("BUN", 15), ("RespRate", 16))]
     ill = [(60 * hour, name, value) for hour in range(24) for name, value in
@@ -187,9 +199,16 @@ def test_the_released_weights_score_a_table_in_their_units_and_name_nobody():
                          columns=["stay_id", "minute", "variable", "value"])
     risk = Predictor(released, "cpu").predict(table).set_index("stay_id")["probability"]
     assert 0 < risk["well"] < .1 < .4 < risk["ill"] < 1
-    content = torch.load(released, weights_only=True)
-    assert all(stay.startswith(checkpoint.HASHED) for ids in content["split"].values() for stay in ids)
-    assert content["source"]["data"] == {"data_dir": None} and released.stat().st_size < 2**24
+    content_of(released)
+
+
+def test_the_released_pretrained_weights_are_those_below_the_released_head():
+    pretrained = content_of(RELEASED.with_name("physionet2012-pretrained.pt"))
+    finetuned = content_of(RELEASED)
+    assert pretrained["mode"] == "pretrain"
+    assert all(len(pretrained["split"][part]) == len(stays) for part, stays in finetuned["split"].items())
+    below = {name: weights for name, weights in pretrained["model"].items() if name != "mask_token"}
+    assert below and all(torch.equal(finetuned["model"][name], weights) for name, weights in below.items())
 
 
 
