@@ -407,7 +407,7 @@ class Checkpoint:
         sites = {name.partition("\x1f")[0] for name in known if "\x1f" in name}
         if sites and "data_dir" in given and "site" not in given:
             lines.append(f"checkpoint: it knows patients of the sites {', '.join(sorted(sites))}; without "
-                         "--site the ids of these data are nobody's there")
+                         "--site equal ids of these data are taken for theirs")
         if self.asked_at is not None and "hours" not in given:
             lines.append(f"checkpoint: asked {self.asked_at:.4g} hours after admission, as in training, "
                          "where labels have no times of their own (--hours end: at the end)")
@@ -443,17 +443,19 @@ class Checkpoint:
 
     def known_part(self, cohort: Cohort) -> np.ndarray:
         """[P] code of the part in which it knows each stay, -1 where it does not. By the subject's name and
-        site, by the stay's where it or the data name no patients, and in its own data, where labels may name
-        patients that were not known then. All stays of a subject are in the first of train, valid, test."""
+        site (of data without a site: at any, so that nobody is overlooked), by the stay's where it or the
+        data name no patients, and in its own data, where labels may name patients that were not known then.
+        All stays of a subject are in the first of train, valid, test."""
         part = np.full(len(cohort), -1, dtype=np.int8)
         by_stay = cohort.subject == cohort.stay_id
         if self.is_new(cohort):
-            by_stay &= cohort.site == self.source["data"].get("site", "")
+            by_stay &= cohort.site in ("", self.source["data"].get("site", ""))
         else:
             by_stay[:] = True
         subject, stay = at_site(cohort.site, cohort.subject), at_site(cohort.site, cohort.stay_id)
         for code, name in reversed([*enumerate(SPLITS)]):
             subjects = self.subjects.get(name, [])
+            subjects = subjects if cohort.site else [known.rpartition("\x1f")[2] for known in subjects]
             mine = np.isin(subject, subjects) | np.isin(stay, subjects)
             mine |= by_stay & np.isin(cohort.stay_id, self.split.get(name, []))
             part[np.isin(cohort.subject, cohort.subject[mine])] = code

@@ -219,6 +219,18 @@ def test_the_guard_knows_the_patients_of_both_sites_and_keeps_equal_ids_of_other
             assert (np.isin(part, (0, 1)) == np.isin(stays, ids)).all()
 
 
+def test_who_forgets_the_site_tests_nobody_that_was_trained_on_there(sites, old, tmp_path, capsys):
+    new = begin(old, sites["all"], tmp_path / "run", "--site", "B")
+    new.export(tmp_path / "export.pt")
+    for path in (tmp_path / "run" / "best.pt", tmp_path / "export.pt"):
+        other = replace(COHORT, fingerprint="other")
+        part = Checkpoint.open(path).recognising(other).known_part(other)
+        trained = np.isin(COHORT.stay_id, new.split["train"] + new.split["valid"])
+        assert np.isin(part[trained], (0, 1)).all()
+    open_checkpoint(new.path, {"data_dir": sites["all"]})
+    assert "of the sites B; without --site equal ids of these data are taken for theirs" in capsys.readouterr().out
+
+
 def test_a_split_that_tests_who_the_old_hospital_trained_on_is_refused(sites, old, tmp_path, capsys):
     """The site's ids are those of the old hospital, which a name for the site tells apart."""
     ids = Checkpoint.open(old).split["train"][:50]
