@@ -107,7 +107,12 @@ def begins_with_old_head(arguments, checkpoint: Checkpoint, cohort: Cohort) -> b
     if not arguments.recalibrate and arguments.head != "old":
         usable = checkpoint.mode == "finetune" and not (checkpoint.original or arguments.full_training
                                                         or arguments.random_init)
-        return arguments.head is None and usable and asks_the_same(checkpoint, cohort)
+        if arguments.head or not usable:
+            return False
+        if not asks_the_same(checkpoint, cohort):
+            print(f"head: a new one, as {checkpoint.path} does not answer what the labels ask")
+            return False
+        return True
     for name in ("full_training", "random_init"):
         if getattr(arguments, name):
             raise InputError(f"{said}: does not go with --{name}, which trains more than the old head; leave "

@@ -191,6 +191,14 @@ def test_what_the_old_head_cannot_be_is_one_line(sites, old, tmp_path, capsys, o
     assert not (tmp_path / "run").exists()
 
 
+def test_labels_that_the_old_head_does_not_answer_begin_a_new_one_with_a_line(sites, old, tmp_path, capsys):
+    labels = pd.DataFrame({"stay_id": COHORT.stay_id, "label": np.arange(250)})
+    labels.to_csv(tmp_path / "labels.csv", index=False)
+    new = begin(old, sites["none"], tmp_path / "run", "--label_file", str(tmp_path / "labels.csv"), "--kind", "number")
+    assert f"head: a new one, as {old} does not answer what the labels ask" in capsys.readouterr().out
+    assert new.task["kind"] == "number"
+
+
 def test_the_old_head_is_that_of_a_finetuned_checkpoint_and_recalibration_needs_both_classes(
         sites, old, tmp_path, capsys):
     pretrained = old.parent.parent / "pretrain" / "best.pt"
