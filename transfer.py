@@ -372,8 +372,8 @@ def adapted(checkpoint: Checkpoint, cohort: Cohort, stays: np.ndarray) -> tuple[
     """The checkpoint with the scale that variables have in these training stays [n] of a site, and with those
     variables that it did not know, behind its own. A variable keeps its old scale where it has fewer than
     VALUES values, or a constant one; whether a scale is logarithmic stays as it was. Returns also the names
-    of the variables that were `rescaled`, `kept` their scale and `joined`. Raises InputError where there are
-    no such stays."""
+    of the variables that were `rescaled`, `kept` their scale, `joined` or are `lacking`. Raises InputError
+    where there are no such stays."""
     if not len(stays):
         raise InputError(f"--adapt: {cohort.reader}: the split has no training stays, whose scale is taken; "
                          "give some, or leave the option out")
@@ -393,8 +393,12 @@ def adapted(checkpoint: Checkpoint, cohort: Cohort, stays: np.ndarray) -> tuple[
 
     done = {what: [cohort.variables[v] for v in variables]
             for what, variables in (("rescaled", source), ("kept", kept), ("joined", new))}
+    here = {cohort.variables[v] for v in known}
+    done["lacking"] = [name for name in old.variables if name not in here]
     texts = {"rescaled": "have the scale of these stays", "joined": "join the vocabulary",
-             "kept": f"keep their scale, as fewer than {VALUES} values or a constant one are here"}
+             "kept": f"keep their scale, as fewer than {VALUES} values or a constant one are here",
+             "lacking": "that the checkpoint knows are not charted here (if one of them joins under another "
+                        "name, the old head cannot know: tell it by --variables)"}
     for what, text in texts.items():
         if done[what]:
             more = " ..." if len(done[what]) > 8 else ""

@@ -283,7 +283,8 @@ def test_new_variables_join_behind_the_old_ones_which_keep_their_weights_to_the_
     names = sorted(renamed.values())
     assert new.normalizer.variables == checkpoint.normalizer.variables + names
     assert torch.equal(new.vocabulary, torch.cat([checkpoint.vocabulary, variable_vectors(names, size)]))
-    assert new.source["adapted"]["joined"] == names and new.config.num_variables == known + 3
+    assert new.source["adapted"]["joined"] == names and {*new.source["adapted"]["lacking"]} == renamed.keys()
+    assert new.config.num_variables == known + 3
     for name, weight in checkpoint.weights.items():
         if name.startswith(SeqSetVAE.BACKBONE) or name in ("head_variables", "feature_mean"):
             assert torch.equal(new.weights[name][:len(weight)] if weight.dim() else new.weights[name], weight), name
