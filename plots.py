@@ -211,16 +211,17 @@ def plot_new_site(curves: pd.DataFrame):
     sites: columns labels, arm, site, auc; a row a draw."""
     sites, numbers = [*curves["site"].unique()], sorted(curves["labels"].unique())
     table = curves.groupby(["arm", "labels", "site"])["auc"].mean().unstack("site")
-    figure, axes = new_figure(1 + len(sites), height=3.4, sharey=True)
+    figure, axes = new_figure(3, rows=-(-(2 + len(sites)) // 3), height=3, sharey=True)
     panels = {"mean of the sites": sites} | {site: [site] for site in sites}
     for ax, (title, shown) in zip(axes, panels.items()):
-        for arm, style in zip(curves["arm"].unique(), itertools.cycle(STYLES)):
+        for arm, style, marker in zip(curves["arm"].unique(), itertools.cycle(STYLES), "osv^DPX*"):
             of = table.loc[arm, shown].dropna().mean(axis=1)
-            ax.plot([numbers.index(n) for n in of.index], of.to_numpy(), marker="o", label=arm, **style)
-        ax.set(title=title, xlabel="labelled stays of the site")
+            ax.plot([numbers.index(n) for n in of.index], of.to_numpy(), marker=marker, label=arm, **style)
+        ax.set(title=title, xlabel="labelled stays of the site", ylabel="AUROC")
         ax.set_xticks(range(len(numbers)), [f"{n:,}" for n in numbers])
-    axes[0].set_ylabel("AUROC")
-    legend(axes[0])
+    for ax in axes[len(panels):]:
+        ax.axis("off")
+    axes[len(panels)].legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="center left")
     return figure
 
 
