@@ -508,7 +508,8 @@ def test_every_command_of_the_documents_has_options_that_exist(monkeypatch, docu
     for module, name in ((train, "pretrain"), (train, "finetune"), (readers, "write_long_table"),
                          (labels, "write_physionet2012_labels"), (test_suite, "performance"),
                          (test_suite, "forecasts"), (test_suite, "protocol"),
-                         (test_suite, "forecast_benchmark"), (test_suite, "benchmark"), (test_suite, "scale")):
+                         (test_suite, "forecast_benchmark"), (test_suite, "new_site"),
+                         (test_suite, "benchmark"), (test_suite, "scale")):
         monkeypatch.setattr(module, name, lambda *a, name=name: done.append(name))
     monkeypatch.setattr(pytest, "main", lambda arguments: done.append("tests") or 0)
     monkeypatch.delenv("SEQSETVAE_SOAK", raising=False)
