@@ -14,7 +14,7 @@ from batches import Normalizer, variable_vectors
 from checkpoint import Checkpoint, splits_beside
 from data import Cohort, InputError, events_of, make_splits, stays_of, subjects_with_label, variables_of
 from finetune_config import FinetuneConfig, head_penalty
-from metrics import FEW, recalibration
+from metrics import FEW, excess, recalibration
 from model import ModelConfig, SeqSetVAE, SeqSetVAEPretrain
 from questions import labelled_points, stays_with
 from readouts import VariableKeys
@@ -198,7 +198,7 @@ class SitePoints:
         if task.kind == "binary":
             label, weight = self.answer[:, 0].cpu().numpy(), self.weight.cpu().numpy()
             slope, intercept = recalibration(label, answer[:, 0], weight)
-            higher = np.average(label - answer[:, 0], weights=weight)
+            (higher,) = excess(label, answer[:, 0], weight)
             text += (f", calibration slope {slope:.3f}, intercept {intercept:.3f}, observed - predicted "
                      f"{higher:.3f}")
         print(f"old head: {when}: {text}")
