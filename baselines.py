@@ -30,7 +30,7 @@ from questions import labelled_points
 from runs import answers_at, choose_device, encode_points
 from settings import changed
 from tasks import LEVELS, Task
-from train import HeadTraining, labelled, fit_to_validation
+from train import HeadTraining, labelled
 
 
 LOGISTIC, BOOSTING = "logistic regression on summaries", "gradient boosting on summaries"
@@ -192,10 +192,8 @@ def of_a_frozen_head(model, dataset, train, valid, test, config: FinetuneConfig,
     """Answers [n, columns] at the test points by this model, whose head is trained on its frozen backbone
     from the training stays; valid: the points by which it weighs its trees."""
     run = SimpleNamespace(model=model.to(device), dataset=dataset, seed=seed, device=device, last=None)
-    head = HeadTraining.of(run, train, config)
-    for epoch in range(head.epochs):
-        head.epoch(epoch)
-    fit_to_validation(model, encode_points(model, dataset, valid, device), dataset.cohort.answers[valid])
+    HeadTraining.of(run, train, config).whole(encode_points(model, dataset, valid, device),
+                                              dataset.cohort.answers[valid])
     return answers_at(model, dataset, test, device)
 
 

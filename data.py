@@ -504,6 +504,13 @@ def event_table(cohort: Cohort, stays: np.ndarray) -> pd.DataFrame:
                          "value": cohort.event_value[events]})
 
 
+def point_table(cohort: Cohort, points: np.ndarray) -> pd.DataFrame:
+    """stay_id, subject_id and minute of these prediction points [n]."""
+    stay = cohort.point_stay[points]
+    return pd.DataFrame({"stay_id": cohort.stay_id[stay], "subject_id": cohort.subject[stay],
+                         "minute": cohort.point_minute[points]})
+
+
 def shortest(value: np.ndarray) -> np.ndarray:
     """float64 of float32 values: the numbers with the fewest digits that give them back, 36.6 and not
     36.59999847."""

@@ -23,7 +23,8 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from baselines import ALONE, BASELINES, without_backbone
 from batches import Normalizer, StayDataset, epoch_batches, sorted_batches, variable_vectors
-from data import InputError, build_cohort, clear_write_error, make_splits, stays_of, write_atomically
+from data import (InputError, build_cohort, clear_write_error, make_splits, point_table, stays_of,
+                  write_atomically)
 from checkpoint import Checkpoint, label_digest
 from finetune_config import FinetuneConfig, tree_sizes
 from metrics import (Points, best_shares, best_utility_threshold, bootstrap, bracketed, hours_since_onset,
@@ -132,8 +133,7 @@ def save_answers(folder: Path, task, cohort, split: dict, points, answers) -> No
     figures.csv: the figures of the test part, then those of resampled patients, the same for every method."""
     stay = cohort.point_stay[points]
     part = np.where(np.isin(cohort.stay_id[stay], split["valid"]), "valid", "test")
-    table = pd.DataFrame({"stay_id": cohort.stay_id[stay], "subject_id": cohort.subject[stay],
-                          "minute": cohort.point_minute[points]}).join(task.labels(cohort.answers[points]))
+    table = point_table(cohort, points).join(task.labels(cohort.answers[points]))
     table = table.assign(**dict(zip(task.columns, answers.T)), split=part)
     write_atomically(folder / "predictions.csv", lambda out: table.to_csv(out, index=False))
     if task.kind != "binary":

@@ -18,7 +18,7 @@ from scipy.special import stdtr
 from baselines import beside_score, score_of, score_tables
 from batches import answered_points, first_known
 from checkpoint import Checkpoint, label_digest
-from data import (SPLITS, InputError, event_table, make_splits, point_slots, shortest, stays_of,
+from data import (SPLITS, InputError, event_table, make_splits, point_slots, point_table, shortest, stays_of,
                   write_atomically)
 from explain import explanations, faithfulness, importance, moment, questions_at, scale
 from history_statistics import real_sets
@@ -376,9 +376,9 @@ def write_predictions(path, task, splits: list[dict], cohort, points, answers) -
     for name in reversed(SPLITS):
         for split in splits:
             part[stays_of(cohort, split[name])] = name
-    table = pd.DataFrame({"stay_id": cohort.stay_id[stay], "subject_id": cohort.subject[stay],
-                          "minute": cohort.point_minute, **in_columns(task, cohort, points, answers),
-                          "split": part[stay]}).join(task.labels(cohort.answers))
+    table = point_table(cohort, np.arange(len(stay))).assign(**in_columns(task, cohort, points, answers),
+                                                             split=part[stay])
+    table = table.join(task.labels(cohort.answers))
     write_table(path, table)
     print(f"predictions: {len(table):,} points of {len(np.unique(stay)):,} stays written to {path}")
     empty = table[table[task.columns[0]].isna()]
@@ -529,16 +529,17 @@ MOST_EXPLAINED = 500  # stays over which the global importance is averaged
 def why(arguments, predictor, dataset, stays, traced: int | None, looked_at) -> dict:
     """Writes --explain of these stays, or of the one that is `traced`, and returns what the figures then hold
     of seeded draws of the stays `looked_at`: importance and faithfulness."""
-    figures, table, seen = {}, None, drawn(looked_at, MOST_EXPLAINED)
+    figures, seen = {}, drawn(looked_at, MOST_EXPLAINED)
     if arguments.explain:
         explained = stays if traced is None else np.array([traced])
         table = write_explanations(arguments, predictor, dataset, explained)
-    if table is not None and traced is None:
+    of_all = arguments.explain and traced is None
+    if of_all:
         table = table[table["stay_id"].isin(dataset.cohort.stay_id[seen])]
     elif arguments.report:
         asked, points = questions_of(arguments, predictor, dataset, seen)
         table = explanations(predictor.model, asked, points, predictor.device, events=0)
-    if arguments.report or arguments.explain and traced is None:
+    if of_all or arguments.report:
         figures["importance"] = print_importance(table, predictor.model.task,
                                                  dataset.cohort.shown)
     if arguments.faithfulness:

@@ -12,7 +12,7 @@ import torch
 
 from baselines import ALONE, SummariesAlone
 from checkpoint import Checkpoint
-from data import InputError, draw, write_atomically
+from data import InputError, draw, point_table, write_atomically
 from finetune_config import FinetuneConfig, tree_sizes
 from metrics import recalibration
 from model import SeqSetVAE
@@ -24,7 +24,7 @@ from report import subgroups
 from runs import answers_at, encode_points, read_cohort
 from settings import changed
 from tasks import Binary
-from train import HeadTraining, finetune, fit_to_validation, pretrain, run_settings
+from train import HeadTraining, finetune, pretrain, run_settings
 from transfer import SitePoints, correction_of
 
 
@@ -80,7 +80,7 @@ def new_site(given: dict, variable: str, folder: Path) -> None:
             raise InputError(f"{old}: of other data, or of other stays of this site; give another folder")
         gone_on = None
         if home == next(iter(sites)):  # of one site: pretraining goes on with the stays that can have a label
-            scored, pool = halves(cohort, points)
+            scored, pool = scored_and_rest(cohort, points)
             pool, valid = np.split(pool, [len(pool) * 9 // 10])
             split = split_of(cohort, train=cohort.point_stay[pool], valid=cohort.point_stay[valid],
                              test=cohort.point_stay[scored])
@@ -89,7 +89,7 @@ def new_site(given: dict, variable: str, folder: Path) -> None:
         once(home / "heads", lambda to: learn_heads(old, gone_on, given, points, to))
     for turn, (home, points), number, (arm, options) in itertools.product(
             range(DRAWS), sites.items(), LABELLED, TRAINED.items()):
-        scored, pool = halves(cohort, points)
+        scored, pool = scored_and_rest(cohort, points)
         if not ENOUGH <= number <= len(pool):
             continue
         train, valid = labelled_of(cohort, pool, number, turn)
@@ -108,7 +108,7 @@ def new_site(given: dict, variable: str, folder: Path) -> None:
 def check_site(cohort, name: str, points: np.ndarray) -> None:
     """Raises InputError where the site of these points [n] can have no old model, no draws of labels or no
     figures."""
-    for part, what in zip(halves(cohort, points), ("are scored", "can have a label")):
+    for part, what in zip(scored_and_rest(cohort, points), ("are scored", "can have a label")):
         positive = int(cohort.label[part].sum())
         if min(positive, len(part) - positive) < 2:
             raise InputError(f"{name}: of its {len(part):,} stays that {what} {positive:,} are positive, "
@@ -131,7 +131,7 @@ def split_of(cohort, **parts) -> pd.DataFrame:
                       for part, stays in parts.items()])
 
 
-def halves(cohort, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def scored_and_rest(cohort, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Two fifths of a site's points [n], which are scored, and those that can have a label."""
     subject = cohort.subject[cohort.point_stay[points]]
     everyone = np.unique(subject)
@@ -169,19 +169,20 @@ def learn_heads(old: Path, gone_on: Path | None, given: dict, points: np.ndarray
         seen[GONE_ON] = encode_points(further, dataset, np.arange(len(weight)), CPU)
     own = np.flatnonzero(np.diff(asked.point_stay, append=-1))  # the questions among their moments
     whole = SitePoints.of_features(model, seen[NEW_HEAD][own], cohort, points, np.ones(len(points)))
-    scored, pool = halves(cohort, points)
+    scored, pool = scored_and_rest(cohort, points)
+    tested = np.searchsorted(points, scored)
+    tested_points = whole.of(tested)
     for number, turn in itertools.product(LABELLED, range(DRAWS)):
         if number > len(pool):
             print(f"new site: {len(pool):,} stays can have a label, fewer than {number:,}, which is left out")
             continue
-        tested = np.searchsorted(points, scored)
-        answers = {UNTOUCHED: whole.of(tested).logits}
+        answers = {UNTOUCHED: tested_points.logits}
         if number:
             train, valid = labelled_of(cohort, pool, number, turn)
             chosen = whole.of(np.searchsorted(points, np.union1d(train, valid)))
             for arm, alone in ((RECALIBRATED, True), (OLD_HEAD, False)):
                 found, _ = correction_of(model, config, chosen, alone, turn)
-                answers[arm] = found(whole.of(tested))
+                answers[arm] = found(tested_points)
             mine = np.isin(asked.point_stay, cohort.point_stay[train])
             answer, counted = (torch.from_numpy(array[mine]) for array in (asked.answers, weight))
             fifth = np.searchsorted(points, valid)
@@ -193,9 +194,7 @@ def learn_heads(old: Path, gone_on: Path | None, given: dict, points: np.ndarray
                 x = x[:, -sum(head.feature_sizes().values()):]
                 run = SimpleNamespace(model=head, seed=turn, last=None)
                 training = HeadTraining(run, config, x[mine], answer, counted, len(train))
-                for epoch in range(training.epochs):
-                    training.epoch(epoch)
-                fit_to_validation(head, x[own[fifth]], cohort.answers[valid])
+                training.whole(x[own[fifth]], cohort.answers[valid])
                 with torch.no_grad():
                     answers[arm] = head.eval().classify(x[own[tested]])
         answers = {arm: Binary().answer(logits)[:, 0] for arm, logits in answers.items()}
@@ -204,10 +203,7 @@ def learn_heads(old: Path, gone_on: Path | None, given: dict, points: np.ndarray
 
 def save_arms(folder: Path, number: int, turn: int, cohort, points, answers: dict) -> None:
     """Write the risks [n] of each arm at these points."""
-    stay = cohort.point_stay[points]
-    table = pd.DataFrame({"stay_id": cohort.stay_id[stay], "subject_id": cohort.subject[stay],
-                          "minute": cohort.point_minute[points], "label": cohort.label[points],
-                          "split": "test"} | answers)
+    table = point_table(cohort, points).assign(label=cohort.label[points], split="test", **answers)
     write_atomically(folder / f"answers-{number}-{turn}.csv", lambda out: table.to_csv(out, index=False))
 
 

@@ -685,6 +685,13 @@ class HeadTraining:
                 model.zero_grad(set_to_none=True)  # not the optimizer's alone: full training goes on with all
         return total.item() / len(answer)
 
+    def whole(self, features, answers: np.ndarray) -> None:
+        """Every epoch, then the share of the trees by these validation points: features [n, F], answers
+        [n, A]."""
+        for epoch in range(self.epochs):
+            self.epoch(epoch)
+        fit_to_validation(self.run.model, features, answers)
+
 
 def train_head(config: FinetuneConfig, run: Run, train, valid) -> None:
     """Train the head alone on a frozen backbone."""
